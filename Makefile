@@ -1,0 +1,45 @@
+# make test: everything checked, from nothing but Python 3.11+ and make. make demo: the main job.
+#
+# PYTHON names the interpreter for .venv. Where PyPI's torch comes with CUDA and you want none:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
+
+.PHONY: test demo assets clean
+
+test: .venv/.test assets
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	JAX_PLATFORMS=cpu $(BIN)/pytest -q -n 2 --dist loadfile --doctest-modules loft_jax tests
+
+demo: .venv/.demo assets
+	$(BIN)/python scripts/demo.py
+
+# The weights and the reviews that the demo and some of the tests use.
+assets: | $(BIN)/python
+	$(BIN)/python scripts/prepare_demo.py
+
+# All that make itself has put here; runs/ stays.
+clean:
+	rm -rf .venv assets build dist *.egg-info
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find loft_jax scripts tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || { \
+	  echo "loft_jax needs Python 3.11 or later; $(PYTHON) is $$($(PYTHON) --version 2>&1)."; \
+	  echo "Name another one: make PYTHON=/path/to/python3.11"; exit 2; } >&2
+	$(PYTHON) -m venv .venv
+
+# Torch goes first: only the tests need it, and a plain "torch" could bring another build.
+.venv/.test: pyproject.toml | $(BIN)/python
+	$(PIP_INSTALL) torch==2.13.0
+	$(PIP_INSTALL) --editable '.[test]'
+	touch $@
+
+.venv/.demo: pyproject.toml | $(BIN)/python
+	$(PIP_INSTALL) --editable '.[plot]'
+	touch $@

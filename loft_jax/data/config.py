@@ -1,0 +1,60 @@
+"""What to read and how to turn it into rows of tokens."""
+
+from dataclasses import dataclass
+
+from loft_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the examples are and how they become rows of tokens.
+
+    Which fields are present decides how an example is read: `messages` first, then `prompt` with
+    `completion`, then `text`.
+
+    Args:
+        path: A JSON, JSONL, CSV, TSV, Parquet or text file, a folder of such files, a folder
+            written by `Dataset.save_to_disk`, or a dataset id on the Hugging Face hub.
+        split: Which split, with slices as `datasets` writes them: `"train"`, `"train[:90%]"`.
+            In a folder the split of a file is read from its name; a single file is `"train"`.
+        name: The configuration of a hub dataset that has several.
+        messages_field: Holds a list of `{"role", "content"}`; the loss is on assistant turns.
+        prompt_field: Holds the text the model is given.
+        completion_field: Holds the text the model is to give; the loss is on it and on EOS. It is
+            tokenized apart from the prompt, so a space between the two belongs to the completion.
+        text_field: Holds plain text; the loss is on all of it.
+        max_length: The longest row, in tokens. A longer example loses the left of its prompt
+            first (never BOS), then the end of its completion.
+        packing: Put several examples into one row; attention and positions do not cross.
+        buckets: The lengths to pad to, increasing; empty means a few lengths fitted to the data.
+
+    Raises:
+        InputError: A value is out of range.
+
+    Example:
+        >>> DataConfig("reviews.jsonl", split="train[:90%]", max_length=256).max_length
+        256
+    """
+
+    path: str
+    split: str = "train"
+    name: str | None = None
+    messages_field: str = "messages"
+    prompt_field: str = "prompt"
+    completion_field: str = "completion"
+    text_field: str = "text"
+    max_length: int = 1024
+    packing: bool = False
+    buckets: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_length < 1:
+            raise InputError(f"max_length is {self.max_length}; expected at least 1 token")
+        pairs = zip((0, *self.buckets), self.buckets, strict=False)
+        if any(low >= high for low, high in pairs):
+            raise InputError(f"buckets are {self.buckets}; expected positive, increasing lengths")
+        if self.buckets and self.buckets[-1] < self.max_length:
+            raise InputError(
+                f"the largest of buckets {self.buckets} is below max_length {self.max_length}; "
+                "rows of that length would fit nowhere"
+            )

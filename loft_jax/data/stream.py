@@ -1,0 +1,212 @@
+"""Batches for training, without end and resumable, and for evaluation, once each."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from loft_jax.data.batches import Batch, bucket_lengths, pack, pad_batch, smallest_bucket
+from loft_jax.data.config import DataConfig
+from loft_jax.data.encode import TokenizedData
+from loft_jax.errors import InputError
+
+_THREADS = 2
+_PREFETCH = 8  # batches made ahead
+_ENDLESS = 2**48  # rows; grain's own endless repetition overflows in batches of one
+
+
+class TrainStream(Iterator[Batch]):
+    """An endless iterator of batches whose place can be saved; see `train_stream`.
+
+    Attributes:
+        rows_per_epoch: Rows that hold every example once: examples, or packed rows of them.
+        buckets: The lengths that batches come in.
+    """
+
+    def __init__(
+        self,
+        batches: grain.MapDataset,
+        *,
+        rows_per_epoch: int,
+        buckets: tuple[int, ...],
+        fingerprint: str,
+    ) -> None:
+        self.rows_per_epoch = rows_per_epoch
+        self.buckets = buckets
+        self._fingerprint = fingerprint
+        options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_PREFETCH)
+        self._iterator = iter(batches.to_iter_dataset(options))
+
+    def __next__(self) -> Batch:
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        """The place in the stream, as JSON can hold it."""
+        return {**self._iterator.get_state(), "fingerprint": self._fingerprint}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go to a place that `get_state` gave, here or in another process.
+
+        Raises:
+            InputError: The state is of a stream over other data or with other settings.
+        """
+        place = dict(state)
+        if place.pop("fingerprint", None) != self._fingerprint:
+            raise InputError(
+                "the saved place is of another data stream; expected the same examples, tokenizer, "
+                "max_length, packing, buckets, batch size and seed as when it was saved"
+            )
+        self._iterator.set_state(place)
+
+    def close(self) -> None:
+        """Stop the threads that make batches ahead."""
+        self._iterator.close()
+
+
+def train_stream(
+    data: TokenizedData, config: DataConfig, *, batch_size: int, seed: int
+) -> TrainStream:
+    """Shuffled global batches without end, the same for the same arguments on every machine.
+
+    Every epoch is shuffled anew and holds every row exactly once; a batch may reach over the end of
+    one into the next, so that all batches are full. With `config.packing`, examples are shared out
+    over rows once, at the start. A process that wants its share of a batch slices its rows.
+
+    Args:
+        data: From `tokenize`.
+        config: Its `packing`, `max_length` and `buckets` are used.
+        batch_size: Rows a batch, over all processes.
+        seed: Of the order, 0 to 2^32 - 1.
+
+    Returns:
+        An iterator of batches (see `pad_batch`), each as long as the smallest bucket that holds its
+        longest row, with `get_state` and `set_state`.
+
+    Raises:
+        InputError: The batch size or the seed is out of range, or an example is too long.
+
+    Example:
+        >>> data = TokenizedData(
+        ...     tokens=np.arange(1, 7),
+        ...     loss_mask=np.asarray([False, True] * 3),
+        ...     offsets=np.asarray([0, 2, 4, 6]),
+        ...     pad_id=0,
+        ... )
+        >>> stream = train_stream(data, DataConfig("rows.jsonl"), batch_size=4, seed=0)
+        >>> next(stream)["tokens"].shape, stream.rows_per_epoch
+        ((4, 8), 3)
+    """
+    _check(data, config, batch_size)
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed is {seed}; expected 0 to 2^32 - 1")
+    rows: Sequence[np.ndarray] | np.ndarray
+    if config.packing:
+        rows = pack(data.lengths, config.max_length, seed=seed)
+        lengths = np.asarray([data.lengths[row].sum() for row in rows])
+        buckets = config.buckets or bucket_lengths(lengths, batch_size)[-1:]
+    else:
+        rows = np.arange(len(data))[:, None]
+        lengths = data.lengths
+        buckets = config.buckets or bucket_lengths(lengths, batch_size)
+
+    def batch(members: Sequence[np.ndarray]) -> Batch:
+        return _batch(data, members, batch_size=batch_size, buckets=buckets)
+
+    batches = (
+        grain.MapDataset.source(rows)
+        .seed(seed)
+        .shuffle()
+        .repeat(_ENDLESS // len(rows))
+        .batch(batch_size, batch_fn=batch)
+    )
+    return TrainStream(
+        batches,
+        rows_per_epoch=len(rows),
+        buckets=buckets,
+        fingerprint=_fingerprint(data, [*buckets, config.packing, batch_size, seed]),
+    )
+
+
+class EvalBatches(Sequence[Batch]):
+    """Every example once, in batches made when they are asked for; see `eval_batches`."""
+
+    def __init__(self, data: TokenizedData, *, batch_size: int, buckets: tuple[int, ...]) -> None:
+        self._data = data
+        self._batch_size = batch_size
+        order = np.argsort(data.lengths, kind="stable")[:, None]  # alike lengths together
+        self._rows = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        longest = np.asarray([data.lengths[rows[-1]].item() for rows in self._rows])
+        self.buckets = buckets or bucket_lengths(longest, batch_size=1)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        rows = self._rows[index]
+        return _batch(self._data, rows, batch_size=self._batch_size, buckets=self.buckets)
+
+
+def eval_batches(data: TokenizedData, config: DataConfig, *, batch_size: int) -> EvalBatches:
+    """Every example exactly once, shortest first, one example a row.
+
+    The last batch is filled with rows without weight, so that all have the same number of rows.
+
+    Args:
+        data: From `tokenize`.
+        config: Its `buckets` are used.
+        batch_size: Rows a batch.
+
+    Returns:
+        A sequence of batches (see `pad_batch`).
+
+    Raises:
+        InputError: The batch size is out of range, or an example is too long.
+
+    Example:
+        >>> data = TokenizedData(
+        ...     tokens=np.arange(1, 7),
+        ...     loss_mask=np.asarray([False, True] * 3),
+        ...     offsets=np.asarray([0, 2, 4, 6]),
+        ...     pad_id=0,
+        ... )
+        >>> batches = eval_batches(data, DataConfig("rows.jsonl"), batch_size=2)
+        >>> [batch["tokens"][:, 0].tolist() for batch in batches]
+        [[1, 3], [5, 0]]
+    """
+    _check(data, config, batch_size)
+    return EvalBatches(data, batch_size=batch_size, buckets=config.buckets)
+
+
+def _batch(
+    data: TokenizedData,
+    rows: Sequence[np.ndarray],
+    *,
+    batch_size: int,
+    buckets: Sequence[int],
+) -> Batch:
+    examples = [[data[index] for index in members] for members in rows]
+    longest = max(sum(len(example.tokens) for example in row) for row in examples)
+    length = smallest_bucket(buckets, longest)
+    return pad_batch(examples, batch_size=batch_size, length=length, pad_id=data.pad_id)
+
+
+def _check(data: TokenizedData, config: DataConfig, batch_size: int) -> None:
+    if batch_size < 1:
+        raise InputError(f"batch size is {batch_size}; expected at least 1")
+    if (longest := int(data.lengths.max())) > config.max_length:
+        raise InputError(
+            f"an example has {longest} tokens and max_length is {config.max_length}; "
+            "expected data tokenized with the same max_length"
+        )
+
+
+def _fingerprint(data: TokenizedData, settings: Sequence[int]) -> str:
+    """What a place in the stream is a place of."""
+    digest = hashlib.blake2b(digest_size=16)
+    for array in (data.tokens, data.loss_mask, data.offsets, np.asarray(settings, np.int64)):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,61 @@
+"""Strings to token ids: at the start of a row, and as what continues it."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_WORD_START = "▁"  # how SentencePiece-like tokenizers write a space
+_ANCHOR = "\n"
+
+
+def encode_starts(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts that open a row: BOS once, if the tokenizer adds it at all, and no EOS.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        texts: What to encode.
+
+    Returns:
+        One list of ids a text.
+    """
+    encoded = _encode(tokenizer, texts)
+    bos = tokenizer.bos_token_id
+    if bos is None or bos not in tokenizer("")["input_ids"][:1]:
+        return encoded
+    return [ids if ids[:1] == [bos] else [bos, *ids] for ids in encoded]
+
+
+def encode_continuations(
+    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]
+) -> list[list[int]]:
+    """Token ids of texts that continue a row: no special tokens, no space put before them.
+
+    SentencePiece-like tokenizers (Llama 1 and 2) put a space before every text they are given. In
+    mid-row that space is not there: each text is encoded behind an anchor, and the anchor is cut.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        texts: What to encode; a space at the start of one is its own.
+
+    Returns:
+        One list of ids a text.
+    """
+    first = tokenizer.convert_ids_to_tokens(_encode(tokenizer, ["a"])[0])[:1]
+    if not (first and first[0].startswith(_WORD_START)):
+        return _encode(tokenizer, texts)
+    (anchor,) = _encode(tokenizer, [_ANCHOR])
+    joined = _encode(tokenizer, [_ANCHOR + text for text in texts])
+    plain = _encode(tokenizer, texts)
+    return [
+        ids[len(anchor) :] if ids[: len(anchor)] == anchor else alone
+        for ids, alone in zip(joined, plain, strict=True)
+    ]
+
+
+def _encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    # verbose=False: a text over the tokenizer's own limit is cut here later, by max_length
+    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]

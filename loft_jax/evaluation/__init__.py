@@ -1,0 +1,1 @@
+"""Evaluation: perplexity, answer choices and generation, over a model and a tokenizer."""

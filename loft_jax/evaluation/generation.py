@@ -1,0 +1,214 @@
+"""Continuing texts with a model, one token at a time, over a cache of keys and values."""
+
+import functools
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from loft_jax.errors import InputError
+from loft_jax.evaluation._inference import inference_state
+from loft_jax.models import Llama
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BUCKET = 64  # lengths are rounded up to powers of two from here, so that few shapes are compiled
+
+
+def generate(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    eos_token_ids: Collection[int] | None = None,
+    seed: int = 0,
+) -> list[list[int]]:
+    """Continues each prompt until it ends its text or is long enough.
+
+    Args:
+        model: A Llama, with or without LoRA layers.
+        prompts: Tokens of each prompt, at least one.
+        max_new_tokens: At most this many tokens are added to each.
+        temperature: Logits are divided by it before sampling; 0 takes the most likely token.
+        top_k: Sample among this many most likely tokens only.
+        top_p: Sample among the fewest most likely tokens whose probabilities sum up to this.
+        eos_token_ids: Tokens that end a text; by default those of the model's configuration.
+        seed: Of the sampling.
+
+    Returns:
+        The new tokens of each prompt, an ending token included.
+
+    Raises:
+        InputError: An empty prompt, a token outside the vocabulary, or a number out of its range.
+
+    Example:
+        >>> from loft_jax.models import LlamaConfig
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
+        ...                      num_hidden_layers=2, num_attention_heads=4,
+        ...                      num_key_value_heads=2, head_dim=8)
+        >>> model = Llama(config, rngs=nnx.Rngs(0))
+        >>> [len(new) for new in generate(model, [[1, 2, 3], [4]], max_new_tokens=5)]
+        [5, 5]
+    """
+    vocab = model.config.vocab_size
+    _check(prompts, vocab, max_new_tokens, temperature, top_k, top_p)
+    if not prompts:
+        return []
+    if eos_token_ids is None:
+        eos = model.config.eos_token_id
+        eos_token_ids = () if eos is None else (eos,) if isinstance(eos, int) else eos
+
+    for token in eos_token_ids:
+        if not 0 <= token < vocab:
+            raise InputError(
+                f"eos_token_ids names {token}, outside the vocabulary, 0 to {vocab - 1}"
+            )
+
+    width = _bucket(max(map(len, prompts)))
+    tokens = np.zeros((len(prompts), width), np.int32)
+    real = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in enumerate(prompts):  # padded on the left: all rows go on at the same slot
+        tokens[row, width - len(prompt) :] = prompt
+        real[row, width - len(prompt) :] = 1
+    ends = np.zeros(vocab, bool)
+    ends[list(eos_token_ids)] = True
+
+    graphdef, state = inference_state(model)
+    new, counts = _generate(
+        graphdef,
+        _bucket(max_new_tokens),
+        temperature > 0,
+        state,
+        jnp.asarray(tokens),
+        jnp.asarray(real),
+        jnp.asarray(ends),
+        max_new_tokens,
+        jnp.float32(temperature),
+        vocab if top_k is None else top_k,
+        jnp.float32(top_p),
+        jax.random.key(seed),
+    )
+    return [
+        row[:count].tolist() for row, count in zip(np.asarray(new), np.asarray(counts), strict=True)
+    ]
+
+
+def generate_text(
+    model: Llama,
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    **sampling: Any,
+) -> list[str]:
+    """Continues texts; as :func:`generate`, between strings.
+
+    Args:
+        model: A Llama.
+        tokenizer: Its tokenizer.
+        prompts: Texts, tokenized as they stand, with what the tokenizer adds by itself.
+        max_new_tokens: At most this many tokens are added to each.
+        **sampling: As for :func:`generate`.
+
+    Returns:
+        The new text of each prompt, without special tokens.
+    """
+    tokens = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    continued = generate(model, tokens, max_new_tokens=max_new_tokens, **sampling)
+    return [str(tokenizer.decode(new, skip_special_tokens=True)) for new in continued]
+
+
+def _check(
+    prompts: Sequence[Sequence[int]],
+    vocab: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+) -> None:
+    for number, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise InputError(f"prompt {number} has no tokens, expected at least one")
+        if min(prompt) < 0 or max(prompt) >= vocab:
+            raise InputError(f"prompt {number} has tokens outside the vocabulary, 0 to {vocab - 1}")
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens}, expected 1 or more")
+    if not temperature >= 0:
+        raise InputError(f"temperature is {temperature}, expected 0 or more")
+    if top_k is not None and top_k < 1:
+        raise InputError(f"top_k is {top_k}, expected 1 or more")
+    if not 0 < top_p <= 1:
+        raise InputError(f"top_p is {top_p}, expected more than 0 and at most 1")
+
+
+def _bucket(length: int) -> int:
+    return max(_BUCKET, 1 << (length - 1).bit_length())
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _generate(
+    graphdef: nnx.GraphDef[Llama],
+    room: int,
+    sampled: bool,
+    state: nnx.State,
+    tokens: jax.Array,
+    real: jax.Array,
+    ends: jax.Array,
+    max_new_tokens: jax.Array,
+    temperature: jax.Array,
+    top_k: jax.Array,
+    top_p: jax.Array,
+    key: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Tokens ``(b, room)`` of which the first ``(b,)`` count; prompts ``(b, t)`` padded left."""
+    model = nnx.merge(graphdef, state)
+    batch, width = tokens.shape
+
+    def pick(step: jax.Array, hidden: jax.Array) -> jax.Array:
+        logits = model.logits(hidden[:, -1])  # (b, vocab)
+        if not sampled:
+            return logits.argmax(-1).astype(jnp.int32)
+        logits = _truncate(logits / temperature, top_k, top_p)
+        return jax.random.categorical(jax.random.fold_in(key, step), logits).astype(jnp.int32)
+
+    def going(carry: Any) -> jax.Array:
+        step, _, _, done, _, _ = carry
+        return (step < max_new_tokens) & ~done.all()
+
+    def add(carry: Any) -> Any:
+        step, new, counts, done, hidden, cache = carry
+        token = jnp.where(done, 0, pick(step, hidden))
+        new = new.at[:, step].set(token)
+        counts = counts + ~done
+        done = done | ends[token]
+        hidden, cache = model.hidden_states(token[:, None], cache=cache)
+        return step + 1, new, counts, done, hidden, cache
+
+    hidden, cache = model.hidden_states(
+        tokens, segment_ids=real, cache=model.init_cache(batch, width + room)
+    )
+    new = jnp.zeros((batch, room), jnp.int32)
+    counts = jnp.zeros(batch, jnp.int32)
+    done = jnp.zeros(batch, bool)
+    _, new, counts, *_ = lax.while_loop(
+        going, add, (jnp.int32(0), new, counts, done, hidden[:, -1:], cache)
+    )
+    return new, counts
+
+
+def _truncate(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Puts -inf on every token that is not among the most likely ones; at least one stays."""
+    ordered = jnp.sort(logits, axis=-1, descending=True)  # (b, vocab)
+    probabilities = jax.nn.softmax(ordered, axis=-1)
+    before = probabilities.cumsum(-1) - probabilities  # mass of the more likely ones
+    kept = (jnp.arange(logits.shape[-1]) < top_k) & (before < top_p)
+    least = jnp.where(kept, ordered, jnp.inf).min(-1, keepdims=True)
+    return jnp.where(logits >= least, logits, -jnp.inf)

@@ -1,0 +1,182 @@
+"""GGUF files of the Llama architecture: configuration and dequantized weights."""
+
+import functools
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGUFReader, ReaderTensor
+from gguf.quants import dequantize
+
+from loft_jax.errors import InputError
+from loft_jax.models import LlamaConfig, RopeScaling
+
+# llama.cpp's names -> Hugging Face's.
+_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_IN_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+class GGUF:
+    """A GGUF file: its metadata, its configuration, and its tensors one at a time.
+
+    Tensors go by Hugging Face's names and are laid out as Hugging Face lays them out. A tensor that
+    has no such name keeps its own.
+
+    Args:
+        path: A ``.gguf`` file.
+
+    Raises:
+        InputError: A file that is missing, unreadable, damaged, or of another architecture.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise InputError(f"{self.path}: no such file, expected GGUF")
+        try:
+            reader = GGUFReader(self.path)
+        except (OSError, ValueError, LookupError, UnicodeDecodeError) as error:
+            raise InputError(f"{self.path}: not a readable GGUF file: {error}") from error
+        self.metadata: dict[str, Any] = {
+            key: field.contents() for key, field in reader.fields.items()
+        }
+        self._tensors: dict[str, ReaderTensor] = {
+            _hf_name(tensor.name): tensor for tensor in reader.tensors
+        }
+        self.shapes: dict[str, tuple[int, ...]] = {
+            name: tuple(int(size) for size in reversed(tensor.shape))  # llama.cpp's run backwards
+            for name, tensor in self._tensors.items()
+        }
+        self.config = self._read_config()
+
+    def read(self, name: str) -> np.ndarray:
+        """Reads and dequantizes one tensor, as float32."""
+        tensor = self._tensors[name]
+        try:
+            values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+        except NotImplementedError as error:
+            raise InputError(
+                f"{self.path}: tensor {tensor.name!r} is quantized as {tensor.tensor_type.name}, "
+                "which cannot be dequantized"
+            ) from error
+        values = values.reshape(self.shapes[name])
+        if ".q_proj." in name:
+            return _unpermute(values, self.config.num_attention_heads)
+        if ".k_proj." in name:
+            return _unpermute(values, self.config.num_key_value_heads)
+        return values
+
+    def field(self, key: str) -> Any:
+        """Gives a metadata field that must be there.
+
+        Raises:
+            InputError: It is not.
+        """
+        if key not in self.metadata:
+            raise InputError(f"{self.path}: field {key!r} is missing")
+        return self.metadata[key]
+
+    def _read_config(self) -> LlamaConfig:
+        metadata = self.metadata
+        architecture = self.field("general.architecture")
+        if architecture != "llama":
+            raise InputError(
+                f"{self.path}: architecture is {architecture!r}, only 'llama' is supported"
+            )
+        for key in ("llama.expert_count", "llama.attention.sliding_window"):
+            if metadata.get(key):
+                raise InputError(f"{self.path}: {key} is {metadata[key]}, which is not supported")
+        hidden_size = self.field("llama.embedding_length")
+        heads = self.field("llama.attention.head_count")
+        head_dim = metadata.get("llama.attention.key_length", hidden_size // heads)
+        for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
+            if metadata.get(key, head_dim) != head_dim:
+                raise InputError(
+                    f"{self.path}: {key} is {metadata[key]}, expected the head size, {head_dim}"
+                )
+        return LlamaConfig(
+            vocab_size=self.shapes.get("model.embed_tokens.weight", (0,))[0],
+            hidden_size=hidden_size,
+            intermediate_size=self.field("llama.feed_forward_length"),
+            num_hidden_layers=self.field("llama.block_count"),
+            num_attention_heads=heads,
+            num_key_value_heads=metadata.get("llama.attention.head_count_kv", heads),
+            head_dim=head_dim,
+            max_position_embeddings=self.field("llama.context_length"),
+            # float32 in the file: the shortest decimal that is the same float32 was meant
+            rms_norm_eps=_shortest(self.field("llama.attention.layer_norm_rms_epsilon")),
+            rope_theta=_shortest(metadata.get("llama.rope.freq_base", 10_000.0)),
+            rope_scaling=self._read_rope_scaling(),
+            tie_word_embeddings="lm_head.weight" not in self.shapes,
+            attention_bias="model.layers.0.self_attn.q_proj.bias" in self.shapes,
+            mlp_bias="model.layers.0.mlp.gate_proj.bias" in self.shapes,
+            bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
+            eos_token_id=metadata.get("tokenizer.ggml.eos_token_id"),
+            pad_token_id=metadata.get("tokenizer.ggml.padding_token_id"),
+        )
+
+    def _read_rope_scaling(self) -> RopeScaling | None:
+        kind = self.metadata.get("llama.rope.scaling.type", "none")
+        if kind == "none":
+            return None
+        if kind == "linear":
+            return RopeScaling("linear", _shortest(self.field("llama.rope.scaling.factor")))
+        raise InputError(
+            f"{self.path}: llama.rope.scaling.type is {kind!r}, only 'none' and 'linear' are "
+            "supported"
+        )
+
+
+def open_gguf(path: str | os.PathLike[str]) -> GGUF:
+    """Opens a GGUF file, or gives the last one again: parsing its vocabulary takes seconds.
+
+    Args:
+        path: A ``.gguf`` file.
+
+    Returns:
+        The file, to be read only.
+
+    Raises:
+        InputError: As for :class:`GGUF`.
+    """
+    path = Path(path).absolute()
+    if not path.is_file():
+        raise InputError(f"{path}: no such file, expected GGUF")
+    status = path.stat()
+    return _open_gguf(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1)
+def _open_gguf(path: Path, size: int, modified: int) -> GGUF:
+    return GGUF(path)
+
+
+def _shortest(value: float) -> float:
+    return float(str(np.float32(value)))
+
+
+def _hf_name(name: str) -> str:
+    if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
+        layer, module, parameter = match.groups()
+        if module in _IN_LAYER:
+            return f"model.layers.{layer}.{_IN_LAYER[module]}.{parameter}"
+    module, _, parameter = name.rpartition(".")
+    return f"{_TOP[module]}.{parameter}" if module in _TOP else name
+
+
+def _unpermute(values: np.ndarray, heads: int) -> np.ndarray:
+    """Puts each head's rows back in halves; llama.cpp keeps the two of a rotated pair adjacent."""
+    paired = values.reshape(heads, -1, 2, *values.shape[1:])  # (heads, head_dim / 2, 2, ...)
+    return paired.swapaxes(1, 2).reshape(values.shape)

@@ -1,0 +1,75 @@
+"""The tokenizer that a GGUF file carries, rebuilt without PyTorch."""
+
+from typing import TYPE_CHECKING
+
+from loft_jax.errors import InputError
+from loft_jax.hub.gguf_io import GGUF
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_CONTROL, _USER_DEFINED = 3, 4  # llama.cpp's token types that are never split
+
+
+def gguf_tokenizer(file: GGUF) -> "PreTrainedTokenizerFast":
+    """Builds the byte-level BPE tokenizer of a GGUF file, with its chat template.
+
+    transformers can read it too, but imports PyTorch for that, and leaves out that SmolLM2 splits
+    numbers into digits before anything else.
+
+    Args:
+        file: An opened file.
+
+    Returns:
+        A tokenizer of transformers.
+
+    Raises:
+        InputError: Another kind of tokenizer, named.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    metadata = file.metadata
+    kind = (file.field("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre"))
+    if kind != ("gpt2", "smollm"):
+        raise InputError(
+            f"{file.path}: its tokenizer is of kind {kind[0]!r} with splitting {kind[1]!r}, only "
+            "'gpt2' with 'smollm' is supported; use a folder with tokenizer.json instead"
+        )
+    tokens: list[str] = file.field("tokenizer.ggml.tokens")
+    merges = [tuple(merge.split(" ", 1)) for merge in file.field("tokenizer.ggml.merges")]
+    backend = Tokenizer(
+        models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=merges)
+    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    for token, token_type in zip(tokens, file.field("tokenizer.ggml.token_type"), strict=True):
+        if token_type in (_CONTROL, _USER_DEFINED):
+            special = token_type == _CONTROL
+            backend.add_tokens([AddedToken(token, special=special, normalized=False)])
+
+    named = {
+        name: tokens[metadata[f"tokenizer.ggml.{key}_token_id"]]
+        for name, key in {
+            "bos_token": "bos",
+            "eos_token": "eos",
+            "unk_token": "unknown",
+            "pad_token": "padding",
+        }.items()
+        if f"tokenizer.ggml.{key}_token_id" in metadata
+    }
+    if metadata.get("tokenizer.ggml.add_bos_token"):
+        raise InputError(f"{file.path}: its tokenizer puts a bos token first; not supported")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=file.field("llama.context_length"),
+        clean_up_tokenization_spaces=False,
+        **named,
+    )
+    tokenizer.chat_template = metadata.get("tokenizer.chat_template")
+    return tokenizer

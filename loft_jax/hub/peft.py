@@ -1,0 +1,439 @@
+"""LoRA adapters as folders of Hugging Face PEFT, written and read."""
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from loft_jax.errors import InputError
+from loft_jax.hub.peft_config import PeftConfig, Strength, peft_settings
+from loft_jax.hub.safetensors_io import Safetensors, write_safetensors
+from loft_jax.lora import LoRAConfig, add_lora, lora_layers
+from loft_jax.lora.axes import WeightAxes
+from loft_jax.lora.layers import weight_axes
+from loft_jax.lora.targets import is_adaptable, named_modules
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+
+Model = TypeVar("Model", bound=nnx.Module)
+NameRule = Callable[[str, int | None], str]
+
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(
+    rf"(?:{re.escape(_PREFIX)})?(?P<module>.+)\."
+    r"(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<embed>[AB]))"
+)
+_BASE = re.compile(rf"(?:{re.escape(_PREFIX)})?(?P<module>.+)\.base_layer\.weight")
+_SHOWN = 5
+
+
+def save_peft_adapter(
+    folder: str | os.PathLike[str],
+    model: nnx.Module,
+    *,
+    base_model: str | None = None,
+    hf_name: NameRule | None = None,
+    task_type: str | None = "CAUSAL_LM",
+) -> None:
+    """Writes the LoRA factors of a model as an adapter that PEFT loads.
+
+    Stacked layers are written one by one, weights of more than two axes as matrices: A as
+    ``lora_A.weight (rank, in)``, B as ``lora_B.weight (out, rank)``, in the dtype they have.
+    ``adapter_config.json`` comes last, so that a folder without it is no adapter.
+
+    Args:
+        folder: Where to; made if missing. An adapter already there is replaced.
+        model: A model with LoRA layers.
+        base_model: Name or path of the base model, for PEFT to find it.
+        hf_name: Name in PyTorch of the module at a dotted path, given the number of the layer in
+            its stack or None. By default ``model.hf_name`` where the model has it, and else the
+            path itself.
+        task_type: PEFT's task, None for a base model that is no transformer.
+
+    Raises:
+        InputError: The model has no LoRA layer, or one that PEFT has no place for (a stack without
+            ``hf_name``, a batch axis); or the folder cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
+        >>> model = add_lora(model, LoRAConfig(rank=2), rngs=nnx.Rngs(1))
+        >>> save_peft_adapter(folder, model, base_model="my/base")
+        >>> sorted(path.name for path in folder.iterdir())
+        ['adapter_config.json', 'adapter_model.safetensors']
+
+    Source:
+        PEFT's checkpoint format, https://huggingface.co/docs/peft/developer_guides/checkpoint.
+    """
+    layers = lora_layers(model)
+    if not layers:
+        raise InputError("the model has no LoRA layer to save")
+    tensors: dict[str, np.ndarray] = {}
+    modules: dict[str, Strength] = {}
+    for path, layer in layers.items():
+        axes = layer.lora_axes(layer)
+        names = _names(model, path, axes, hf_name)
+        rank = layer.lora_rank
+        a = np.asarray(layer.lora_a[...]).reshape(len(names), axes.fan_in, rank)
+        b = np.asarray(layer.lora_b[...]).reshape(len(names), rank, axes.fan_out)
+        for index, name in enumerate(names):
+            if name in modules:
+                raise InputError(f"{path}: its name {name!r} is another layer's too")
+            modules[name] = Strength(rank, layer.lora_alpha)
+            for factor, matrix in (("A", a[index].T), ("B", b[index].T)):
+                tensors[_tensor_name(name, factor, layer)] = np.ascontiguousarray(matrix)
+    adapted = {id(layer) for layer in layers.values()}
+    others = [
+        name
+        for path, module in named_modules(model).items()
+        if id(module) not in adapted
+        for name in _names_or_path(model, path, module, hf_name)
+    ]
+    settings = peft_settings(
+        modules,
+        others,
+        base_model=base_model,
+        task_type=task_type,
+        dropout=max(_dropout_rate(layer) for layer in layers.values()),
+    )
+    _write(Path(folder), settings, tensors)
+
+
+def load_peft_adapter(
+    folder: str | os.PathLike[str],
+    model: Model,
+    *,
+    hf_name: NameRule | None = None,
+    dtype: DTypeLike | None = None,
+) -> Model:
+    """Reads an adapter in PEFT's format into a model, in place.
+
+    A model without LoRA gets it, without dropout, which is no part of what an adapter computes. A
+    model that has LoRA must have it on the same layers, at the same ranks and alphas; its factors
+    are filled. The model is not touched when an error is raised.
+
+    Args:
+        folder: Holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+        model: The base model, with or without LoRA.
+        hf_name: As in :func:`save_peft_adapter`.
+        dtype: Dtype of the factors; by default that of the model's factors if it has some, and
+            else that of the file.
+
+    Returns:
+        The same model.
+
+    Raises:
+        InputError: The adapter is missing, damaged, uses what is not supported, or is for another
+            base model; the message names the file and the setting, module or tensor. A stack of
+            layers has one rank and one alpha: an adapter that leaves out some of its layers, or
+            adapts them differently, is refused.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> base = lambda: nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
+        >>> save_peft_adapter(folder, add_lora(base(), LoRAConfig(rank=2), rngs=nnx.Rngs(1)))
+        >>> list(lora_layers(load_peft_adapter(folder, base())))
+        ['layers.0']
+
+    Source:
+        PEFT's checkpoint format, https://huggingface.co/docs/peft/developer_guides/checkpoint.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder, expected a PEFT adapter")
+    config = PeftConfig.read(folder / CONFIG_NAME)
+    if not (folder / WEIGHTS_NAME).exists() and (folder / "adapter_model.bin").exists():
+        raise InputError(f"{folder}: holds adapter_model.bin, expected {WEIGHTS_NAME}")
+    file = Safetensors(folder / WEIGHTS_NAME)
+    slots = _slots(model, hf_name)
+    by_module = _by_module(file, slots)
+    _check_complete(file, config, slots, by_module)
+    filled = _filled(file, config, slots, by_module)
+    existing = lora_layers(model)
+    if existing:
+        _check_same_layers(file, existing, filled)
+    values = {path: _values(file, existing.get(path), f, dtype) for path, f in filled.items()}
+    if not existing:
+        add_lora(model, _lora_config(filled), rngs=nnx.Rngs(0))
+    layers = lora_layers(model)
+    for path, (a, b) in values.items():
+        layers[path].lora_a.set_value(a)
+        layers[path].lora_b.set_value(b)
+    return model
+
+
+class _Slot(NamedTuple):
+    """Where a module of the file goes: a layer of the model, and its number in the stack."""
+
+    path: str
+    number: int
+    layer: Any
+    axes: WeightAxes
+
+
+class _Filled(NamedTuple):
+    """All of one layer of the model: A ``(*stack, *in, r)`` and B ``(*stack, r, *out)``."""
+
+    strength: Strength
+    a: np.ndarray
+    b: np.ndarray
+
+
+def _names(
+    model: nnx.Module, path: str, axes: WeightAxes, hf_name: NameRule | None
+) -> tuple[str, ...]:
+    """PyTorch's names of the modules that one layer of the model stands for."""
+    rule = hf_name or getattr(model, "hf_name", None)
+    if axes.batch:
+        raise InputError(f"{path}: has a batch axis, which PEFT has no place for")
+    if len(axes.stack) > 1:
+        raise InputError(f"{path}: is a stack of stacks {axes.stack}, which has no layer numbers")
+    names: tuple[str, ...]
+    if not axes.stack:
+        names = (rule(path, None) if rule else path,)
+    elif rule is None:
+        raise InputError(f"{path}: is a stack of {axes.stack[0]} layers, pass hf_name to name them")
+    else:
+        names = tuple(rule(path, index) for index in range(axes.stack[0]))
+    if not all(names):
+        raise InputError("the layer is the whole model: PEFT adapts modules inside one")
+    return names
+
+
+def _names_or_path(
+    model: nnx.Module, path: str, module: nnx.Module, hf_name: NameRule | None
+) -> tuple[str, ...]:
+    """Names of a module without LoRA; its path if it is no layer or has no other name."""
+    if is_adaptable(module):
+        try:
+            return _names(model, path, weight_axes(module), hf_name)
+        except InputError:
+            pass
+    return (path,)
+
+
+def _tensor_name(name: str, factor: str, layer: nnx.Module) -> str:
+    if isinstance(layer, nnx.Embed):
+        return f"{_PREFIX}{name}.lora_embedding_{factor}"
+    return f"{_PREFIX}{name}.lora_{factor}.weight"
+
+
+def _dropout_rate(layer: Any) -> float:
+    return 0.0 if layer.lora_dropout is None else layer.lora_dropout.rate
+
+
+def _write(folder: Path, settings: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+    config, temporary = folder / CONFIG_NAME, folder / f".{CONFIG_NAME}.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # An old configuration must not stand beside new weights, should this be interrupted.
+        config.unlink(missing_ok=True)
+        write_safetensors(folder / WEIGHTS_NAME, tensors)
+        try:
+            temporary.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
+            os.replace(temporary, config)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot write the adapter: {error}") from error
+
+
+def _slots(model: nnx.Module, hf_name: NameRule | None) -> dict[str, _Slot]:
+    """Every module an adapter of this model could be for, by name."""
+    slots: dict[str, _Slot] = {}
+    seen: set[int] = set()
+    for path, layer in named_modules(model).items():
+        if not is_adaptable(layer) or id(layer) in seen:
+            continue
+        seen.add(id(layer))
+        try:
+            axes = weight_axes(layer)
+            names = _names(model, path, axes, hf_name)
+        except InputError:
+            continue  # has no name in PyTorch, so no adapter can be for it
+        for index, name in enumerate(names):
+            slots[name] = _Slot(path, index, layer, axes)
+    return slots
+
+
+def _by_module(file: Safetensors, slots: dict[str, _Slot]) -> dict[str, dict[str, str]]:
+    """Names of the tensors A and B of every module in the file."""
+    by_module: dict[str, dict[str, str]] = {}
+    unknown: list[str] = []
+    for tensor in file.shapes:
+        factor, base = _FACTOR.fullmatch(tensor), _BASE.fullmatch(tensor)
+        if base:
+            _check_base_weight(file, tensor, slots.get(base["module"]))
+            continue
+        if not factor:
+            raise InputError(f"{file.path}: tensor {tensor!r} is no LoRA factor, not supported")
+        module = factor["module"]
+        if module not in slots:
+            unknown.append(module)
+            continue
+        if isinstance(slots[module].layer, nnx.Embed) != bool(factor["embed"]):
+            kind = type(slots[module].layer).__name__
+            raise InputError(f"{file.path}: tensor {tensor!r} does not fit {module!r}, a {kind}")
+        by_module.setdefault(module, {})[factor["linear"] or factor["embed"]] = tensor
+    if unknown:
+        raise InputError(
+            f"{file.path}: the adapter is for another base model: "
+            f"this one has no {_listed(dict.fromkeys(unknown))}"
+        )
+    return by_module
+
+
+def _check_base_weight(file: Safetensors, tensor: str, slot: _Slot | None) -> None:
+    """PEFT stores an adapted embedding whole beside its factors; it must be the model's own."""
+    if slot is not None and not slot.axes.stack:
+        embedding = isinstance(slot.layer, nnx.Embed)
+        weight = slot.layer.embedding if embedding else slot.layer.kernel
+        own = np.asarray(weight[...]).reshape(slot.axes.fan_in, slot.axes.fan_out)
+        own = own if embedding else own.T  # (out, in) in PyTorch
+        if np.array_equal(file.read(tensor).astype(own.dtype), own):
+            return
+    raise InputError(f"{file.path}: tensor {tensor!r} is a base weight other than the model's")
+
+
+def _check_complete(
+    file: Safetensors,
+    config: PeftConfig,
+    slots: dict[str, _Slot],
+    by_module: dict[str, dict[str, str]],
+) -> None:
+    if not by_module:
+        raise InputError(f"{file.path}: holds no LoRA factors")
+    for module, tensors in by_module.items():
+        for factor in {"A", "B"} - set(tensors):
+            name = _tensor_name(module, factor, slots[module].layer)
+            raise InputError(f"{file.path}: tensor {name!r} is missing")
+    missing = [name for name in slots if config.is_target(name) and name not in by_module]
+    if missing:
+        raise InputError(
+            f"{file.path}: has no factors for {_listed(missing)}, "
+            f"which target_modules of {CONFIG_NAME} names"
+        )
+
+
+def _filled(
+    file: Safetensors,
+    config: PeftConfig,
+    slots: dict[str, _Slot],
+    by_module: dict[str, dict[str, str]],
+) -> dict[str, _Filled]:
+    """Reads the factors of every layer of the model that has some, whole stacks at a time."""
+    members: dict[str, dict[int, str]] = {}
+    for module in by_module:
+        members.setdefault(slots[module].path, {})[slots[module].number] = module
+    filled: dict[str, _Filled] = {}
+    for path, modules in members.items():
+        axes = slots[next(iter(modules.values()))].axes
+        for index in range(*axes.stack or (1,)):
+            if index not in modules:
+                raise InputError(
+                    f"{file.path}: has no factors for layer {index} of {path!r}; the model's "
+                    f"layers are stacked, so all of them are adapted or none"
+                )
+        strengths = {config.strength(module): module for module in modules.values()}
+        if len(strengths) > 1:
+            raise InputError(
+                f"{file.path}: rank and alpha differ between layers of {path!r}, "
+                + ", ".join(f"{m}: {s.rank} and {s.alpha:g}" for s, m in strengths.items())
+                + "; the model's layers are stacked, so they share both"
+            )
+        strength = next(iter(strengths))
+        ordered = [modules[index] for index in sorted(modules)]
+        a, b = (
+            np.stack(_matrices(file, [by_module[module][factor] for module in ordered], shape))
+            for factor, shape in (
+                ("A", (strength.rank, axes.fan_in)),
+                ("B", (axes.fan_out, strength.rank)),
+            )
+        )
+        filled[path] = _Filled(
+            strength,
+            a.reshape(axes.a_shape(strength.rank)),
+            b.reshape(axes.b_shape(strength.rank)),
+        )
+    return filled
+
+
+def _matrices(file: Safetensors, tensors: list[str], shape: tuple[int, int]) -> list[np.ndarray]:
+    """Tensors of one factor across a stack, transposed to ``(in, r)`` or ``(r, out)``."""
+    for tensor in tensors:
+        if file.shapes[tensor] != shape:
+            raise InputError(
+                f"{file.path}: tensor {tensor!r} is {file.shapes[tensor]}, expected {shape} "
+                f"by the model's weight and the rank in {CONFIG_NAME}"
+            )
+    matrices = [file.read(tensor).T for tensor in tensors]
+    if len({matrix.dtype for matrix in matrices}) > 1:
+        raise InputError(f"{file.path}: dtypes of {_listed(tensors)} differ, expected one")
+    return matrices
+
+
+def _check_same_layers(
+    file: Safetensors, existing: dict[str, Any], filled: dict[str, _Filled]
+) -> None:
+    for verb, paths in (
+        ("does not adapt", [path for path in existing if path not in filled]),
+        ("also adapts", [path for path in filled if path not in existing]),
+    ):
+        if paths:
+            raise InputError(f"{file.path}: {verb} {_listed(paths)}, unlike the model's LoRA")
+    for path, layer in existing.items():
+        own, found = Strength(layer.lora_rank, layer.lora_alpha), filled[path].strength
+        if own != found:
+            raise InputError(
+                f"{file.path}: {path} has rank {found.rank} and alpha {found.alpha:g}, "
+                f"the model has rank {own.rank} and alpha {own.alpha:g} there"
+            )
+
+
+def _values(
+    file: Safetensors, layer: Any, filled: _Filled, dtype: DTypeLike | None
+) -> tuple[jax.Array, jax.Array]:
+    """Factors as JAX arrays, laid out over devices like those they replace."""
+    values = []
+    for name, array in (("lora_a", filled.a), ("lora_b", filled.b)):
+        old = None if layer is None else getattr(layer, name)[...]
+        wanted = jnp.dtype(dtype or (array.dtype if old is None else old.dtype))
+        if dtype is None and jnp.promote_types(wanted, array.dtype) != wanted:
+            raise InputError(
+                f"{file.path}: factors are {array.dtype}, which the model's {wanted} cannot hold; "
+                f"pass dtype to round them"
+            )
+        value = jnp.asarray(array.astype(wanted))
+        if value.dtype != wanted:
+            raise InputError(
+                f"{file.path}: factors are {wanted}, which JAX holds with jax_enable_x64 only; "
+                f"pass dtype to round them"
+            )
+        values.append(value if old is None else jax.device_put(value, old.sharding))
+    return values[0], values[1]
+
+
+def _lora_config(filled: dict[str, _Filled]) -> LoRAConfig:
+    return LoRAConfig(
+        rank=1,
+        target_modules=f"(?:{'|'.join(re.escape(path) for path in filled)})",
+        rank_pattern={f"^{re.escape(path)}": f.strength.rank for path, f in filled.items()},
+        alpha_pattern={f"^{re.escape(path)}": f.strength.alpha for path, f in filled.items()},
+    )
+
+
+def _listed(names: Any) -> str:
+    names = list(names)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(repr(name) for name in names[:_SHOWN]) + more

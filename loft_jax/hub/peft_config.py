@@ -1,0 +1,241 @@
+"""PEFT's ``adapter_config.json``: which modules an adapter is for, and how strong it is there."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from loft_jax.errors import InputError
+from loft_jax.hub.safetensors_io import read_json
+
+# Settings that are read here, or that have no say in what a stored adapter computes.
+_UNDERSTOOD = {
+    "alpha_pattern",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "eva_config",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "revision",
+    "target_modules",
+    "task_type",
+    "use_rslora",
+}
+# Other initializations change the base weights when PEFT loads the adapter.
+_INITS_LEAVING_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
+_OFF: tuple[Any, ...] = (None, False, "none", "", [], {})
+
+
+class Strength(NamedTuple):
+    """Rank and alpha of one module: its update is ``alpha / rank * A B``."""
+
+    rank: int
+    alpha: float
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """The settings of an adapter on disk that say what it computes.
+
+    Attributes:
+        path: The file, for messages.
+        settings: Its content.
+    """
+
+    path: Path
+    settings: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> "PeftConfig":
+        """Reads the file.
+
+        Args:
+            path: ``adapter_config.json``.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            InputError: The file is missing or damaged, is no LoRA adapter, or sets something that
+                is not supported; the message names the setting.
+        """
+        settings = read_json(path)
+        kind = settings.get("peft_type")
+        if kind != "LORA":
+            raise InputError(f"{path}: peft_type is {kind!r}, only 'LORA' is supported")
+        for name, value in settings.items():
+            if name not in _UNDERSTOOD and value not in _OFF:
+                raise InputError(f"{path}: {name} is {value!r}, which is not supported")
+        init = settings.get("init_lora_weights")
+        if init not in _INITS_LEAVING_THE_BASE:
+            raise InputError(
+                f"{path}: init_lora_weights is {init!r}, which changes the base weights; "
+                f"expected an adapter converted to plain LoRA"
+            )
+        config = cls(path, settings)
+        config._check_types()
+        return config
+
+    def strength(self, name: str) -> Strength:
+        """Gives the rank and alpha of a module, alpha such that the scaling is ``alpha / rank``."""
+        rank = self._by_pattern("rank_pattern", name, self.settings["r"])
+        alpha = self._by_pattern("alpha_pattern", name, self.settings["lora_alpha"])
+        # Rank-stabilized LoRA scales by alpha / sqrt(rank).
+        rescale = math.sqrt(rank) if self.settings.get("use_rslora") else 1.0
+        return Strength(rank, alpha * rescale)
+
+    def is_target(self, name: str) -> bool:
+        """Whether PEFT would adapt a module of this name."""
+        settings = self.settings
+        exclude, targets = settings.get("exclude_modules"), settings.get("target_modules") or []
+        if exclude and is_matched(exclude, name):
+            return False
+        if not is_matched(targets, name) or isinstance(targets, str) or name in targets:
+            return is_matched(targets, name)
+        only = settings.get("layers_to_transform")
+        if only is None or only == []:
+            return True
+        patterns = settings.get("layers_pattern") or []
+        rules = [
+            rf"(?:^|.*?\.){pattern}\.(\d+)\."
+            for pattern in ([patterns] if isinstance(patterns, str) else patterns)
+        ]
+        for rule in rules or [r".*?\.[^.]*\.(\d+)\."]:
+            if found := re.match(rule, name):
+                return int(found[1]) in ([only] if isinstance(only, int) else only)
+        return False
+
+    def _by_pattern(self, field: str, name: str, default: Any) -> Any:
+        return _by_pattern(self.settings.get(field) or {}, name, default)
+
+    def _check_types(self) -> None:
+        ranks = {"r": self.settings.get("r"), **(self.settings.get("rank_pattern") or {})}
+        for name, rank in ranks.items():
+            if type(rank) is not int or rank < 1:
+                raise InputError(f"{self.path}: rank {name} is {rank!r}, expected 1 or more")
+        alphas = {
+            "lora_alpha": self.settings.get("lora_alpha"),
+            **(self.settings.get("alpha_pattern") or {}),
+        }
+        for name, alpha in alphas.items():
+            if type(alpha) not in (int, float) or not math.isfinite(alpha) or alpha <= 0:
+                raise InputError(f"{self.path}: alpha {name} is {alpha!r}, expected a number > 0")
+        patterns = [*ranks, *alphas]
+        for field in ("target_modules", "exclude_modules"):
+            value = self.settings.get(field)
+            patterns += [value] if isinstance(value, str) else []
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise InputError(f"{self.path}: {pattern!r} is no pattern: {error}") from error
+
+
+def peft_settings(
+    modules: Mapping[str, Strength],
+    others: Collection[str],
+    *,
+    base_model: str | None,
+    task_type: str | None,
+    dropout: float,
+) -> dict[str, Any]:
+    """Writes down an adapter so that PEFT finds these modules, no others, at their strengths.
+
+    Args:
+        modules: Rank and alpha of every adapted module, by name.
+        others: Names of the modules without an adapter.
+        base_model: Name or path of the base model.
+        task_type: PEFT's task.
+        dropout: Rate used in training.
+
+    Returns:
+        The content of ``adapter_config.json``.
+    """
+    rank = Counter(strength.rank for strength in modules.values()).most_common(1)[0][0]
+    alpha = Counter(strength.alpha for strength in modules.values()).most_common(1)[0][0]
+    return {
+        "alpha_pattern": _pattern(modules, "alpha", alpha),
+        "auto_mapping": None,
+        "base_model_name_or_path": base_model,
+        "bias": "none",
+        "exclude_modules": None,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": _whole(alpha),
+        "lora_dropout": dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": _pattern(modules, "rank", rank),
+        "revision": None,
+        "target_modules": _targets(list(modules), others),
+        "task_type": task_type,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def is_matched(targets: str | Collection[str], name: str) -> bool:
+    """PEFT's rule: a string is a pattern of the whole name, a list holds ends of names."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    key = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), name)
+    return patterns.get(key, default)
+
+
+def _targets(names: list[str], others: Collection[str]) -> list[str] | str:
+    """The shortest of: last parts of the names, whole names, a pattern, that matches no other."""
+    taken = {_last(name) for name in names if is_matched([_last(name)], name)}
+    clashing = {last for last in taken if any(is_matched([last], other) for other in others)}
+    short = sorted({name if _last(name) in clashing else _last(name) for name in names})
+    if not any(is_matched(short, other) for other in others):
+        return short
+    return "|".join(re.escape(name) for name in sorted(names))
+
+
+def _pattern(modules: Mapping[str, Strength], field: str, default: float) -> dict[str, Any]:
+    """Ranks or alphas that are not the default: by last part of the name where that will do."""
+    values: dict[str, Any] = {name: getattr(s, field) for name, s in modules.items()}
+    by_last: dict[str, set[Any]] = {}
+    for name, value in values.items():
+        by_last.setdefault(_last(name), set()).add(value)
+    keys = {name: _last(name) if len(by_last[_last(name)]) == 1 else name for name in values}
+    pattern = {keys[name]: _whole(v) for name, v in sorted(values.items()) if v != default}
+    if all(_by_pattern(pattern, name, default) == value for name, value in values.items()):
+        return pattern
+    # One name ends like another: anchored, each matches itself alone.
+    return {f"^{re.escape(n)}": _whole(v) for n, v in sorted(values.items()) if v != default}
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _whole(value: float) -> float | int:
+    """An int where there is one: readers of the format expect it of alpha."""
+    return int(value) if value == int(value) else value

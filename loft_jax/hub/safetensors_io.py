@@ -1,0 +1,173 @@
+"""Safetensors files, read one tensor at a time and written whole or not at all."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from loft_jax.errors import InputError
+
+INDEX_NAME = "model.safetensors.index.json"
+FILE_NAME = "model.safetensors"
+
+_READABLE = ("F64", "F32", "F16", "BF16")
+
+
+class Safetensors:
+    """The floating-point tensors of one file, or of the shards an index names.
+
+    A file is opened for one tensor at a time, so that nothing stays mapped in memory.
+
+    Args:
+        path: A ``.safetensors`` file, or a ``.safetensors.index.json`` beside its shards.
+
+    Raises:
+        InputError: A file that is missing, unreadable or damaged, or an index that does not tell
+            what its shards hold.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "x.safetensors"
+        >>> write_safetensors(path, {"a": np.ones((2, 3), np.float32)})
+        >>> Safetensors(path).shapes
+        {'a': (2, 3)}
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.metadata: dict[str, str] = {}
+        self._files: dict[str, Path] = {}
+        if self.path.suffix == ".json":
+            self._open_index()
+        else:
+            self._open_file(self.path)
+
+    def read(self, name: str) -> np.ndarray:
+        """Reads one tensor, in the dtype it is stored in (bfloat16 as ``ml_dtypes.bfloat16``)."""
+        file = self._files[name]
+        try:
+            with safe_open(file, framework="numpy") as opened:
+                stored = opened.get_slice(name).get_dtype()
+                if stored not in _READABLE:
+                    raise InputError(
+                        f"{file}: tensor {name!r} is stored as {stored}, "
+                        f"expected one of {', '.join(_READABLE)}"
+                    )
+                return opened.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file}: cannot read tensor {name!r}: {error}") from error
+
+    def _open_file(self, file: Path) -> None:
+        if not file.is_file():
+            raise InputError(f"{file}: no such file, expected safetensors")
+        try:
+            with safe_open(file, framework="numpy") as opened:
+                self.metadata.update(opened.metadata() or {})
+                for name in opened.keys():  # noqa: SIM118 (not a mapping)
+                    self.shapes[name] = tuple(opened.get_slice(name).get_shape())
+                    self._files[name] = file
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file}: not a readable safetensors file: {error}") from error
+
+    def _open_index(self) -> None:
+        weight_map = read_json(self.path).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise InputError(f"{self.path}: has no 'weight_map'")
+        for shard in sorted(set(weight_map.values())):
+            self._open_file(self.path.parent / shard)
+        for name, shard in weight_map.items():
+            if self._files.get(name) != self.path.parent / shard:
+                raise InputError(f"{self.path}: says {shard} holds tensor {name!r}, it does not")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object from a file.
+
+    Raises:
+        InputError: The file is missing, unreadable, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+def write_safetensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes tensors to a file that either is complete or does not exist.
+
+    Args:
+        path: Where to; an existing file is replaced.
+        tensors: Arrays by name.
+        metadata: Written into the header; ``{"format": "pt"}`` by default, which PyTorch's loaders
+            ask for.
+    """
+    path = Path(path)
+    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file(contiguous, temporary, metadata=dict(metadata or {"format": "pt"}))
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def write_checkpoint(
+    folder: Path,
+    shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+    tensors: Iterator[tuple[str, np.ndarray]],
+    *,
+    max_shard_bytes: int,
+) -> None:
+    """Writes a model's tensors as one file, or as shards and their index.
+
+    Holds one shard in memory.
+
+    Args:
+        folder: An existing folder.
+        shapes: Shape and dtype of every tensor, in the order in which ``tensors`` yields them.
+        tensors: Names and arrays.
+        max_shard_bytes: A shard holds at most this much, or one tensor if that is larger.
+    """
+    shards: list[list[str]] = [[]]
+    total = room = 0
+    for name, (shape, dtype) in shapes.items():
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        if shards[-1] and room + size > max_shard_bytes:
+            shards.append([])
+            room = 0
+        shards[-1].append(name)
+        room += size
+        total += size
+    if len(shards) == 1:
+        write_safetensors(folder / FILE_NAME, dict(tensors))
+        return
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(folder / file, dict(next(tensors) for _ in names))
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,7 @@
+"""LoRA on Flax NNX models: low-rank factors beside frozen weights, added and folded in place."""
+
+from loft_jax.lora.config import LoRAConfig
+from loft_jax.lora.inject import add_lora, lora_layers, merge_lora, remove_lora
+from loft_jax.lora.layers import LoRALayer
+
+__all__ = ["LoRAConfig", "LoRALayer", "add_lora", "lora_layers", "merge_lora", "remove_lora"]

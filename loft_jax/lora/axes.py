@@ -1,0 +1,154 @@
+"""Which axes of a layer's weight are stacked, contracted with the input, and produced."""
+
+import math
+import string
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from flax import nnx
+
+from loft_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class WeightAxes:
+    """Sizes of a weight's axes by role, and how two factors make an update of that shape.
+
+    Args:
+        stack: Leading axes of scanned layers.
+        batch: Axes along which every index has a matrix of its own, as in ``batch_axis``.
+        ins: Axes contracted with the input.
+        outs: Axes of the output.
+        product: Einsum of A and B of one layer of the stack to the update of its weight.
+    """
+
+    stack: tuple[int, ...]
+    batch: tuple[int, ...]
+    ins: tuple[int, ...]
+    outs: tuple[int, ...]
+    product: str
+
+    @property
+    def fan_in(self) -> int:
+        """Rows of the weight seen as a matrix."""
+        return math.prod(self.ins)
+
+    @property
+    def fan_out(self) -> int:
+        """Columns of the weight seen as a matrix."""
+        return math.prod(self.outs)
+
+    def a_shape(self, rank: int) -> tuple[int, ...]:
+        """Gives the shape of factor A."""
+        return (*self.stack, *self.batch, *self.ins, rank)
+
+    def b_shape(self, rank: int) -> tuple[int, ...]:
+        """Gives the shape of factor B."""
+        return (*self.stack, *self.batch, rank, *self.outs)
+
+
+class EinsumParts(NamedTuple):
+    """An einsum of an input and a kernel, cut in two at the rank.
+
+    ``batch``, ``ins`` and ``outs`` are axis numbers of the kernel, ``down`` maps (input, A) to
+    the rank, ``up`` maps (that, B) to the output, ``product`` (A, B) to the kernel's shape.
+    """
+
+    batch: tuple[int, ...]
+    ins: tuple[int, ...]
+    outs: tuple[int, ...]
+    down: str
+    up: str
+    product: str
+
+
+def matrix_axes(shape: tuple[int, ...], fan_in: int, fan_out: int) -> WeightAxes:
+    """Gives the axes of a ``(*stack, in, out)`` weight: a linear layer or an embedding."""
+    stack = _stack(shape, (fan_in, fan_out))
+    return WeightAxes(stack, (), (fan_in,), (fan_out,), "ir,ro->io")
+
+
+def general_axes(layer: nnx.LinearGeneral) -> WeightAxes:
+    """Gives the axes of ``LinearGeneral``, whose kernel is ``(*stack, *batch, *in, *out)``."""
+    batch = tuple(layer.batch_axis.values())
+    ins, outs = tuple(layer.in_features), tuple(layer.out_features)
+    stack = _stack(layer.kernel.shape, (*batch, *ins, *outs))
+    letters = iter(string.ascii_lowercase)
+    b, i, o = ("".join(next(letters) for _ in axes) for axes in (batch, ins, outs))
+    return WeightAxes(stack, batch, ins, outs, f"{b}{i}R,{b}R{o}->{b}{i}{o}")
+
+
+def einsum_axes(layer: nnx.Einsum) -> WeightAxes:
+    """Gives the axes of ``Einsum``, whose equation says which axis of the kernel does what."""
+    shape = tuple(layer.kernel_shape)
+    stack = _stack(layer.kernel.shape, shape)
+    parts = einsum_parts(layer.einsum_str)
+    if len(parts.batch) + len(parts.ins) + len(parts.outs) != len(shape):
+        raise InputError(f"einsum {layer.einsum_str!r} does not fit a kernel of shape {shape}")
+    batch, ins, outs = (
+        tuple(shape[axis] for axis in axes) for axes in (parts.batch, parts.ins, parts.outs)
+    )
+    return WeightAxes(stack, batch, ins, outs, parts.product)
+
+
+def einsum_parts(equation: str) -> EinsumParts:
+    """Cuts ``input,kernel->output`` into ``input,A->h`` and ``h,B->output``.
+
+    An axis of the kernel is contracted when the input has it and the output has not, produced
+    the other way round, and batched (a pair of factors for each index) when both have it.
+
+    Args:
+        equation: Explicit einsum of two operands.
+
+    Returns:
+        The kernel's axes by role and the three equations.
+
+    Raises:
+        InputError: The update of this kernel is no product of two factors.
+
+    Example:
+        >>> einsum_parts("nta,hab->nthb").down, einsum_parts("nta,hab->nthb").up
+        ('nta,aA->ntA', 'ntA,Ahb->nthb')
+    """
+    equation = equation.replace(" ", "")
+    operands, output = equation.split("->")
+    inputs, kernel = operands.split(",")
+
+    def refuse(why: str) -> InputError:
+        return InputError(f"einsum {equation!r} has no low-rank factors: {why}")
+
+    if "..." in kernel:
+        raise refuse("its kernel has an ellipsis")
+    if len(set(kernel)) != len(kernel):
+        raise refuse("its kernel repeats an axis")
+    roles: dict[str, list[int]] = {"batch": [], "ins": [], "outs": []}
+    for axis, letter in enumerate(kernel):
+        if letter not in inputs and letter not in output:
+            raise refuse(f"axis {letter!r} of its kernel is in neither input nor output")
+        role = "ins" if letter not in output else "outs" if letter not in inputs else "batch"
+        roles[role].append(axis)
+    if not roles["ins"]:
+        raise refuse("no axis of its kernel is contracted with the input")
+    if not roles["outs"]:
+        raise refuse("no axis of its kernel is left in the output alone")
+    batch, ins, outs = ("".join(kernel[axis] for axis in axes) for axes in roles.values())
+    rank = next(letter for letter in string.ascii_uppercase if letter not in equation)
+    dots = "..." if "..." in inputs and "..." in output else ""
+    named = inputs.replace("...", "")
+    kept = dots + "".join(dict.fromkeys(letter for letter in named if letter in output))
+    return EinsumParts(
+        tuple(roles["batch"]),
+        tuple(roles["ins"]),
+        tuple(roles["outs"]),
+        down=f"{inputs},{batch}{ins}{rank}->{kept}{rank}",
+        up=f"{kept}{rank},{batch}{rank}{outs}->{output}",
+        product=f"{batch}{ins}{rank},{batch}{rank}{outs}->{kernel}",
+    )
+
+
+def _stack(shape: tuple[int, ...], own: tuple[int, ...]) -> tuple[int, ...]:
+    """Axes before the layer's own: a stack of layers, made by vmap and run by scan."""
+    leading = len(shape) - len(own)
+    if leading < 0 or tuple(shape[leading:]) != own:
+        raise InputError(f"its weight is {tuple(shape)}, expected {own} behind the axes of a stack")
+    return tuple(shape[:leading])

@@ -1,0 +1,136 @@
+"""Which layers of a model get LoRA factors, and what those factors are."""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from loft_jax.errors import InputError
+
+Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """What :func:`loft_jax.lora.add_lora` adds: ``W = W0 + (alpha / rank) A B`` on chosen layers.
+
+    Names and patterns match the dotted path of a module, as in PEFT: a name matches the end of the
+    path at a dot (``"q_proj"``, ``"self_attn.q_proj"``), a regular expression the whole path.
+
+    Args:
+        rank: Inner size r of the factors, at least 1 and at most ``min(in, out)`` of each layer.
+        alpha: Numerator of the scaling; None takes each layer's own rank, so a scaling of 1.
+        target_modules: A name, a sequence of names, one regular expression, or ``"all-linear"``:
+            every linear layer (``nnx.Linear``, ``LinearGeneral``, ``Einsum``) but the output head,
+            which is the module ``lm_head`` at the top of the model. Embeddings must be named.
+        exclude_modules: Name, names or regular expression of layers to leave out.
+        dropout: Probability in [0, 1) of dropping an input of the low-rank branch in training.
+            An embedding has no input to drop, and takes none.
+        dtype: Dtype the factors are stored in; they are cast to the layer's own dtype to compute.
+        init: How A starts: ``"kaiming_uniform"`` is uniform in ±1/sqrt(in), ``"gaussian"`` normal
+            with standard deviation 1/rank, or a JAX initializer called with shape ``(in, rank)``. B
+            starts at zero. An embedding is the other way round: A zero, B standard normal.
+        rank_pattern: Rank of the layers whose path's end matches a regular expression; the first
+            that matches counts.
+        alpha_pattern: The same for alpha.
+
+    Raises:
+        InputError: A value is out of its range; the message names the field.
+
+    Example:
+        >>> LoRAConfig(rank=8, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 4})
+        ... # doctest: +ELLIPSIS
+        LoRAConfig(rank=8, alpha=None, target_modules=['q_proj', 'v_proj'], ...)
+
+    Source:
+        Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685. Field
+        names and matching are those of Hugging Face PEFT.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    target_modules: str | Sequence[str] = ALL_LINEAR
+    exclude_modules: str | Sequence[str] = ()
+    dropout: float = 0.0
+    dtype: DTypeLike = jnp.float32
+    init: Literal["kaiming_uniform", "gaussian"] | Initializer = "kaiming_uniform"
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_rank("rank", self.rank)
+        if self.alpha is not None:
+            _check_alpha("alpha", self.alpha)
+        _check_modules("target_modules", self.target_modules)
+        if not self.target_modules:
+            raise InputError("target_modules is empty: expected a name, names or a pattern")
+        _check_modules("exclude_modules", self.exclude_modules)
+        if not _is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
+            raise InputError(f"dropout is {self.dropout!r}, expected a number in [0, 1)")
+        if not jnp.issubdtype(self.dtype, jnp.floating):
+            raise InputError(f"dtype is {self.dtype!r}, expected a floating dtype")
+        if not callable(self.init) and self.init not in ("kaiming_uniform", "gaussian"):
+            raise InputError(
+                f"init is {self.init!r}, expected 'kaiming_uniform', 'gaussian' or an initializer"
+            )
+        for key, rank in self.rank_pattern.items():
+            _check_pattern("rank_pattern", key)
+            _check_rank(f"rank_pattern[{key!r}]", rank)
+        for key, alpha in self.alpha_pattern.items():
+            _check_pattern("alpha_pattern", key)
+            _check_alpha(f"alpha_pattern[{key!r}]", alpha)
+
+    def rank_of(self, path: str) -> int:
+        """Gives the rank of the layer at a dotted path."""
+        key = pattern_key(self.rank_pattern, path)
+        return int(self.rank if key is None else self.rank_pattern[key])
+
+    def alpha_of(self, path: str) -> float:
+        """Gives the alpha of the layer at a dotted path."""
+        key = pattern_key(self.alpha_pattern, path)
+        if key is not None:
+            return float(self.alpha_pattern[key])
+        return float(self.rank_of(path) if self.alpha is None else self.alpha)
+
+
+def pattern_key(patterns: Mapping[str, Any], path: str) -> str | None:
+    """Gives the first key of a rank or alpha pattern that matches the end of a path, or None."""
+    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", path)), None)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _check_rank(name: str, rank: object) -> None:
+    if not isinstance(rank, Integral) or isinstance(rank, bool) or rank < 1:
+        raise InputError(f"{name} is {rank!r}, expected an integer of at least 1")
+
+
+def _check_alpha(name: str, alpha: Any) -> None:
+    if not _is_number(alpha) or not math.isfinite(alpha) or alpha <= 0:
+        raise InputError(f"{name} is {alpha!r}, expected a finite number above 0")
+
+
+def _check_modules(name: str, modules: str | Sequence[str]) -> None:
+    if isinstance(modules, str):
+        _check_pattern(name, modules)
+        return
+    for module in modules:
+        if not isinstance(module, str) or not module:
+            raise InputError(f"{name} holds {module!r}, expected names of modules")
+
+
+def _check_pattern(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"{name}: {pattern!r} is no regular expression: {error}") from error

@@ -1,0 +1,282 @@
+"""Adding LoRA factors to a model in place, folding them into the weights, taking them off."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from loft_jax.errors import InputError
+from loft_jax.lora.axes import WeightAxes
+from loft_jax.lora.config import Initializer, LoRAConfig
+from loft_jax.lora.layers import LoRALayer, lora_class
+from loft_jax.lora.targets import named_modules, select
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+
+def add_lora(model: Model, config: LoRAConfig, *, rngs: nnx.Rngs) -> Model:
+    """Adds LoRA factors to the layers a configuration selects, in place.
+
+    Each selected layer becomes an instance of a subclass of its own class, with ``lora_a`` and
+    ``lora_b`` beside its weights: base parameters keep their paths and their values, and the
+    model computes what it did before, to the bit, until the factors move. Nothing is changed
+    when an error is raised.
+
+    The factors are ``nnx.LoRAParam``, a subclass of ``nnx.Param``; that filter is all a training
+    step needs to give neither gradients nor optimizer state to the base (see the example). Put
+    it before ``nnx.Param`` when splitting by both.
+
+    A layer made by ``nnx.vmap`` and run by a scan has axes of the stack before its own, found
+    from the shape of its weight; every layer of the stack gets its own random A and, with
+    dropout, its own stream. Dropout is on after ``model.train()``, which is how it starts, and
+    off after ``model.eval()``. Without dropout no random state is added to the model.
+
+    Args:
+        model: Any NNX model, or one layer.
+        config: What to add where.
+        rngs: Stream ``params`` draws the factors, ``dropout`` seeds dropout; ``default`` stands in.
+
+    Returns:
+        The same model.
+
+    Raises:
+        InputError: A target matches nothing or cannot be adapted, a layer has LoRA already, or a
+            rank is above ``min(in, out)`` of a layer; the message names the path.
+
+    Example:
+        >>> import optax
+        >>> mlp = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.relu,
+        ...                      nnx.Linear(8, 4, rngs=nnx.Rngs(1)))
+        >>> mlp = add_lora(mlp, LoRAConfig(rank=2), rngs=nnx.Rngs(2))
+        >>> optimizer = nnx.Optimizer(mlp, optax.adam(1e-3), wrt=nnx.LoRAParam)
+        >>> loss = lambda model: model(jnp.ones((1, 4))).sum()
+        >>> grads = nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(mlp)
+        >>> _ = optimizer.update(mlp, grads)
+        >>> {path: layer.lora_b.shape for path, layer in lora_layers(mlp).items()}
+        {'layers.0': (2, 8), 'layers.2': (2, 4)}
+
+    Source:
+        Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
+    """
+    planned = [_plan(path, layer, config) for path, layer in select(model, config).items()]
+    ready = [(plan, _factors(plan, config, rngs), _dropout(plan, config, rngs)) for plan in planned]
+    for plan, (a, b), dropout in ready:
+        _set_class(plan.layer, plan.lora_class)
+        plan.layer.lora_a = nnx.LoRAParam(a)
+        plan.layer.lora_b = nnx.LoRAParam(b)
+        plan.layer.lora_rank = plan.rank
+        plan.layer.lora_alpha = plan.alpha
+        if dropout is not None:
+            plan.layer.lora_dropout = dropout
+    return model
+
+
+def lora_layers(model: nnx.Module) -> dict[str, Any]:
+    """Gives the LoRA layers of a model by dotted path, a shared one under its first path.
+
+    Args:
+        model: Any NNX model.
+
+    Returns:
+        Instances of :class:`LoRALayer` (and of their base class), in the order of their paths.
+
+    Example:
+        >>> linear = nnx.Linear(4, 8, rngs=nnx.Rngs(0))
+        >>> lora_layers(nnx.Sequential(linear))
+        {}
+    """
+    first: dict[int, tuple[str, nnx.Module]] = {}
+    for path, module in named_modules(model).items():
+        if isinstance(module, LoRALayer):
+            first.setdefault(id(module), (path, module))
+    return dict(first.values())
+
+
+def merge_lora(model: Model) -> Model:
+    """Folds the factors into the weights, in place: ``W + alpha / rank * A B``.
+
+    The sum is taken in float32 (float64 for float64 weights) and rounded once to the weight's
+    dtype. Layers get their own class back; no trace of LoRA is left.
+
+    Args:
+        model: A model with LoRA layers.
+
+    Returns:
+        The same model.
+
+    Raises:
+        InputError: The model has no LoRA layer, or a weight with LoRA is used by another layer
+            too, where folding would change that layer; the message names both.
+
+    Example:
+        >>> linear = add_lora(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), LoRAConfig(2), rngs=nnx.Rngs(1))
+        >>> type(merge_lora(linear)).__name__
+        'Linear'
+    """
+    layers = _required_layers(model)
+    _check_not_shared(model, layers)
+    for layer in layers.values():
+        axes = layer.lora_axes(layer)
+        weight = getattr(layer, layer.lora_weight)
+        folded = _fold(
+            weight[...],
+            layer.lora_a[...],
+            layer.lora_b[...],
+            layer.lora_scaling,
+            product=axes.product,
+            stacked=len(axes.stack),
+        )
+        weight.set_value(folded)
+        _detach(layer)
+    return model
+
+
+def remove_lora(model: Model) -> Model:
+    """Takes the factors off, in place, leaving the model as it was before, to the bit.
+
+    Args:
+        model: A model with LoRA layers.
+
+    Returns:
+        The same model.
+
+    Raises:
+        InputError: The model has no LoRA layer.
+
+    Example:
+        >>> linear = add_lora(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), LoRAConfig(2), rngs=nnx.Rngs(1))
+        >>> type(remove_lora(linear)).__name__
+        'Linear'
+    """
+    for layer in _required_layers(model).values():
+        _detach(layer)
+    return model
+
+
+class _Plan(NamedTuple):
+    layer: Any
+    lora_class: type[LoRALayer]
+    axes: WeightAxes
+    rank: int
+    alpha: float
+
+
+def _plan(path: str, layer: nnx.Module, config: LoRAConfig) -> _Plan:
+    if isinstance(layer, LoRALayer | nnx.LoRALinear):
+        raise InputError(f"{path}: has LoRA factors already; merge or remove them first")
+    try:
+        cls = lora_class(type(layer))
+        axes = cls.lora_axes(layer)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    rank = config.rank_of(path)
+    if rank > min(axes.fan_in, axes.fan_out):
+        raise InputError(
+            f"{path}: rank {rank} is above {min(axes.fan_in, axes.fan_out)}, "
+            f"the smaller side of its weight (in {axes.fan_in}, out {axes.fan_out})"
+        )
+    return _Plan(layer, cls, axes, rank, config.alpha_of(path))
+
+
+def _factors(plan: _Plan, config: LoRAConfig, rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array]:
+    """A and B with a product of zero."""
+    axes, rank = plan.axes, plan.rank
+    key = _stream(rngs, "params")()
+    a_shape, b_shape = axes.a_shape(rank), axes.b_shape(rank)
+    if isinstance(plan.layer, nnx.Embed):
+        return jnp.zeros(a_shape, config.dtype), jax.random.normal(key, b_shape, config.dtype)
+    # One key a matrix: initializers see (in, r), so that they scale by the true number of inputs.
+    keys = jax.random.split(key, (*axes.stack, *axes.batch)).reshape(-1)
+    draw = _initializer(config, rank)
+    a = jax.vmap(lambda key: draw(key, (axes.fan_in, rank), config.dtype))(keys)
+    return a.reshape(a_shape), jnp.zeros(b_shape, config.dtype)
+
+
+def _initializer(config: LoRAConfig, rank: int) -> Initializer:
+    if callable(config.init):
+        return config.init
+    if config.init == "gaussian":
+        return jax.nn.initializers.normal(1.0 / rank)
+    # Kaiming's bound sqrt(6 / ((1 + a²) in)) with PEFT's a = sqrt(5): 1 / sqrt(in).
+    return jax.nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
+
+
+def _dropout(plan: _Plan, config: LoRAConfig, rngs: nnx.Rngs) -> nnx.Dropout | None:
+    if config.dropout == 0.0 or isinstance(plan.layer, nnx.Embed):
+        return None
+    dropout = nnx.Dropout(config.dropout)
+    stream = _stream(rngs, "dropout")
+    dropout.rngs = stream.split(plan.axes.stack) if plan.axes.stack else stream.fork()
+    return dropout
+
+
+def _stream(rngs: nnx.Rngs, name: str) -> nnx.RngStream:
+    try:
+        return rngs[name]
+    except KeyError as error:
+        raise InputError(f"rngs has no stream {name!r} and no default one") from error
+
+
+def _required_layers(model: nnx.Module) -> dict[str, Any]:
+    layers = lora_layers(model)
+    if not layers:
+        raise InputError("the model has no LoRA layer")
+    return layers
+
+
+def _check_not_shared(model: nnx.Module, layers: dict[str, Any]) -> None:
+    """Refuses a weight that folding one layer's update into would change for another."""
+    adapted = {id(getattr(layer, layer.lora_weight)): path for path, layer in layers.items()}
+    modules = {id(module): (path, module) for path, module in named_modules(model).items()}
+    for path, module in modules.values():
+        for name, value in vars(module).items():
+            owner = adapted.get(id(value))
+            if owner is not None and layers[owner] is not module:
+                raise InputError(f"{owner}: its weight is shared with {path}.{name}; cannot merge")
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    for path, layer in layers.items():
+        if tied and isinstance(layer, nnx.Embed):
+            raise InputError(
+                f"{path}: its weight is the output head's too (config.tie_word_embeddings), "
+                f"which its LoRA factors leave alone; cannot merge"
+            )
+
+
+@functools.partial(jax.jit, static_argnames=("product", "stacked"))
+def _fold(
+    weight: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    scaling: jax.Array | float,
+    *,
+    product: str,
+    stacked: int,
+) -> jax.Array:
+    """``weight + scaling * a b``, one layer of the stack at a time to hold one update only."""
+    dtype = jnp.promote_types(weight.dtype, jnp.float32)
+
+    def fold(layer: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        weight, a, b = layer
+        update = jnp.einsum(product, a.astype(dtype), b.astype(dtype), precision="highest")
+        return (weight.astype(dtype) + scaling * update).astype(weight.dtype)
+
+    def flat(x: jax.Array) -> jax.Array:
+        return x.reshape(-1, *x.shape[stacked:])
+
+    return lax.map(fold, (flat(weight), flat(a), flat(b))).reshape(weight.shape)
+
+
+def _detach(layer: Any) -> None:
+    for name in ("lora_a", "lora_b", "lora_rank", "lora_alpha", "lora_dropout"):
+        if name in vars(layer):
+            delattr(layer, name)
+    _set_class(layer, layer.lora_base)
+
+
+def _set_class(layer: nnx.Module, cls: Callable[..., Any]) -> None:
+    # Not plain assignment: NNX would record the class among the attributes of the module.
+    object.__setattr__(layer, "__class__", cls)

@@ -1,0 +1,292 @@
+"""LoRA subclasses of the Flax NNX layers, which an instance takes on in place.
+
+Every class computes ``base(x) + alpha / rank * dropout(x) A B``. The low-rank branch runs in the
+dtype its layer computes in, whatever dtype the factors are stored in.
+"""
+
+import copyreg
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import auto_axes
+
+from loft_jax.errors import InputError
+from loft_jax.lora.axes import (
+    WeightAxes,
+    einsum_axes,
+    einsum_parts,
+    general_axes,
+    matrix_axes,
+)
+
+
+# A module, not a plain mixin: instances must be laid out as the base class's to take on the class.
+class LoRALayer(nnx.Module):
+    """What every LoRA layer has beside its base class.
+
+    Attributes:
+        lora_a: ``(*stack, *in, rank)``.
+        lora_b: ``(*stack, rank, *out)``.
+        lora_rank: Inner size of the two.
+        lora_alpha: Numerator of the scaling.
+        lora_dropout: Dropout on the input of the branch, None when its rate is zero.
+        lora_base: The class without LoRA.
+        lora_weight: Name of the parameter the factors stand beside.
+    """
+
+    lora_a: nnx.LoRAParam
+    lora_b: nnx.LoRAParam
+    lora_rank: int
+    lora_alpha: float
+    lora_dropout: nnx.Dropout | None = None
+    lora_base: ClassVar[type[nnx.Module]]
+    lora_weight: ClassVar[str] = "kernel"
+
+    @property
+    def lora_scaling(self) -> float:
+        """Factor of the low-rank product, ``alpha / rank``."""
+        return self.lora_alpha / self.lora_rank
+
+    @staticmethod
+    def lora_axes(layer: Any) -> WeightAxes:
+        """Gives the roles of the weight's axes, of a layer with or without LoRA."""
+        raise NotImplementedError
+
+    def _factors(self, dtype: Any) -> tuple[jax.Array, jax.Array]:
+        return self.lora_a[...].astype(dtype), self.lora_b[...].astype(dtype)
+
+    def _dropped(self, x: jax.Array) -> jax.Array:
+        return x if self.lora_dropout is None else self.lora_dropout(x)
+
+
+class LoRALinear(LoRALayer, nnx.Linear):
+    """``nnx.Linear`` with factors A ``(*stack, in, r)`` and B ``(*stack, r, out)``."""
+
+    lora_base = nnx.Linear
+
+    @staticmethod
+    def lora_axes(layer: nnx.Linear) -> WeightAxes:
+        """Gives the roles of the kernel's axes."""
+        return matrix_axes(layer.kernel.shape, layer.in_features, layer.out_features)
+
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """Applies the layer to ``(..., in)``, giving ``(..., out)``."""
+        y = super().__call__(inputs, out_sharding=out_sharding)
+        x = self._dropped(_computed(self, inputs))
+        contract = (x.ndim - 1,)
+        return y + _low_rank(self, x, y.dtype, contract, (), out_sharding)
+
+
+class LoRALinearGeneral(LoRALayer, nnx.LinearGeneral):
+    """``nnx.LinearGeneral`` with factors A ``(*stack, *in, r)`` and B ``(*stack, r, *out)``.
+
+    With a ``batch_axis``, its axes stand behind those of the stack: a pair for each index.
+    """
+
+    lora_base = nnx.LinearGeneral
+
+    @staticmethod
+    def lora_axes(layer: nnx.LinearGeneral) -> WeightAxes:
+        """Gives the roles of the kernel's axes."""
+        return general_axes(layer)
+
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """Applies the layer along ``axis``, giving ``(..., *out)``."""
+        y = super().__call__(inputs, out_sharding=out_sharding)
+        x = self._dropped(_computed(self, inputs))
+        # The base layer contracts the axes in ascending order, however they were given.
+        contract, batch = (
+            tuple(sorted(axis % x.ndim for axis in axes)) for axes in (self.axis, self.batch_axis)
+        )
+        return y + _low_rank(self, x, y.dtype, contract, batch, out_sharding)
+
+
+class LoRAEinsum(LoRALayer, nnx.Einsum):
+    """``nnx.Einsum`` with factors A ``(*stack, *in, r)`` and B ``(*stack, r, *out)``."""
+
+    lora_base = nnx.Einsum
+
+    @staticmethod
+    def lora_axes(layer: nnx.Einsum) -> WeightAxes:
+        """Gives the roles of the kernel's axes."""
+        return einsum_axes(layer)
+
+    def __call__(
+        self, inputs: jax.Array, einsum_str: str | None = None, out_sharding: Any = None
+    ) -> jax.Array:
+        """Applies the equation given here or, by default, at construction."""
+        parts = einsum_parts(einsum_str or self.einsum_str)
+        if parts[:3] != einsum_parts(self.einsum_str)[:3]:
+            raise InputError(
+                f"einsum {einsum_str!r} uses the kernel otherwise than {self.einsum_str!r}, "
+                f"which its LoRA factors were made for"
+            )
+        y = super().__call__(inputs, einsum_str, out_sharding=out_sharding)
+        x = self._dropped(_computed(self, inputs))
+
+        def branch(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+            down = jnp.einsum(parts.down, x, a, precision=self.precision)  # (..., r)
+            return jnp.einsum(
+                parts.up,
+                down * self.lora_scaling,
+                b,
+                precision=self.precision,
+                preferred_element_type=self.preferred_element_type,
+            ).astype(y.dtype)
+
+        return y + _sharded(branch, out_sharding)(x, *self._factors(x.dtype))
+
+
+class LoRAEmbed(LoRALayer, nnx.Embed):
+    """``nnx.Embed`` with factors A ``(*stack, num_embeddings, r)`` and B ``(*stack, r, features)``.
+
+    ``attend`` goes through the same adapted embedding.
+    """
+
+    lora_base = nnx.Embed
+    lora_weight = "embedding"
+
+    @staticmethod
+    def lora_axes(layer: nnx.Embed) -> WeightAxes:
+        """Gives the roles of the embedding's axes: one row a token, as a one-hot input has it."""
+        return matrix_axes(layer.embedding.shape, layer.num_embeddings, layer.features)
+
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """Looks up ``(...)`` integers, giving ``(..., features)``."""
+        y = super().__call__(inputs, out_sharding=out_sharding)
+
+        def branch(a: jax.Array, b: jax.Array, inputs: jax.Array) -> jax.Array:
+            if self.num_embeddings == 1:  # then the base layer does not look at the indices
+                inputs = jnp.zeros_like(inputs)
+            down = jnp.take(a, inputs, axis=0)  # (..., r)
+            return (down * self.lora_scaling) @ b
+
+        return y + _sharded(branch, out_sharding)(*self._factors(y.dtype), inputs)
+
+    def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """Multiplies ``(..., features)`` by every embedding, giving ``(..., num_embeddings)``."""
+        y = super().attend(query, out_sharding=out_sharding)
+        query, _ = self.promote_dtype((query, self.embedding[...]), dtype=self.dtype)
+
+        def branch(query: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+            down = query @ b.T  # (..., r)
+            return (down * self.lora_scaling) @ a.T
+
+        return y + _sharded(branch, out_sharding)(query, *self._factors(query.dtype))
+
+
+_LORA_CLASSES: dict[type[nnx.Module], type[LoRALayer]] = {
+    nnx.Linear: LoRALinear,
+    nnx.LinearGeneral: LoRALinearGeneral,
+    nnx.Einsum: LoRAEinsum,
+    nnx.Embed: LoRAEmbed,
+}
+SUPPORTED = tuple(_LORA_CLASSES)
+
+
+class _CombinedMeta(type(nnx.Linear)):  # type: ignore[misc]
+    """Metaclass of the classes made here, so that pickle makes them again instead of looking."""
+
+
+@functools.cache
+def lora_class(base: type[nnx.Module]) -> type[LoRALayer]:
+    """Gives the class with LoRA of a layer's class.
+
+    For a subclass of a Flax layer it is a new class in which the subclass comes first and finds
+    the LoRA layer where it calls ``super()``: what it does to the layer's inputs and outputs is
+    done with the adapted weight.
+
+    Args:
+        base: ``nnx.Linear``, ``LinearGeneral``, ``Einsum``, ``Embed`` or a subclass of one.
+
+    Returns:
+        A subclass of ``base`` and of :class:`LoRALayer`.
+
+    Raises:
+        InputError: The subclass computes its output without calling ``super()``, so that factors
+            beside its weight would have no effect.
+    """
+    if base in _LORA_CLASSES:
+        return _LORA_CLASSES[base]
+    flax_base, with_lora = next(
+        (ours, lora) for ours, lora in _LORA_CLASSES.items() if issubclass(base, ours)
+    )
+    for cls in base.__mro__[: base.__mro__.index(flax_base)]:
+        for method in {"__call__", "attend"} & set(vars(cls)):
+            code = getattr(inspect.unwrap(vars(cls)[method]), "__code__", None)
+            if code is None or "super" not in code.co_names:
+                raise InputError(
+                    f"{cls.__qualname__}.{method} replaces {flax_base.__name__}'s without calling "
+                    f"super().{method}, so LoRA factors would have no effect; exclude the layer"
+                )
+    namespace = {"lora_base": base, "__module__": base.__module__, "__doc__": with_lora.__doc__}
+    return cast(
+        "type[LoRALayer]", _CombinedMeta(f"LoRA{base.__name__}", (base, with_lora), namespace)
+    )
+
+
+def weight_axes(layer: nnx.Module) -> WeightAxes:
+    """Gives the roles of the axes of a layer's weight, whether it has LoRA or not.
+
+    Args:
+        layer: An instance of a class LoRA supports.
+
+    Returns:
+        Sizes by role.
+
+    Raises:
+        InputError: LoRA cannot be added to this layer.
+    """
+    cls = type(layer) if isinstance(layer, LoRALayer) else lora_class(type(layer))
+    return cls.lora_axes(layer)
+
+
+def _pickled(cls: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    return lora_class, (cls.lora_base,)
+
+
+copyreg.pickle(_CombinedMeta, _pickled)
+
+
+def _computed(layer: Any, inputs: jax.Array) -> jax.Array:
+    """Inputs in the dtype the base layer computes in."""
+    bias = None if layer.bias is None else layer.bias[...]
+    return layer.promote_dtype((inputs, layer.kernel[...], bias), dtype=layer.dtype)[0]
+
+
+def _low_rank(
+    layer: Any,
+    x: jax.Array,
+    dtype: Any,
+    contract: tuple[int, ...],
+    batch: tuple[int, ...],
+    out_sharding: Any,
+) -> jax.Array:
+    """``scaling * x A B`` over the axes ``contract`` of x, apart for each index of ``batch``."""
+    leading = tuple(range(len(batch)))
+    ins = tuple(range(len(batch), len(batch) + len(contract)))
+
+    def branch(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        down = lax.dot_general(
+            x, a, ((contract, ins), (batch, leading)), precision=layer.precision
+        )  # (*batch, ..., r)
+        return lax.dot_general(
+            down * layer.lora_scaling,
+            b,
+            (((down.ndim - 1,), (len(batch),)), (leading, leading)),
+            precision=layer.precision,
+            preferred_element_type=layer.preferred_element_type,
+        ).astype(dtype)
+
+    return _sharded(branch, out_sharding)(x, *layer._factors(x.dtype))
+
+
+def _sharded(branch: Callable[..., jax.Array], out_sharding: Any) -> Callable[..., jax.Array]:
+    """The branch with its output laid out as the base layer's, in JAX's explicit sharding mode."""
+    return branch if out_sharding is None else auto_axes(branch, out_sharding=out_sharding)

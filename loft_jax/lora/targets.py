@@ -1,0 +1,156 @@
+"""Matching the dotted paths of modules against names and patterns."""
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+import jax
+from flax import nnx
+
+from loft_jax.errors import InputError
+from loft_jax.lora.config import ALL_LINEAR, LoRAConfig, pattern_key
+from loft_jax.lora.layers import SUPPORTED
+
+# The output head as Hugging Face models call it: "all-linear" leaves it out, as PEFT does.
+_HEAD = "lm_head"
+_SHOWN = 8
+
+
+def named_modules(model: nnx.Module) -> dict[str, nnx.Module]:
+    """Gives every module of a model by dotted path; a shared one under each of its paths."""
+    return dict(_walk(model, "", ()))
+
+
+def is_adaptable(module: nnx.Module) -> bool:
+    """Whether a module is a layer that LoRA factors can be added to."""
+    return isinstance(module, SUPPORTED)
+
+
+def select(model: nnx.Module, config: LoRAConfig) -> dict[str, nnx.Module]:
+    """Gives the layers a configuration is about, each once, by dotted path.
+
+    Args:
+        model: The model.
+        config: Targets, exclusions, and the rank and alpha patterns.
+
+    Returns:
+        Layers in the order of their paths.
+
+    Raises:
+        InputError: A name or pattern matches no layer (near names are listed) or a module that
+            holds parameters and takes no LoRA; or nothing is left.
+    """
+    modules = named_modules(model)
+    layers = {path: module for path, module in modules.items() if is_adaptable(module)}
+    excluded = {
+        id(layers[path])
+        for pattern in _patterns(config.exclude_modules)
+        for path in _matching("exclude_modules", pattern, layers, layers)
+    }
+    if config.target_modules == ALL_LINEAR:
+        chosen = [
+            path
+            for path, layer in layers.items()
+            if path != _HEAD and not isinstance(layer, nnx.Embed)
+        ]
+        if not chosen:
+            raise InputError(f"target_modules: {ALL_LINEAR!r}, but the model has no linear layer")
+    else:
+        chosen = [
+            path
+            for pattern in _patterns(config.target_modules)
+            for path in _matching("target_modules", pattern, modules, layers)
+        ]
+    selected: dict[int, str] = {}  # by identity: a shared layer is adapted once
+    for path in chosen:
+        module = modules[path]
+        if id(module) in excluded:
+            continue
+        if is_adaptable(module):
+            selected.setdefault(id(module), path)
+        elif _holds_parameters(module):
+            raise InputError(
+                f"target_modules: {path!r} is a {type(module).__name__}, which takes no LoRA "
+                f"factors; expected {', '.join(cls.__name__ for cls in SUPPORTED)}"
+            )
+    if not selected:
+        raise InputError("exclude_modules leaves no layer of target_modules")
+    found = {path: modules[path] for path in modules if path in selected.values()}
+    for name in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, name):
+            if not any(pattern_key({key: None}, path) for path in found):
+                raise InputError(
+                    f"{name}: {key!r} matches no target layer; {_near(key, list(found))}"
+                )
+    return found
+
+
+def _patterns(modules: str | Sequence[str]) -> list[str]:
+    """Regular expressions for whole paths: one for each name, or the one given."""
+    if isinstance(modules, str):
+        return [_ends_with(modules) if re.fullmatch(r"[\w.]+", modules) else modules]
+    return [_ends_with(name) for name in modules]
+
+
+def _ends_with(name: str) -> str:
+    return rf"(.*\.)?{re.escape(name)}"
+
+
+def _matching(
+    field: str, pattern: str, candidates: Iterable[str], layers: dict[str, nnx.Module]
+) -> list[str]:
+    """Candidates a pattern matches; at least one must be a layer."""
+    matched = [path for path in candidates if re.fullmatch(pattern, path)]
+    if any(path in layers for path in matched):
+        return matched
+    shown = pattern.removeprefix(r"(.*\.)?").replace("\\", "")
+    inside = f" ({matched[0]!r} is a module, name the layers inside it)" if matched else ""
+    raise InputError(
+        f"{field}: {shown!r} matches no layer of the model{inside}; {_near(shown, list(layers))}"
+    )
+
+
+def _near(pattern: str, paths: list[str]) -> str:
+    """What the user may have meant, or else what there is."""
+    names = sorted({path.rpartition(".")[2] for path in paths} | set(paths))
+    plain = re.sub(r"[^\w.]+", "", pattern)
+    near = difflib.get_close_matches(plain, names, n=_SHOWN)
+    if near:
+        return f"near names: {', '.join(near)}"
+    short = sorted({path.rpartition(".")[2] for path in paths})
+    more = ", ..." if len(short) > _SHOWN else ""
+    return f"its layers: {', '.join(short[:_SHOWN])}{more}" if short else "it has no layers"
+
+
+def _holds_parameters(module: nnx.Module) -> bool:
+    return any(isinstance(value, nnx.Param) for value in vars(module).values())
+
+
+def _walk(
+    module: nnx.Module, path: str, ancestors: tuple[int, ...]
+) -> Iterator[tuple[str, nnx.Module]]:
+    if id(module) in ancestors:
+        return
+    yield path, module
+    for name, child in _children(module):
+        inner = f"{path}.{name}" if path else name
+        yield from _walk(child, inner, (*ancestors, id(module)))
+
+
+def _children(module: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
+    """Modules held by attributes, also inside lists and dicts; numbers in numerical order."""
+    for name, value in sorted(vars(module).items(), key=_numerically):
+        if name.startswith("_pytree__"):
+            continue
+        for keys, leaf in jax.tree_util.tree_flatten_with_path(value, is_leaf=_is_module)[0]:
+            if _is_module(leaf):
+                inner = jax.tree_util.keystr(keys, simple=True, separator=".")
+                yield (f"{name}.{inner}" if inner else name), leaf
+
+
+def _numerically(item: tuple[str, object]) -> tuple[int, str]:
+    return (int(item[0]) if item[0].isdecimal() else -1), item[0]
+
+
+def _is_module(value: object) -> bool:
+    return isinstance(value, nnx.Module)

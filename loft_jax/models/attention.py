@@ -1,0 +1,116 @@
+"""Who sees whom, the keys and values that were seen, and attention over them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of the tokens so far, in buffers of a fixed length; a pytree.
+
+    Attributes:
+        keys: ``(layers, b, kv_heads, s, head_dim)``.
+        values: ``(layers, b, kv_heads, s, head_dim)``.
+        segment_ids: ``(b, s)`` int32, 0 where nothing is written yet or padding was.
+        length: ``()`` int32, slots written so far, the same for every row.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    segment_ids: jax.Array
+    length: jax.Array
+
+    @classmethod
+    def empty(
+        cls,
+        *,
+        layers: int,
+        batch: int,
+        length: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: DTypeLike,
+    ) -> "KVCache":
+        """Makes a cache with room for ``length`` tokens a row."""
+        shape = (layers, batch, kv_heads, length, head_dim)
+        return cls(
+            keys=jnp.zeros(shape, dtype),
+            values=jnp.zeros(shape, dtype),
+            segment_ids=jnp.zeros((batch, length), jnp.int32),
+            length=jnp.zeros((), jnp.int32),
+        )
+
+
+def visibility(
+    batch: int, length: int, segment_ids: jax.Array | None, cache: KVCache | None
+) -> tuple[jax.Array, KVCache | None]:
+    """Which keys each query may attend to: not later, of the same segment, not padding.
+
+    Args:
+        batch: Rows, ``b``.
+        length: New tokens a row, ``t``.
+        segment_ids: ``(b, t)``, 0 for padding; None when every row is one unpadded text.
+        cache: What was seen before; its segment ids are extended by the new ones.
+
+    Returns:
+        Mask ``(b or 1, t, s)``, with ``s = t`` without a cache and the cache's length with one; and
+        the cache with its segment ids extended (its ``length`` still that of before).
+    """
+    if cache is None:
+        causal = jnp.tril(jnp.ones((length, length), bool))[None]  # (1, t, t)
+        if segment_ids is None:
+            return causal, None
+        same = segment_ids[:, :, None] == segment_ids[:, None, :]  # (b, t, t)
+        return causal & same & (segment_ids != 0)[:, None, :], None
+    if segment_ids is None:
+        segment_ids = jnp.ones((batch, length), jnp.int32)
+    seen = lax.dynamic_update_slice(
+        cache.segment_ids, segment_ids.astype(jnp.int32), (0, cache.length)
+    )  # (b, s)
+    slots = cache.length + jnp.arange(length)
+    causal = jnp.arange(seen.shape[1])[None, :] <= slots[:, None]  # (t, s)
+    same = segment_ids[:, :, None] == seen[:, None, :]  # (b, t, s)
+    visible = causal[None] & same & (seen != 0)[:, None, :]
+    return visible, dataclasses.replace(cache, segment_ids=seen)
+
+
+def positions_from(visible: jax.Array) -> jax.Array:
+    """Positions as the number of tokens each token sees before itself.
+
+    One rule for packed examples, padding on either side and continued texts.
+
+    Args:
+        visible: Mask ``(b, t, s)``.
+
+    Returns:
+        ``(b, t)`` int32; 0 for padding.
+    """
+    return jnp.maximum(visible.sum(-1, dtype=jnp.int32) - 1, 0)
+
+
+def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array) -> jax.Array:
+    """Grouped-query attention, softmax in float32.
+
+    Args:
+        queries: ``(b, t, heads, head_dim)``; heads ``g·i … g·i+g-1`` share key head ``i``.
+        keys: ``(b, kv_heads, s, head_dim)``.
+        values: ``(b, kv_heads, s, head_dim)``.
+        visible: ``(b or 1, t, s)`` bool. A query that sees nothing (padding) gets a finite mean.
+
+    Returns:
+        ``(b, t, heads, head_dim)`` in the dtype of ``queries``.
+    """
+    batch, length, heads, head_dim = queries.shape
+    kv_heads = keys.shape[1]
+    grouped = queries.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    grouped = grouped.transpose(0, 2, 3, 1, 4)  # (b, kv_heads, g, t, head_dim)
+    scores = jnp.einsum("bkgtd,bksd->bkgts", grouped, keys, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible[:, None, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)  # (b, kv_heads, g, t, s)
+    mixed = jnp.einsum("bkgts,bksd->bkgtd", weights, values)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)

@@ -1,0 +1,237 @@
+"""What a Llama is made of: its sizes and constants, from and to a Hugging Face ``config.json``."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from loft_jax.errors import InputError
+
+_ARCHITECTURES = ("llamaforcausallm",)
+
+# Fields that change what a Llama computes, with the one value that is implemented.
+_ONLY: Mapping[str, Any] = {
+    "hidden_act": "silu",
+    "pretraining_tp": 1,
+    "attention_dropout": 0.0,
+    "partial_rotary_factor": 1.0,
+    "rope_interleaved": False,
+    "quantization_config": None,
+    "sliding_window": None,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the context they were trained on.
+
+    Args:
+        rope_type: ``"linear"`` divides every frequency by ``factor``; ``"llama3"`` divides the
+            low ones, keeps the high ones, and blends between the two.
+        factor: The stretch.
+        low_freq_factor: Below ``original_max_position_embeddings / low_freq_factor`` rotations
+            per context, a frequency counts as low. ``"llama3"`` only, as are the next two.
+        high_freq_factor: The same for high frequencies.
+        original_max_position_embeddings: Context length of pretraining, in tokens.
+    """
+
+    rope_type: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes and constants of a Llama, under the names of Hugging Face's ``config.json``.
+
+    Example:
+        >>> config = LlamaConfig.from_hf(
+        ...     dict(model_type="llama", vocab_size=64, hidden_size=32, intermediate_size=48,
+        ...          num_hidden_layers=2, num_attention_heads=4)
+        ... )
+        >>> config.num_key_value_heads, config.head_dim
+        (4, 8)
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InputError(f"config: {name} is {value!r}, expected an integer of 1 or more")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(
+                f"config: num_key_value_heads is {self.num_key_value_heads}, "
+                f"expected a divisor of num_attention_heads ({self.num_attention_heads})"
+            )
+        if self.head_dim % 2:
+            raise InputError(f"config: head_dim is {self.head_dim}, expected an even number")
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":
+        """Reads the contents of a Hugging Face ``config.json``.
+
+        Takes what Llama 1, 2 and 3.x, SmolLM2 and TinyLlama write, the older keys
+        (``rope_theta``, ``rope_scaling``) as well as the newer one (``rope_parameters``). Absent
+        fields take the defaults transformers gives them; fields that transformers' own Llama does
+        not read either (a version, a cache switch) have no effect.
+
+        Args:
+            config: The parsed JSON.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            InputError: Another architecture, or a field whose value is not supported.
+        """
+        model_type = config.get("model_type")
+        if model_type != "llama":
+            raise InputError(f"config: model_type is {model_type!r}, only 'llama' is supported")
+        for name in config.get("architectures") or ():
+            if name.lower() not in _ARCHITECTURES:
+                raise InputError(
+                    f"config: architectures names {name!r}, only 'LlamaForCausalLM' is supported"
+                )
+        for name, only in _ONLY.items():
+            value = config.get(name, only)
+            if value is not None and value != only:
+                raise InputError(f"config: {name} is {value!r}, only {only!r} is supported")
+        sizes: dict[str, Any] = {
+            name: _required(config, name)
+            for name in (
+                "vocab_size",
+                "hidden_size",
+                "intermediate_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+            )
+        }
+        heads = sizes["num_attention_heads"]
+        head_dim = config.get("head_dim")
+        if head_dim is None:
+            if sizes["hidden_size"] % heads:
+                raise InputError(
+                    f"config: hidden_size is {sizes['hidden_size']}, expected a multiple of "
+                    f"num_attention_heads ({heads})"
+                )
+            head_dim = sizes["hidden_size"] // heads
+        kv_heads = config.get("num_key_value_heads")
+        optional: dict[str, Any] = {
+            name: config[name]
+            for name in (
+                "max_position_embeddings",
+                "rms_norm_eps",
+                "tie_word_embeddings",
+                "attention_bias",
+                "mlp_bias",
+                "initializer_range",
+                "bos_token_id",
+                "pad_token_id",
+            )
+            if config.get(name) is not None
+        }
+        eos = config.get("eos_token_id")
+        rope_theta, rope_scaling = _rope(config)
+        return cls(
+            **sizes,
+            **optional,
+            num_key_value_heads=heads if kv_heads is None else kv_heads,
+            head_dim=head_dim,
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
+            eos_token_id=tuple(eos) if isinstance(eos, (list, tuple)) else eos,
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """Gives the contents of a ``config.json`` that transformers loads.
+
+        Rotary settings are written under the older keys, which every release reads.
+        """
+        fields = dataclasses.asdict(self)
+        if self.rope_scaling is not None:
+            fields["rope_scaling"] = {
+                name: value for name, value in fields["rope_scaling"].items() if value is not None
+            }
+        if isinstance(self.eos_token_id, tuple):
+            fields["eos_token_id"] = list(self.eos_token_id)
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            **fields,
+        }
+
+
+def _required(config: Mapping[str, Any], name: str) -> int:
+    if config.get(name) is None:
+        raise InputError(f"config: {name} is missing")
+    value = config[name]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"config: {name} is {value!r}, expected an integer of 1 or more")
+    return value
+
+
+def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    """Base and scaling, from whichever of the two spellings the file has."""
+    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    rope = dict(config.get(key) or {})
+    theta = float(rope.pop("rope_theta", None) or config.get("rope_theta") or 10_000.0)
+    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise InputError(f"config: {key}.partial_rotary_factor is set, only 1.0 is supported")
+    legacy_type = rope.pop("type", "default")
+    rope_type = rope.pop("rope_type", legacy_type)
+    names = {
+        "default": (),
+        "linear": ("factor",),
+        "llama3": (
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "original_max_position_embeddings",
+        ),
+    }.get(rope_type)
+    if names is None:
+        raise InputError(
+            f"config: {key}.rope_type is {rope_type!r}, "
+            "only 'default', 'linear' and 'llama3' are supported"
+        )
+    if rope_type == "llama3":
+        rope.setdefault(
+            "original_max_position_embeddings", config.get("max_position_embeddings", 2048)
+        )
+    for name in names:
+        value = rope.get(name)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
+            raise InputError(f"config: {key}.{name} is {value!r}, expected a positive number")
+    if rope_type == "default":
+        return theta, None
+    return theta, RopeScaling(rope_type=rope_type, **{name: rope[name] for name in names})

@@ -1,0 +1,125 @@
+"""LoFT: AdamW on the full weight, projected on what rank r can hold."""
+
+import jax
+import optax
+
+from loft_jax.optim.links import alternate_factors, clip_by_projected_norm, project_gradients
+from loft_jax.optim.moments import SecondMoment, calibrate_moments, project_updates
+from loft_jax.optim.pairs import FactorNames, Scaling, find_pairs
+from loft_jax.optim.tree import Number, Role, check
+
+
+def loft(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: Number = 0.9,
+    b2: Number = 0.999,
+    eps: Number = 1e-8,
+    weight_decay: Number = 0.0,
+    *,
+    max_grad_norm: Number | None = None,
+    second_moment: SecondMoment = "full",
+    scaling: Scaling = 1.0,
+    first: Role = "b",
+    alternate: bool = True,
+    factors: FactorNames | None = None,
+) -> optax.GradientTransformation:
+    r"""LoFT: low-rank adaptation that behaves like full fine-tuning with AdamW.
+
+    For every factor pair of the parameters, `W = s A B`, the factors move so that W moves as AdamW
+    on W would, with gradient, moments and update projected on what the factors can hold:
+
+    .. math::
+      c = G Q, \quad
+      m \leftarrow \beta_1 m C + (1 - \beta_1) c, \quad
+      p_i \leftarrow \beta_2 C^T p_i C + (1 - \beta_2) c_i c_i^T, \quad
+      \Delta W = -\eta \, \frac{\hat m Q^T}{\sqrt{\hat v} + \epsilon} \, Q Q^T
+
+    Q being an orthonormal basis of what the other factor spans, C the change from the last one,
+    and `v_ij = Q_jᵀ p_i Q_j`. One factor moves a step. Where rank and shape are one (m = n = r),
+    W follows `optax.adamw` step for step; at every rank, its path does not depend on how W is
+    split into factors, nor on s: there is no alpha to tune. Leaves that belong to no pair take
+    plain AdamW with the same numbers.
+
+    The optimizer is the chain `project_gradients`, `clip_by_projected_norm` (with max_grad_norm),
+    `calibrate_moments`, `project_updates`, `optax.add_decayed_weights`, `alternate_factors`,
+    `optax.scale_by_learning_rate`.
+
+    Args:
+      learning_rate: Step size, or an Optax schedule of the step. That of full fine-tuning with
+        AdamW is a better start than that of LoRA.
+      b1: Decay of the first moment.
+      b2: Decay of the second moment.
+      eps: Adam's epsilon, beside the root of the second moment of the full gradient.
+      weight_decay: Decoupled weight decay of `s A B` (not of the base weight) and of other leaves,
+        multiplied by the learning rate. Only the factor that moves shrinks.
+      max_grad_norm: Clips the gradients to this global norm of the projected full gradients; None
+        for no clipping.
+      second_moment: "full": exact.
+      scaling: The s of `W = s A B` that the forward pass uses (alpha / rank in LoRA), or a
+        function from a pair's path (`"layers/q_proj"`) to it.
+      first: The factor that moves at the first step. "b", since adapters start with B = 0 and A
+        has no gradient then.
+      alternate: False moves both factors at every step, each with half of the weight decay: W then
+        moves by both projections at once and by a cross term of the squared learning rate.
+      factors: Endings of the paths of the factors; by default `lora_a` with `lora_b` and `lora_A`
+        with `lora_B`, at the end of a step also behind an underscore. See `find_pairs`.
+
+    Returns:
+      An `optax.GradientTransformation`. Its `update` needs the parameters.
+
+    Raises:
+      ValueError: For an argument out of its range, named; at init or update, for parameters
+        without proper pairs (see `find_pairs`), or when the parameters are missing.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from loft_jax import loft
+      >>> target = jnp.outer(jnp.arange(8.0), jnp.arange(6.0)) / 10
+      >>> params = {"lora_a": jax.random.normal(jax.random.key(0), (8, 2)),
+      ...           "lora_b": jnp.zeros((2, 6))}
+      >>> def loss(params):
+      ...     return jnp.mean((params["lora_a"] @ params["lora_b"] - target) ** 2)
+      >>> tx = loft(0.05, max_grad_norm=1.0)
+      >>> state = tx.init(params)
+      >>> @jax.jit
+      ... def step(params, state):
+      ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
+      ...     return optax.apply_updates(params, updates), state
+      >>> for _ in range(200):
+      ...     params, state = step(params, state)
+      >>> bool(loss(params) < 1e-2)
+      True
+
+    References:
+      Tastan et al., LoFT: Low-Rank Adaptation That Behaves Like Full Fine-Tuning, ICLR 2026,
+      arXiv 2505.21289.
+    """
+    check(weight_decay, "weight_decay", lambda x: x >= 0, "a number >= 0")
+    clip = []
+    if max_grad_norm is not None:
+        clip.append(
+            clip_by_projected_norm(
+                max_grad_norm, scaling=scaling, first=first, alternate=alternate, factors=factors
+            )
+        )
+    if alternate:
+        move = [optax.add_decayed_weights(weight_decay), alternate_factors(first, factors=factors)]
+    else:
+        move = [
+            optax.add_decayed_weights(weight_decay / 2, mask=lambda p: _paired(p, factors, True)),
+            optax.add_decayed_weights(weight_decay, mask=lambda p: _paired(p, factors, False)),
+        ]
+    return optax.chain(
+        project_gradients(scaling=scaling, factors=factors),
+        *clip,
+        calibrate_moments(b1, b2, second_moment=second_moment, scaling=scaling, factors=factors),
+        project_updates(eps, scaling=scaling, first=first, alternate=alternate, factors=factors),
+        *move,
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _paired(params: optax.Params, factors: FactorNames | None, wanted: bool) -> optax.Params:
+    leaves, treedef = jax.tree.flatten(params)
+    paired = {f.index for pair in find_pairs(params, factors) for f in (pair.a, pair.b)}
+    return jax.tree.unflatten(treedef, [(i in paired) == wanted for i in range(len(leaves))])

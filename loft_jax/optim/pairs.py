@@ -1,0 +1,186 @@
+"""Which leaves of a parameter tree are the two factors of one adapter, and their matrix form.
+
+An adapter adds `W = s A B` to a base weight. Its factors are two leaves of the tree with sibling
+paths, `A` of shape `(*stack, *in, r)` and `B` of shape `(*stack, r, *out)`. The mathematics sees
+both alike, as a batch of tall matrices: `A` folded to `(stack, m, r)` and `Bᵀ` to `(stack, n, r)`.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+FactorNames = Sequence[tuple[str, str]]
+"""Endings of the paths of the two factors of a pair, as `(("lora_a", "lora_b"), ...)`."""
+
+Scaling = float | jax.Array | Callable[[str], float]
+"""The s of `W = s A B`: one number, or a function of the pair's path."""
+
+DEFAULT_FACTOR_NAMES: FactorNames = (("lora_a", "lora_b"), ("lora_A", "lora_B"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """One factor of a pair: where it stands in the tree, and how it folds to tall matrices.
+
+    Attributes:
+      index: Position among the leaves of the tree.
+      stack: Shape of the stacked (scanned) axes, in front; empty for one layer.
+      features: Shape of the input axes for A, of the output axes for B.
+      rank_last: Whether the rank axis stands behind the features (A) or before them (B).
+    """
+
+    index: int
+    stack: tuple[int, ...]
+    features: tuple[int, ...]
+    rank_last: bool
+
+    def fold(self, x: jax.Array) -> jax.Array:
+        """Folds a leaf of this factor's layout to (stack, features, k), k its rank axis."""
+        if self.rank_last:
+            return x.reshape(math.prod(self.stack), math.prod(self.features), x.shape[-1])
+        folded = x.reshape(math.prod(self.stack), -1, math.prod(self.features))
+        return jnp.swapaxes(folded, 1, 2)
+
+    def unfold(self, x: jax.Array) -> jax.Array:
+        """Undoes `fold` for an x of shape (stack, features, k), with any k."""
+        if self.rank_last:
+            return x.reshape(*self.stack, *self.features, x.shape[-1])
+        return jnp.swapaxes(x, 1, 2).reshape(*self.stack, x.shape[-1], *self.features)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """The two factors of one adapter, or of one stack of adapters.
+
+    Attributes:
+      path: What the paths of both factors have in common, `"layers/q_proj"`.
+      rank: Size of the axis they share.
+      a: The factor of the inputs.
+      b: The factor of the outputs.
+    """
+
+    path: str
+    rank: int
+    a: Factor
+    b: Factor
+
+    def both(self) -> tuple[tuple[Factor, Factor], tuple[Factor, Factor]]:
+        """Each factor with its partner: (A, B), (B, A)."""
+        return (self.a, self.b), (self.b, self.a)
+
+    def scaling(self, scaling: Scaling) -> float | jax.Array:
+        """The s of this pair."""
+        return scaling(self.path) if callable(scaling) else scaling
+
+
+def find_pairs(params: Any, factors: FactorNames | None = None) -> list[Pair]:
+    """Finds the factor pairs of a parameter tree by the paths of its leaves.
+
+    The number of stacked axes is the largest for which the shapes fit: both factors begin with the
+    same axes, the rank follows them in B, and each factor keeps at least one axis of features.
+
+    Args:
+      params: A tree of arrays or of anything with a `shape`: nested dicts, `nnx.State`,
+        dataclasses. Steps named `value` (of a Flax variable) are not part of a path.
+      factors: Endings of the paths of A and B, `(("lora_a", "lora_b"),)` for instance; an ending
+        starts at a path step, or behind an underscore (`kernel_lora_a`). None stands for `lora_a`
+        with `lora_b` and `lora_A` with `lora_B`; an empty sequence says that there are no pairs.
+
+    Returns:
+      The pairs, in the order of their A leaves.
+
+    Raises:
+      ValueError: A factor without its other half, shapes that do not fit, a rank above the smaller
+        side of the weight, or (unless `factors` is an empty sequence) no pair at all.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"q": {"lora_a": jnp.ones((32, 64, 4)), "lora_b": jnp.ones((32, 4, 8, 8))}}
+      >>> [pair] = find_pairs(params)
+      >>> pair.path, pair.rank, pair.a.stack, pair.a.features, pair.b.features
+      ('q', 4, (32,), (64,), (8, 8))
+    """
+    names = DEFAULT_FACTOR_NAMES if factors is None else factors
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    paths = [_path_string(path) for path, _ in leaves]
+    halves: dict[tuple[str, tuple[str, str]], dict[str, int]] = {}
+    for index, path in enumerate(paths):
+        for ending_pair in names:
+            for role, ending in zip("ab", ending_pair, strict=True):
+                if (prefix := _strip_ending(path, ending)) is not None:
+                    halves.setdefault((prefix, ending_pair), {})[role] = index
+
+    pairs = []
+    for (prefix, endings), found in halves.items():
+        if len(found) == 1:
+            [(role, index)] = found.items()
+            missing = prefix + endings["ba".index(role)]
+            raise ValueError(
+                f"half a factor pair: found {paths[index]!r} but not {missing!r}; "
+                "a pair must be masked, frozen or trained as a whole"
+            )
+        a, b = leaves[found["a"]][1], leaves[found["b"]][1]
+        path = prefix.rstrip("/_") or paths[found["a"]]
+        pairs.append(_pair(path, found["a"], tuple(a.shape), found["b"], tuple(b.shape)))
+
+    # An empty tree is no mistake: Optax initializes with one to tell which parts of a state
+    # are like parameters (`optax.tree.map_params`).
+    if not pairs and names and paths:
+        wanted = ", ".join(f"{a}/{b}" for a, b in names)
+        shown = ", ".join(paths[:5]) + (", ..." if len(paths) > 5 else "")
+        raise ValueError(
+            f"no factor pair in the parameters: looked for siblings named {wanted}, found {shown}. "
+            "Name them with `factors=`, or pass `factors=()` to train without pairs"
+        )
+    return sorted(pairs, key=lambda pair: pair.a.index)
+
+
+def _pair(path: str, a_index: int, a: tuple[int, ...], b_index: int, b: tuple[int, ...]) -> Pair:
+    rank = a[-1] if a else 0
+    stacks = [
+        k for k in range(min(len(a), len(b)) - 1) if a[:k] == b[:k] and b[k] == rank and rank > 0
+    ]
+    if not stacks:
+        raise ValueError(
+            f"factors of {path!r} do not fit: A has shape {a} and B {b}, expected "
+            "A (*stack, *in, rank) and B (*stack, rank, *out)"
+        )
+    k = stacks[-1]
+    pair = Pair(
+        path,
+        rank,
+        a=Factor(a_index, a[:k], a[k:-1], rank_last=True),
+        b=Factor(b_index, b[:k], b[k + 1 :], rank_last=False),
+    )
+    m, n = math.prod(pair.a.features), math.prod(pair.b.features)
+    if rank > min(m, n):
+        raise ValueError(
+            f"rank of {path!r} is {rank}, above min(in, out) = {min(m, n)} of a weight "
+            f"of shape ({m}, {n})"
+        )
+    return pair
+
+
+def _path_string(path: tuple[Any, ...]) -> str:
+    steps = []
+    for key in path:
+        # DictKey and FlattenedIndexKey have a key, GetAttrKey a name, SequenceKey an idx.
+        step = next(getattr(key, name) for name in ("key", "name", "idx") if hasattr(key, name))
+        steps.append(str(step))
+    if len(steps) > 1 and steps[-1] in ("value", "raw_value"):
+        steps.pop()
+    return "/".join(steps)
+
+
+@functools.lru_cache(maxsize=65536)
+def _strip_ending(path: str, ending: str) -> str | None:
+    if path == ending:
+        return ""
+    if path.endswith(("/" + ending, "_" + ending)):
+        return path[: -len(ending)]
+    return None

@@ -1,0 +1,208 @@
+import json
+
+import datasets
+import pytest
+
+from loft_jax.data import DataConfig, load_examples
+from loft_jax.errors import InputError
+
+ROWS = [{"prompt": "a b", "completion": " c"}, {"prompt": "d", "completion": ' "e", f'}]
+
+pytestmark = pytest.mark.usefixtures("no_network")
+
+
+def write(path, rows=ROWS):
+    table = datasets.Dataset.from_list(rows)
+    match path.suffix:
+        case ".json":
+            path.write_text(json.dumps(rows))
+        case ".jsonl":
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        case ".csv":
+            table.to_csv(path)
+        case ".tsv":
+            table.to_csv(path, sep="\t")
+        case ".parquet":
+            table.to_parquet(path)
+    return path
+
+
+def read(path, **options):
+    return load_examples(DataConfig(str(path), **options)).to_list()
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl", "csv", "tsv", "parquet"])
+def test_every_format_gives_the_rows_written(tmp_path, ending):
+    assert read(write(tmp_path / f"rows.{ending}")) == ROWS
+
+
+def test_text_file_gives_a_row_a_line(tmp_path):
+    path = tmp_path / "lines.txt"
+    path.write_text("one\ntwo three\n")
+    assert read(path) == [{"text": "one"}, {"text": "two three"}]
+
+
+def test_csv_cells_stay_text(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,completion\nNA,None\n1,007\n,null\n")
+    assert read(path) == [
+        {"prompt": "NA", "completion": "None"},
+        {"prompt": "1", "completion": "007"},
+        {"prompt": "", "completion": "null"},
+    ]
+
+
+def test_glob_characters_in_a_path_are_plain(tmp_path):
+    folder = tmp_path / "run[1]*"
+    folder.mkdir()
+    assert read(write(folder / "rows?[a].jsonl")) == ROWS
+
+
+def test_folder_splits_by_file_name(tmp_path):
+    write(tmp_path / "train-0.jsonl", ROWS[:1])
+    write(tmp_path / "train-1.jsonl", ROWS[1:])
+    write(tmp_path / "test.jsonl", ROWS[1:])
+    (tmp_path / "README.md").write_text("what this is")
+    (tmp_path / "._train-0.jsonl").write_bytes(b"\x00 of a file browser")
+    assert read(tmp_path) == ROWS
+    assert read(tmp_path, split="test") == ROWS[1:]
+    assert read(tmp_path, split="train[:1]") == ROWS[:1]
+
+
+def test_saved_dataset_and_saved_splits(tmp_path):
+    table = datasets.Dataset.from_list(ROWS)
+    table.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict(train=table, test=table.select([1])).save_to_disk(str(tmp_path / "two"))
+    assert read(tmp_path / "one") == ROWS
+    assert read(tmp_path / "one", split="train[1:]") == ROWS[1:]
+    assert read(tmp_path / "two", split="test") == ROWS[1:]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+def test_nothing_is_written_beside_the_data(tmp_path, ending):
+    path = write(tmp_path / f"rows.{ending}")
+    read(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_nothing_is_written_into_a_saved_dataset(tmp_path):
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    before = sorted(tmp_path.rglob("*"))
+    read(tmp_path / "saved")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_changed_file_is_read_again(tmp_path):
+    path = write(tmp_path / "rows.jsonl")
+    read(path)
+    write(path, ROWS[:1])
+    assert read(path) == ROWS[:1]
+
+
+BROKEN = {
+    "broken.json": b'[{"prompt": "a", ',
+    "broken.jsonl": b'{"prompt": "a"}\n{bad\n',
+    "broken.parquet": b"this is not parquet",
+    "broken.txt": b"\xff\xfe\x80 not utf-8\n",
+    "first.csv": b"prompt,completion\na,b,c,d\n",
+    "second.csv": b"prompt,completion\na,b\na,b,c,d\n",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_unreadable_file(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(BROKEN[name])
+    with pytest.raises(InputError, match=rf"{name}: cannot be read as \w+: .+"):
+        read(path)
+
+
+@pytest.mark.parametrize("name", ["e.json", "e.jsonl", "e.csv", "e.txt", "e.parquet"])
+def test_empty_file(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(InputError, match=f"{name}: the file is empty"):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize(("name", "text"), [("e.csv", "prompt,completion\n"), ("e.json", "[]")])
+def test_file_without_examples(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=f"{name}.*(no examples|no data)"):
+        read(tmp_path / name)
+
+
+def test_saved_dataset_without_examples(tmp_path):
+    datasets.Dataset.from_list(ROWS).select([]).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(InputError, match="saved: empty or damaged"):
+        read(tmp_path / "saved")
+
+
+def test_damaged_saved_dataset(tmp_path):
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "saved" / "data-00000-of-00001.arrow").unlink()
+    with pytest.raises(InputError, match=r"saved: .*cannot be loaded from disk"):
+        read(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "sub/folder/missing.csv", "a b", "./nowhere"])
+def test_missing_file(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"no such file or folder; expected a file ending in"):
+        read(name)
+
+
+def test_unknown_ending(tmp_path):
+    (tmp_path / "rows.xlsx").write_text("x")
+    with pytest.raises(InputError, match=r"rows.xlsx: unknown ending '.xlsx'; expected .*\.jsonl"):
+        read(tmp_path / "rows.xlsx")
+
+
+def test_folder_without_data_and_with_two_formats(tmp_path):
+    (tmp_path / "notes.md").write_text("x")
+    with pytest.raises(InputError, match=r"no data file \(found notes.md\)"):
+        read(tmp_path)
+    write(tmp_path / "a.jsonl")
+    write(tmp_path / "b.csv")
+    with pytest.raises(InputError, match=r"several formats \(\.csv, \.jsonl\); expected one"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_unknown_split_names_those_there_are(tmp_path, saved):
+    path = write(tmp_path / "rows.jsonl")
+    if saved:
+        path = tmp_path / "saved"
+        datasets.Dataset.from_list(ROWS).save_to_disk(str(path))
+    with pytest.raises(InputError, match=r"(?s)test.*train"):
+        read(path, split="test")
+
+
+def test_unreachable_hub(monkeypatch):
+    def refuse(path, name, *, split):
+        assert (path, name, split) == ("someone/reviews", "small", "test")
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    message = r"someone/reviews: not a file or folder here.* hub: no route to the hub"
+    with pytest.raises(InputError, match=message):
+        read("someone/reviews", name="small", split="test")
+
+
+def test_hub_dataset_is_asked_for_by_id_name_and_split(monkeypatch):
+    table = datasets.Dataset.from_list(ROWS)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, split: table)
+    assert read("someone/reviews") == ROWS
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_length": 0}, "max_length is 0"),
+        ({"buckets": (64, 32), "max_length": 32}, "increasing"),
+        ({"buckets": (0, 64), "max_length": 32}, "positive"),
+        ({"buckets": (16, 32), "max_length": 64}, "below max_length 64"),
+    ],
+)
+def test_config_out_of_range(options, message):
+    with pytest.raises(InputError, match=message):
+        DataConfig("rows.jsonl", **options)

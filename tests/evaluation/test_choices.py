@@ -1,0 +1,185 @@
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from loft_jax.data import DataConfig
+from loft_jax.data.text import encode_continuations, encode_starts
+from loft_jax.errors import InputError
+from loft_jax.evaluation import choices as module
+from loft_jax.evaluation.choices import score_choices
+from tests.tiny import tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+CONFIG = DataConfig("rows", max_length=64)
+LABELS = [" negative", " positive"]
+REVIEWS = [
+    {"prompt": f"Review: {text}\nSentiment:", "completion": LABELS[i % 2]}
+    for i, text in enumerate(["a joy", "dull, loud and far too long", "worse", "moving", "honest"])
+]
+# Answers of several tokens and of different numbers; one row of single tokens among them.
+QUESTIONS = [
+    {"prompt": "two plus two?", "choices": [" four", " five or more", " a"], "answer": 0},
+    {"prompt": "the plot goes", "choices": [" nowhere", " on and on and on"], "answer": 1},
+    {"prompt": "Sentiment:", "choices": [" positive", " negative"], "answer": 1},
+    {"prompt": "a joy from start", "choices": [" to", " to finish", " é"], "answer": 1},
+]
+
+
+def torch_choices(folder, rows, max_length=10**6):
+    """Log-likelihoods of each answer, one forward pass an answer, in float64."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    scores = []
+    for row in rows:
+        (prompt,) = encode_starts(TOKENIZER, [row["prompt"]])
+        scores.append([])
+        for answer in encode_continuations(TOKENIZER, row["choices"]):
+            room = max_length - 1 - len(answer)
+            ids = torch.tensor([prompt[:1] + prompt[max(1, len(prompt) - room) :] + answer])
+            with torch.no_grad():
+                logp = model(ids).logits[0, :-1].double().log_softmax(-1)
+            logp = logp.gather(1, ids[0, 1:, None])[:, 0]
+            scores[-1].append(logp[-len(answer) :].sum().item())
+    return scores
+
+
+def expected_of(rows, scores):
+    sizes = [[len(choice.encode()) for choice in row["choices"]] for row in rows]
+    answers = [row["answer"] for row in rows]
+    pairs = list(zip(scores, sizes, answers, strict=True))
+    return {
+        "accuracy": np.mean([np.argmax(s) == a for s, _, a in pairs]),
+        "accuracy_norm": np.mean([np.argmax(np.divide(s, n)) == a for s, n, a in pairs]),
+        "nll": np.mean([-s[a] for s, _, a in pairs]),
+    }
+
+
+def assert_scores(found, rows, scores):
+    expected = expected_of(rows, scores)
+    assert found.count == len(rows)
+    assert found.accuracy == expected["accuracy"]
+    assert found.accuracy_norm == expected["accuracy_norm"]
+    np.testing.assert_allclose(found.nll, expected["nll"], rtol=1e-5)
+
+
+def test_single_token_labels_are_scored_as_torch_does(tiny_llama):
+    folder, model = tiny_llama
+    found = score_choices(
+        model, TOKENIZER, REVIEWS, CONFIG, choices=LABELS, batch_size=2, progress=False
+    )
+    rows = [
+        {**row, "choices": LABELS, "answer": LABELS.index(row["completion"])} for row in REVIEWS
+    ]
+    assert_scores(found, rows, torch_choices(folder, rows))
+
+
+def test_answers_of_several_tokens_are_scored_as_torch_does(tiny_llama):
+    folder, model = tiny_llama
+    scores = torch_choices(folder, QUESTIONS)
+    for best in range(2):  # whichever answers are said to be right
+        rows = [{**row, "answer": best} for row in QUESTIONS]
+        found = score_choices(model, TOKENIZER, rows, CONFIG, batch_size=3, progress=False)
+        assert_scores(found, rows, scores)
+
+
+def test_long_prompt_loses_its_left(tiny_llama):
+    folder, model = tiny_llama
+    rows = [{**row, "prompt": "far too long, " * 9 + row["prompt"]} for row in QUESTIONS]
+    config = DataConfig("rows", max_length=20)
+    found = score_choices(model, TOKENIZER, rows, config, batch_size=3, progress=False)
+    assert_scores(found, rows, torch_choices(folder, rows, max_length=20))
+
+
+class Counting(nnx.Module):
+    """Finds all tokens equally likely; counts the rows it is given that hold something."""
+
+    rows = 0
+
+    def __call__(self, tokens, *, positions, segment_ids):
+        jax.debug.callback(Counting.count, segment_ids)
+        return jax.nn.one_hot(tokens, len(TOKENIZER)) * 0.0
+
+    @staticmethod
+    def count(segment_ids):
+        Counting.rows += int((np.asarray(segment_ids).max(axis=1) > 0).sum())
+
+
+def test_single_token_answers_cost_one_pass_a_row_and_others_one_an_answer():
+    Counting.rows = 0
+    score_choices(Counting(), TOKENIZER, REVIEWS, CONFIG, choices=LABELS, progress=False)
+    jax.effects_barrier()
+    assert Counting.rows == len(REVIEWS)
+    Counting.rows = 0
+    score_choices(Counting(), TOKENIZER, QUESTIONS, CONFIG, progress=False)
+    jax.effects_barrier()
+    assert Counting.rows == 3 + 2 + 1 + 3
+
+
+def test_uniform_model_has_the_nll_of_the_whole_vocabulary_and_ties_go_to_the_first():
+    found = score_choices(Counting(), TOKENIZER, REVIEWS, CONFIG, choices=LABELS, progress=False)
+    np.testing.assert_allclose(found.nll, np.log(len(TOKENIZER)), rtol=1e-6)
+    assert found.accuracy == 3 / 5
+
+
+def test_normalisation_is_by_bytes():
+    # A uniform model: the sum prefers fewer tokens, the mean a byte prefers more bytes a token.
+    row = {"prompt": "a", "choices": [" é", " positive"], "answer": 1}
+    tokens = encode_continuations(TOKENIZER, row["choices"])
+    assert [len(ids) for ids in tokens] == [3, 1]
+    row["choices"].append(" positive joy")
+    found = score_choices(Counting(), TOKENIZER, [row], CONFIG, progress=False)
+    assert found.accuracy == 1  # 1 token against 3 and 2
+    assert found.accuracy_norm == 1  # 1/9 against 3/3 and 2/13
+    norm = score_choices(
+        Counting(), TOKENIZER, [{**row, "choices": ["a", " positive joy"]}], CONFIG, progress=False
+    )
+    assert (norm.accuracy, norm.accuracy_norm) == (0, 1)  # 1 token against 2; 1/1 against 2/13
+
+
+def test_compiled_once_a_shape_over_several_evaluations():
+    before = module._next_token_scores._cache_size()
+    for _ in range(2):
+        score_choices(
+            Counting(), TOKENIZER, REVIEWS, CONFIG, choices=LABELS, batch_size=7, progress=False
+        )
+    assert module._next_token_scores._cache_size() - before == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([{"prompt": "a"}], {"choices": LABELS}, r"field 'completion' is missing; found .*prompt"),
+        ([{"prompt": "a"}], {}, "field 'choices' is missing"),
+        (REVIEWS, {}, r"field 'choices' is missing; .*or choices given for all rows"),
+        ([{"prompt": 3, "completion": LABELS[0]}], {"choices": LABELS}, "row 0: field 'prompt'"),
+        ([{"prompt": "a", "completion": "neutral"}], {"choices": LABELS},
+         r"row 0: the completion 'neutral' is none of the choices \[' negative'"),
+        ([{**QUESTIONS[0], "choices": []}], {}, r"row 0: field 'choices' is \[\]"),
+        ([{**QUESTIONS[0], "choices": "ab"}], {}, "expected a list of texts"),
+        ([{**QUESTIONS[0], "answer": 3}], {}, "row 0: field 'answer' is 3; expected 0 to 2"),
+        ([{**QUESTIONS[0], "answer": "a"}], {}, "row 0: field 'answer' is 'a'"),
+        ([{**QUESTIONS[0], "choices": [" a", ""]}], {}, "choice '' has no token"),
+        ([], {}, "the dataset is empty"),
+        (REVIEWS, {"choices": LABELS, "batch_size": 0}, "batch size is 0"),
+    ],
+)  # fmt: skip
+def test_bad_input(rows, options, message):
+    with pytest.raises(InputError, match=message):
+        score_choices(Counting(), TOKENIZER, rows, CONFIG, progress=False, **options)
+
+
+def test_answer_longer_than_a_row():
+    config = DataConfig("rows", max_length=3)
+    rows = [{"prompt": "a", "choices": [" a", " on and on"], "answer": 0}]
+    with pytest.raises(InputError, match=r"row 0: max_length is 3; an answer of 5 tokens needs 6"):
+        score_choices(Counting(), TOKENIZER, rows, config, progress=False)
+
+
+def test_prompt_without_any_token():
+    rows = [{"prompt": "", "completion": LABELS[0]}]
+    tokenizer = tiny_tokenizer(bos=False)
+    with pytest.raises(InputError, match="row 0: the prompt has no token"):
+        score_choices(Counting(), tokenizer, rows, CONFIG, choices=LABELS, progress=False)

@@ -1,0 +1,123 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from transformers import AutoModelForCausalLM
+
+from loft_jax.errors import InputError
+from loft_jax.evaluation import generation as module
+from loft_jax.evaluation.generation import generate, generate_text
+from loft_jax.lora import LoRAConfig, add_lora
+from tests.tiny import tiny_tokenizer
+
+RNG = np.random.default_rng(0)
+PROMPTS = [RNG.integers(5, 400, length).tolist() for length in (3, 17, 8)]
+
+
+def torch_greedy(folder, prompt, count, eos):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    new = model.generate(
+        torch.tensor([prompt]),
+        max_new_tokens=count,
+        do_sample=False,
+        eos_token_id=eos,
+        pad_token_id=0,
+    )
+    return new[0, len(prompt) :].tolist()
+
+
+def test_greedy_equals_transformers_in_a_batch_of_unequal_prompts(tiny_llama):
+    folder, model = tiny_llama
+    found = generate(model, PROMPTS, max_new_tokens=25, eos_token_ids=())
+    assert found == [torch_greedy(folder, prompt, 25, None) for prompt in PROMPTS]
+
+
+def test_each_row_ends_at_its_own_ending_token(tiny_llama):
+    folder, model = tiny_llama
+    free = generate(model, PROMPTS, max_new_tokens=25, eos_token_ids=())
+    ends = [free[0][4], free[2][9]]
+    found = generate(model, PROMPTS, max_new_tokens=25, eos_token_ids=ends)
+    assert found == [torch_greedy(folder, prompt, 25, ends) for prompt in PROMPTS]
+    assert len(found[0]) <= 5
+
+
+def test_one_compilation_serves_lengths_of_one_bucket(tiny_llama):
+    _, model = tiny_llama
+    module._generate.clear_cache()
+    for prompts, count in ((PROMPTS, 3), ([[1], [2, 3], [4]], 7), (PROMPTS[::-1], 9)):
+        new = generate(model, prompts, max_new_tokens=count, eos_token_ids=())
+        assert [len(row) for row in new] == [count] * 3
+    assert module._generate._cache_size() == 1
+
+
+def test_sampling_follows_its_seed(tiny_llama):
+    _, model = tiny_llama
+    draw = lambda seed: generate(  # noqa: E731
+        model, PROMPTS, max_new_tokens=8, temperature=1.0, eos_token_ids=(), seed=seed
+    )
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+def test_narrow_sampling_is_greedy(tiny_llama):
+    _, model = tiny_llama
+    greedy = generate(model, PROMPTS, max_new_tokens=8, eos_token_ids=())
+    for narrow in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}):
+        sampling = {"temperature": 1.0} | narrow
+        assert generate(model, PROMPTS, max_new_tokens=8, eos_token_ids=(), **sampling) == greedy
+
+
+@pytest.mark.parametrize(("top_k", "top_p", "kept"), [(400, 0.7, 2), (3, 1.0, 3), (2, 0.99, 2)])
+def test_only_the_likely_tokens_can_be_drawn(top_k, top_p, kept):
+    probabilities = np.array([[0.1, 0.4, 0.05, 0.35, 0.1 - 1e-3, 1e-3]])
+    left = module._truncate(jnp.log(probabilities), top_k, top_p)
+    order = np.argsort(-probabilities[0], kind="stable")[: np.isfinite(left).sum()]
+    assert np.isfinite(left).sum() == kept
+    np.testing.assert_allclose(left[0, order], np.log(probabilities[0, order]), rtol=1e-6)
+
+
+def test_dropout_is_off_and_stays_as_it_was(tiny_llama):
+    _, model = tiny_llama
+    graphdef, state = nnx.split(model)
+    model = nnx.merge(graphdef, state)
+    add_lora(model, LoRAConfig(rank=2, dropout=0.9, target_modules=["v_proj"]), rngs=nnx.Rngs(0))
+    model.layers.self_attn.v_proj.lora_b[...] += 0.1
+    once = generate(model, PROMPTS, max_new_tokens=5)
+    assert once == generate(model, PROMPTS, max_new_tokens=5)
+    assert not model.layers.self_attn.v_proj.lora_dropout.deterministic
+
+
+def test_text_in_and_out(tiny_llama):
+    folder, model = tiny_llama
+    tokenizer = tiny_tokenizer()
+    texts = ["a joy", "Review: dull"]
+    expected = [
+        tokenizer.decode(
+            torch_greedy(folder, tokenizer(text)["input_ids"], 6, 2), skip_special_tokens=True
+        )
+        for text in texts
+    ]
+    assert generate_text(model, tokenizer, texts, max_new_tokens=6) == expected
+
+
+def test_no_prompts_no_texts(tiny_llama):
+    assert generate(tiny_llama[1], [], max_new_tokens=5) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "said"),
+    [
+        ([[1], []], {}, "prompt 1 has no tokens"),
+        ([[1, 400]], {}, "prompt 0 has tokens outside the vocabulary, 0 to 399"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ([[1]], {"temperature": -1.0}, "temperature is -1.0"),
+        ([[1]], {"top_k": 0}, "top_k is 0"),
+        ([[1]], {"top_p": 0.0}, "top_p is 0.0"),
+        ([[1]], {"eos_token_ids": [400]}, "eos_token_ids names 400"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(tiny_llama, prompts, options, said):
+    with pytest.raises(InputError) as raised:
+        generate(tiny_llama[1], prompts, **{"max_new_tokens": 2} | options)
+    assert said in str(raised.value)

@@ -1,0 +1,112 @@
+import pytest
+from flax import nnx
+
+from loft_jax.errors import InputError
+from loft_jax.lora import LoRAConfig
+from loft_jax.lora.targets import named_modules, select
+
+from .models import Block, Stacked
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.embed = nnx.Embed(7, 4, rngs=rngs)
+        self.blocks = nnx.List([Block(4, rngs=rngs) for _ in range(11)])
+        self.norm = nnx.RMSNorm(4, rngs=rngs)
+        self.extra = nnx.data({"side": nnx.Linear(4, 4, rngs=rngs)})
+        self.lm_head = nnx.Linear(4, 7, rngs=rngs)
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return Model(nnx.Rngs(0))
+
+
+def paths(model, target, exclude=()):
+    return list(select(model, LoRAConfig(2, target_modules=target, exclude_modules=exclude)))
+
+
+UP = [f"blocks.{i}.up_proj" for i in range(11)]
+DOWN = [f"blocks.{i}.down_proj" for i in range(11)]
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("up_proj", UP),
+        (["up_proj"], UP),
+        (r"blocks\.\d+\.up_proj", UP),
+        (r"blocks\.(2|10)\..*", ["blocks.2.down_proj", UP[2], "blocks.10.down_proj", UP[10]]),
+        ("blocks.1.up_proj", [UP[1]]),
+        (["1.up_proj"], [UP[1]]),
+        (["embed", "side"], ["embed", "extra.side"]),
+        ("lm_head", ["lm_head"]),
+    ],
+)
+def test_names_and_patterns(model, target, expected):
+    assert paths(model, target) == expected
+
+
+def test_all_linear_leaves_out_the_head_and_embeddings(model):
+    assert sorted(paths(model, "all-linear")) == sorted([*UP, *DOWN, "extra.side"])
+
+
+@pytest.mark.parametrize("exclude", ["down_proj", ["down_proj"], r".*\.down_proj"])
+def test_exclusion(model, exclude):
+    assert paths(model, "all-linear", exclude) == [*UP, "extra.side"]
+
+
+@pytest.mark.parametrize("target", [["up_proj"], r"blocks\.\d+\.(up|down)_proj", ["embed"]])
+def test_matches_what_peft_matches(model, target):
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    config = LoraConfig(target_modules=target)
+    candidates = named_modules(model)
+    theirs = [path for path in candidates if check_target_module_exists(config, path)]
+    assert paths(model, target) == theirs
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_modules": "up_porj"}, "'up_porj' matches no layer.*near names: up_proj"),
+        ({"target_modules": ["up_proj", "dwn_proj"]}, "'dwn_proj' matches no layer.*down_proj"),
+        ({"target_modules": r"layers\.\d+\.up_proj"}, "matches no layer.*up_proj"),
+        ({"target_modules": ["zzz"]}, "'zzz' matches no layer.*down_proj, embed, lm_head"),
+        ({"target_modules": ["blocks"]}, "'blocks' is a module, name the layers inside"),
+        ({"target_modules": ["up_proj", "norm"]}, "'norm' matches no layer"),
+        ({"target_modules": r".*(norm|up_proj)"}, "'norm' is a RMSNorm, which takes no LoRA"),
+        ({"exclude_modules": ["side", "sidee"]}, "exclude_modules: 'sidee'.*near names: side"),
+        ({"target_modules": "side", "exclude_modules": "side"}, "exclude_modules leaves no layer"),
+        ({"rank_pattern": {"up_prj": 1}}, "rank_pattern: 'up_prj'.*near names: up_proj"),
+        ({"alpha_pattern": {"lm_head": 1}}, "alpha_pattern: 'lm_head' matches no target layer"),
+    ],
+)
+def test_what_matches_nothing_is_refused_with_near_names(model, fields, message):
+    with pytest.raises(InputError, match=f"(?s){message}"):
+        select(model, LoRAConfig(2, **fields))
+
+
+def test_a_model_without_linear_layers():
+    with pytest.raises(InputError, match="no linear layer"):
+        select(nnx.RMSNorm(4, rngs=nnx.Rngs(0)), LoRAConfig(2))
+
+
+def test_a_shared_layer_is_selected_once_by_any_of_its_paths():
+    class Shared(nnx.Module):
+        def __init__(self, rngs):
+            self.a = nnx.Linear(3, 3, rngs=rngs)
+            self.b = nnx.List([self.a])
+
+    model = Shared(nnx.Rngs(0))
+    assert paths(model, "all-linear") == ["a"]
+    assert paths(model, ["b.0"]) == ["b.0"]
+    with pytest.raises(InputError, match="leaves no layer"):
+        paths(model, "all-linear", ["b.0"])
+
+
+def test_a_cycle_ends():
+    model = Stacked(rngs=nnx.Rngs(0))
+    model.layers.parent = model
+    assert paths(model, "up_proj") == ["layers.up_proj"]

@@ -1,0 +1,54 @@
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from loft_jax.models.attention import KVCache, attend, positions_from, visibility
+
+
+def test_visibility_of_packed_and_padded_rows():
+    segment_ids = jnp.array([[1, 1, 2, 2, 0], [0, 0, 1, 1, 1]])
+    visible, _ = visibility(2, 5, segment_ids, None)
+    expected = np.zeros((2, 5, 5), bool)
+    for row, query, key in np.ndindex(expected.shape):
+        ids = np.asarray(segment_ids[row])
+        expected[row, query, key] = key <= query and ids[query] == ids[key] != 0
+    np.testing.assert_array_equal(visible, expected)
+    np.testing.assert_array_equal(positions_from(visible), [[0, 1, 0, 1, 0], [0, 0, 0, 1, 2]])
+
+
+def test_visibility_with_a_cache_is_a_window_of_the_whole():
+    segment_ids = jnp.array([[0, 1, 1, 1, 1, 1], [1, 1, 1, 0, 1, 1]])  # padded left; right
+    whole, _ = visibility(2, 6, segment_ids, None)
+    cache = KVCache.empty(layers=1, batch=2, length=8, kv_heads=1, head_dim=2, dtype=jnp.float32)
+    first, cache = visibility(2, 4, segment_ids[:, :4], cache)
+    np.testing.assert_array_equal(first[:, :, :6], whole[:, :4])
+    cache = KVCache(cache.keys, cache.values, cache.segment_ids, jnp.int32(4))
+    second, _ = visibility(2, 2, segment_ids[:, 4:], cache)
+    np.testing.assert_array_equal(second[:, :, :6], whole[:, 4:])
+    assert not second[:, :, 6:].any()
+    np.testing.assert_array_equal(
+        np.concatenate([positions_from(first), positions_from(second)], 1),
+        [[0, 0, 1, 2, 3, 4], [0, 1, 2, 0, 3, 4]],
+    )
+
+
+def test_attend_equals_torch():
+    rng = np.random.default_rng(0)
+    queries = rng.normal(size=(2, 5, 6, 8)).astype(np.float32)  # (b, t, heads, head_dim)
+    keys, values = rng.normal(size=(2, 2, 2, 7, 8)).astype(np.float32)  # (b, kv_heads, s, head_dim)
+    visible = rng.random((2, 5, 7)) > 0.4
+    visible[:, :, 0] = True
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        torch.tensor(queries).transpose(1, 2),
+        torch.tensor(keys),
+        torch.tensor(values),
+        attn_mask=torch.tensor(visible)[:, None],
+        enable_gqa=True,
+    ).transpose(1, 2)
+    np.testing.assert_allclose(attend(queries, keys, values, visible), expected, atol=1e-6)
+
+
+def test_a_query_that_sees_nothing_stays_finite():
+    x = jnp.ones((1, 3, 1, 4))
+    keys = jnp.ones((1, 1, 3, 4))
+    assert jnp.isfinite(attend(x, keys, keys, jnp.zeros((1, 3, 3), bool))).all()

@@ -1,0 +1,67 @@
+"""The path of W depends neither on how W is split into factors, nor on s."""
+
+import functools
+
+import jax
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.optim.problems import least_squares, loft_path, relative_errors
+
+STEPS = 20
+TOLERANCE = {"float64": 1e-8, "float32": 1e-3}
+
+
+@functools.cache
+def path_function(shape, dtype, seed):
+    """Compiled once for a shape: factors and s are its arguments."""
+    problem = least_squares(*shape, seed=seed)
+
+    @jax.jit
+    def path(a, b, scaling):
+        moved = {**problem, "a": a, "b": b}
+        return loft_path(moved, STEPS, dtype, learning_rate=0.01, scaling=scaling)
+
+    return problem, path
+
+
+def gauge(r, condition, seed):
+    rng = np.random.default_rng(seed)
+    u, v = (np.linalg.qr(rng.normal(size=(r, r)))[0] for _ in range(2))
+    return u @ np.diag(np.geomspace(1, 1 / condition, r)) @ v
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    shape=st.sampled_from([(12, 9, 4), (8, 8, 8), (20, 30, 6)]),
+    dtype=st.sampled_from(["float64", "float32"]),
+    condition=st.floats(1.0, 1e3),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_gauge(shape, dtype, condition, seed):
+    with jax.enable_x64(True):
+        problem, path = path_function(shape, dtype, 1)
+        t = gauge(shape[2], condition, seed)
+        a, b = problem["a"] @ t, np.linalg.solve(t, problem["b"])
+        errors = relative_errors(path(a, b, 1.0), path(problem["a"], problem["b"], 1.0))
+    assert errors.max() < TOLERANCE[dtype]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    shape=st.sampled_from([(12, 9, 4), (20, 30, 6)]),
+    dtype=st.sampled_from(["float64", "float32"]),
+    log_scaling=st.floats(-3, 3),
+    sign=st.sampled_from([-1.0, 1.0]),
+)
+def test_scaling(shape, dtype, log_scaling, sign):
+    """The same W from factors made for another s."""
+    scaling = sign * 10**log_scaling
+    with jax.enable_x64(True):
+        problem, path = path_function(shape, dtype, 2)
+        errors = relative_errors(
+            path(problem["a"], problem["b"] / scaling, scaling),
+            path(problem["a"], problem["b"], 1.0),
+        )
+    assert errors.max() < TOLERANCE[dtype]

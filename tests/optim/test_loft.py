@@ -1,0 +1,331 @@
+"""The chain as users hold it: links apart, clips, stacks, plain leaves, hard cases, errors."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import loft_jax
+from loft_jax import loft
+from loft_jax.optim.moments import Moments
+from loft_jax.optim.subspace import orthonormal_basis
+from tests.optim.problems import gradient, least_squares
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def pair(seed, m=12, n=9, r=3, stack=()):
+    return {"lora_a": normal(seed, *stack, m, r), "lora_b": normal(seed + 1, *stack, r, n)}
+
+
+def run(tx, params, grads_of, steps):
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(grads_of(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    state, path = tx.init(params), []
+    for _ in range(steps):
+        params, state = step(params, state)
+        path.append(params)
+    return path, state
+
+
+def assert_trees_close(x, y, **tolerance):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, **tolerance), x, y)
+
+
+def random_grads(params):
+    return jax.tree.map(lambda p: jnp.sin(3 * p) + 0.3, params)
+
+
+def test_the_chain_by_hand_is_loft():
+    params = {"q": pair(0), "bias": normal(5, 4)}
+    by_hand = optax.chain(
+        loft_jax.project_gradients(scaling=2.0),
+        loft_jax.clip_by_projected_norm(0.5, scaling=2.0),
+        loft_jax.calibrate_moments(0.8, 0.9, scaling=2.0),
+        loft_jax.project_updates(1e-6, scaling=2.0),
+        optax.add_decayed_weights(0.1),
+        loft_jax.alternate_factors(),
+        optax.scale_by_learning_rate(0.1),
+    )
+    alias = loft(0.1, 0.8, 0.9, 1e-6, 0.1, max_grad_norm=0.5, scaling=2.0)
+    ours, _ = run(alias, params, random_grads, 4)
+    expected, _ = run(by_hand, params, random_grads, 4)
+    assert_trees_close(ours, expected, rtol=1e-6)
+
+
+def test_one_factor_moves_at_a_time():
+    params = {"q": pair(0), "bias": normal(5, 4)}
+    path, _ = run(loft(0.1, weight_decay=0.1), params, random_grads, 4)
+    path = [params, *path]
+    moved = [
+        tuple(bool((x["q"][k] != y["q"][k]).any()) for k in ("lora_a", "lora_b"))
+        for x, y in itertools.pairwise(path)
+    ]
+    assert moved == [(False, True), (True, False)] * 2
+
+
+def test_plain_leaves_take_adamw():
+    params = {"q": pair(0), "head": normal(5, 4, 3), "bias": normal(6, 4)}
+    numbers = {"b1": 0.8, "b2": 0.95, "eps": 1e-6, "weight_decay": 0.1}
+    ours, _ = run(loft(0.05, **numbers), params, random_grads, 10)
+    plain = {k: params[k] for k in ("head", "bias")}
+    expected, _ = run(optax.adamw(0.05, **numbers), plain, random_grads, 10)
+    assert_trees_close([{k: p[k] for k in plain} for p in ours], expected, rtol=1e-5)
+
+
+def test_no_pairs_on_purpose_is_adamw():
+    params = {"head": normal(5, 4, 3)}
+    ours, _ = run(loft(0.05, weight_decay=0.1, factors=()), params, random_grads, 5)
+    expected, _ = run(optax.adamw(0.05, weight_decay=0.1), params, random_grads, 5)
+    assert_trees_close(ours, expected, rtol=1e-5)
+
+
+def test_stacked_layers_move_as_separate_ones():
+    stacked = {"q": pair(0, stack=(3,))}
+    layers = {str(i): jax.tree.map(lambda x, i=i: x[i], stacked["q"]) for i in range(3)}
+    tx = loft(0.05, max_grad_norm=1.0, weight_decay=0.1)
+    ours, _ = run(tx, stacked, random_grads, 6)
+    expected, _ = run(tx, layers, random_grads, 6)
+    joined = [{"q": jax.tree.map(lambda *x: jnp.stack(x), *p.values())} for p in expected]
+    assert_trees_close(ours, joined, rtol=1e-3, atol=1e-4)
+
+
+def test_einsum_factors_move_as_folded_ones():
+    folded = pair(0, m=12, n=10, r=3)
+    axes = {
+        "lora_a": folded["lora_a"].reshape(3, 4, 3),
+        "lora_b": folded["lora_b"].reshape(3, 5, 2),
+    }
+    # Three ranks beside three inputs would read as a stack of three: the rank comes last in A.
+    axes = {"lora_a": axes["lora_a"].reshape(4, 3, 3), "lora_b": axes["lora_b"]}
+    ours, _ = run(loft(0.05), axes, random_grads, 5)
+    expected, _ = run(loft(0.05), folded, random_grads, 5)
+    for x, y in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(x["lora_a"].reshape(12, 3), y["lora_a"], rtol=1e-5)
+        np.testing.assert_allclose(x["lora_b"].reshape(3, 10), y["lora_b"], rtol=1e-5)
+
+
+def test_scaling_by_path():
+    params = {"q": pair(0), "k": pair(2)}
+    ours, _ = run(loft(0.05, scaling={"q": 2.0, "k": 0.5}.__getitem__), params, random_grads, 4)
+    for name, scaling in (("q", 2.0), ("k", 0.5)):
+        expected, _ = run(loft(0.05, scaling=scaling), {name: params[name]}, random_grads, 4)
+        assert_trees_close([{name: p[name]} for p in ours], expected, rtol=1e-5)
+
+
+def test_bfloat16_factors_have_a_float32_state():
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), {"q": pair(0)})
+    path, state = run(loft(0.05), params, random_grads, 3)
+    assert {x.dtype for x in jax.tree.leaves(path)} == {jnp.dtype(jnp.bfloat16)}
+    assert {x.dtype for x in jax.tree.leaves(state[1].mu)} == {jnp.dtype(jnp.float32)}
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((path, state)))
+
+
+# Clips
+
+
+def full_gradients(params, full):
+    """Raw factor gradients of gradients (m, n) of the full weights."""
+    return {
+        name: {"lora_a": g @ params[name]["lora_b"].T, "lora_b": params[name]["lora_a"].T @ g}
+        for name, g in full.items()
+    }
+
+
+@pytest.mark.parametrize("turn", ["a", "b", "both"])
+def test_clip_norm_is_the_dense_one(turn):
+    params = {"q": pair(0), "k": pair(2, m=7, n=20, r=5)}
+    full = {"q": normal(7, 12, 9), "k": normal(8, 7, 20)}
+    grads = {**full_gradients(params, full), "bias": normal(9, 6)}
+    params["bias"] = jnp.zeros(6)
+
+    def projector(x):
+        return x @ np.linalg.pinv(x)
+
+    squares = [np.sum(np.square(grads["bias"]))]
+    for name, g in full.items():
+        if turn != "b":
+            squares.append(np.sum(np.square(g @ projector(np.asarray(params[name]["lora_b"]).T))))
+        if turn != "a":
+            squares.append(np.sum(np.square(projector(np.asarray(params[name]["lora_a"])) @ g)))
+    norm = np.sqrt(sum(squares))
+    how = {"alternate": False} if turn == "both" else {"first": turn}
+    for max_norm, factor in ((norm / 3, 1 / 3), (norm * 1.01, 1.0)):
+        clip = loft_jax.clip_by_projected_norm(max_norm, **how)
+        project = loft_jax.project_gradients()
+        projected, _ = project.update(grads, project.init(params), params)
+        clipped, _ = clip.update(projected, clip.init(params), params)
+        expected = jax.tree.map(lambda x, f=factor: x * f, projected)
+        assert_trees_close(clipped, expected, rtol=1e-5)
+
+
+def test_clip_of_the_update():
+    """Behind loft, the clip bounds how far W moves, in the Frobenius norm."""
+    params = {"q": pair(0)}
+    path, _ = run(
+        optax.chain(loft(10.0), loft_jax.clip_by_projected_norm(0.01)), params, random_grads, 6
+    )
+    weights = [p["q"]["lora_a"] @ p["q"]["lora_b"] for p in [params, *path]]
+    moves = [float(jnp.linalg.norm(y - x)) for x, y in itertools.pairwise(weights)]
+    np.testing.assert_allclose(moves, 0.01, rtol=1e-3)
+
+
+# Hard cases
+
+
+@pytest.mark.parametrize(("m", "n", "r"), [(12, 9, 4), (9, 9, 9), (12, 9, 1), (7, 12, 7)])
+def test_hard_cases_stay_finite_and_within_adams_bound(m, n, r):
+    """B = 0, then a gradient, a zero one, lost ranks of both factors, and tiny factors."""
+    lr, b1, b2 = 0.1, 0.9, 0.999
+    problem = least_squares(m, n, r)
+    params = {"lora_a": jnp.asarray(problem["a"], jnp.float32), "lora_b": jnp.zeros((r, n))}
+    tx = loft(lr, b1, b2)
+    state = tx.init(params)
+    update = jax.jit(tx.update)
+    for k in range(1, 41):
+        if k == 10:
+            params["lora_b"] = params["lora_b"].at[-1].set(params["lora_b"][0])
+        if k == 17:
+            params["lora_a"] = params["lora_a"].at[:, 0].set(0)
+        if k == 25:
+            params = jax.tree.map(lambda x: x * 1e-12, params)
+        if k == 31:
+            params = jax.tree.map(jnp.zeros_like, params)
+        full = gradient(problem, params["lora_a"] @ params["lora_b"]) * (k != 14)
+        grads = {"lora_a": full @ params["lora_b"].T, "lora_b": params["lora_a"].T @ full}
+        updates, state = update(grads, state, params)
+        assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((updates, state))), k
+        # W moves by D times a projector, so a row of the move is no longer than a row of D.
+        move = updates["lora_a"] @ params["lora_b"] + params["lora_a"] @ updates["lora_b"]
+        rows = jnp.linalg.norm(move, axis=1 if k % 2 == 0 else 0)
+        weights = (1 - b1) * b1 ** np.arange(k)
+        squares = (1 - b2) * b2 ** np.arange(k)
+        bound = np.sqrt(np.sum(weights**2 / squares) * (1 - b2**k)) / (1 - b1**k)
+        columns = n if k % 2 == 0 else m
+        assert float(rows.max()) <= lr * bound * np.sqrt(columns) * 1.001, k
+        params = optax.apply_updates(params, updates)
+    assert bool((state[1].mu["lora_a"] == 0).all())  # nothing is left of what spans nothing
+
+
+def test_direction_never_exceeds_adams_bound():
+    """The quadratic form rounds to a wrongly tiny v: the direction is bounded all the same."""
+    m, n, r = 6, 40, 4
+    params = {"lora_a": normal(1, m, r), "lora_b": normal(0, r, n)}
+    q = orthonormal_basis(params["lora_b"].T).q
+    packed = r * (r + 1) // 2
+    leaves = {
+        "lora_a": Moments(normal(2, 1, m, r), jnp.zeros((1, m, packed)), jnp.asarray(1.0)),
+        "lora_b": Moments(normal(3, 1, n, r), jnp.zeros((1, n, packed)), jnp.asarray(1.0)),
+    }
+    tx = loft_jax.project_updates(eps=1e-30, first="a")
+    updates, _ = tx.update(leaves, tx.init(params), params)
+    signs = jnp.sign(leaves["lora_a"].mu[0] @ q.T)
+    np.testing.assert_allclose(updates["lora_a"] @ params["lora_b"], signs @ q @ q.T, atol=1e-4)
+
+
+def test_a_nan_is_skipped_by_apply_if_finite():
+    params = {"q": pair(0)}
+    tx = optax.apply_if_finite(loft(0.05), max_consecutive_errors=3)
+    good = random_grads(params)
+    bad = jax.tree.map(lambda x: x, good)
+    bad["q"]["lora_a"] = bad["q"]["lora_a"].at[0, 0].set(jnp.nan)
+
+    def path(sequence):
+        p, state = params, tx.init(params)
+        for grads in sequence:
+            updates, state = jax.jit(tx.update)(grads, state, p)
+            p = optax.apply_updates(p, updates)
+        return p
+
+    assert_trees_close(path([good, bad, good]), path([good, good]), rtol=0)
+
+
+def test_donation_and_map_params():
+    params = {"q": pair(0), "bias": jnp.zeros(3)}
+    tx = loft(0.05)
+    state = jax.jit(lambda s: jax.tree.map(lambda x: x + 0, s), donate_argnums=0)(tx.init(params))
+    doubled = optax.tree.map_params(tx, lambda x: x + 1, state)
+    assert float(doubled[1].mu["q"]["lora_a"].min()) == 1.0
+    assert int(doubled[1].count) == 0
+
+
+# Memory
+
+
+def test_no_dense_matrix_is_kept():
+    m = n = 4096
+    params = jax.eval_shape(lambda: {"lora_a": jnp.zeros((m, 16)), "lora_b": jnp.zeros((16, n))})
+    tx = loft(1e-3, max_grad_norm=1.0)
+    step = jax.jit(tx.update, donate_argnums=(0, 1))
+    compiled = step.lower(params, jax.eval_shape(tx.init, params), params).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < m * n * 4 / 4
+
+
+# Errors
+
+
+def test_update_without_parameters():
+    params = {"q": pair(0)}
+    tx = loft(0.1)
+    with pytest.raises(ValueError, match="needs the parameters"):
+        tx.update(params, tx.init(params))
+
+
+def test_updates_of_another_structure():
+    params = {"q": pair(0)}
+    tx = loft(0.1)
+    with pytest.raises(ValueError, match="3 leaves and the parameters 2"):
+        tx.update({**params, "extra": jnp.zeros(1)}, tx.init(params), params)
+
+
+def test_links_out_of_order():
+    params = {"q": pair(0)}
+    tx = loft_jax.project_updates()
+    with pytest.raises(ValueError, match="expected the Moments that calibrate_moments makes"):
+        tx.update(params, tx.init(params), params)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"scaling": 0.0}, "scaling is 0.0, expected a finite number, not 0"),
+        ({"scaling": float("nan")}, "scaling is nan"),
+        ({"b1": 1.0}, r"b1 is 1.0, expected a number in \[0, 1\)"),
+        ({"b2": -0.1}, "b2 is -0.1"),
+        ({"eps": -1e-8}, "eps is -1e-08"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0|max_norm is 0.0, expected a positive"),
+        ({"first": "c"}, "first is 'c', expected 'a' or 'b'"),
+        ({"second_moment": "half"}, "second_moment is 'half', expected 'full'"),
+    ],
+)
+def test_arguments_out_of_range(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        loft(0.1, **arguments)
+
+
+def test_init_names_the_path():
+    with pytest.raises(ValueError, match="no factor pair in the parameters"):
+        loft(0.1).init({"kernel": jnp.zeros((3, 3))})
+
+
+def test_inject_hyperparams_and_multi_steps():
+    """Numbers as traced values, and two half gradients as one."""
+    params = {"q": pair(0)}
+    injected = optax.inject_hyperparams(loft)(0.05, weight_decay=0.1, max_grad_norm=0.7)
+    expected, _ = run(loft(0.05, weight_decay=0.1, max_grad_norm=0.7), params, random_grads, 4)
+    ours, _ = run(injected, params, random_grads, 4)
+    assert_trees_close(ours, expected, rtol=1e-3, atol=1e-4)
+
+    accumulated = optax.MultiSteps(loft(0.05, weight_decay=0.1, max_grad_norm=0.7), 2)
+    ours, _ = run(accumulated, params, random_grads, 8)
+    assert_trees_close(ours[1::2], expected, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,116 @@
+import flax.core
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from loft_jax.optim.pairs import find_pairs
+
+
+def factors(m, n, r, stack=()):
+    return {"lora_a": jnp.zeros((*stack, m, r)), "lora_b": jnp.zeros((*stack, r, n))}
+
+
+@flax.struct.dataclass
+class Adapter:
+    lora_a: jax.Array
+    lora_b: jax.Array
+
+
+TREES = {
+    "nested dicts": {"x": {"q": factors(8, 6, 2)}},
+    "frozen": flax.core.freeze({"x": {"q": factors(8, 6, 2)}}),
+    "dataclass": {"x": {"q": Adapter(**factors(8, 6, 2))}},
+    "peft": {"x": {"q": {"lora_A": jnp.zeros((8, 2)), "lora_B": jnp.zeros((2, 6))}}},
+    "qwix": {"x": {"q": {f"w_{k}": v for k, v in factors(8, 6, 2).items()}}},
+    "nnx state": nnx.State(
+        {"x": {"q": {k: nnx.LoRAParam(v) for k, v in factors(8, 6, 2).items()}}}
+    ),
+    "value steps": {"x": {"q": {k: {"value": v} for k, v in factors(8, 6, 2).items()}}},
+    "list": {"x": {"q": factors(8, 6, 2)}, "y": [jnp.zeros(3)]},
+}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_finds_the_pair_in(name):
+    [pair] = find_pairs(TREES[name])
+    assert pair.path.split("/")[:2] == ["x", "q"]
+    assert pair.rank == 2
+    leaves = jax.tree.leaves(TREES[name])
+    assert leaves[pair.a.index].shape == (8, 2)
+    assert leaves[pair.b.index].shape == (2, 6)
+    assert pair.a.features == (8,)
+    assert pair.b.features == (6,)
+    assert pair.a.stack == ()
+
+
+def test_two_pairs_of_one_module():
+    tree = {"q": {"w_lora_a": jnp.zeros((8, 2)), "w_lora_b": jnp.zeros((2, 6)), **factors(4, 4, 1)}}
+    assert [(pair.path, pair.rank) for pair in find_pairs(tree)] == [("q", 1), ("q/w", 2)]
+
+
+def test_a_pair_at_the_root():
+    [pair] = find_pairs(factors(3, 3, 1))
+    assert pair.path == "lora_a"
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "stack", "ins", "outs"),
+    [
+        ((5, 8, 2), (5, 2, 6), (5,), (8,), (6,)),
+        ((2, 8, 2), (2, 2, 6), (2,), (8,), (6,)),  # as many layers as ranks
+        ((3, 5, 8, 2), (3, 5, 2, 6), (3, 5), (8,), (6,)),
+        ((8, 2), (2, 3, 4), (), (8,), (3, 4)),  # one input axis, two output axes
+        ((3, 4, 2), (2, 8), (), (3, 4), (8,)),
+        ((5, 8, 2), (5, 2, 3, 4), (5,), (8,), (3, 4)),
+        ((3, 4, 2), (2, 5, 6), (), (3, 4), (5, 6)),
+    ],
+)
+def test_axes(a, b, stack, ins, outs):
+    rng = np.random.default_rng(0)
+    tree = {"lora_a": rng.normal(size=a), "lora_b": rng.normal(size=b)}
+    tree = jax.tree.map(lambda x: x.astype(np.float32), tree)
+    [pair] = find_pairs(tree)
+    assert (pair.a.stack, pair.a.features, pair.b.features) == (stack, ins, outs)
+    folded_a, folded_b = pair.a.fold(tree["lora_a"]), pair.b.fold(tree["lora_b"])
+    product = np.asarray(folded_a @ jnp.swapaxes(folded_b, 1, 2)).reshape(*stack, *ins, *outs)
+    letters = "".join("stu"[: len(stack)]), "ijk"[: len(ins)], "xyz"[: len(outs)]
+    s, i, o = letters
+    expected = np.einsum(f"{s}{i}r,{s}r{o}->{s}{i}{o}", tree["lora_a"], tree["lora_b"])
+    np.testing.assert_allclose(product, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(pair.b.unfold(folded_b), tree["lora_b"])
+    np.testing.assert_array_equal(pair.a.unfold(folded_a), tree["lora_a"])
+
+
+def test_names_of_the_caller():
+    tree = {"q": {"down": {"kernel": jnp.zeros((8, 2))}, "up": {"kernel": jnp.zeros((2, 6))}}}
+    [pair] = find_pairs(tree, factors=(("down/kernel", "up/kernel"),))
+    assert pair.path == "q"
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"q": {"lora_a": jnp.zeros((8, 2))}}, "'q/lora_a' but not 'q/lora_b'"),
+        ({"q": factors(8, 6, 2) | {"lora_b": optax.MaskedNode()}}, "half a factor pair"),
+        (
+            {"q": {"lora_a": jnp.zeros((8, 2)), "lora_b": jnp.zeros((3, 6))}},
+            r"'q'.*\(8, 2\).*\(3, 6\)",
+        ),
+        ({"q": {"lora_a": jnp.zeros((4, 8, 2)), "lora_b": jnp.zeros((5, 2, 6))}}, "do not fit"),
+        ({"q": {"lora_a": jnp.zeros((8, 0)), "lora_b": jnp.zeros((0, 6))}}, "do not fit"),
+        ({"q": factors(8, 6, 7)}, r"rank of 'q' is 7, above min\(in, out\) = 6"),
+        ({"q": {"kernel": jnp.zeros((8, 6))}}, "no factor pair.*found q/kernel"),
+    ],
+)
+def test_errors_name_the_path(tree, message):
+    with pytest.raises(ValueError, match=message):
+        find_pairs(tree)
+
+
+def test_no_pairs_on_purpose():
+    assert find_pairs({"kernel": jnp.zeros((8, 6))}, factors=()) == []
+    assert find_pairs({}) == []

@@ -1,0 +1,73 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loft_jax.optim.subspace import orthonormal_basis
+
+
+def conditioned(n, r, condition, seed=0):
+    rng = np.random.default_rng(seed)
+    u = np.linalg.qr(rng.normal(size=(n, r)))[0]
+    v = np.linalg.qr(rng.normal(size=(r, r)))[0]
+    return u @ np.diag(np.geomspace(1, 1 / condition, r)) @ v
+
+
+@pytest.mark.parametrize(("dtype", "condition"), [("float32", 1e4), ("float64", 1e12)])
+@pytest.mark.parametrize(("n", "r"), [(50, 1), (50, 8), (8, 8), (1000, 16)])
+def test_factorizes_at_the_limit_of_the_arithmetic(dtype, condition, n, r):
+    with jax.enable_x64(True):
+        p = jnp.asarray(conditioned(n, r, condition), dtype)
+        q, s, s_inv = (np.asarray(x, np.float64) for x in orthonormal_basis(p))
+    eps = np.finfo(dtype).eps
+    np.testing.assert_allclose(q.T @ q, np.eye(r), atol=40 * eps)
+    np.testing.assert_allclose(q @ s, p, atol=40 * eps)
+    np.testing.assert_allclose(s @ s_inv, np.eye(r), atol=100 * condition * eps)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    zero=st.lists(st.integers(0, 5), max_size=6, unique=True),
+    twins=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=3),
+    scale=st.floats(-15, 15),
+    dtype=st.sampled_from(["float32", "float64"]),
+)
+def test_zero_and_dependent_columns_add_no_direction(zero, twins, scale, dtype):
+    p = np.random.default_rng(0).normal(size=(20, 6))
+    for i, j in twins:
+        p[:, i] = -2 * p[:, j]
+    p[:, zero] = 0
+    p *= 10.0**scale
+    with jax.enable_x64(True):
+        basis = orthonormal_basis(jnp.asarray(p, dtype))
+        q = np.asarray(basis.q, np.float64)
+        assert all(bool(jnp.isfinite(x).all()) for x in basis)
+    rank = np.linalg.matrix_rank(p)
+    projector = p @ np.linalg.pinv(p, rcond=1e-10)
+    assert np.isclose(np.trace(q @ q.T), rank, atol=1e-4)
+    np.testing.assert_allclose(q @ q.T, projector, atol=1e-4 if dtype == "float32" else 1e-10)
+
+
+def test_projects_a_product():
+    """`project(G P) Pᵀ = G proj(P)`, with one column of P zero."""
+    rng = np.random.default_rng(1)
+    p, g = conditioned(9, 3, 10), rng.normal(size=(7, 9))
+    p[:, 1] = 0
+    with jax.enable_x64(True):
+        basis = orthonormal_basis(jnp.asarray(p))
+        x = np.asarray(basis.project(jnp.asarray(g @ p)))
+    np.testing.assert_allclose(x @ p.T, g @ p @ np.linalg.pinv(p), atol=1e-12)
+    np.testing.assert_allclose(x[:, 1], 0, atol=1e-12)
+
+
+def test_square_full_rank_basis_is_the_identity():
+    with jax.enable_x64(True):
+        q = orthonormal_basis(jnp.asarray(conditioned(6, 6, 100))).q
+    np.testing.assert_allclose(np.abs(q), np.eye(6), atol=1e-14)
+
+
+def test_a_nan_shows():
+    p = jnp.ones((5, 2)).at[0, 0].set(jnp.nan)
+    assert bool(jnp.isnan(orthonormal_basis(p).q).any())

@@ -13,7 +13,7 @@ test: .venv/.test assets
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	JAX_PLATFORMS=cpu $(BIN)/pytest -q -n 2 --dist loadfile --doctest-modules loft_jax tests
+	$(BIN)/pytest -q -n 2 --dist loadfile
 
 demo: .venv/.demo assets
 	$(BIN)/python scripts/demo.py

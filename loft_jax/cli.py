@@ -1,0 +1,266 @@
+"""The command line: loft-jax finetune | evaluate | generate | export | merge."""
+
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from loft_jax.data import DataConfig
+from loft_jax.errors import InputError
+from loft_jax.training.config import FinetuneConfig, config_from_dict, load_config
+
+if TYPE_CHECKING:
+    from loft_jax.models import Llama
+
+# Models, optimizers and data are imported by the commands that use them: help comes at once.
+
+_EXIT_INPUT = 2
+_EXIT_INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Fine-tune a model; see the output folder for metrics, plot, checkpoints and adapter."""
+
+    run: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
+    config: Annotated[str, tyro.conf.arg(metavar="FILE.yaml")] = ""
+    """Read settings from a YAML file, as a run's config.yaml; flags go before it."""
+    resume: bool = False
+    """Go on from the newest checkpoint in the output folder."""
+
+    def __call__(self) -> int:
+        """Runs the command."""
+        from loft_jax.training.loop import finetune
+
+        result = finetune(self.run, resume=self.resume)
+        for name, values in (("before", result.before), ("after", result.after)):
+            if values:
+                print(f"{name + ':':8}" + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
+        if result.interrupted:
+            print(f"stopped at step {result.steps}; go on with --resume", file=sys.stderr)
+            return _EXIT_INTERRUPTED
+        print(f"trained: {result.trained}")
+        return 0
+
+
+@dataclass(frozen=True)
+class Source:
+    """A base model, with or without an adapter."""
+
+    model: str = ""
+    """Folder, GGUF file or hub id; by default what the adapter's configuration names."""
+    adapter: str = ""
+    """Folder of a PEFT adapter."""
+
+    def load(self) -> tuple["Llama", Any]:
+        """The model, with the adapter on it, and its tokenizer."""
+        from loft_jax.hub import load_peft_adapter, load_pretrained, load_tokenizer
+        from loft_jax.hub.peft import base_model_of
+
+        if not (self.model or self.adapter):
+            raise InputError("neither model nor adapter is given; expected one at least")
+        base = self.model or base_model_of(self.adapter)
+        model = load_pretrained(base)
+        if self.adapter:
+            load_peft_adapter(self.adapter, model)
+        model.eval()
+        return model, load_tokenizer(base)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure a model on examples: loss and perplexity, or accuracy among given answers."""
+
+    source: Annotated[Source, tyro.conf.arg(name="")]
+    data: DataConfig
+    choices: tuple[str, ...] = ()
+    """Answers to compare on every example, for accuracy; an example may bring its own instead."""
+    batch_size: int = 16
+    """Rows computed at once."""
+
+    def __call__(self) -> int:
+        """Runs the command."""
+        from loft_jax.data import eval_batches, load_examples, tokenize
+        from loft_jax.evaluation.choices import score_choices
+        from loft_jax.evaluation.perplexity import perplexity
+
+        rows = load_examples(self.data)
+        model, tokenizer = self.source.load()
+        if self.choices or {"choices", "answer"} <= set(rows.column_names):
+            scores = score_choices(
+                model, tokenizer, rows, self.data, choices=self.choices, batch_size=self.batch_size
+            )
+            print(json.dumps(dataclasses.asdict(scores)))
+        else:
+            batches = eval_batches(
+                tokenize(rows, tokenizer, self.data), self.data, batch_size=self.batch_size
+            )
+            found = perplexity(model, batches)
+            print(json.dumps({**dataclasses.asdict(found), "perplexity": found.perplexity}))
+        return 0
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continue prompts."""
+
+    source: Annotated[Source, tyro.conf.arg(name="")]
+    prompt: tuple[str, ...]
+    """Texts to continue; `\\n` stands for a line break."""
+    max_new_tokens: int = 64
+    """Tokens to add to each at the most."""
+    temperature: float = 0.0
+    """0 takes the likeliest token; higher is more varied."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens of this much probability."""
+    seed: int = 0
+    """Of the sampling."""
+
+    def __call__(self) -> int:
+        """Runs the command."""
+        from loft_jax.evaluation.generation import generate_text
+
+        model, tokenizer = self.source.load()
+        prompts = [prompt.replace("\\n", "\n") for prompt in self.prompt]
+        texts = generate_text(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=self.seed,
+        )
+        for prompt, text in zip(prompts, texts, strict=True):
+            print(prompt + text)
+        return 0
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a checkpoint of a run as a PEFT adapter (or a whole model, for method "full")."""
+
+    run: tyro.conf.Positional[str]
+    """Output folder of the run."""
+    output: str
+    """Folder that `adapter/` or `model/` is written to."""
+    checkpoint: str = "last"
+    """"last", "best" (lowest evaluation loss), or a step."""
+
+    def __call__(self) -> int:
+        """Runs the command."""
+        from loft_jax.hub import load_tokenizer
+        from loft_jax.training.checkpoint import Checkpoints
+        from loft_jax.training.model import export_trained, restore_model
+
+        config = config_from_dict(load_config(Path(self.run) / "config.yaml"))
+        checkpoints = Checkpoints(
+            Path(self.run) / "checkpoints", keep_last=config.keep_last, keep_best=config.keep_best
+        )
+        step = self._step(checkpoints.steps(), checkpoints.best_step())
+        model = restore_model(config, checkpoints, step)
+        tokenizer = load_tokenizer(config.model)
+        Path(self.output).mkdir(parents=True, exist_ok=True)
+        print(export_trained(model, tokenizer, config.method, self.output, base_model=config.model))
+        return 0
+
+    def _step(self, steps: Sequence[int], best: int | None) -> int:
+        found: int | None = None
+        if self.checkpoint == "last":
+            found = max(steps, default=None)
+        elif self.checkpoint == "best":
+            found = best
+        elif self.checkpoint.isdigit() and int(self.checkpoint) in steps:
+            found = int(self.checkpoint)
+        if found is None:
+            raise InputError(
+                f"{self.run}: no checkpoint {self.checkpoint!r}; there are those of steps "
+                f"{sorted(steps)}, the best being {best}"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Fold an adapter into its base model and write a whole Hugging Face model."""
+
+    source: Annotated[Source, tyro.conf.arg(name="")]
+    output: str
+    """Folder to write; must be empty or absent."""
+
+    def __call__(self) -> int:
+        """Runs the command."""
+        from loft_jax.hub import save_pretrained
+        from loft_jax.lora import merge_lora
+
+        if not self.source.adapter:
+            raise InputError("adapter is not given; expected the folder of a PEFT adapter to merge")
+        model, tokenizer = self.source.load()
+        save_pretrained(self.output, merge_lora(model), tokenizer)
+        print(self.output)
+        return 0
+
+
+_COMMANDS: dict[str, type[Callable[[], int]]] = {
+    "finetune": Finetune,
+    "evaluate": Evaluate,
+    "generate": Generate,
+    "export": Export,
+    "merge": Merge,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; mistakes of the user end with a message and exit code 2.
+
+    Args:
+        arguments: As typed behind `loft-jax`; by default those of the process.
+
+    Returns:
+        The exit code.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] not in _COMMANDS:
+        wants_help = not arguments or arguments[0] in ("-h", "--help")
+        print(_usage(), file=sys.stdout if wants_help else sys.stderr)
+        if not wants_help:
+            print(f"\nunknown command {arguments[0]!r}", file=sys.stderr)
+        return 0 if wants_help else _EXIT_INPUT
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("loft_jax").setLevel(logging.INFO)
+    name, *rest = arguments
+    try:
+        command = _COMMANDS[name]
+        options: dict[str, Any] = {"args": rest, "prog": f"loft-jax {name}"}
+        if command is Finetune:
+            options["default"] = _finetune_default(rest)
+        return tyro.cli(command, **options)()
+    except (InputError, OSError) as error:
+        print(f"loft-jax {name}: {error}", file=sys.stderr)
+        return _EXIT_INPUT
+
+
+def _usage() -> str:
+    lines = [f"  {name:10}{(kind.__doc__ or '').strip()}" for name, kind in _COMMANDS.items()]
+    return "\n".join(["usage: loft-jax COMMAND [options]; loft-jax COMMAND --help", "", *lines])
+
+
+def _finetune_default(arguments: Sequence[str]) -> Finetune:
+    """Defaults of the flags: those of a --config file, and the dataclasses' own."""
+    path = ""
+    for flag, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        if flag == "--config":
+            path = value
+        elif flag.startswith("--config="):
+            path = flag.removeprefix("--config=")
+    fields: dict[str, Any] = load_config(path) if path else {}
+    required = {"model": tyro.MISSING, "output": tyro.MISSING}
+    data = {"path": tyro.MISSING, **fields.get("data", {})}
+    run = config_from_dict({**required, **fields, "data": data})
+    return Finetune(run=run, config=path)

@@ -1,0 +1,54 @@
+"""Metrics of a run: one JSON line for each step that is logged, and the same for TensorBoard."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+
+class MetricsLog:
+    """Writes metrics to `metrics.jsonl` and `tensorboard/` in a run's folder."""
+
+    def __init__(self, folder: str | os.PathLike[str], *, resumed_at: int | None = None) -> None:
+        """Opens the log.
+
+        Args:
+            folder: The run's folder.
+            resumed_at: The step a run goes on from: later rows are forgotten, as it makes them
+                again. None forgets all.
+        """
+        self.path = Path(folder) / "metrics.jsonl"
+        last = -1 if resumed_at is None else resumed_at
+        kept = [row for row in read_metrics(self.path) if row["step"] <= last]
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        os.replace(partial, self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=last + 1)
+
+    def write(self, step: int, **values: float) -> None:
+        """Adds the values of a step, with names such as `train_loss`."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Writes out what is buffered."""
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The rows of a metrics file; a last line that was cut off by a kill is passed over."""
+    if not Path(path).exists():
+        return []
+    rows = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

@@ -1,0 +1,118 @@
+"""The model of a run: base weights, adapters as they start, and what is left of it at the end."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+from flax import nnx
+
+from loft_jax.hub import load_pretrained, save_peft_adapter, save_pretrained
+from loft_jax.lora import LoRAConfig, add_lora, lora_layers
+from loft_jax.models import Llama
+from loft_jax.training.checkpoint import Checkpoints
+from loft_jax.training.config import FinetuneConfig, Method
+from loft_jax.training.optimizer import make_optimizer
+from loft_jax.training.step import initial_state, split_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_model(config: FinetuneConfig) -> Llama:
+    """Loads the base model of a run and adds its adapters, as they start.
+
+    Args:
+        config: Its model, precision, method and LoRA fields are used.
+
+    Returns:
+        The model, in training mode.
+    """
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    frozen_dtype = dtype if config.param_dtype == "auto" else config.param_dtype
+    full = config.method == "full"
+    model = load_pretrained(
+        config.model,
+        dtype=dtype,
+        param_dtype="float32" if full else frozen_dtype,
+        remat=config.remat,
+    )
+    if not full:
+        targets = config.target_modules
+        lora = LoRAConfig(
+            rank=config.rank,
+            alpha=config.alpha,
+            target_modules=targets[0] if len(targets) == 1 else targets,
+            exclude_modules=config.exclude_modules,
+            dropout=config.dropout,
+            rank_pattern=config.rank_pattern,
+            alpha_pattern=config.alpha_pattern,
+        )
+        add_lora(model, lora, rngs=nnx.Rngs(config.seed))
+    model.train()
+    return model
+
+
+def trained_kind(method: Method) -> type[nnx.Variable[Any]]:
+    """The kind of variable that a method trains."""
+    return nnx.Param if method == "full" else nnx.LoRAParam
+
+
+def scaling_of(model: Llama) -> Callable[[str], float]:
+    """The s of `W = W0 + s A B` by a pair's path (`"layers/self_attn/q_proj"`)."""
+    scalings = {
+        path.replace(".", "/"): layer.lora_scaling for path, layer in lora_layers(model).items()
+    }
+    return scalings.__getitem__
+
+
+def restore_model(config: FinetuneConfig, checkpoints: Checkpoints, step: int) -> Llama:
+    """The model of a run as it was at one of its checkpoints.
+
+    Args:
+        config: Of the run.
+        checkpoints: Of the run.
+        step: One of `checkpoints.steps()`.
+
+    Returns:
+        The model, with its trained parameters.
+
+    Raises:
+        InputError: The checkpoint cannot be read, or is damaged.
+    """
+    model = load_model(config)
+    parts = split_model(model, trained_kind(config.method))
+    # Only the shape of the optimizer's state matters here, and that is the same at every rate.
+    tx = make_optimizer(config, lambda count: 0.0, scaling_of(model))
+    state = checkpoints.restore(step, jax.eval_shape(lambda: initial_state(parts, tx)))
+    return parts.merged(state.params, state.streams)
+
+
+def export_trained(
+    model: Llama,
+    tokenizer: "PreTrainedTokenizerBase",
+    method: Method,
+    folder: str | os.PathLike[str],
+    *,
+    base_model: str,
+) -> Path:
+    """Writes what a run trained: `adapter/` in PEFT's format, or `model/` for method "full".
+
+    Args:
+        model: The trained model.
+        tokenizer: Goes with a whole model.
+        method: Of the run.
+        folder: Where `adapter/` or `model/` goes.
+        base_model: What the adapter is for, as users name it.
+
+    Returns:
+        The folder that was written.
+    """
+    if method != "full":
+        save_peft_adapter(Path(folder) / "adapter", model, base_model=base_model)
+        return Path(folder) / "adapter"
+    save_pretrained(Path(folder) / "model", model, tokenizer)
+    return Path(folder) / "model"

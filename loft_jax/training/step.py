@@ -1,0 +1,166 @@
+"""One optimizer step: forward, backward, update, jitted as a whole."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from loft_jax.data import Batch
+from loft_jax.models import Llama
+
+Tree = Any
+
+
+class TrainState(NamedTuple):
+    """All that a step changes, and so all that a checkpoint holds.
+
+    Attributes:
+        step: (), int32, steps done.
+        params: Trained parameters, nested dicts of float32 arrays.
+        opt_state: State of the optimizer.
+        streams: Counters of the random streams (dropout).
+    """
+
+    step: jax.Array
+    params: Tree
+    opt_state: Tree
+    streams: Tree
+
+
+class Parts(NamedTuple):
+    """A model taken apart for training.
+
+    Attributes:
+        graphdef: Its structure.
+        params: What is trained.
+        streams: Counters of its random streams.
+        frozen: All the rest: base weights, random keys.
+    """
+
+    graphdef: nnx.GraphDef[Llama]
+    params: Tree
+    streams: Tree
+    frozen: Tree
+
+    def merged(self, params: Tree, streams: Tree) -> Llama:
+        """The model with other parameters and counters."""
+        return nnx.merge(self.graphdef, params, streams, self.frozen, copy=True)
+
+
+def split_model(model: Llama, trained: type[nnx.Variable[Any]]) -> Parts:
+    """Takes a model apart.
+
+    Args:
+        model: With its adapters, if there are any.
+        trained: Kind of variable that is trained: `nnx.LoRAParam`, or `nnx.Param` for all.
+
+    Returns:
+        Its parts, as nested dicts of arrays.
+    """
+    graphdef, *states = nnx.split(model, trained, nnx.RngCount, ...)
+    params, streams, frozen = map(nnx.to_pure_dict, states)
+    return Parts(graphdef, params, streams, frozen)
+
+
+def initial_state(parts: Parts, tx: optax.GradientTransformation) -> TrainState:
+    """The state before the first step; its arrays are its own, so that it can be donated."""
+    params, streams = jax.tree.map(jnp.copy, (parts.params, parts.streams))
+    return TrainState(jnp.zeros([], jnp.int32), params, tx.init(params), streams)
+
+
+def predicted(batch: Batch) -> Batch:
+    """Adds which tokens of a batch are to be predicted, so that only they meet the output head.
+
+    Where the loss is on completions only, most positions carry none, and logits are the largest
+    array of a step: (b, t, vocab) in float32.
+
+    Args:
+        batch: `tokens` and `loss_mask` (b, t), as `loft_jax.data` makes them.
+
+    Returns:
+        The batch without `loss_mask`, with `places` (b, k) int32, the positions whose next token is
+        predicted, `targets` (b, k) int32, those tokens, and `weights` (b, k) float32, 0 where a row
+        has fewer than k. k is a power of two or t, so that few shapes are compiled.
+    """
+    learned = batch["loss_mask"][:, 1:] > 0  # (b, t - 1)
+    length = learned.shape[1] + 1
+    most = max(1, int(learned.sum(axis=1).max()))
+    k = min(length, 1 << (most - 1).bit_length())
+    # A stable sort brings the learned positions to the front, in order.
+    places = np.argsort(~learned, axis=1, kind="stable")[:, :k].astype(np.int32)
+    places = np.pad(places, ((0, 0), (0, k - places.shape[1])))
+    weights = np.arange(k) < learned.sum(axis=1, keepdims=True)
+    targets = np.take_along_axis(batch["tokens"], np.minimum(places + 1, length - 1), axis=1)
+    out = {key: batch[key] for key in ("tokens", "positions", "segment_ids")}
+    return {**out, "places": places, "targets": targets, "weights": weights.astype(np.float32)}
+
+
+def make_step(
+    parts: Parts, tx: optax.GradientTransformation, accumulation_steps: int = 1
+) -> Callable[[TrainState, Tree, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """Compiles the step of a run.
+
+    The loss is the mean over all predicted tokens of the batch, however many parts it is computed
+    in: sums of loss and gradient are divided once, by the tokens of the whole batch.
+
+    Args:
+        parts: From `split_model`.
+        tx: The optimizer.
+        accumulation_steps: Parts of the batch, computed one after the other; divides its rows.
+
+    Returns:
+        A jitted function of state (donated), frozen parameters and a batch from `predicted`. It
+        gives the next state and metrics: `loss` (nats a token), `tokens` (in the batch, without
+        padding) and `grad_norm` (global norm of the raw gradients).
+    """
+
+    def summed_loss(
+        params: Tree, streams: Tree, frozen: Tree, batch: Batch
+    ) -> tuple[jax.Array, Tree]:
+        model = nnx.merge(parts.graphdef, params, streams, frozen, copy=True)
+        rows = {key: jnp.asarray(value) for key, value in batch.items()}
+        hidden, _ = model.hidden_states(
+            rows["tokens"], positions=rows["positions"], segment_ids=rows["segment_ids"]
+        )  # (b, t, hidden)
+        logits = model.logits(jnp.take_along_axis(hidden, rows["places"][..., None], axis=1))
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, rows["targets"])  # (b, k)
+        streams = nnx.to_pure_dict(nnx.state(model, nnx.RngCount))
+        return jnp.sum(losses * rows["weights"]), streams
+
+    def summed_gradients(state: TrainState, frozen: Tree, batch: Batch) -> tuple[Any, Tree, Tree]:
+        value_and_grad = jax.value_and_grad(summed_loss, has_aux=True)
+        if accumulation_steps == 1:
+            (loss, streams), grads = value_and_grad(state.params, state.streams, frozen, batch)
+            return loss, grads, streams
+
+        def add(carry: tuple[Any, Tree, Tree], part: Batch) -> tuple[tuple[Any, Tree, Tree], None]:
+            loss, grads, streams = carry
+            (more, streams), extra = value_and_grad(state.params, streams, frozen, part)
+            return (loss + more, jax.tree.map(jnp.add, grads, extra), streams), None
+
+        divided = jax.tree.map(
+            lambda x: jnp.reshape(x, (accumulation_steps, -1, *x.shape[1:])), batch
+        )
+        start = (jnp.zeros([]), jax.tree.map(jnp.zeros_like, state.params), state.streams)
+        return jax.lax.scan(add, start, divided)[0]
+
+    def step(
+        state: TrainState, frozen: Tree, batch: Batch
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        loss, grads, streams = summed_gradients(state, frozen, batch)
+        count = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+        grads = jax.tree.map(lambda g: g / count, grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": loss / count,
+            "tokens": jnp.sum(batch["segment_ids"] > 0),
+            "grad_norm": optax.tree.norm(grads),
+        }
+        return TrainState(state.step + 1, params, opt_state, streams), metrics
+
+    return jax.jit(step, donate_argnums=0)

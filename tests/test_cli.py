@@ -1,0 +1,119 @@
+"""The command line as users type it: exit codes, messages, files."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from loft_jax.cli import main
+from tests.training.conftest import make_config, workspace  # noqa: F401
+
+
+@pytest.fixture
+def flags(workspace, tmp_path):  # noqa: F811
+    return [
+        *("--model", str(workspace / "model"), "--output", str(tmp_path / "run")),
+        *("--data.path", str(workspace / "train.jsonl"), "--data.max-length", "64"),
+        *("--rank", "4", "--steps", "2", "--batch-size", "4", "--log-every", "1"),
+    ]
+
+
+def test_finetune_export_evaluate_generate_merge(workspace, tmp_path, flags, capsys):  # noqa: F811
+    test = str(workspace / "test.jsonl")
+    choices = ["--choices", " negative", " positive"]
+    assert main(["finetune", *flags, "--eval-path", test, *choices]) == 0
+    out = capsys.readouterr().out
+    assert "before:" in out
+    assert "accuracy" in out
+    assert str(tmp_path / "run" / "adapter") in out
+
+    run, exported = str(tmp_path / "run"), str(tmp_path / "exported")
+    assert main(["export", run, "--output", exported, "--checkpoint", "best"]) == 0
+    weights = "adapter/adapter_model.safetensors"
+    assert Path(exported, weights).read_bytes() == Path(run, weights).read_bytes()
+
+    adapter = str(Path(run, "adapter"))
+    assert main(["evaluate", "--adapter", adapter, "--data.path", test, *choices]) == 0
+    adapted = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert adapted["count"] == 12
+    assert main(["evaluate", "--adapter", adapter, "--data.path", test]) == 0
+    assert json.loads(capsys.readouterr().out)["perplexity"] > 1
+
+    merged = str(tmp_path / "merged")
+    assert main(["merge", "--adapter", adapter, "--output", merged]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", "--model", merged, "--data.path", test, *choices]) == 0
+    same = json.loads(capsys.readouterr().out)
+    assert same["nll"] == pytest.approx(adapted["nll"], abs=1e-4)
+
+    assert main(["generate", "--model", merged, "--prompt", "a\\nb", "--max-new-tokens", "3"]) == 0
+    assert capsys.readouterr().out.startswith("a\nb")
+
+
+def test_flags_go_before_the_config_file(tmp_path, flags, capsys):
+    assert main(["finetune", *flags]) == 0
+    config = str(tmp_path / "run" / "config.yaml")
+    again = str(tmp_path / "again")
+    assert main(["finetune", "--config", config, "--output", again, "--steps", "1"]) == 0
+    text = Path(again, "config.yaml").read_text()
+    assert "steps: 1\n" in text
+    assert "rank: 4\n" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--model", "no/such/folder/x"], "no/such/folder/x"),
+        (["--rank", "0"], "rank is 0"),
+        (["--rank", "1000"], "rank"),
+        (["--alpha", "0"], "alpha is 0"),
+        (["--target-modules", "q_prj"], "q_proj"),
+        (["--data.path", "missing.jsonl"], "missing.jsonl"),
+        (["--data.prompt-field", "question"], "question"),
+        (["--batch-size", "0"], "batch_size is 0"),
+        (["--resume"], "no checkpoint to resume from"),
+        (["--config", "none.yaml"], "none.yaml"),
+        (["--data.max-length", "1"], "truncated away"),
+    ],
+)
+def test_bad_input_is_a_message_and_exit_code_2(flags, changes, message, capsys, tmp_path):
+    assert main(["finetune", *flags, *changes]) == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_an_empty_dataset(flags, tmp_path, capsys):
+    (tmp_path / "empty.jsonl").write_text("")
+    assert main(["finetune", *flags, "--data.path", str(tmp_path / "empty.jsonl")]) == 2
+    assert "empty.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["finetun"], ["finetune", "--no-such-flag"], ["evaluate"]])
+def test_unknown_commands_and_flags(arguments):
+    try:
+        code = main(arguments)
+    except SystemExit as exit_:  # the parser's own
+        code = exit_.code
+    assert code == 2
+
+
+def test_help(capsys):
+    assert main([]) == 0
+    assert "finetune" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["evaluate", "--data.path", "x.jsonl"], "x.jsonl"),
+        (["generate", "--prompt", "a"], "neither model nor adapter"),
+        (["merge", "--model", "m", "--output", "o"], "adapter is not given"),
+        (["merge", "--adapter", "nowhere", "--output", "o"], "nowhere"),
+        (["export", "nowhere", "--output", "o"], "nowhere"),
+    ],
+)
+def test_other_commands_refuse_too(command, message, capsys):
+    assert main(command) == 2
+    assert message in capsys.readouterr().err

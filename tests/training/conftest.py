@@ -1,0 +1,48 @@
+import json
+
+import numpy as np
+import pytest
+
+from loft_jax.data import DataConfig
+from loft_jax.training.config import FinetuneConfig
+from tests.tiny import save_tiny_llama, tiny_tokenizer
+
+WORDS = ("joy", "plot", "acting", "film", "dull", "funny", "loud", "moving", "long", "honest")
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory):
+    """A folder with a tiny model and sentences with a sentiment, to train and to test on."""
+    folder = tmp_path_factory.mktemp("workspace")
+    save_tiny_llama(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 48), ("test", 12)):
+        with (folder / f"{name}.jsonl").open("w") as file:
+            for _ in range(count):
+                words = rng.choice(WORDS, rng.integers(2, 9))
+                label = " positive" if "joy" in words or "funny" in words else " negative"
+                row = {"prompt": f"Review: {' '.join(words)}\nSentiment:", "completion": label}
+                file.write(json.dumps(row) + "\n")
+    return folder
+
+
+@pytest.fixture
+def make_config(workspace, tmp_path):
+    """Builds the configuration of a short run on the tiny model."""
+
+    def build(**changes):
+        fields = {
+            "model": str(workspace / "model"),
+            "data": DataConfig(str(workspace / "train.jsonl"), max_length=64, buckets=(64,)),
+            "output": str(tmp_path / "run"),
+            "rank": 4,
+            "learning_rate": 3e-3,
+            "steps": 12,
+            "batch_size": 8,
+            "save_every": 4,
+            "log_every": 1,
+        }
+        return FinetuneConfig(**{**fields, **changes})
+
+    return build

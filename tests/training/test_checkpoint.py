@@ -1,0 +1,104 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from loft_jax.errors import InputError
+from loft_jax.optim.loft import loft
+from loft_jax.training.checkpoint import Checkpoints
+from loft_jax.training.step import TrainState
+
+
+def state_at(step):
+    rng = np.random.default_rng(step)
+    params = {
+        "q": {
+            "lora_a": jnp.asarray(rng.normal(size=(8, 2)), jnp.float32),
+            "lora_b": jnp.asarray(rng.normal(size=(2, 6)), jnp.float32),
+        },
+        "norm": jnp.asarray(rng.normal(size=3), jnp.float32),
+    }
+    opt_state = jax.tree.map(lambda x: x + step, loft(0.1).init(params))
+    return TrainState(jnp.asarray(step, jnp.int32), params, opt_state, {})
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    opened = Checkpoints(tmp_path / "checkpoints", keep_last=2, keep_best=1)
+    yield opened
+    opened.close()
+
+
+def assert_same(x, y):
+    assert jax.tree.structure(x) == jax.tree.structure(y)
+    jax.tree.map(np.testing.assert_array_equal, x, y)
+
+
+def largest_file(folder):
+    return max((f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+
+
+def test_round_trip(checkpoints):
+    checkpoints.save(state_at(3), {"data": {"next_index": 7}}, None)
+    state, run = checkpoints.restore_newest(jax.eval_shape(lambda: state_at(0)))
+    assert_same(state, state_at(3))
+    assert run["data"] == {"next_index": 7}
+
+
+def test_keeps_the_newest_and_the_best(checkpoints):
+    for step, loss in ((1, 3.0), (2, 1.0), (3, None), (4, 2.0), (5, None), (6, None)):
+        checkpoints.save(state_at(step), {}, loss)
+    assert checkpoints.steps() == [6, 5, 2]
+    assert checkpoints.best_step() == 2
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "delete", "metadata"])
+def test_falls_back_from_a_damaged_checkpoint(checkpoints, damage, caplog):
+    for step in (1, 2):
+        checkpoints.save(state_at(step), {"data": step}, None)
+    folder = checkpoints.folder / "2" / "state"
+    victim = largest_file(folder)
+    content = victim.read_bytes()
+    if damage == "truncate":
+        victim.write_bytes(content[: len(content) // 2])
+    elif damage == "flip":
+        middle = len(content) // 2
+        victim.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    elif damage == "delete":
+        victim.unlink()
+    else:
+        (folder / "_METADATA").write_text("{")
+    state, run = checkpoints.restore_newest(state_at(0))
+    assert_same(state, state_at(1))
+    assert run["data"] == 1
+    assert "falling back" in caplog.text
+    assert str(checkpoints.folder / "2") in caplog.text
+    assert checkpoints.steps() == [1]
+
+
+def test_an_unfinished_checkpoint_is_not_one(tmp_path, checkpoints):
+    checkpoints.save(state_at(1), {}, None)
+    unfinished = checkpoints.folder / "2.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    (unfinished / "x").write_text("half")
+    again = Checkpoints(checkpoints.folder, keep_last=2, keep_best=0)
+    assert again.steps() == [1]
+    again.close()
+
+
+def test_nothing_to_restore(checkpoints):
+    with pytest.raises(InputError, match="no checkpoint to resume from"):
+        checkpoints.restore_newest(state_at(0))
+
+
+def test_a_state_of_another_shape(checkpoints):
+    checkpoints.save(state_at(1), {}, None)
+    other = state_at(0)._replace(params={"w": jnp.zeros(3)})
+    with pytest.raises(InputError, match="cannot be read"):
+        checkpoints.restore(1, other)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot hold checkpoints"):
+        Checkpoints(tmp_path / "file" / "checkpoints", keep_last=1, keep_best=0)

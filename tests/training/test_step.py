@@ -1,0 +1,112 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from loft_jax.hub import load_pretrained
+from loft_jax.lora import LoRAConfig, add_lora
+from loft_jax.optim.loft import loft
+from loft_jax.training.step import initial_state, make_step, predicted, split_model
+
+
+@pytest.fixture(scope="module")
+def parts(workspace):
+    model = add_lora(load_pretrained(workspace / "model"), LoRAConfig(rank=2), rngs=nnx.Rngs(0))
+    for _, layer in nnx.iter_graph(model):
+        if hasattr(layer, "lora_b"):
+            layer.lora_b.set_value(0.1 * jnp.ones_like(layer.lora_b[...]))
+    return split_model(model, nnx.LoRAParam)
+
+
+def random_batch(seed, rows=8, length=16, learned=0.3):
+    rng = np.random.default_rng(seed)
+    return {
+        "tokens": rng.integers(0, 400, (rows, length)).astype(np.int32),
+        "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+        "segment_ids": np.ones((rows, length), np.int32),
+        "loss_mask": (rng.random((rows, length)) < learned).astype(np.float32),
+    }
+
+
+def plain_loss(parts, params, batch):
+    """Mean cross entropy over every position, written out."""
+    model = parts.merged(params, parts.streams)
+    logits = model(jnp.asarray(batch["tokens"]))[:, :-1]
+    targets, mask = batch["tokens"][:, 1:], batch["loss_mask"][:, 1:]
+    logp = jax.nn.log_softmax(logits)
+    nll = -jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0]
+    return jnp.sum(nll * mask) / mask.sum()
+
+
+@pytest.mark.parametrize("learned", [0.1, 0.5, 1.0])
+def test_loss_and_gradient_are_those_of_every_position(parts, learned):
+    batch = random_batch(0, learned=learned)
+    value, grads = jax.value_and_grad(lambda p: plain_loss(parts, p, batch))(parts.params)
+    tx = optax.sgd(1.0)
+    state = initial_state(parts, tx)
+    after, metrics = make_step(parts, tx)(state, parts.frozen, predicted(batch))
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
+    expected = jax.tree.map(lambda p, g: p - g, parts.params, grads)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), after.params, expected
+    )
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-4)
+    assert int(metrics["tokens"]) == 8 * 16
+
+
+@pytest.mark.parametrize("tx", [optax.sgd(1.0), loft(1e-2, eps=1e-3)], ids=["sgd", "loft"])
+def test_accumulation_equals_the_large_batch(parts, tx):
+    """Rows with very different numbers of tokens: means of means would differ."""
+    batch = random_batch(1)
+    batch["loss_mask"][:2] = 1
+    batch["loss_mask"][2:] = 0
+    batch["loss_mask"][2:, 5] = 1
+    results = []
+    for accumulation in (1, 4):
+        state = initial_state(parts, tx)
+        step = make_step(parts, tx, accumulation)
+        for seed in (None, 2, 3):
+            rows = batch if seed is None else random_batch(seed)
+            state, metrics = step(state, parts.frozen, predicted(rows))
+        results.append((state.params, metrics["loss"]))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), *results)
+
+
+def test_predicted_lists_every_learned_token_once():
+    batch = random_batch(5, rows=6, length=13)
+    batch["loss_mask"][0] = 0
+    batch["loss_mask"][1] = 1
+    out = predicted(batch)
+    assert out["places"].shape == out["targets"].shape == out["weights"].shape == (6, 13)
+    for row in range(6):
+        real = out["weights"][row] > 0
+        places = out["places"][row][real]
+        np.testing.assert_array_equal(places + 1, np.flatnonzero(batch["loss_mask"][row, 1:]) + 1)
+        np.testing.assert_array_equal(out["targets"][row][real], batch["tokens"][row, places + 1])
+
+
+def test_the_base_has_no_gradient_and_no_optimizer_state(parts):
+    state = jax.eval_shape(lambda: initial_state(parts, loft(1e-3)))
+    paths = jax.tree_util.tree_flatten_with_path(state.params)[0]
+    assert {path[-1].key for path, _ in paths} == {"lora_a", "lora_b"}
+    trained = sum(x.size for x in jax.tree.leaves(state.params))
+    assert sum(x.size for x in jax.tree.leaves(state.opt_state)) < 5 * trained
+    assert sum(x.size for x in jax.tree.leaves(parts.frozen)) > trained
+
+
+def test_dropout_draws_anew_at_every_step(workspace):
+    config = LoRAConfig(rank=2, dropout=0.5)
+    model = add_lora(load_pretrained(workspace / "model"), config, rngs=nnx.Rngs(0))
+    for _, layer in nnx.iter_graph(model):
+        if hasattr(layer, "lora_b"):
+            layer.lora_b.set_value(jnp.ones_like(layer.lora_b[...]))
+    dropping = split_model(model, nnx.LoRAParam)
+    tx = optax.sgd(0.0)
+    step, state = make_step(dropping, tx), initial_state(dropping, tx)
+    losses = []
+    for _ in range(3):
+        state, metrics = step(state, dropping.frozen, predicted(random_batch(0)))
+        losses.append(float(metrics["loss"]))
+    assert len(set(losses)) == 3

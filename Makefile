@@ -15,10 +15,10 @@ test: .venv/.test assets
 	$(BIN)/mypy
 	$(BIN)/pytest -q -n 2 --dist loadfile
 
-demo: .venv/.demo assets
+demo: .venv/.demo
 	$(BIN)/python scripts/demo.py
 
-# The weights and the reviews that the demo and some of the tests use.
+# The weights and the reviews that the demo trains on, and some of the tests use.
 assets: | $(BIN)/python
 	$(BIN)/python scripts/prepare_demo.py
 

@@ -1,14 +1,32 @@
 """LoFT in JAX: low-rank adaptation that behaves like full fine-tuning."""
 
+from loft_jax.hub import (
+    load_peft_adapter,
+    load_pretrained,
+    load_tokenizer,
+    save_peft_adapter,
+    save_pretrained,
+)
+from loft_jax.lora import LoRAConfig, add_lora, lora_layers, merge_lora, remove_lora
 from loft_jax.optim.links import alternate_factors, clip_by_projected_norm, project_gradients
 from loft_jax.optim.loft import loft
 from loft_jax.optim.moments import calibrate_moments, project_updates
 
 __all__ = [
+    "LoRAConfig",
+    "add_lora",
     "alternate_factors",
     "calibrate_moments",
     "clip_by_projected_norm",
+    "load_peft_adapter",
+    "load_pretrained",
+    "load_tokenizer",
     "loft",
+    "lora_layers",
+    "merge_lora",
     "project_gradients",
     "project_updates",
+    "remove_lora",
+    "save_peft_adapter",
+    "save_pretrained",
 ]

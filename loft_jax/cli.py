@@ -1,10 +1,11 @@
 """The command line: loft-jax finetune | evaluate | generate | export | merge."""
 
+import contextlib
 import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -160,9 +161,7 @@ class Export:
         from loft_jax.training.model import export_trained, restore_model
 
         config = config_from_dict(load_config(Path(self.run) / "config.yaml"))
-        checkpoints = Checkpoints(
-            Path(self.run) / "checkpoints", keep_last=config.keep_last, keep_best=config.keep_best
-        )
+        checkpoints = Checkpoints(Path(self.run) / "checkpoints", read_only=True)
         step = self._step(checkpoints.steps(), checkpoints.best_step())
         model = restore_model(config, checkpoints, step)
         tokenizer = load_tokenizer(config.model)
@@ -232,18 +231,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not wants_help:
             print(f"\nunknown command {arguments[0]!r}", file=sys.stderr)
         return 0 if wants_help else _EXIT_INPUT
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("loft_jax").setLevel(logging.INFO)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of its every wait
     name, *rest = arguments
     try:
-        command = _COMMANDS[name]
-        options: dict[str, Any] = {"args": rest, "prog": f"loft-jax {name}"}
-        if command is Finetune:
-            options["default"] = _finetune_default(rest)
-        return tyro.cli(command, **options)()
+        with _messages_shown():
+            command = _COMMANDS[name]
+            options: dict[str, Any] = {"args": rest, "prog": f"loft-jax {name}"}
+            if command is Finetune:
+                options["default"] = _finetune_default(rest)
+            return tyro.cli(command, **options)()
     except (InputError, OSError) as error:
         print(f"loft-jax {name}: {error}", file=sys.stderr)
         return _EXIT_INPUT
+    except KeyboardInterrupt:
+        print(f"loft-jax {name}: interrupted", file=sys.stderr)
+        return _EXIT_INTERRUPTED
+
+
+@contextlib.contextmanager
+def _messages_shown() -> Iterator[None]:
+    """Shows what the library reports, as it words it: other libraries set the root's format."""
+    logger, handler = logging.getLogger("loft_jax"), logging.StreamHandler()
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
 
 
 def _usage() -> str:

@@ -19,13 +19,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--assets", default="assets", help="folder of model and data")
     parser.add_argument("--output", default="runs/demo", help="folder of the run")
-    parser.add_argument("--method", default="loft", choices=["loft", "lora", "full"])
+    parser.add_argument("--method", default="loft", choices=["loft", "lora"])
     arguments = parser.parse_args()
     assets, output = Path(arguments.assets), Path(arguments.output)
 
     run([sys.executable, str(ROOT / "scripts" / "prepare_demo.py"), "--folder", str(assets)])
     model = str(assets / "SmolLM2-135M-Instruct.Q4_1.gguf")
-    if not (output / "adapter").exists():
+    if not (output / "adapter" / "adapter_config.json").exists():  # it is written last
         resume = ["--resume"] if any(output.glob("checkpoints/[0-9]*")) else []
         run(
             [

@@ -1,11 +1,17 @@
 """The command line as users type it: exit codes, messages, files."""
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
 
+from loft_jax import LoRAConfig, add_lora, load_pretrained, save_peft_adapter
 from loft_jax.cli import main
+from tests.tiny import save_tiny_llama
 from tests.training.conftest import make_config, workspace  # noqa: F401
 
 
@@ -73,6 +79,8 @@ def test_flags_go_before_the_config_file(tmp_path, flags, capsys):
         (["--batch-size", "0"], "batch_size is 0"),
         (["--resume"], "no checkpoint to resume from"),
         (["--config", "none.yaml"], "none.yaml"),
+        (["--output", __file__], "cannot hold checkpoints"),
+        (["--data.path", __file__], "unknown ending"),
         (["--data.max-length", "1"], "truncated away"),
     ],
 )
@@ -82,6 +90,77 @@ def test_bad_input_is_a_message_and_exit_code_2(flags, changes, message, capsys,
     assert message in errors
     assert "Traceback" not in errors
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda tensors: tensors.pop("model.norm.weight"), "'model.norm.weight' is missing"),
+        (lambda tensors: tensors.update(x=np.zeros(2, np.float32)), "tensor 'x' of shape (2,)"),
+        (
+            lambda tensors: tensors.update({"model.norm.weight": np.zeros(2, np.float32)}),
+            "'model.norm.weight' has shape (2,), expected (32,)",
+        ),
+        (None, "not a readable safetensors file"),
+    ],
+    ids=["missing", "extra", "misshaped", "damaged"],
+)
+def test_weights_that_do_not_fit(flags, edit, message, workspace, tmp_path, capsys):  # noqa: F811
+    model = tmp_path / "model"
+    shutil.copytree(workspace / "model", model)
+    file = model / "model.safetensors"
+    if edit is None:
+        file.write_bytes(file.read_bytes()[:-8])
+    else:
+        tensors = load_file(file)
+        edit(tensors)
+        save_file(tensors, file, metadata={"format": "pt"})
+    assert main(["finetune", *flags, "--model", str(model)]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_resuming_another_run(flags, tmp_path, capsys):
+    assert main(["finetune", *flags]) == 0
+    capsys.readouterr()
+    assert main(["finetune", *flags, "--resume", "--rank", "2"]) == 2
+    assert "cannot resume with another rank: the run was started with 4" in capsys.readouterr().err
+    assert main(["finetune", *flags]) == 2
+    assert "holds a run at step 2 already" in capsys.readouterr().err
+
+
+def test_an_adapter_for_another_base(workspace, tmp_path, capsys):  # noqa: F811
+    model = add_lora(load_pretrained(workspace / "model"), LoRAConfig(rank=2), rngs=nnx.Rngs(0))
+    save_peft_adapter(tmp_path / "adapter", model)
+    save_tiny_llama(tmp_path / "other", num_hidden_layers=3)
+    source = ["--model", str(tmp_path / "other"), "--adapter", str(tmp_path / "adapter")]
+    assert main(["merge", *source, "--output", str(tmp_path / "merged")]) == 2
+    assert "for another base model" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("yaml", "message"),
+    [
+        ("steps: abc", "field steps is 'abc', expected an integer"),
+        ("choices: 3", "field choices is 3, expected a list"),
+        ("method: lofft", "field method is 'lofft', expected one of"),
+    ],
+)
+def test_a_config_file_with_a_wrong_value(flags, yaml, message, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text(yaml)
+    assert main(["finetune", *flags, "--config", str(tmp_path / "c.yaml")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_interrupt_is_no_traceback(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("loft_jax.cli.Source.load", interrupted)
+    assert main(["generate", "--model", "m", "--prompt", "a"]) == 130
+    assert "interrupted" in capsys.readouterr().err
 
 
 def test_an_empty_dataset(flags, tmp_path, capsys):

@@ -105,6 +105,8 @@ def _csv_columns(file: Path, separator: str) -> list[str]:
         header, first = next(reader), next(reader, [])
     if len(first) > len(header):  # pandas would take the first columns for an index
         raise ValueError(f"the first row has {len(first)} cells and the header {len(header)}")
+    if len(set(header)) < len(header):
+        raise ValueError(f"the header {header} names a column twice")
     return header
 
 

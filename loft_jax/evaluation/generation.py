@@ -41,7 +41,7 @@ def generate(
         top_k: Sample among this many most likely tokens only.
         top_p: Sample among the fewest most likely tokens whose probabilities sum up to this.
         eos_token_ids: Tokens that end a text; by default those of the model's configuration.
-        seed: Of the sampling.
+        seed: Of the sampling, 0 to 2^32 - 1.
 
     Returns:
         The new tokens of each prompt, an ending token included.
@@ -59,7 +59,7 @@ def generate(
         [5, 5]
     """
     vocab = model.config.vocab_size
-    _check(prompts, vocab, max_new_tokens, temperature, top_k, top_p)
+    _check(prompts, vocab, max_new_tokens, temperature, top_k, top_p, seed)
     if not prompts:
         return []
     if eos_token_ids is None:
@@ -133,6 +133,7 @@ def _check(
     temperature: float,
     top_k: int | None,
     top_p: float,
+    seed: int,
 ) -> None:
     for number, prompt in enumerate(prompts):
         if not len(prompt):
@@ -147,6 +148,8 @@ def _check(
         raise InputError(f"top_k is {top_k}, expected 1 or more")
     if not 0 < top_p <= 1:
         raise InputError(f"top_p is {top_p}, expected more than 0 and at most 1")
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed is {seed}, expected 0 to 2^32 - 1")
 
 
 def _bucket(length: int) -> int:

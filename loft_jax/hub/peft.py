@@ -341,7 +341,7 @@ def _check_complete(
     if missing:
         raise InputError(
             f"{file.path}: has no factors for {_listed(missing)}, "
-            f"which target_modules of {CONFIG_NAME} names"
+            f"which target_modules of {CONFIG_NAME} names: damaged, or for another base model"
         )
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 from loft_jax.errors import InputError
@@ -42,6 +43,18 @@ _UNDERSTOOD = {
 # Other initializations change the base weights when PEFT loads the adapter.
 _INITS_LEAVING_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 _OFF: tuple[Any, ...] = (None, False, "none", "", [], {})
+
+# Types of settings, None where they are absent; of a list, also those of its items.
+_NAMES = ((NoneType, str, list), "a text or a list of texts")
+_KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "target_modules": _NAMES,
+    "exclude_modules": _NAMES,
+    "layers_pattern": _NAMES,
+    "layers_to_transform": ((NoneType, int, list), "a number or a list of numbers"),
+    "rank_pattern": ((NoneType, dict), "an object"),
+    "alpha_pattern": ((NoneType, dict), "an object"),
+    "use_rslora": ((NoneType, bool), "true or false"),
+}
 
 
 class Strength(NamedTuple):
@@ -127,6 +140,12 @@ class PeftConfig:
         return _by_pattern(self.settings.get(field) or {}, name, default)
 
     def _check_types(self) -> None:
+        for name, (kinds, expected) in _KINDS.items():
+            value = self.settings.get(name)
+            items = value if isinstance(value, list) else []
+            inner = set(kinds) - {list, NoneType}
+            if not (type(value) in kinds and all(type(item) in inner for item in items)):
+                raise InputError(f"{self.path}: {name} is {value!r}, expected {expected}")
         ranks = {"r": self.settings.get("r"), **(self.settings.get("rank_pattern") or {})}
         for name, rank in ranks.items():
             if type(rank) is not int or rank < 1:
@@ -139,9 +158,11 @@ class PeftConfig:
             if type(alpha) not in (int, float) or not math.isfinite(alpha) or alpha <= 0:
                 raise InputError(f"{self.path}: alpha {name} is {alpha!r}, expected a number > 0")
         patterns = [*ranks, *alphas]
-        for field in ("target_modules", "exclude_modules"):
+        for field in ("target_modules", "exclude_modules", "layers_pattern"):
             value = self.settings.get(field)
             patterns += [value] if isinstance(value, str) else []
+        if isinstance(layers := self.settings.get("layers_pattern"), list):
+            patterns += layers
         for pattern in patterns:
             try:
                 re.compile(pattern)

@@ -80,6 +80,11 @@ class Safetensors:
         weight_map = read_json(self.path).get("weight_map")
         if not isinstance(weight_map, dict):
             raise InputError(f"{self.path}: has no 'weight_map'")
+        for name, shard in weight_map.items():
+            if not isinstance(shard, str):
+                raise InputError(
+                    f"{self.path}: weight_map[{name!r}] is {shard!r}, expected a file's name"
+                )
         for shard in sorted(set(weight_map.values())):
             self._open_file(self.path.parent / shard)
         for name, shard in weight_map.items():

@@ -79,8 +79,21 @@ class LoRALinear(LoRALayer, nnx.Linear):
         """Applies the layer to ``(..., in)``, giving ``(..., out)``."""
         y = super().__call__(inputs, out_sharding=out_sharding)
         x = self._dropped(_computed(self, inputs))
-        contract = (x.ndim - 1,)
-        return y + _low_rank(self, x, y.dtype, contract, (), out_sharding)
+
+        def branch(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+            # As a matrix: the gradients of A and B are then plain products, where several row axes
+            # cost transposed copies of the largest activations.
+            rows = x.reshape(-1, x.shape[-1])
+            down = jnp.dot(rows, a, precision=self.precision) * self.lora_scaling
+            up = jnp.dot(
+                down,
+                b,
+                precision=self.precision,
+                preferred_element_type=self.preferred_element_type,
+            )
+            return up.astype(y.dtype).reshape(y.shape)
+
+        return y + _sharded(branch, out_sharding)(x, *self._factors(x.dtype))
 
 
 class LoRALinearGeneral(LoRALayer, nnx.LinearGeneral):

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from loft_jax.errors import InputError
 
@@ -94,6 +94,19 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise InputError(f"config: head_dim is {self.head_dim}, expected an even number")
+        for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
+            value = getattr(self, name)
+            if not _is_number(value) or value <= 0:
+                raise InputError(f"config: {name} is {value!r}, expected a positive number")
+        for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise InputError(f"config: {name} is {value!r}, expected true or false")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            tokens = value if isinstance(value, tuple) and name == "eos_token_id" else (value,)
+            if not all(token is None or type(token) is int for token in tokens):
+                raise InputError(f"config: {name} is {value!r}, expected a token's number")
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":
@@ -117,7 +130,7 @@ class LlamaConfig:
         if model_type != "llama":
             raise InputError(f"config: model_type is {model_type!r}, only 'llama' is supported")
         for name in config.get("architectures") or ():
-            if name.lower() not in _ARCHITECTURES:
+            if str(name).lower() not in _ARCHITECTURES:
                 raise InputError(
                     f"config: architectures names {name!r}, only 'LlamaForCausalLM' is supported"
                 )
@@ -191,6 +204,10 @@ class LlamaConfig:
         }
 
 
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _required(config: Mapping[str, Any], name: str) -> int:
     if config.get(name) is None:
         raise InputError(f"config: {name} is missing")
@@ -203,13 +220,18 @@ def _required(config: Mapping[str, Any], name: str) -> int:
 def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """Base and scaling, from whichever of the two spellings the file has."""
     key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-    rope = dict(config.get(key) or {})
-    theta = float(rope.pop("rope_theta", None) or config.get("rope_theta") or 10_000.0)
+    found = config.get(key) or {}
+    if not isinstance(found, Mapping):
+        raise InputError(f"config: {key} is {found!r}, expected a mapping")
+    rope = dict(found)
+    theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10_000.0
+    if not _is_number(theta):
+        raise InputError(f"config: rope_theta is {theta!r}, expected a positive number")
     if rope.pop("partial_rotary_factor", 1.0) != 1.0:
         raise InputError(f"config: {key}.partial_rotary_factor is set, only 1.0 is supported")
     legacy_type = rope.pop("type", "default")
     rope_type = rope.pop("rope_type", legacy_type)
-    names = {
+    known: dict[Any, tuple[str, ...]] = {
         "default": (),
         "linear": ("factor",),
         "llama3": (
@@ -218,7 +240,8 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
             "high_freq_factor",
             "original_max_position_embeddings",
         ),
-    }.get(rope_type)
+    }
+    names = known.get(rope_type) if isinstance(rope_type, str) else None
     if names is None:
         raise InputError(
             f"config: {key}.rope_type is {rope_type!r}, "
@@ -230,8 +253,8 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
         )
     for name in names:
         value = rope.get(name)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
+        if not _is_number(value) or value <= 0:
             raise InputError(f"config: {key}.{name} is {value!r}, expected a positive number")
     if rope_type == "default":
-        return theta, None
-    return theta, RopeScaling(rope_type=rope_type, **{name: rope[name] for name in names})
+        return float(theta), None
+    return float(theta), RopeScaling(rope_type=rope_type, **{name: rope[name] for name in names})

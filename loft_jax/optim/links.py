@@ -15,7 +15,16 @@ import jax.numpy as jnp
 import optax
 
 from loft_jax.optim.pairs import FactorNames, Scaling, find_pairs
-from loft_jax.optim.tree import FactorTree, Number, Role, check, check_role, check_scaling, moves
+from loft_jax.optim.tree import (
+    FactorTree,
+    Number,
+    Role,
+    check,
+    check_role,
+    check_scaling,
+    compute_dtype,
+    moves,
+)
 
 
 class StepState(NamedTuple):
@@ -150,7 +159,8 @@ def clip_by_projected_norm(
                 counts = moves(factor, state.count, first) if alternate else True
                 total += jnp.where(counts, jnp.sum(c * c), 0.0)
         for index in tree.plain:
-            total += jnp.sum(jnp.square(tree.leaves[index]))
+            leaf = tree.leaves[index]
+            total += jnp.sum(jnp.square(leaf.astype(compute_dtype(leaf))))
         norm = jnp.sqrt(total)
         scale = jnp.where(norm < max_norm, 1.0, max_norm / norm)
         tree.leaves = [leaf * scale.astype(leaf.dtype) for leaf in tree.leaves]

@@ -97,6 +97,7 @@ def loft(
     check(weight_decay, "weight_decay", lambda x: x >= 0, "a number >= 0")
     clip = []
     if max_grad_norm is not None:
+        check(max_grad_norm, "max_grad_norm", lambda x: x > 0, "a positive number")
         clip.append(
             clip_by_projected_norm(
                 max_grad_norm, scaling=scaling, first=first, alternate=alternate, factors=factors

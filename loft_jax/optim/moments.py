@@ -135,7 +135,9 @@ def calibrate_moments(
     ) -> tuple[optax.Updates, CalibratedMomentsState]:
         tree = FactorTree(updates, params, factors)
         mu, nu = jax.tree.leaves(state.mu), jax.tree.leaves(state.nu)
-        basis = jax.tree.leaves(state.basis, is_leaf=_is_masked)
+        # By position, and not by the MaskedNodes: with `optax.masked` the parameters have some too.
+        paired = sorted(factor.index for pair in tree.pairs for factor in (pair.a, pair.b))
+        basis = dict(zip(paired, jax.tree.leaves(state.basis), strict=True))
         count = optax.safe_increment(state.count)
         correction1, correction2 = 1 - b1**count, 1 - b2**count
         limit = _adam_limit(b1, b2, count)
@@ -156,9 +158,10 @@ def calibrate_moments(
                 m = b1 * matmul(factor.fold(mu[factor.index]), change) + (1 - b1) * c
                 p = b2 * matmul(factor.fold(nu[factor.index]), second.symmetric_square(change))
                 p += (1 - b2) * second.symmetric_product(c, c)  # (stack, m, q)
+                dtype = mu[factor.index].dtype
+                m, p = m.astype(dtype), p.astype(dtype)
                 tree.leaves[factor.index] = corrected(m, p)
-                mu[factor.index] = factor.unfold(m).astype(mu[factor.index].dtype)
-                nu[factor.index] = factor.unfold(p).astype(nu[factor.index].dtype)
+                mu[factor.index], nu[factor.index] = factor.unfold(m), factor.unfold(p)
                 new_basis[partner.index] = partner.unfold(now.q)
             for index, q in new_basis.items():
                 basis[index] = q.astype(basis[index].dtype)
@@ -172,7 +175,7 @@ def calibrate_moments(
             count,
             jax.tree.unflatten(jax.tree.structure(state.mu), mu),
             jax.tree.unflatten(jax.tree.structure(state.nu), nu),
-            jax.tree.unflatten(jax.tree.structure(state.basis, is_leaf=_is_masked), basis),
+            jax.tree.unflatten(jax.tree.structure(state.basis), [basis[i] for i in paired]),
         )
         return tree.rebuilt(), new_state
 
@@ -206,7 +209,8 @@ def project_updates(
 
     Returns:
       A transformation from the `Moments` of `calibrate_moments` to updates that point uphill, as
-      Optax's `scale_by_*` do; its state is a step counter, and it needs the parameters.
+      Optax's `scale_by_*` do, in the dtypes of the parameters; its state is a step counter, and it
+      needs the parameters.
 
     Raises:
       ValueError: As `project_gradients`; for a negative eps; or, at update, for leaves that are not
@@ -249,16 +253,18 @@ def project_updates(
                 basis = tree.basis(pair, partner, scaling)
                 mu, nu, limit = tree.leaves[factor.index]
 
-                direction = functools.partial(second.adam_direction, mu, nu, basis.q, eps, limit)
+                direction = functools.partial(
+                    second.adam_direction, mu, nu, basis.q, jnp.asarray(eps, mu.dtype), limit
+                )
                 if alternate:
                     rest = functools.partial(jnp.zeros_like, mu)
                     x = jax.lax.cond(moves(factor, state.count, first), direction, rest)
                 else:
                     x = direction()
-                tree.leaves[factor.index] = factor.unfold(basis.from_coordinates(x))
+                tree.finish(factor.index, factor.unfold(basis.from_coordinates(x)))
         for index in tree.plain:
             mu, nu, _ = tree.leaves[index]
-            tree.leaves[index] = mu / (jnp.sqrt(nu) + eps)
+            tree.finish(index, mu / (jnp.sqrt(nu) + eps))
         return tree.rebuilt(), StepState(optax.safe_increment(state.count))
 
     return optax.GradientTransformation(init, update)
@@ -281,7 +287,3 @@ def _adam_limit(b1: Number, b2: Number, count: jax.Array) -> jax.Array:
 
 def _is_moments(x: Any) -> bool:
     return isinstance(x, Moments)
-
-
-def _is_masked(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode)

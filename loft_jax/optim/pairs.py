@@ -96,7 +96,8 @@ def find_pairs(params: Any, factors: FactorNames | None = None) -> list[Pair]:
 
     Raises:
       ValueError: A factor without its other half, shapes that do not fit, a rank above the smaller
-        side of the weight, or (unless `factors` is an empty sequence) no pair at all.
+        side of the weight, (unless `factors` is an empty sequence) no pair at all, or `factors`
+        that are not pairs of endings.
 
     Example:
       >>> import jax.numpy as jnp
@@ -105,7 +106,7 @@ def find_pairs(params: Any, factors: FactorNames | None = None) -> list[Pair]:
       >>> pair.path, pair.rank, pair.a.stack, pair.a.features, pair.b.features
       ('q', 4, (32,), (64,), (8, 8))
     """
-    names = DEFAULT_FACTOR_NAMES if factors is None else factors
+    names = DEFAULT_FACTOR_NAMES if factors is None else _checked_names(factors)
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     paths = [_path_string(path) for path, _ in leaves]
     halves: dict[tuple[str, tuple[str, str]], dict[str, int]] = {}
@@ -125,7 +126,7 @@ def find_pairs(params: Any, factors: FactorNames | None = None) -> list[Pair]:
                 "a pair must be masked, frozen or trained as a whole"
             )
         a, b = leaves[found["a"]][1], leaves[found["b"]][1]
-        path = prefix.rstrip("/_") or paths[found["a"]]
+        path = prefix[:-1] or paths[found["a"]]  # without the separator
         pairs.append(_pair(path, found["a"], tuple(a.shape), found["b"], tuple(b.shape)))
 
     # An empty tree is no mistake: Optax initializes with one to tell which parts of a state
@@ -138,6 +139,15 @@ def find_pairs(params: Any, factors: FactorNames | None = None) -> list[Pair]:
             "Name them with `factors=`, or pass `factors=()` to train without pairs"
         )
     return sorted(pairs, key=lambda pair: pair.a.index)
+
+
+def _checked_names(factors: FactorNames) -> FactorNames:
+    for endings in factors:
+        if isinstance(endings, str) or len(endings) != 2:
+            raise ValueError(
+                f"factors holds {endings!r}, expected pairs of endings: (('lora_a', 'lora_b'),)"
+            )
+    return [(a, b) for a, b in factors]
 
 
 def _pair(path: str, a_index: int, a: tuple[int, ...], b_index: int, b: tuple[int, ...]) -> Pair:

@@ -19,7 +19,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from loft_jax.optim.subspace import matmul
 
@@ -44,8 +43,8 @@ def symmetric_product(x: jax.Array, y: jax.Array) -> jax.Array:
       (..., q) with q = r (r + 1) / 2, such that the dot product of two packed matrices is the
       sum of the elementwise products of the whole ones.
     """
-    rows, columns = np.triu_indices(x.shape[-1])
-    weight = jnp.asarray(np.where(rows == columns, 0.5, math.sqrt(0.5)), x.dtype)
+    rows, columns = _upper_half(x.shape[-1])
+    weight = jnp.where(rows == columns, 0.5, math.sqrt(0.5)).astype(x.dtype)
     return weight * (x[..., rows] * y[..., columns] + x[..., columns] * y[..., rows])
 
 
@@ -58,9 +57,15 @@ def symmetric_square(c: jax.Array) -> jax.Array:
     Returns:
       (..., q, q); row (a, b) is the packed image of the packed basis matrix (a, b).
     """
-    rows, columns = np.triu_indices(c.shape[-1])
-    weight = jnp.asarray(np.where(rows == columns, 1.0, math.sqrt(2.0)), c.dtype)
+    rows, columns = _upper_half(c.shape[-1])
+    weight = jnp.where(rows == columns, 1.0, math.sqrt(2.0)).astype(c.dtype)
     return weight[:, None] * symmetric_product(c[..., rows, :], c[..., columns, :])
+
+
+def _upper_half(r: int) -> tuple[jax.Array, jax.Array]:
+    """Row and column of each packed element, (q,) each."""
+    pairs = jnp.asarray([(row, column) for row in range(r) for column in range(row, r)])
+    return pairs[:, 0], pairs[:, 1]
 
 
 def adam_direction(

@@ -76,10 +76,10 @@ def orthonormal_basis(p: jax.Array) -> Basis:
     Example:
       >>> import jax.numpy as jnp
       >>> basis = orthonormal_basis(jnp.array([[3.0, 0.0], [4.0, 0.0], [0.0, 0.0]]))
-      >>> print((basis.q @ basis.q.T).round(2))  # the projector on (3, 4, 0)
-      [[0.36 0.48 0.  ]
-       [0.48 0.64 0.  ]
-       [0.   0.   0.  ]]
+      >>> print((100 * basis.q @ basis.q.T).round())  # 100 times the projector on (3, 4, 0)
+      [[36. 48.  0.]
+       [48. 64.  0.]
+       [ 0.  0.  0.]]
     """
     r = p.shape[-1]
     eps = float(jnp.finfo(p.dtype).eps)

@@ -55,7 +55,13 @@ class FactorTree:
         """The basis of what a partner spans: q (stack, n, r) of `P = s Bᵀ` or `P = s A`."""
         param = self._params[partner.index]
         folded = partner.fold(param.astype(compute_dtype(param)))
-        return orthonormal_basis(folded * pair.scaling(scaling))
+        s = pair.scaling(scaling)
+        check_scaling(s, f"scaling of {pair.path!r}")
+        return orthonormal_basis((folded * s).astype(folded.dtype))
+
+    def finish(self, index: int, update: jax.Array) -> None:
+        """Replaces a leaf by its update, in its parameter's dtype, as Optax's wrappers expect."""
+        self.leaves[index] = update.astype(self._params[index].dtype)
 
     def rebuilt(self) -> Any:
         """The tree of the leaves as they are now."""
@@ -72,10 +78,10 @@ def moves(factor: Factor, count: jax.Array, first: Role) -> jax.Array:
     return (count % 2 == 0) == ((first == "a") == factor.rank_last)
 
 
-def check_scaling(scaling: Scaling) -> None:
+def check_scaling(scaling: Scaling, name: str = "scaling") -> None:
     """Refuses a scaling of zero, which would erase the adapter."""
     if not callable(scaling):
-        check(scaling, "scaling", lambda x: x != 0 and math.isfinite(x), "a finite number, not 0")
+        check(scaling, name, lambda x: x != 0 and math.isfinite(x), "a finite number, not 0")
 
 
 def check_role(first: str) -> None:
@@ -86,5 +92,5 @@ def check_role(first: str) -> None:
 
 def check(value: Number, name: str, holds: Callable[[float], bool], expected: str) -> None:
     """Refuses a number that is known (not traced) and breaks a condition."""
-    if isinstance(value, int | float) and not holds(value):
-        raise ValueError(f"{name} is {value!r}, expected {expected}")
+    if not isinstance(value, jax.core.Tracer) and not holds(float(value)):
+        raise ValueError(f"{name} is {float(value)!r}, expected {expected}")

@@ -27,7 +27,25 @@ class Checkpoints:
     of its arrays, so that a damaged one is known when it is read.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, keep_last: int, keep_best: int) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        keep_last: int = 1,
+        keep_best: int = 0,
+        read_only: bool = False,
+    ) -> None:
+        """Opens the folder, and removes what a kill left unfinished.
+
+        Args:
+            folder: Of the checkpoints; made if missing.
+            keep_last: Newest checkpoints to keep.
+            keep_best: Checkpoints of the lowest evaluation loss to keep besides.
+            read_only: Change nothing: a run may be writing there.
+
+        Raises:
+            InputError: The folder cannot be made or read.
+        """
         self.folder = Path(folder).resolve()
         policies: list[Any] = [LatestN(keep_last)]
         if keep_best:
@@ -40,12 +58,17 @@ class Checkpoints:
                 )
             )
         try:
+            if read_only:
+                os.listdir(self.folder)
+            else:
+                self.folder.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=AnyPreservationPolicy(policies),
-                    create=True,
-                    cleanup_tmp_directories=True,
+                    create=False,
+                    cleanup_tmp_directories=not read_only,
+                    read_only=read_only,
                 ),
                 item_names=("state", "run"),
             )
@@ -79,8 +102,11 @@ class Checkpoints:
         return sorted(self._manager.all_steps(), reverse=True)
 
     def best_step(self) -> int | None:
-        """Step of the checkpoint with the lowest evaluation loss; None if none was evaluated."""
-        losses = {step: self.run_of(step)["eval_loss"] for step in self.steps()}
+        """Step of the readable checkpoint with the lowest evaluation loss; None without one."""
+        losses = {}
+        for step in self.steps():
+            with contextlib.suppress(InputError):
+                losses[step] = self.run_of(step)["eval_loss"]
         evaluated = [step for step, loss in losses.items() if loss is not None]
         return min(evaluated, key=lambda step: losses[step], default=None)
 
@@ -129,23 +155,31 @@ class Checkpoints:
     def restore_newest(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Reads the newest checkpoint that is whole, and removes damaged ones above it.
 
+        Args:
+            like: A state with the shapes and dtypes to expect.
+
         Returns:
             The state, and the plain values saved with it.
 
         Raises:
-            InputError: There is none.
+            InputError: There is none; those that are damaged stay.
         """
+        damaged: list[int] = []
         for step in self.steps():
             try:
                 state = self.restore(step, like)
                 run = self.run_of(step)
             except InputError as error:
-                _log.warning("%s; falling back to the checkpoint before it", error)
-                # It stands where this run will write again.
-                self._manager.delete(step)
+                _log.warning("%s", error)
+                damaged.append(step)
                 continue
+            if damaged:
+                _log.warning("falling back to the checkpoint of step %d", step)
+            for newer in damaged:  # they stand where this run will write again
+                self._manager.delete(newer)
             return state, run
-        raise InputError(f"{self.folder}: no checkpoint to resume from")
+        found = f": none of those of steps {damaged} can be read" if damaged else ""
+        raise InputError(f"{self.folder}: no checkpoint to resume from{found}")
 
     def close(self) -> None:
         """Releases what the manager holds."""

@@ -1,10 +1,12 @@
 """All that decides a fine-tuning run, in one dataclass for the command line and YAML files."""
 
 import dataclasses
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -124,10 +126,9 @@ class FinetuneConfig:
         for name in ("b1", "b2", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, expected a number in [0, 1)")
-        if not self.learning_rate > 0:
-            raise InputError(f"learning_rate is {self.learning_rate}, expected a positive number")
-        if not self.epochs > 0:
-            raise InputError(f"epochs is {self.epochs}, expected a positive number")
+        for name in ("learning_rate", "epochs"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name} is {getattr(self, name)}, expected a positive number")
         if self.batch_size % self.accumulation_steps:
             raise InputError(
                 f"batch_size is {self.batch_size}, not a multiple of accumulation_steps "
@@ -146,10 +147,11 @@ def save_config(config: FinetuneConfig, path: str | os.PathLike[str]) -> None:
 
 
 def load_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads the fields that a YAML file sets, checked by name.
+    """Reads the fields that a YAML file sets, checked by name and type.
 
     Raises:
-        InputError: The file cannot be read, is no mapping, or sets an unknown field.
+        InputError: The file cannot be read, is no mapping, sets an unknown field, or sets a field
+            to a value of another type than its own.
     """
     try:
         fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -169,12 +171,19 @@ def load_config(path: str | os.PathLike[str]) -> dict[str, Any]:
             raise InputError(
                 f"{path}: unknown field {name}{unknown[0]}; expected some of {sorted(names)}"
             )
+        hints = get_type_hints(known)
+        for key in given.keys() - {"data"}:
+            given[key] = _typed(hints[key], given[key], where=f"{path}: field {name}{key}")
     return fields
 
 
 def config_from_dict(fields: dict[str, Any]) -> FinetuneConfig:
-    """Makes a configuration of plain values, as `config_to_dict` gives them."""
-    data = _made(DataConfig, fields["data"])
+    """Makes a configuration of plain values, as `config_to_dict` gives them.
+
+    Raises:
+        InputError: A field that has no default is missing, or a value is out of its range.
+    """
+    data = _made(DataConfig, fields.get("data", {}), "data.")
     return _made(FinetuneConfig, {**fields, "data": data})
 
 
@@ -206,7 +215,49 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any]) -> None:
         )
 
 
-def _made(cls: Any, fields: dict[str, Any]) -> Any:
+def _made(cls: Any, fields: dict[str, Any], prefix: str = "") -> Any:
+    for known in dataclasses.fields(cls):
+        required = known.default is known.default_factory is dataclasses.MISSING
+        if required and known.name not in fields:
+            raise InputError(f"field {prefix}{known.name} is missing")
     hints = get_type_hints(cls)
-    tuples = {name for name, hint in hints.items() if str(hint).startswith("tuple")}
+    tuples = {name for name, hint in hints.items() if get_origin(hint) is tuple}
     return cls(**{k: tuple(v) if k in tuples else v for k, v in fields.items()})
+
+
+_EXPECTED = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
+
+
+def _typed(hint: Any, value: Any, *, where: str) -> Any:
+    """A value that YAML gave, as the type hint of its field has it."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        if value in inner:
+            return value
+        expected = f"one of {list(inner)}"
+    elif origin is UnionType:  # of a plain type and None
+        (plain,) = set(inner) - {NoneType}
+        return None if value is None else _typed(plain, value, where=where)
+    elif origin is tuple:
+        if isinstance(value, list):
+            return [_typed(inner[0], v, where=f"{where}[{i}]") for i, v in enumerate(value)]
+        expected = "a list"
+    elif origin is dict:
+        if isinstance(value, dict):
+            return {
+                _typed(inner[0], k, where=f"{where}, key {k!r},"): _typed(
+                    inner[1], v, where=f"{where}[{k!r}]"
+                )
+                for k, v in value.items()
+            }
+        expected = "a mapping"
+    else:
+        if type(value) is hint:
+            return value
+        if hint is float and type(value) in (int, str):
+            try:
+                return float(value)  # YAML 1.1 reads 3e-4 as a text
+            except ValueError:
+                pass
+        expected = _EXPECTED[hint]
+    raise InputError(f"{where} is {value!r}, expected {expected}")

@@ -21,7 +21,14 @@ from loft_jax.evaluation.perplexity import perplexity
 from loft_jax.hub import load_tokenizer
 from loft_jax.models import Llama
 from loft_jax.training.checkpoint import Checkpoints
-from loft_jax.training.config import FinetuneConfig, check_same_run, config_to_dict, save_config
+from loft_jax.training.config import (
+    FinetuneConfig,
+    check_same_run,
+    config_from_dict,
+    config_to_dict,
+    load_config,
+    save_config,
+)
 from loft_jax.training.interrupt import StopRequest
 from loft_jax.training.metrics import MetricsLog, read_metrics
 from loft_jax.training.model import export_trained, load_model, scaling_of, trained_kind
@@ -63,7 +70,8 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, progress: bool = T
 
     Args:
         config: The run.
-        resume: Go on from the newest checkpoint in the output folder.
+        resume: Go on from the newest checkpoint in the output folder; a run that was killed before
+            its first one starts again.
         progress: Show bars.
 
     Returns:
@@ -82,14 +90,15 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, progress: bool = T
         run = _Run(config, progress)
         try:
             state = initial_state(run.parts, run.tx)
-            if resume:
+            restored = bool(checkpoints.steps())
+            if restored:
                 state, saved = checkpoints.restore_newest(state)
                 run.stream.set_state(saved["data"])
                 _log.info("resumed at step %d of %d", int(state.step), run.steps)
             save_config(config, folder / "config.yaml")
-            log = MetricsLog(folder, resumed_at=int(state.step) if resume else None)
+            log = MetricsLog(folder, resumed_at=int(state.step) if restored else None)
             try:
-                if not resume:
+                if not restored:
                     log.write(0, **_named(run.evaluate(state)))
                 state = _train(run, state, log, checkpoints, stop)
             finally:
@@ -104,19 +113,16 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, progress: bool = T
             interrupted=interrupted,
             before=_evaluation(rows, 0),
             after=_evaluation(rows, run.steps),
-            trained=None
-            if interrupted
-            else export_trained(
-                run.trained(state), run.tokenizer, config.method, folder, base_model=config.model
-            ),
+            trained=None if interrupted else run.export(state),
         )
 
 
 @contextmanager
 def _checkpoints(config: FinetuneConfig, resume: bool) -> Iterator[Checkpoints]:
     """Opens the folder of a run, refusing before any work what would mix two runs."""
+    folder = Path(config.output)
     checkpoints = Checkpoints(
-        Path(config.output) / "checkpoints",
+        folder / "checkpoints",
         keep_last=config.keep_last,
         keep_best=config.keep_best,
     )
@@ -126,11 +132,24 @@ def _checkpoints(config: FinetuneConfig, resume: bool) -> Iterator[Checkpoints]:
                 f"{config.output}: holds a run at step {checkpoints.steps()[0]} already; resume it "
                 "(--resume) or choose another output"
             )
-        if resume and (saved := checkpoints.newest_run()) is not None:
-            check_same_run(saved["config"], config_to_dict(config))
+        if not resume and config.method == "full" and (folder / "model").exists():
+            raise InputError(f"{folder / 'model'}: exists already; choose another output")
+        if resume:
+            check_same_run(_started_with(checkpoints, folder), config_to_dict(config))
         yield checkpoints
     finally:
         checkpoints.close()
+
+
+def _started_with(checkpoints: Checkpoints, folder: Path) -> dict[str, Any]:
+    """The configuration that a run to resume was started with."""
+    if (saved := checkpoints.newest_run()) is not None:
+        return saved["config"]
+    if checkpoints.steps() or not (folder / "config.yaml").exists():
+        found = ", none of those it holds can be read" if checkpoints.steps() else ""
+        raise InputError(f"{checkpoints.folder}: no checkpoint to resume from{found}")
+    _log.warning("%s: stopped before its first checkpoint; starting again", folder)
+    return config_to_dict(config_from_dict(load_config(folder / "config.yaml")))
 
 
 def _named(evaluation: dict[str, float]) -> dict[str, float]:
@@ -239,6 +258,11 @@ class _Run:
             )
 
         model = load_model(config)
+        if (largest := int(data.tokens.max())) >= (size := model.config.vocab_size):
+            raise InputError(
+                f"{config.model}: its tokenizer gives token {largest}, its weights have {size}; "
+                "expected a tokenizer and weights that belong together"
+            )
         self.parts = split_model(model, trained_kind(config.method))
         self.schedule = make_schedule(config, self.steps)
         self.tx = make_optimizer(config, self.schedule, scaling_of(model))
@@ -246,6 +270,14 @@ class _Run:
 
     def trained(self, state: TrainState) -> Llama:
         return self.parts.merged(state.params, state.streams)
+
+    def export(self, state: TrainState) -> Path:
+        folder, method = Path(self.config.output), self.config.method
+        if method == "full" and (folder / "model").exists():
+            return folder / "model"  # whole, or not there: this run was at its end before
+        return export_trained(
+            self.trained(state), self.tokenizer, method, folder, base_model=self.config.model
+        )
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Mean loss on the held-out examples, and accuracy if there are choices."""

@@ -105,6 +105,7 @@ BROKEN = {
     "broken.parquet": b"this is not parquet",
     "broken.txt": b"\xff\xfe\x80 not utf-8\n",
     "first.csv": b"prompt,completion\na,b,c,d\n",
+    "twice.csv": b"prompt,prompt,completion\na,b,c\n",
     "second.csv": b"prompt,completion\na,b\na,b,c,d\n",
 }
 

@@ -114,6 +114,8 @@ def test_no_prompts_no_texts(tiny_llama):
         ([[1]], {"temperature": -1.0}, "temperature is -1.0"),
         ([[1]], {"top_k": 0}, "top_k is 0"),
         ([[1]], {"top_p": 0.0}, "top_p is 0.0"),
+        ([[1]], {"seed": -1}, "seed is -1"),
+        ([[1]], {"seed": 2**64}, "seed is 18446744073709551616"),
         ([[1]], {"eos_token_ids": [400]}, "eos_token_ids names 400"),
     ],
 )

@@ -312,6 +312,15 @@ def test_wrong_tensors_are_named_and_the_model_untouched(
             r"differ between layers of 'layers\.",
         ),
         ({"target_modules": ["q_proj", "o_proj", "up_proj"]}, "no factors for .*up_proj"),
+        ({"target_modules": 3}, "target_modules is 3, expected a text or a list"),
+        ({"target_modules": [3]}, r"target_modules is \[3\], expected a text or a list"),
+        ({"exclude_modules": 3}, "exclude_modules is 3"),
+        ({"layers_to_transform": "x"}, "layers_to_transform is 'x', expected a number"),
+        ({"layers_to_transform": [0], "layers_pattern": "("}, "'\\(' is no pattern"),
+        ({"layers_pattern": 3}, "layers_pattern is 3"),
+        ({"rank_pattern": [1]}, r"rank_pattern is \[1\], expected an object"),
+        ({"alpha_pattern": "x"}, "alpha_pattern is 'x', expected an object"),
+        ({"use_rslora": "x"}, "use_rslora is 'x', expected true or false"),
     ],
 )
 def test_settings_that_are_not_supported_are_named(base, good_adapter, tmp_path, settings, message):

@@ -103,6 +103,7 @@ def test_a_tensor_that_holds_no_floats_is_named(tmp_path):
         ("{", "cannot be read as JSON"),
         ("[]", "expected an object"),
         ("{}", "weight_map"),
+        (json.dumps({"weight_map": {"a": ["x"]}}), "weight_map['a'] is ['x'], expected a file"),
         (json.dumps({"weight_map": {"a": "gone.safetensors"}}), "gone.safetensors: no such file"),
         (json.dumps({"weight_map": {"b": "x.safetensors"}}), "holds tensor 'b', it does not"),
     ],

@@ -91,6 +91,15 @@ def test_transformers_reads_what_we_write_as_it_read_the_original(extra):
         ("vocab_size", "many", "vocab_size is 'many'"),
         ("num_hidden_layers", 0, "num_hidden_layers is 0"),
         ("head_dim", 7, "head_dim is 7"),
+        ("architectures", [3], "architectures names 3"),
+        ("rope_theta", "x", "rope_theta is 'x'"),
+        ("rope_theta", -1.0, "rope_theta is -1.0"),
+        ("rope_scaling", "llama3", "rope_scaling is 'llama3', expected a mapping"),
+        ("rope_scaling", {"rope_type": ["llama3"]}, "rope_scaling.rope_type is"),
+        ("rms_norm_eps", "x", "rms_norm_eps is 'x'"),
+        ("tie_word_embeddings", "no", "tie_word_embeddings is 'no'"),
+        ("eos_token_id", "</s>", "eos_token_id is '</s>'"),
+        ("eos_token_id", [1, "x"], "eos_token_id is (1, 'x')"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(field, value, said):

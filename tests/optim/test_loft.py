@@ -130,6 +130,48 @@ def test_bfloat16_factors_have_a_float32_state():
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((path, state)))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_updates_have_the_dtype_of_the_parameters(dtype):
+    """Wrappers that choose between updates and zeros in a traced condition need that."""
+    params = jax.tree.map(lambda x: x.astype(dtype), {"q": pair(0), "bias": normal(5, 4)})
+    for tx in (loft(0.05), optax.apply_if_finite(loft(0.05), 3), optax.MultiSteps(loft(0.05), 2)):
+        updates, _ = jax.jit(tx.update)(random_grads(params), tx.init(params), params)
+        assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
+
+
+def test_numbers_of_another_precision():
+    with jax.enable_x64(True):
+        numbers = {"b1": 0.8, "b2": 0.9, "eps": 1e-3, "scaling": 2.0, "max_grad_norm": 1.0}
+        tx = loft(0.05, **{name: np.float64(x) for name, x in numbers.items()})
+        ours, _ = run(tx, {"q": pair(0)}, random_grads, 3)
+        expected, _ = run(loft(0.05, **numbers), {"q": pair(0)}, random_grads, 3)
+        assert_trees_close(ours, expected, rtol=1e-4)
+
+
+# Parts of a tree
+
+
+@pytest.mark.parametrize("wrap", ["masked", "partition"])
+def test_leaves_left_out_do_not_matter(wrap):
+    """Those in front of the pairs, between them and behind them."""
+    params = {"a": normal(5, 4), "k": pair(2, m=7, n=20, r=5), "l": normal(6, 3), "q": pair(0)}
+    params |= {"p": normal(7, 2), "z": normal(8, 2)}
+    ours = {"k": True, "q": True, "p": True, "a": False, "l": False, "z": False}
+    tx = loft(0.05, weight_decay=0.1, max_grad_norm=1.0)
+    if wrap == "masked":
+        wrapped = optax.chain(
+            optax.masked(tx, ours),
+            optax.masked(optax.set_to_zero(), {k: not v for k, v in ours.items()}),
+        )
+    else:
+        labels = {k: "loft" if v else "frozen" for k, v in ours.items()}
+        wrapped = optax.partition({"loft": tx, "frozen": optax.set_to_zero()}, labels)
+    path, _ = run(wrapped, params, random_grads, 5)
+    expected, _ = run(tx, {k: params[k] for k in "kqp"}, random_grads, 5)
+    assert_trees_close([{k: p[k] for k in "kqp"} for p in path], expected, rtol=1e-5)
+    assert_trees_close({k: path[-1][k] for k in "alz"}, {k: params[k] for k in "alz"}, rtol=0)
+
+
 # Clips
 
 
@@ -166,6 +208,14 @@ def test_clip_norm_is_the_dense_one(turn):
         clipped, _ = clip.update(projected, clip.init(params), params)
         expected = jax.tree.map(lambda x, f=factor: x * f, projected)
         assert_trees_close(clipped, expected, rtol=1e-5)
+
+
+def test_clip_norm_of_float16_leaves_does_not_overflow():
+    params = {"bias": jnp.zeros(4, jnp.float16)}
+    clip = loft_jax.clip_by_projected_norm(1.0, factors=())
+    updates = {"bias": jnp.full(4, 300, jnp.float16)}
+    clipped, _ = clip.update(updates, clip.init(params), params)
+    np.testing.assert_allclose(clipped["bias"], 0.5, rtol=1e-3)
 
 
 def test_clip_of_the_update():
@@ -299,11 +349,13 @@ def test_links_out_of_order():
     [
         ({"scaling": 0.0}, "scaling is 0.0, expected a finite number, not 0"),
         ({"scaling": float("nan")}, "scaling is nan"),
+        ({"scaling": np.float32(0)}, "scaling is 0.0"),
+        ({"scaling": jnp.zeros(())}, "scaling is 0.0"),
         ({"b1": 1.0}, r"b1 is 1.0, expected a number in \[0, 1\)"),
         ({"b2": -0.1}, "b2 is -0.1"),
         ({"eps": -1e-8}, "eps is -1e-08"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1"),
-        ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0|max_norm is 0.0, expected a positive"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0, expected a positive"),
         ({"first": "c"}, "first is 'c', expected 'a' or 'b'"),
         ({"second_moment": "half"}, "second_moment is 'half', expected 'full'"),
     ],
@@ -311,6 +363,13 @@ def test_links_out_of_order():
 def test_arguments_out_of_range(arguments, message):
     with pytest.raises(ValueError, match=message):
         loft(0.1, **arguments)
+
+
+def test_a_scaling_of_zero_names_the_path():
+    params = {"q": pair(0), "k": pair(2)}
+    tx = loft(0.1, scaling={"q": 2.0, "k": 0.0}.__getitem__)
+    with pytest.raises(ValueError, match=r"scaling of 'k' is 0\.0"):
+        tx.update(params, tx.init(params), params)
 
 
 def test_init_names_the_path():

@@ -20,6 +20,8 @@ CASES = {
     "no_moments": ((14, 11, 4), {"b1": 0.0, "b2": 0.0, "eps": 1e-3}),
     "a_first": ((18, 13, 4), {"first": "a"}),
     "both_move": ((18, 13, 4), {"alternate": False, "weight_decay": 0.1, "max_grad_norm": 0.5}),
+    "b_is_zero": ((24, 17, 4), {"eps": 1e-8}),
+    "b_is_zero_clip": ((13, 18, 5), {"eps": 1e-6, "max_grad_norm": 0.05, "scaling": 2.0}),
     "schedule": ((18, 13, 4), {"learning_rate": lambda count: 0.01 / (1 + count)}),
 }
 STEPS = 100
@@ -42,6 +44,8 @@ def test_path_is_the_oracles(name):
     (m, n, r), hyperparameters = CASES[name]
     hyperparameters = {"learning_rate": 0.01, **hyperparameters}
     problem = least_squares(m, n, r)
+    if name.startswith("b_is_zero"):
+        problem["b"][:] = 0
     with jax.enable_x64(True):
         ours = jax.jit(lambda: loft_path(problem, STEPS, "float64", **hyperparameters))()
     assert relative_errors(ours, oracle_path(problem, STEPS, **hyperparameters)).max() < 1e-8

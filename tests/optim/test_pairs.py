@@ -85,10 +85,18 @@ def test_axes(a, b, stack, ins, outs):
     np.testing.assert_array_equal(pair.a.unfold(folded_a), tree["lora_a"])
 
 
-def test_names_of_the_caller():
-    tree = {"q": {"down": {"kernel": jnp.zeros((8, 2))}, "up": {"kernel": jnp.zeros((2, 6))}}}
-    [pair] = find_pairs(tree, factors=(("down/kernel", "up/kernel"),))
-    assert pair.path == "q"
+@pytest.mark.parametrize("module", ["q", "q_"])
+def test_names_of_the_caller(module):
+    tree = {module: {"down": {"kernel": jnp.zeros((8, 2))}, "up": {"kernel": jnp.zeros((2, 6))}}}
+    for names in ((("down/kernel", "up/kernel"),), [["down/kernel", "up/kernel"]]):
+        [pair] = find_pairs(tree, factors=names)
+        assert pair.path == module
+
+
+@pytest.mark.parametrize("names", [("lora_a", "lora_b"), [("lora_a",)]])
+def test_names_that_are_no_pairs(names):
+    with pytest.raises(ValueError, match=r"factors holds .*expected pairs of endings"):
+        find_pairs({}, factors=names)
 
 
 @pytest.mark.parametrize(

@@ -76,14 +76,33 @@ def test_falls_back_from_a_damaged_checkpoint(checkpoints, damage, caplog):
     assert checkpoints.steps() == [1]
 
 
-def test_an_unfinished_checkpoint_is_not_one(tmp_path, checkpoints):
+@pytest.mark.parametrize("read_only", [False, True])
+def test_an_unfinished_checkpoint_is_not_one(tmp_path, checkpoints, read_only):
+    """It is removed, unless the one who looks only reads: a run may be writing it."""
     checkpoints.save(state_at(1), {}, None)
     unfinished = checkpoints.folder / "2.orbax-checkpoint-tmp"
     unfinished.mkdir()
     (unfinished / "x").write_text("half")
-    again = Checkpoints(checkpoints.folder, keep_last=2, keep_best=0)
+    again = Checkpoints(checkpoints.folder, keep_last=2, read_only=read_only)
     assert again.steps() == [1]
+    assert_same(again.restore(1, state_at(0)), state_at(1))
     again.close()
+    assert unfinished.exists() == read_only
+
+
+def test_a_missing_folder_is_not_made_to_read_it(tmp_path):
+    with pytest.raises(InputError, match="cannot hold checkpoints"):
+        Checkpoints(tmp_path / "none", read_only=True)
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_best_of_those_that_can_be_read(checkpoints):
+    for step, loss in ((1, 1.0), (2, 2.0)):
+        checkpoints.save(state_at(step), {}, loss)
+    for file in (checkpoints.folder / "1" / "run").rglob("*"):
+        if file.is_file():
+            file.write_text("{")
+    assert checkpoints.best_step() == 2
 
 
 def test_nothing_to_restore(checkpoints):
@@ -96,9 +115,13 @@ def test_a_state_of_another_shape(checkpoints):
     other = state_at(0)._replace(params={"w": jnp.zeros(3)})
     with pytest.raises(InputError, match="cannot be read"):
         checkpoints.restore(1, other)
+    with pytest.raises(InputError, match=r"no checkpoint .*: none of those of steps \[1\]"):
+        checkpoints.restore_newest(other)
+    assert checkpoints.steps() == [1]  # nothing is thrown away for it
 
 
-def test_a_folder_that_cannot_be_made(tmp_path):
+@pytest.mark.parametrize("path", ["file", "file/checkpoints"])
+def test_a_folder_that_cannot_be_made(tmp_path, path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot hold checkpoints"):
-        Checkpoints(tmp_path / "file" / "checkpoints", keep_last=1, keep_best=0)
+        Checkpoints(tmp_path / path)

@@ -33,12 +33,46 @@ def test_yaml_round_trip(tmp_path):
         ("- 1", "holds a list, expected fields and values"),
         ("a: [", "cannot be read as YAML"),
         ("data: 3", "field data is 3, expected a mapping"),
+        ("steps: abc", r"c\.yaml: field steps is 'abc', expected an integer"),
+        ("steps: 1.5", "field steps is 1.5, expected an integer"),
+        ("steps: true", "field steps is True, expected an integer"),
+        ("model: 3", "field model is 3, expected a text"),
+        ("remat: maybe", "field remat is 'maybe', expected true or false"),
+        ("learning_rate: fast", "field learning_rate is 'fast', expected a number"),
+        ("alpha: x", "field alpha is 'x', expected a number"),
+        ("eval_path:", "field eval_path is None, expected a text"),
+        ("method: lofft", r"field method is 'lofft', expected one of \['loft', 'lora', 'full'\]"),
+        ("choices: 3", "field choices is 3, expected a list"),
+        ("target_modules: q_proj", "field target_modules is 'q_proj', expected a list"),
+        ("choices: [1]", r"field choices\[0\] is 1, expected a text"),
+        ("rank_pattern: [1]", r"field rank_pattern is \[1\], expected a mapping"),
+        ("rank_pattern: {q: x}", r"field rank_pattern\['q'\] is 'x', expected an integer"),
+        ("rank_pattern: {1: 2}", r"field rank_pattern, key 1, is 1, expected a text"),
+        ("data: {buckets: 64}", r"field data\.buckets is 64, expected a list"),
+        ("data: {max_length: x}", r"field data\.max_length is 'x', expected an integer"),
     ],
 )
 def test_bad_files(tmp_path, text, message):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(InputError, match=message):
         load_config(tmp_path / "c.yaml")
+
+
+def test_numbers_as_yaml_gives_them(tmp_path):
+    text = "{model: m, output: o, data: {path: d}, learning_rate: 3e-4, alpha: 8, epochs: 2}"
+    (tmp_path / "c.yaml").write_text(text)  # YAML 1.1 reads 3e-4 as a text
+    read = config_from_dict(load_config(tmp_path / "c.yaml"))
+    assert (read.learning_rate, read.alpha, read.epochs) == (3e-4, 8.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "missing"),
+    [("{output: o, data: {path: d}}", "model"), ("{model: m, output: o}", r"data\.path")],
+)
+def test_missing_field(tmp_path, text, missing):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(InputError, match=f"field {missing} is missing"):
+        config_from_dict(load_config(tmp_path / "c.yaml"))
 
 
 def test_missing_file(tmp_path):
@@ -52,7 +86,9 @@ def test_missing_file(tmp_path):
         ({"batch_size": 0}, "batch_size is 0, expected at least 1"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0, expected a positive"),
         ({"b2": 1.0}, r"b2 is 1.0, expected a number in \[0, 1\)"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf, expected a positive"),
         ({"epochs": 0}, "epochs is 0"),
+        ({"epochs": float("inf")}, "epochs is inf"),
         ({"accumulation_steps": 3}, "batch_size is 16, not a multiple of accumulation_steps 3"),
         ({"choices": ("a",)}, "choices are given without eval_path"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm is nan"),

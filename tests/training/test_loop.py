@@ -19,6 +19,7 @@ from loft_jax.hub.safetensors_io import Safetensors
 from loft_jax.training.config import config_to_dict, save_config
 from loft_jax.training.loop import finetune
 from loft_jax.training.metrics import read_metrics
+from tests.tiny import save_tiny_llama, tiny_tokenizer
 
 CHOICES = (" negative", " positive")
 
@@ -150,6 +151,58 @@ def test_resume_refuses_another_run(make_config):
 def test_resume_without_a_checkpoint(make_config):
     with pytest.raises(InputError, match="no checkpoint to resume from"):
         finetune(make_config(), resume=True, progress=False)
+
+
+def test_killed_before_the_first_checkpoint(make_config, tmp_path, caplog):
+    whole = make_config(output=str(tmp_path / "whole"), steps=3)
+    finetune(whole, progress=False)
+    config = make_config(output=str(tmp_path / "killed"), steps=3, save_every=100)
+    folder = Path(config.output)
+    (folder / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir(parents=True)
+    save_config(config, folder / "config.yaml")
+    (folder / "metrics.jsonl").write_text('{"step": 1, "train_loss": 9.0}\n{"step": 2, "tr')
+    with pytest.raises(InputError, match="another rank"):
+        finetune(make_config(output=config.output, rank=2, steps=3), resume=True, progress=False)
+    finetune(config, resume=True, progress=False)
+    assert "stopped before its first checkpoint; starting again" in caplog.text
+    assert losses(config.output) == losses(whole.output)
+
+
+def test_resume_from_a_damaged_checkpoint(make_config, tmp_path, caplog):
+    config = make_config(steps=6, save_every=2)
+    finetune(config, progress=False)
+    folder = Path(config.output)
+    expected, weights = losses(folder), adapter(folder)
+    for file in (folder / "checkpoints" / "6" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:-1])
+    assert finetune(config, resume=True, progress=False).steps == 6
+    assert "falling back to the checkpoint of step 4" in caplog.text
+    assert losses(folder) == expected
+    for name, tensor in adapter(folder).items():
+        np.testing.assert_array_equal(tensor, weights[name], err_msg=name)
+
+
+def test_a_finished_run_of_all_weights_resumes_to_its_end(make_config):
+    config = make_config(method="full", steps=2)
+    model = finetune(config, progress=False).trained
+    before = (model / "model.safetensors").stat().st_mtime_ns
+    assert finetune(config, resume=True, progress=False).trained == model
+    assert (model / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_model_in_the_output_is_refused_before_any_work(make_config):
+    config = make_config(method="full")
+    Path(config.output, "model").mkdir(parents=True)
+    with pytest.raises(InputError, match="model: exists already; choose another output"):
+        finetune(config, progress=False)
+
+
+def test_a_tokenizer_of_another_model_is_refused(make_config, tmp_path):
+    save_tiny_llama(tmp_path / "model", vocab_size=100)
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match="its weights have 100; expected a tokenizer and weights"):
+        finetune(make_config(model=str(tmp_path / "model")), progress=False)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(make_config):

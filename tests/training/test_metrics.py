@@ -1,3 +1,5 @@
+import pytest
+
 from loft_jax.training.metrics import MetricsLog, read_metrics
 from loft_jax.training.plot import plot_losses
 
@@ -27,6 +29,12 @@ def test_a_new_log_forgets_all(tmp_path):
     first.close()
     MetricsLog(tmp_path).close()
     assert read_metrics(first.path) == []
+
+
+@pytest.mark.parametrize("damage", [b"3\n", b"{}\n", b"[\n", b"\xff\xfe\n"])
+def test_rows_end_where_the_file_is_damaged(tmp_path, damage):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + damage + b'{"step": 2}\n')
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}]
 
 
 def test_plot(tmp_path):

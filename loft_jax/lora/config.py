@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, Literal
@@ -124,6 +124,8 @@ def _check_modules(name: str, modules: str | Sequence[str]) -> None:
     if isinstance(modules, str):
         _check_pattern(name, modules)
         return
+    if not isinstance(modules, Iterable):
+        raise InputError(f"{name} is {modules!r}, expected a name, names or a pattern")
     for module in modules:
         if not isinstance(module, str) or not module:
             raise InputError(f"{name} holds {module!r}, expected names of modules")

@@ -166,17 +166,18 @@ class _Plan(NamedTuple):
 
 
 def _plan(path: str, layer: nnx.Module, config: LoRAConfig) -> _Plan:
+    name = path or type(layer).__name__  # the model may be the layer
     if isinstance(layer, LoRALayer | nnx.LoRALinear):
-        raise InputError(f"{path}: has LoRA factors already; merge or remove them first")
+        raise InputError(f"{name}: has LoRA factors already; merge or remove them first")
     try:
         cls = lora_class(type(layer))
         axes = cls.lora_axes(layer)
     except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+        raise InputError(f"{name}: {error}") from error
     rank = config.rank_of(path)
     if rank > min(axes.fan_in, axes.fan_out):
         raise InputError(
-            f"{path}: rank {rank} is above {min(axes.fan_in, axes.fan_out)}, "
+            f"{name}: rank {rank} is above {min(axes.fan_in, axes.fan_out)}, "
             f"the smaller side of its weight (in {axes.fan_in}, out {axes.fan_out})"
         )
     return _Plan(layer, cls, axes, rank, config.alpha_of(path))

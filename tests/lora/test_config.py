@@ -25,6 +25,7 @@ from loft_jax.lora import LoRAConfig
         ("dtype", jnp.int32),
         ("init", "pissa"),
         ("target_modules", ""),
+        ("target_modules", None),
         ("target_modules", []),
         ("target_modules", [3]),
         ("target_modules", "(q_proj"),

@@ -162,6 +162,11 @@ def test_an_error_leaves_the_model_as_it_was(fields, message):
     assert nnx.split(model)[0] == before
 
 
+def test_an_error_about_a_lone_layer_names_its_class():
+    with pytest.raises(InputError, match=r"^Linear: rank 5 is above 4"):
+        add_lora(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), LoRAConfig(5), rngs=nnx.Rngs(1))
+
+
 def test_the_same_layer_twice_is_refused_others_may_follow():
     model = stacked(target_modules="up_proj")
     with pytest.raises(InputError, match=r"layers\.up_proj: has LoRA factors already"):

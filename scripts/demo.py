@@ -77,7 +77,7 @@ Try next (in this environment: source .venv/bin/activate):
 
 def _located(program: str) -> str:
     """A console script of this environment, activated or not."""
-    beside = Path(sys.executable).with_name(program)
+    beside = Path(sys.executable).parent / program
     return str(beside) if beside.exists() else program
 
 

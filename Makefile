@@ -1,7 +1,6 @@
 # make test: everything checked, from nothing but Python 3.11+ and make. make demo: the main job.
 #
-# PYTHON names the interpreter for .venv. Where PyPI's torch comes with CUDA and you want none:
-#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test
+# PYTHON names the interpreter for .venv.
 
 PYTHON ?= python3
 BIN := .venv/bin

@@ -11,6 +11,7 @@ from loft_jax.lora import LoRAConfig, add_lora, lora_layers, merge_lora, remove_
 from loft_jax.optim.links import alternate_factors, clip_by_projected_norm, project_gradients
 from loft_jax.optim.loft import loft
 from loft_jax.optim.moments import calibrate_moments, project_updates
+from loft_jax.optim.state import state_bytes, state_shardings
 
 __all__ = [
     "LoRAConfig",
@@ -29,4 +30,6 @@ __all__ = [
     "remove_lora",
     "save_peft_adapter",
     "save_pretrained",
+    "state_bytes",
+    "state_shardings",
 ]

@@ -7,4 +7,5 @@ This package imports jax and optax only. From what is general to what is specifi
 - `second_moment`: the second moment of a full gradient, held in such a basis.
 - `links`: the five gradient transformations.
 - `loft`: the optimizer, a chain of them.
+- `state`: what the state of an optimizer costs, and how it lies on a mesh.
 """

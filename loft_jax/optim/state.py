@@ -1,0 +1,95 @@
+"""What an optimizer's state costs, and how it lies on a mesh."""
+
+import math
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+
+def state_bytes(tx: optax.GradientTransformation, params: optax.Params) -> int:
+    """Bytes of an optimizer's state, exactly; nothing is allocated.
+
+    Args:
+      tx: Any Optax transformation.
+      params: Arrays, or anything with a `shape` and a `dtype`.
+
+    Returns:
+      The sum over all arrays of the state, on all devices together if it is sharded.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from loft_jax import loft, state_bytes
+      >>> params = {"lora_a": jnp.ones((64, 4)), "lora_b": jnp.zeros((4, 32))}
+      >>> rows, rank, packed, counters = 64 + 32, 4, 10, 3
+      >>> state_bytes(loft(1e-3), params) == 4 * (rows * (packed + 2 * rank) + counters)
+      True
+    """
+    leaves = jax.tree.leaves(jax.eval_shape(tx.init, params))
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def state_shardings(
+    tx: optax.GradientTransformation, params: optax.Params, shardings: Any = None
+) -> Any:
+    """How the state of an optimizer lies on the mesh of its parameters.
+
+    What the state keeps for a parameter is split along the axes that it shares with it: moments
+    and basis of a factor along its features and its stack. The rank, and whatever stands in its
+    place, is whole on every device, and so is all that belongs to no parameter.
+
+    Args:
+      tx: Any Optax transformation; `optax.tree.map_params` must see its parameters, as it does for
+        all of Optax's.
+      params: Arrays, or `jax.ShapeDtypeStruct`s, of the parameters.
+      shardings: A `NamedSharding` for each parameter; by default the parameters' own.
+
+    Returns:
+      A `NamedSharding` for each array of the state: for `out_shardings` of a jitted `tx.init` or
+      step, and for the targets that Orbax restores to.
+
+    Raises:
+      ValueError: A parameter has no `NamedSharding`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jax.sharding import NamedSharding, PartitionSpec as P
+      >>> from loft_jax import loft, state_shardings
+      >>> mesh = jax.make_mesh((1,), ("data",))
+      >>> params = {"lora_a": jnp.ones((64, 4)), "lora_b": jnp.zeros((4, 32))}
+      >>> layout = {"lora_a": NamedSharding(mesh, P("data")), "lora_b": NamedSharding(mesh, P())}
+      >>> tx = loft(1e-3)
+      >>> state = jax.jit(tx.init, out_shardings=state_shardings(tx, params, layout))(params)
+      >>> state[1].nu["lora_a"].shape, state[1].nu["lora_a"].sharding.spec
+      ((64, 10), P('data', None))
+    """
+    if shardings is None:
+        shardings = jax.tree.map(lambda param: getattr(param, "sharding", None), params)
+    leaves = jax.tree.leaves(shardings, is_leaf=lambda x: x is None)
+    for leaf in leaves:
+        if not isinstance(leaf, NamedSharding):
+            raise ValueError(f"a parameter has sharding {leaf!r}, expected a NamedSharding")
+    whole = NamedSharding(leaves[0].mesh, PartitionSpec()) if leaves else None
+
+    def like(leaf: Any, sharding: NamedSharding, param: Any) -> Any:
+        if isinstance(leaf, optax.MaskedNode):
+            return leaf
+        if len(leaf.shape) != len(param.shape):
+            return whole
+        spec = (*sharding.spec, *[None] * (len(leaf.shape) - len(sharding.spec)))
+        same = [
+            axes if size == of_param else None
+            for axes, size, of_param in zip(spec, leaf.shape, param.shape, strict=True)
+        ]
+        return NamedSharding(sharding.mesh, PartitionSpec(*same))
+
+    return optax.tree.map_params(
+        tx,
+        like,
+        jax.eval_shape(tx.init, params),
+        shardings,
+        params,
+        transform_non_params=lambda _: whole,
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+    )

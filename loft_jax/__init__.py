@@ -8,28 +8,35 @@ from loft_jax.hub import (
     save_pretrained,
 )
 from loft_jax.lora import LoRAConfig, add_lora, lora_layers, merge_lora, remove_lora
+from loft_jax.optim.balance import balance_factors
 from loft_jax.optim.links import alternate_factors, clip_by_projected_norm, project_gradients
 from loft_jax.optim.loft import loft
 from loft_jax.optim.moments import calibrate_moments, project_updates
+from loft_jax.optim.muon import loft_muon, orthogonalize_momentum
+from loft_jax.optim.sharing import share_bases
 from loft_jax.optim.state import state_bytes, state_shardings
 
 __all__ = [
     "LoRAConfig",
     "add_lora",
     "alternate_factors",
+    "balance_factors",
     "calibrate_moments",
     "clip_by_projected_norm",
     "load_peft_adapter",
     "load_pretrained",
     "load_tokenizer",
     "loft",
+    "loft_muon",
     "lora_layers",
     "merge_lora",
+    "orthogonalize_momentum",
     "project_gradients",
     "project_updates",
     "remove_lora",
     "save_peft_adapter",
     "save_pretrained",
+    "share_bases",
     "state_bytes",
     "state_shardings",
 ]

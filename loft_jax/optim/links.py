@@ -8,7 +8,7 @@ the chain, but for one: between `calibrate_moments` and `project_updates` a leaf
 Leaves that belong to no pair take the same steps as matrices of their own: plain AdamW.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,11 @@ import optax
 
 from loft_jax.optim.pairs import FactorNames, Scaling, find_pairs
 from loft_jax.optim.tree import (
+    Bases,
     FactorTree,
     Number,
     Role,
+    absolute_square,
     check,
     check_role,
     check_scaling,
@@ -39,7 +41,7 @@ class StepState(NamedTuple):
 
 def project_gradients(
     *, scaling: Scaling = 1.0, factors: FactorNames | None = None
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     r"""Rescales factor gradients so that they stand for the projected full gradient.
 
     .. math::
@@ -82,17 +84,21 @@ def project_gradients(
         return optax.EmptyState()
 
     def update(
-        updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None
+        updates: optax.Updates,
+        state: optax.EmptyState,
+        params: optax.Params | None = None,
+        *,
+        bases: Bases | None = None,
+        **extra: Any,
     ) -> tuple[optax.Updates, optax.EmptyState]:
-        tree = FactorTree(updates, params, factors)
-        for pair in tree.pairs:
-            for factor, partner in pair.both():
-                basis = tree.basis(pair, partner, scaling)
-                projected = basis.project(tree.folded(factor))
-                tree.leaves[factor.index] = factor.unfold(projected)
+        tree = FactorTree(updates, params, factors, bases)
+        for batch in tree.batches:
+            for own, partners in batch.both():
+                basis = tree.basis(batch, partners, scaling)
+                tree.put(own, basis.project(tree.folded(own)))
         return tree.rebuilt(), state
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def clip_by_projected_norm(
@@ -102,7 +108,7 @@ def clip_by_projected_norm(
     first: Role = "b",
     alternate: bool = True,
     factors: FactorNames | None = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     r"""Clips by the global norm of the full matrices that the leaves stand for.
 
     .. math::
@@ -149,24 +155,29 @@ def clip_by_projected_norm(
         return StepState(jnp.zeros([], jnp.int32))
 
     def update(
-        updates: optax.Updates, state: StepState, params: optax.Params | None = None
+        updates: optax.Updates,
+        state: StepState,
+        params: optax.Params | None = None,
+        *,
+        bases: Bases | None = None,
+        **extra: Any,
     ) -> tuple[optax.Updates, StepState]:
-        tree = FactorTree(updates, params, factors)
+        tree = FactorTree(updates, params, factors, bases)
         total: Number = 0.0
-        for pair in tree.pairs:
-            for factor, partner in pair.both():
-                c = tree.basis(pair, partner, scaling).coordinates(tree.folded(factor))
-                counts = moves(factor, state.count, first) if alternate else True
-                total += jnp.where(counts, jnp.sum(c * c), 0.0)
+        for batch in tree.batches:
+            for own, partners in batch.both():
+                c = tree.basis(batch, partners, scaling).coordinates(tree.folded(own))
+                counts = moves(own, state.count, first) if alternate else True
+                total += jnp.where(counts, jnp.sum(jnp.square(c.array)), 0.0)
         for index in tree.plain:
             leaf = tree.leaves[index]
-            total += jnp.sum(jnp.square(leaf.astype(compute_dtype(leaf))))
+            total += jnp.sum(absolute_square(leaf.astype(compute_dtype(leaf))))
         norm = jnp.sqrt(total)
         scale = jnp.where(norm < max_norm, 1.0, max_norm / norm)
         tree.leaves = [leaf * scale.astype(leaf.dtype) for leaf in tree.leaves]
         return tree.rebuilt(), StepState(optax.safe_increment(state.count))
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def alternate_factors(
@@ -209,12 +220,13 @@ def alternate_factors(
         updates: optax.Updates, state: StepState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, StepState]:
         tree = FactorTree(updates, params, factors)
-        for pair in tree.pairs:
-            for factor, _ in pair.both():
-                leaf = tree.leaves[factor.index]
-                tree.leaves[factor.index] = jnp.where(
-                    moves(factor, state.count, first), leaf, jnp.zeros_like(leaf)
-                )
+        for batch in tree.batches:
+            for own, _ in batch.both():
+                for index in own.indices:
+                    leaf = tree.leaves[index]
+                    tree.leaves[index] = jnp.where(
+                        moves(own, state.count, first), leaf, jnp.zeros_like(leaf)
+                    )
         return tree.rebuilt(), StepState(optax.safe_increment(state.count))
 
     return optax.GradientTransformation(init, update)

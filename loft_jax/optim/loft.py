@@ -2,10 +2,13 @@
 
 import jax
 import optax
+from jax.typing import DTypeLike
 
+from loft_jax.optim.balance import balance_factors
 from loft_jax.optim.links import alternate_factors, clip_by_projected_norm, project_gradients
 from loft_jax.optim.moments import SecondMoment, calibrate_moments, project_updates
 from loft_jax.optim.pairs import FactorNames, Scaling, find_pairs
+from loft_jax.optim.sharing import share_bases
 from loft_jax.optim.tree import Number, Role, check
 
 
@@ -18,11 +21,14 @@ def loft(
     *,
     max_grad_norm: Number | None = None,
     second_moment: SecondMoment = "full",
+    state_dtype: DTypeLike | None = None,
+    mu_dtype: DTypeLike | None = None,
+    balance: bool = False,
     scaling: Scaling = 1.0,
     first: Role = "b",
     alternate: bool = True,
     factors: FactorNames | None = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     r"""LoFT: low-rank adaptation that behaves like full fine-tuning with AdamW.
 
     For every factor pair of the parameters, `W = s A B`, the factors move so that W moves as AdamW
@@ -42,7 +48,7 @@ def loft(
 
     The optimizer is the chain `project_gradients`, `clip_by_projected_norm` (with max_grad_norm),
     `calibrate_moments`, `project_updates`, `optax.add_decayed_weights`, `alternate_factors`,
-    `optax.scale_by_learning_rate`.
+    `optax.scale_by_learning_rate`, `balance_factors` (with balance), under `share_bases`.
 
     Args:
       learning_rate: Step size, or an Optax schedule of the step. That of full fine-tuning with
@@ -54,7 +60,15 @@ def loft(
         multiplied by the learning rate. Only the factor that moves shrinks.
       max_grad_norm: Clips the gradients to this global norm of the projected full gradients; None
         for no clipping.
-      second_moment: "full": exact.
+      second_moment: "full": exact, with r (r + 1) / 2 numbers a row of each factor. "factored":
+        Adafactor's in the projected space, one number a row and no work on full matrices.
+        "diagonal": Adam's of the factor's own gradient, which depends on the factorization and s.
+      state_dtype: Dtype of the second moments, float32 at least by default. In bfloat16 they are
+        rounded stochastically.
+      mu_dtype: Dtype of the first moments, as in `optax.adamw`.
+      balance: Moves the factors to the balanced factorization of the same product at every step
+        (see `balance_factors`): W's path is the same in exact arithmetic, and rounding disturbs it
+        less.
       scaling: The s of `W = s A B` that the forward pass uses (alpha / rank in LoRA), or a
         function from a pair's path (`"layers/q_proj"`) to it.
       first: The factor that moves at the first step. "b", since adapters start with B = 0 and A
@@ -110,14 +124,24 @@ def loft(
             optax.add_decayed_weights(weight_decay / 2, mask=lambda p: _paired(p, factors, True)),
             optax.add_decayed_weights(weight_decay, mask=lambda p: _paired(p, factors, False)),
         ]
-    return optax.chain(
+    chain = optax.chain(
         project_gradients(scaling=scaling, factors=factors),
         *clip,
-        calibrate_moments(b1, b2, second_moment=second_moment, scaling=scaling, factors=factors),
+        calibrate_moments(
+            b1,
+            b2,
+            second_moment=second_moment,
+            state_dtype=state_dtype,
+            mu_dtype=mu_dtype,
+            scaling=scaling,
+            factors=factors,
+        ),
         project_updates(eps, scaling=scaling, first=first, alternate=alternate, factors=factors),
         *move,
         optax.scale_by_learning_rate(learning_rate),
+        *([balance_factors(factors=factors)] if balance else []),
     )
+    return share_bases(chain, scaling=scaling, factors=factors)
 
 
 def _paired(params: optax.Params, factors: FactorNames | None, wanted: bool) -> optax.Params:

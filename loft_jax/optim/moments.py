@@ -1,20 +1,32 @@
 """The links that carry Adam's moments of the full weight, and rebuild its direction from them."""
 
+import dataclasses
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
-from loft_jax.optim import second_moment as second
+from loft_jax.optim.diagonal_moment import DiagonalMoment
+from loft_jax.optim.factored_moment import FactoredMoment
+from loft_jax.optim.full_moment import FullMoment
 from loft_jax.optim.links import StepState
 from loft_jax.optim.pairs import FactorNames, Scaling, find_pairs
-from loft_jax.optim.subspace import matmul
+from loft_jax.optim.rounding import stochastic_round
+from loft_jax.optim.second_moment import (
+    AdamStep,
+    ProjectedGradient,
+    SecondMomentRule,
+    SecondMomentState,
+)
 from loft_jax.optim.tree import (
+    Bases,
     FactorTree,
     Number,
     Role,
+    absolute_square,
     check,
     check_role,
     check_scaling,
@@ -22,32 +34,55 @@ from loft_jax.optim.tree import (
     moves,
 )
 
-SecondMoment = Literal["full"]
+SecondMoment = Literal["full", "factored", "diagonal"]
+
+_RULES: dict[str, SecondMomentRule] = {
+    "full": FullMoment(),
+    "factored": FactoredMoment(),
+    "diagonal": DiagonalMoment(),
+}
 
 
-class Moments(NamedTuple):
-    """Bias-corrected moments, in the place of a leaf.
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["mu", "nu", "gram", "correction1", "correction2", "limit"],
+    meta_fields=["second_moment"],
+)
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """The moments of a leaf, in its place; the first three as in `CalibratedMomentsState`.
 
     Attributes:
-      mu: For a factor (stack, m, r), coordinates in the partner's basis; else like the leaf.
-      nu: For a factor (stack, m, q), packed symmetric matrices; else like the leaf.
+      mu: First moment.
+      nu: Second moment.
+      gram: Its other part, where the rule has one.
+      correction1: (), what the first moment is divided by for Adam's bias correction.
+      correction2: (), the same for the second.
       limit: (), the bound of Adam on an element of the direction at this step.
+      second_moment: The rule that nu follows.
     """
 
     mu: jax.Array
     nu: jax.Array
+    gram: Any
+    correction1: jax.Array
+    correction2: jax.Array
     limit: jax.Array
+    second_moment: SecondMoment
 
 
 class CalibratedMomentsState(NamedTuple):
-    """State of `calibrate_moments`: (m + n) (q + 2 r) numbers a pair, q = r (r + 1) / 2.
+    """State of `calibrate_moments`.
 
-    Each tree has the structure of the parameters, and each leaf the axes of its parameter.
+    Each tree has the structure of the parameters, and each leaf the axes of its parameter. For a
+    pair it is `(m + n) (w + 2 r)` numbers, w being r (r + 1) / 2 for the full second moment, r for
+    the diagonal one, and 1 for the factored one, which has 2 r² besides.
 
     Attributes:
       count: (), int32, updates done.
       mu: First moments. For a factor: shaped like it, in coordinates of the partner's basis.
-      nu: Second moments. For a factor: shaped like it, with q in the place of r.
+      nu: Second moments. For a factor: shaped like it, with w in the place of r.
+      gram: For a factor with a factored second moment: (*stack, r, r). Nothing for other leaves.
       basis: For a factor: orthonormal basis of its columns at the last update, shaped like it.
         Nothing for other leaves.
     """
@@ -55,6 +90,7 @@ class CalibratedMomentsState(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # tuple.count gives way, as in Optax
     mu: Any
     nu: Any
+    gram: Any
     basis: Any
 
 
@@ -63,9 +99,11 @@ def calibrate_moments(
     b2: Number = 0.999,
     *,
     second_moment: SecondMoment = "full",
+    state_dtype: DTypeLike | None = None,
+    mu_dtype: DTypeLike | None = None,
     scaling: Scaling = 1.0,
     factors: FactorNames | None = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     r"""Accumulates the moments of the projected full gradient while its subspace moves.
 
     With `P = Q S` and the gradient's coordinates `c = G Q` (rows c_i), all at the same parameters
@@ -79,18 +117,24 @@ def calibrate_moments(
     so that `m Qᵀ` is Adam's first moment with every earlier gradient projected on today's
     subspace, and `Q_jᵀ p_i Q_j` the second moment of element (i, j) of the same. C is a product of
     orthonormal matrices: a contraction, whatever the condition of the factors. The matrices p_i
-    are kept as packed halves (see `loft_jax.optim.second_moment`).
+    are kept as packed halves; other second moments keep less of them (see `full_moment`,
+    `factored_moment` and `diagonal_moment` in `loft_jax.optim`).
 
     Args:
       b1: Decay of the first moment.
       b2: Decay of the second moment.
-      second_moment: "full": exact, one symmetric (r, r) matrix a row.
+      second_moment: "full": exact, one symmetric (r, r) matrix a row. "factored": a weight a row
+        and one (r, r) matrix. "diagonal": a number for each of the factor's, which is not
+        invariant.
+      state_dtype: Dtype of the second moments; by default that of the computation, float32 at
+        least. In bfloat16 they are rounded stochastically.
+      mu_dtype: Dtype of the first moments, as in `optax.adamw`.
       scaling: The s of `W = s A B`, or a function of the pair's path.
       factors: Names of the factors; see `find_pairs`.
 
     Returns:
       A transformation from projected gradients to `Moments`, for `project_updates`; it needs the
-      parameters. Its state is float32 at least.
+      parameters.
 
     Raises:
       ValueError: As `project_gradients`; or for a b1 or b2 outside [0, 1), or an unknown
@@ -111,75 +155,108 @@ def calibrate_moments(
     check_scaling(scaling)
     for name, beta in (("b1", b1), ("b2", b2)):
         check(beta, name, lambda x: 0 <= x < 1, "a number in [0, 1)")
-    if second_moment != "full":
-        raise ValueError(f"second_moment is {second_moment!r}, expected 'full'")
+    if second_moment not in get_args(SecondMoment):
+        raise ValueError(
+            f"second_moment is {second_moment!r}, expected one of {get_args(SecondMoment)}"
+        )
+    rule = _RULES[second_moment]
 
     def init(params: optax.Params) -> CalibratedMomentsState:
         leaves, treedef = jax.tree.flatten(params)
-        mu = [jnp.zeros_like(leaf, dtype=compute_dtype(leaf)) for leaf in leaves]
-        nu = [jnp.zeros_like(x) for x in mu]
+        dtypes = [compute_dtype(leaf) for leaf in leaves]
+        mu = [jnp.zeros_like(x, mu_dtype or t) for x, t in zip(leaves, dtypes, strict=True)]
+        nu = [
+            jnp.zeros_like(x, state_dtype or jnp.finfo(t).dtype)  # real for complex parameters
+            for x, t in zip(leaves, dtypes, strict=True)
+        ]
+        gram: list[Any] = [optax.MaskedNode() for _ in leaves]
         basis: list[Any] = [optax.MaskedNode() for _ in leaves]
         for pair in find_pairs(params, factors):
             for factor in (pair.a, pair.b):
-                # One row of packed numbers in the place of each row of r.
-                rows = factor.fold(mu[factor.index]).shape[:2]
-                packed = (*rows, second.packed_size(pair.rank))
-                nu[factor.index] = factor.unfold(jnp.zeros(packed, mu[factor.index].dtype))
-                basis[factor.index] = jnp.zeros_like(mu[factor.index])
+                i, r = factor.index, pair.rank
+                nu[i] = jnp.zeros_like(nu[i], shape=factor.shape(rule.width(r)))
+                basis[i] = jnp.zeros_like(leaves[i], dtypes[i])
+                if rule.has_gram:
+                    gram[i] = jnp.zeros((*factor.stack, r, r), dtypes[i])
         return CalibratedMomentsState(
-            jnp.zeros([], jnp.int32), *(jax.tree.unflatten(treedef, x) for x in (mu, nu, basis))
+            jnp.zeros([], jnp.int32),
+            *(jax.tree.unflatten(treedef, x) for x in (mu, nu, gram, basis)),
         )
 
     def update(
-        updates: optax.Updates, state: CalibratedMomentsState, params: optax.Params | None = None
+        updates: optax.Updates,
+        state: CalibratedMomentsState,
+        params: optax.Params | None = None,
+        *,
+        bases: Bases | None = None,
+        **extra: Any,
     ) -> tuple[optax.Updates, CalibratedMomentsState]:
-        tree = FactorTree(updates, params, factors)
+        tree = FactorTree(updates, params, factors, bases)
         mu, nu = jax.tree.leaves(state.mu), jax.tree.leaves(state.nu)
         # By position, and not by the MaskedNodes: with `optax.masked` the parameters have some too.
-        paired = sorted(factor.index for pair in tree.pairs for factor in (pair.a, pair.b))
-        basis = dict(zip(paired, jax.tree.leaves(state.basis), strict=True))
+        basis = dict(zip(tree.paired, jax.tree.leaves(state.basis), strict=True))
+        gram = dict(zip(tree.paired, jax.tree.leaves(state.gram), strict=rule.has_gram))
         count = optax.safe_increment(state.count)
-        correction1, correction2 = 1 - b1**count, 1 - b2**count
-        limit = _adam_limit(b1, b2, count)
+        key = jax.random.fold_in(jax.random.key(0), count)
+        finish = functools.partial(
+            Moments,
+            correction1=1 - b1**count,
+            correction2=1 - b2**count,
+            limit=_adam_limit(b1, b2, count),
+            second_moment=second_moment,
+        )
 
-        def corrected(m: jax.Array, p: jax.Array) -> Moments:
-            dtype = m.dtype
-            return Moments(
-                m / correction1.astype(dtype), p / correction2.astype(dtype), limit.astype(dtype)
-            )
+        for batch in tree.batches:
+            new_basis: dict[int, jax.Array] = {}
+            for own, partners in batch.both():
+                now = tree.basis(batch, partners, scaling)
+                old = partners.fold([basis[i] for i in partners.indices])
+                change = old.inner(now.q)  # (batch, stack, r, r)
+                x = tree.folded(own)
+                c = now.coordinates(x)  # (batch, stack, m, r)
+                dtype = c.array.dtype
+                m = own.fold([mu[i].astype(dtype) for i in own.indices]).times(change)
+                m = m.like((b1 * m.array + (1 - b1) * c.array).astype(dtype))
+                second = rule.update(
+                    own,
+                    SecondMomentState(
+                        [nu[i] for i in own.indices], [gram[i] for i in own.indices if i in gram]
+                    ),
+                    ProjectedGradient(x, c, change),
+                    b2,
+                    jax.random.fold_in(key, own.indices[0]),
+                )
+                grams = second.gram or [optax.MaskedNode()] * len(own.indices)
+                for i, m_, p, s in zip(own.indices, own.unfold(m), second.rows, grams, strict=True):
+                    tree.leaves[i] = finish(m_, p, s)
+                    mu[i], nu[i] = m_.astype(mu[i].dtype), p
+                    if rule.has_gram:
+                        gram[i] = s
+                new_basis |= dict(zip(partners.indices, partners.unfold(now.q), strict=True))
+            basis |= new_basis
+        for i in tree.plain:
+            dtype = compute_dtype(tree.leaves[i])
+            g = tree.leaves[i].astype(dtype)
+            m = (b1 * mu[i] + (1 - b1) * g).astype(dtype)
+            squares = absolute_square(g)
+            p = (b2 * nu[i].astype(squares.dtype) + (1 - b2) * squares).astype(squares.dtype)
+            p = stochastic_round(p, nu[i].dtype, jax.random.fold_in(key, i))
+            tree.leaves[i] = finish(m, p, optax.MaskedNode())
+            mu[i], nu[i] = m.astype(mu[i].dtype), p
 
-        for pair in tree.pairs:
-            new_basis = {}
-            for factor, partner in pair.both():
-                now = tree.basis(pair, partner, scaling)
-                old = partner.fold(basis[partner.index])
-                c = now.coordinates(tree.folded(factor))  # (stack, m, r)
-                change = matmul(jnp.swapaxes(old, 1, 2), now.q)  # (stack, r, r)
-                m = b1 * matmul(factor.fold(mu[factor.index]), change) + (1 - b1) * c
-                p = b2 * matmul(factor.fold(nu[factor.index]), second.symmetric_square(change))
-                p += (1 - b2) * second.symmetric_product(c, c)  # (stack, m, q)
-                dtype = mu[factor.index].dtype
-                m, p = m.astype(dtype), p.astype(dtype)
-                tree.leaves[factor.index] = corrected(m, p)
-                mu[factor.index], nu[factor.index] = factor.unfold(m), factor.unfold(p)
-                new_basis[partner.index] = partner.unfold(now.q)
-            for index, q in new_basis.items():
-                basis[index] = q.astype(basis[index].dtype)
-        for index in tree.plain:
-            g = tree.leaves[index].astype(mu[index].dtype)
-            mu[index] = (b1 * mu[index] + (1 - b1) * g).astype(g.dtype)
-            nu[index] = (b2 * nu[index] + (1 - b2) * g * g).astype(g.dtype)
-            tree.leaves[index] = corrected(mu[index], nu[index])
+        def like(old: Any, leaves: list[jax.Array]) -> Any:
+            return jax.tree.unflatten(jax.tree.structure(old), leaves)
 
         new_state = CalibratedMomentsState(
             count,
-            jax.tree.unflatten(jax.tree.structure(state.mu), mu),
-            jax.tree.unflatten(jax.tree.structure(state.nu), nu),
-            jax.tree.unflatten(jax.tree.structure(state.basis), [basis[i] for i in paired]),
+            like(state.mu, mu),
+            like(state.nu, nu),
+            like(state.gram, list(gram.values())),
+            like(state.basis, list(basis.values())),
         )
         return tree.rebuilt(), new_state
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def project_updates(
@@ -189,15 +266,16 @@ def project_updates(
     first: Role = "b",
     alternate: bool = True,
     factors: FactorNames | None = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     r"""Rebuilds Adam's direction of the full weight and projects it on what the factor can hold.
 
     .. math::
       D = \frac{m Q^T}{\sqrt{v} + \epsilon}, \quad v_{ij} = Q_j^T p_i Q_j, \quad
       \Delta A = D P (P^T P)^+
 
-    so that W moves by `ΔA Pᵀ = D proj(P)`, whatever s is. D is made and projected back in tiles of
-    rows, and never stands whole in memory. No element of it exceeds Adam's own bound.
+    so that W moves by `ΔA Pᵀ = D proj(P)`, whatever s is. D is made and projected back in tiles,
+    and never stands whole in memory. No element of it exceeds Adam's own bound. (The formulas are
+    those of the full second moment; for the others see their modules.)
 
     Args:
       eps: Adam's epsilon, beside the root of the second moment of the full gradient.
@@ -239,35 +317,56 @@ def project_updates(
         return StepState(jnp.zeros([], jnp.int32))
 
     def update(
-        updates: optax.Updates, state: StepState, params: optax.Params | None = None
+        updates: optax.Updates,
+        state: StepState,
+        params: optax.Params | None = None,
+        *,
+        bases: Bases | None = None,
+        **extra: Any,
     ) -> tuple[optax.Updates, StepState]:
-        tree = FactorTree(updates, params, factors, is_leaf=_is_moments)
+        tree = FactorTree(updates, params, factors, bases, is_leaf=_is_moments)
         for leaf in tree.leaves:
             if not _is_moments(leaf):
                 raise ValueError(
                     f"project_updates found a leaf of type {type(leaf).__name__}, expected the "
                     "Moments that calibrate_moments makes: put that link right before this one"
                 )
-        for pair in tree.pairs:
-            for factor, partner in pair.both():
-                basis = tree.basis(pair, partner, scaling)
-                mu, nu, limit = tree.leaves[factor.index]
-
+        for batch in tree.batches:
+            for own, partners in batch.both():
+                moments = [tree.leaves[i] for i in own.indices]
+                basis = tree.basis(batch, partners, scaling)
+                mu = own.fold([x.mu for x in moments])
+                dtype = mu.array.dtype
                 direction = functools.partial(
-                    second.adam_direction, mu, nu, basis.q, jnp.asarray(eps, mu.dtype), limit
+                    _RULES[moments[0].second_moment].direction,
+                    own,
+                    SecondMomentState(
+                        [x.nu for x in moments],
+                        [x.gram for x in moments if not isinstance(x.gram, optax.MaskedNode)],
+                    ),
+                    AdamStep(
+                        mu.like(mu.array / moments[0].correction1.astype(dtype)),
+                        basis,
+                        moments[0].correction2.astype(dtype),
+                        jnp.asarray(eps, dtype),
+                        moments[0].limit.astype(dtype),
+                    ),
                 )
                 if alternate:
-                    rest = functools.partial(jnp.zeros_like, mu)
-                    x = jax.lax.cond(moves(factor, state.count, first), direction, rest)
+                    rest = functools.partial(jax.tree.map, jnp.zeros_like, mu)
+                    x = jax.lax.cond(moves(own, state.count, first), direction, rest)
                 else:
                     x = direction()
-                tree.finish(factor.index, factor.unfold(basis.from_coordinates(x)))
-        for index in tree.plain:
-            mu, nu, _ = tree.leaves[index]
-            tree.finish(index, mu / (jnp.sqrt(nu) + eps))
+                for i, leaf in zip(own.indices, own.unfold(x), strict=True):
+                    tree.finish(i, leaf)
+        for i in tree.plain:
+            x = tree.leaves[i]
+            real = jnp.finfo(x.mu.dtype).dtype
+            root = jnp.sqrt(x.nu.astype(real) / x.correction2.astype(real))
+            tree.finish(i, x.mu / x.correction1.astype(real) / (root + eps))
         return tree.rebuilt(), StepState(optax.safe_increment(state.count))
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _adam_limit(b1: Number, b2: Number, count: jax.Array) -> jax.Array:

@@ -2,17 +2,21 @@
 
 An adapter adds `W = s A B` to a base weight. Its factors are two leaves of the tree with sibling
 paths, `A` of shape `(*stack, *in, r)` and `B` of shape `(*stack, r, *out)`. The mathematics sees
-both alike, as a batch of tall matrices: `A` folded to `(stack, m, r)` and `Bᵀ` to `(stack, n, r)`.
+both alike, as stacks of tall matrices (see `loft_jax.optim.tall`): `A` and `Bᵀ` with their axes of
+features folded to one.
 """
 
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from loft_jax.optim.tall import Tall
 
 FactorNames = Sequence[tuple[str, str]]
 """Endings of the paths of the two factors of a pair, as `(("lora_a", "lora_b"), ...)`."""
@@ -40,17 +44,22 @@ class Factor:
     rank_last: bool
 
     def fold(self, x: jax.Array) -> jax.Array:
-        """Folds a leaf of this factor's layout to (stack, features, k), k its rank axis."""
+        """A leaf of this factor's layout as (stack, features, k), or (stack, k, features) for B."""
+        stack, features = math.prod(self.stack), math.prod(self.features)
         if self.rank_last:
-            return x.reshape(math.prod(self.stack), math.prod(self.features), x.shape[-1])
-        folded = x.reshape(math.prod(self.stack), -1, math.prod(self.features))
-        return jnp.swapaxes(folded, 1, 2)
+            return x.reshape(stack, features, x.shape[-1])
+        return x.reshape(stack, x.shape[len(self.stack)], features)
 
     def unfold(self, x: jax.Array) -> jax.Array:
-        """Undoes `fold` for an x of shape (stack, features, k), with any k."""
+        """Undoes `fold`, with any k."""
+        k = x.shape[2 if self.rank_last else 1]
+        return x.reshape(self.shape(k))
+
+    def shape(self, k: int) -> tuple[int, ...]:
+        """The shape of a leaf with k in the place of the rank."""
         if self.rank_last:
-            return x.reshape(*self.stack, *self.features, x.shape[-1])
-        return jnp.swapaxes(x, 1, 2).reshape(*self.stack, x.shape[-1], *self.features)
+            return (*self.stack, *self.features, k)
+        return (*self.stack, k, *self.features)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,13 +78,83 @@ class Pair:
     a: Factor
     b: Factor
 
-    def both(self) -> tuple[tuple[Factor, Factor], tuple[Factor, Factor]]:
-        """Each factor with its partner: (A, B), (B, A)."""
-        return (self.a, self.b), (self.b, self.a)
-
     def scaling(self, scaling: Scaling) -> float | jax.Array:
         """The s of this pair."""
         return scaling(self.path) if callable(scaling) else scaling
+
+
+@dataclasses.dataclass(frozen=True)
+class FactorBatch:
+    """Factors of one role and one layout, one of each pair of a `PairBatch`."""
+
+    factors: tuple[Factor, ...]
+
+    @property
+    def rank_last(self) -> bool:
+        """Whether these are factors A."""
+        return self.factors[0].rank_last
+
+    @property
+    def indices(self) -> list[int]:
+        """Positions of the factors among the leaves of the tree."""
+        return [factor.index for factor in self.factors]
+
+    def fold(self, leaves: Sequence[jax.Array]) -> Tall:
+        """Gathers a leaf of each factor: (batch, stack, features, k)."""
+        folded = [f.fold(x) for f, x in zip(self.factors, leaves, strict=True)]
+        return Tall(jnp.stack(folded), self.rank_last)
+
+    def unfold(self, x: Tall) -> list[jax.Array]:
+        """Undoes `fold`."""
+        return [f.unfold(x.array[i]) for i, f in enumerate(self.factors)]
+
+
+@dataclasses.dataclass(frozen=True)
+class PairBatch:
+    """Pairs of one shape that are computed as one, so that a program has one copy of the work.
+
+    They are the same module of different layers. Others of that shape stay apart: they may lie on
+    a mesh in another way, and one array of both would move data between devices.
+    """
+
+    pairs: tuple[Pair, ...]
+
+    @property
+    def rank(self) -> int:
+        """The rank of them all."""
+        return self.pairs[0].rank
+
+    @property
+    def a(self) -> FactorBatch:
+        """The factors of the inputs."""
+        return FactorBatch(tuple(pair.a for pair in self.pairs))
+
+    @property
+    def b(self) -> FactorBatch:
+        """The factors of the outputs."""
+        return FactorBatch(tuple(pair.b for pair in self.pairs))
+
+    def both(self) -> tuple[tuple[FactorBatch, FactorBatch], tuple[FactorBatch, FactorBatch]]:
+        """The factors of each role with their partners: (A, B), (B, A)."""
+        return (self.a, self.b), (self.b, self.a)
+
+
+def batch_pairs(pairs: Sequence[Pair], params: Sequence[Any]) -> list[PairBatch]:
+    """Puts pairs together whose paths differ in numbers only, if shapes and dtypes are the same.
+
+    Args:
+      pairs: From `find_pairs`.
+      params: Leaves of the parameters.
+
+    Returns:
+      The batches, in the order of their first pairs.
+    """
+    batches: dict[Any, list[Pair]] = {}
+    for pair in pairs:
+        leaves = params[pair.a.index], params[pair.b.index]
+        kind = [(tuple(leaf.shape), jnp.dtype(leaf.dtype)) for leaf in leaves]
+        batches.setdefault((re.sub(r"\d+", "0", pair.path), *kind), []).append(pair)
+    return [PairBatch(tuple(batch)) for batch in batches.values()]
 
 
 def find_pairs(params: Any, factors: FactorNames | None = None) -> list[Pair]:

@@ -1,5 +1,6 @@
 """What an optimizer's state costs, and how it lies on a mesh."""
 
+import itertools
 import math
 from typing import Any
 
@@ -50,7 +51,7 @@ def state_shardings(
       step, and for the targets that Orbax restores to.
 
     Raises:
-      ValueError: A parameter has no `NamedSharding`.
+      ValueError: A parameter has no `NamedSharding`; it is named.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -66,23 +67,23 @@ def state_shardings(
     """
     if shardings is None:
         shardings = jax.tree.map(lambda param: getattr(param, "sharding", None), params)
-    leaves = jax.tree.leaves(shardings, is_leaf=lambda x: x is None)
-    for leaf in leaves:
+    leaves = jax.tree_util.tree_leaves_with_path(shardings, is_leaf=lambda x: x is None)
+    for path, leaf in leaves:
         if not isinstance(leaf, NamedSharding):
-            raise ValueError(f"a parameter has sharding {leaf!r}, expected a NamedSharding")
-    whole = NamedSharding(leaves[0].mesh, PartitionSpec()) if leaves else None
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(f"{name!r} has sharding {leaf!r}, expected a NamedSharding")
+    whole = NamedSharding(leaves[0][1].mesh, PartitionSpec()) if leaves else None
 
     def like(leaf: Any, sharding: NamedSharding, param: Any) -> Any:
         if isinstance(leaf, optax.MaskedNode):
             return leaf
+        spec = (*sharding.spec, *[None] * (len(param.shape) - len(sharding.spec)))
+        shared = [size == own for size, own in zip(leaf.shape, param.shape, strict=False)]
         if len(leaf.shape) != len(param.shape):
-            return whole
-        spec = (*sharding.spec, *[None] * (len(leaf.shape) - len(sharding.spec)))
-        same = [
-            axes if size == of_param else None
-            for axes, size, of_param in zip(spec, leaf.shape, param.shape, strict=True)
-        ]
-        return NamedSharding(sharding.mesh, PartitionSpec(*same))
+            # An (r, r) matrix of each layer of a stack: only axes in front can be the same ones.
+            shared = list(itertools.takewhile(bool, shared))
+        axes = [axis if same else None for axis, same in zip(spec, shared, strict=False)]
+        return NamedSharding(sharding.mesh, PartitionSpec(*axes))
 
     return optax.tree.map_params(
         tx,

@@ -7,26 +7,28 @@ is the full gradient in coordinates of P's column space, whose norm and products
 projected gradient itself, and moving from one basis to the next is the contraction `Q_oldᵀ Q_new`,
 which never amplifies.
 
-Q comes from the Gram matrix after all, but in three passes, each a product over the long axis and a
-factorization of an `(r, r)` matrix, so that a long axis sharded over devices is reduced and never
+Q comes from the Gram matrix after all, but in three passes, each a product over the long axis and
+an elimination in an `(r, r)` matrix, so that a long axis sharded over devices is reduced and never
 gathered:
 
 1. Columns of unit length and a shifted Cholesky factorization: what is left has a condition number
    of at most `1 / √shift`, whatever that of P (Fukaya, Kannan, Nakatsukasa, Yamamoto, Yanagisawa,
    Shifted Cholesky QR, SIAM J. Sci. Comput. 2020, arXiv 1809.11085).
-2. An eigendecomposition, which now tells the rank to nearly the working precision, and drops the
-   directions in which P has nothing but rounding.
+2. A pivoted Cholesky factorization, which now tells the rank to nearly the working precision, and
+   drops the directions in which P has nothing but rounding.
 3. A Cholesky factorization of what is within rounding of the identity.
+
+The eliminations are written out: r steps over all matrices of a batch at once. (LAPACK's routines,
+which JAX calls on CPUs, wait for threads of the pool that they run on: a program with more of them
+than cores can stop for good.)
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-# TPUs and newer GPUs multiply float32 in fewer bits by default; a basis needs all of them.
-matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+from loft_jax.optim.tall import Tall, matmul, transpose
 
 
 class Basis(NamedTuple):
@@ -41,27 +43,27 @@ class Basis(NamedTuple):
       s_inv: (..., r, r), the inverse of s on the directions that are kept: `q = P s_inv`.
     """
 
-    q: jax.Array
+    q: Tall
     s: jax.Array
     s_inv: jax.Array
 
-    def coordinates(self, x: jax.Array) -> jax.Array:
+    def coordinates(self, x: Tall) -> Tall:
         """`X Pᵀ Q` of an X (..., m, r) that stands for the full matrix `X Pᵀ`."""
-        return matmul(x, jnp.swapaxes(self.s, -1, -2))
+        return x.times(transpose(self.s))
 
-    def from_coordinates(self, c: jax.Array) -> jax.Array:
+    def from_coordinates(self, c: Tall) -> Tall:
         """The X (..., m, r) with `X Pᵀ = c Qᵀ`; undoes `coordinates`."""
-        return matmul(c, jnp.swapaxes(self.s_inv, -1, -2))
+        return c.times(transpose(self.s_inv))
 
-    def project(self, gp: jax.Array) -> jax.Array:
+    def project(self, gp: Tall) -> Tall:
         """The X (..., m, r) with `X Pᵀ = G proj(P)`, given the product `G P` (..., m, r).
 
         This is `G P (PᵀP)⁺` without the Gram matrix.
         """
-        return self.from_coordinates(matmul(gp, self.s_inv))
+        return self.from_coordinates(gp.times(self.s_inv))
 
 
-def orthonormal_basis(p: jax.Array) -> Basis:
+def orthonormal_basis(p: Tall) -> Basis:
     """Factorizes `P = Q S` with orthonormal Q, by products over the long axis.
 
     The scale of each column does not matter. With columns of unit length, directions whose singular
@@ -71,69 +73,86 @@ def orthonormal_basis(p: jax.Array) -> Basis:
       p: (..., n, r) with n >= r, float32 or float64; leading axes are a batch.
 
     Returns:
-      The basis, finite for every finite p.
+      The basis, finite for every finite p, in the layout of p.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> basis = orthonormal_basis(jnp.array([[3.0, 0.0], [4.0, 0.0], [0.0, 0.0]]))
-      >>> print((100 * basis.q @ basis.q.T).round())  # 100 times the projector on (3, 4, 0)
+      >>> p = jnp.array([[3.0, 0.0], [4.0, 0.0], [0.0, 0.0]])
+      >>> q = orthonormal_basis(Tall(p)).q.array
+      >>> print((100 * q @ q.T).round())  # 100 times the projector on (3, 4, 0)
       [[36. 48.  0.]
        [48. 64.  0.]
        [ 0.  0.  0.]]
     """
-    r = p.shape[-1]
-    eps = float(jnp.finfo(p.dtype).eps)
-    tiny = float(jnp.finfo(p.dtype).tiny)
-    eye = jnp.eye(r, dtype=p.dtype)
+    r, x = p.rank, p.array
+    eps = float(jnp.finfo(x.dtype).eps)
+    tiny = float(jnp.finfo(x.dtype).tiny)
+    eye = jnp.eye(r, dtype=x.dtype)
     shift = 2 * r * eps
 
     # Unit columns. By the largest element before the norm: squares of tiny ones would underflow.
     # A comparison that a NaN fails leaves it in: it must show in the result.
-    largest = jnp.max(jnp.abs(p), axis=-2, keepdims=True)  # (..., 1, r)
+    largest = jnp.max(jnp.abs(x), axis=p.long_axis)  # (..., r)
     largest = jnp.where(largest < tiny, 1.0, largest)
-    q = p / largest
-    norm = jnp.sqrt(jnp.sum(q * q, axis=-2, keepdims=True))
-    length = jnp.where(norm < tiny, 1.0, norm)
-    q = q / length
-    s, s_inv = eye * (largest * length), eye / (largest * length)
+    norm = jnp.linalg.norm(p.scaled(1 / largest).array, axis=p.long_axis)
+    length = largest * jnp.where(norm < tiny, 1.0, norm)
+    q = p.scaled(1 / length)
+    s, s_inv = eye * length[..., None, :], eye / length[..., None, :]
 
-    upper = _upper_cholesky(_gram(q) + shift * eye)
-    q, s, s_inv = _change(q, s, s_inv, upper, _inverse(upper))
+    basis = _change(Basis(q, s, s_inv), *_eliminate(q.inner(q) + shift * eye, 0.0))
 
     # A singular value σ of the unit columns is σ / √(σ² + shift) now.
-    squares, vectors = jnp.linalg.eigh(_gram(q))  # (..., r), (..., r, r)
-    drop = squares < 8 * eps
-    root = jnp.where(drop, 0.0, jnp.sqrt(jnp.where(drop, 1.0, squares)))[..., None]  # (..., r, 1)
-    keep = jnp.where(drop, 0.0, 1.0)[..., None, :]
-    inverse_root = keep / jnp.where(drop[..., None, :], 1.0, jnp.swapaxes(root, -1, -2))
-    q, s, s_inv = _change(q, s, s_inv, root * jnp.swapaxes(vectors, -1, -2), vectors * inverse_root)
+    basis = _change(basis, *_eliminate(basis.q.inner(basis.q), 8 * eps))
 
-    upper = _upper_cholesky(_gram(q) + eye * (1.0 - keep))
-    q, s, s_inv = _change(q, s, s_inv, upper, _inverse(upper))
-
-    # Any rotation of a basis is as good. The one that makes the first r rows triangular turns Q
-    # into the identity when n = r, and then no quadratic form suffers from cancellation. The rows
-    # are taken by a product: a slice of a sharded axis could be gathered.
-    first_rows = matmul(jnp.eye(r, p.shape[-2], dtype=p.dtype), q)
-    rotation = jnp.linalg.qr(jnp.swapaxes(first_rows, -1, -2))[0]
-    return Basis(*_change(q, s, s_inv, jnp.swapaxes(rotation, -1, -2), rotation))
+    # Kept columns have length one but for rounding, dropped ones are zero.
+    forward, backward = _eliminate(basis.q.inner(basis.q), 0.5)
+    if p.length == r:
+        # A square Q is turned to the identity: no quadratic form then suffers from cancellation.
+        rotation = transpose(basis.q.times(backward).tall())
+        forward, backward = matmul(transpose(rotation), forward), matmul(backward, rotation)
+    return _change(basis, forward, backward)
 
 
-def _change(
-    q: jax.Array, s: jax.Array, s_inv: jax.Array, forward: jax.Array, backward: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _change(basis: Basis, forward: jax.Array, backward: jax.Array) -> Basis:
     """Goes on from `P = q s` to the basis `q backward`, forward being the inverse of backward."""
-    return matmul(q, backward), matmul(forward, s), matmul(s_inv, backward)
+    return Basis(basis.q.times(backward), matmul(forward, basis.s), matmul(basis.s_inv, backward))
 
 
-def _gram(q: jax.Array) -> jax.Array:
-    return matmul(jnp.swapaxes(q, -1, -2), q)
+def _eliminate(gram: jax.Array, drop: float) -> tuple[jax.Array, jax.Array]:
+    """Factorizes Gram matrices G = FᵀF by pivoted Cholesky elimination, with F's inverse.
 
+    Args:
+      gram: (..., r, r), symmetric, positive semidefinite.
+      drop: Pivots that are not above it, and what is left with them, count as zero.
 
-def _upper_cholesky(gram: jax.Array) -> jax.Array:
-    return jnp.swapaxes(jnp.linalg.cholesky(gram), -1, -2)
+    Returns:
+      F and T (..., r, r) with `Tᵀ G T` the identity on the columns that are kept; those of T and
+      rows of F that are dropped are zero.
+    """
+    r = gram.shape[-1]
+    eye = jnp.broadcast_to(jnp.eye(r, dtype=gram.dtype), gram.shape)
 
+    def body(k: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        left, vectors, forward, backward = carry
+        diagonal = jnp.diagonal(left, axis1=-2, axis2=-1)  # (..., r), zero where done
+        # NaN is the largest to argmax: it is chosen, kept, and shows in the result.
+        pivot = jax.nn.one_hot(jnp.argmax(diagonal, axis=-1), r, dtype=gram.dtype)
+        size = jnp.sum(jnp.where(pivot > 0, diagonal, 0.0), axis=-1, keepdims=True)  # (..., 1)
+        dropped = size <= drop
+        root = jnp.where(dropped, jnp.inf, jnp.sqrt(jnp.where(dropped, 1.0, size)))
+        row = jnp.sum(jnp.where(pivot[..., :, None] > 0, left, 0.0), axis=-2) / root
+        vector = jnp.sum(jnp.where(pivot[..., None, :] > 0, vectors, 0.0), axis=-1) / root
+        rest = jnp.where(pivot > 0, 0.0, row)
+        left = left - row[..., :, None] * row[..., None, :]
+        # What rounding leaves of the pivot's row and column is not to be chosen again.
+        done = (pivot[..., :, None] > 0) | (pivot[..., None, :] > 0)
+        left = jnp.where(done, 0.0, left)
+        vectors = vectors - vector[..., :, None] * rest[..., None, :]
+        at_k = jnp.arange(r) == k
+        forward = jnp.where(at_k[:, None], row[..., None, :], forward)
+        backward = jnp.where(at_k, vector[..., :, None], backward)
+        return left, vectors, forward, backward
 
-def _inverse(upper: jax.Array) -> jax.Array:
-    eye = jnp.broadcast_to(jnp.eye(upper.shape[-1], dtype=upper.dtype), upper.shape)
-    return jax.lax.linalg.triangular_solve(upper, eye, left_side=True, lower=False)
+    zero = jnp.zeros_like(gram)
+    _, _, forward, backward = jax.lax.fori_loop(0, r, body, (gram, eye, zero, zero))
+    return forward, backward

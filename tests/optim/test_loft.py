@@ -11,8 +11,6 @@ import pytest
 
 import loft_jax
 from loft_jax import loft
-from loft_jax.optim.moments import Moments
-from loft_jax.optim.subspace import orthonormal_basis
 from tests.optim.problems import gradient, least_squares
 
 
@@ -82,13 +80,6 @@ def test_plain_leaves_take_adamw():
     assert_trees_close([{k: p[k] for k in plain} for p in ours], expected, rtol=1e-5)
 
 
-def test_no_pairs_on_purpose_is_adamw():
-    params = {"head": normal(5, 4, 3)}
-    ours, _ = run(loft(0.05, weight_decay=0.1, factors=()), params, random_grads, 5)
-    expected, _ = run(optax.adamw(0.05, weight_decay=0.1), params, random_grads, 5)
-    assert_trees_close(ours, expected, rtol=1e-5)
-
-
 def test_stacked_layers_move_as_separate_ones():
     stacked = {"q": pair(0, stack=(3,))}
     layers = {str(i): jax.tree.map(lambda x, i=i: x[i], stacked["q"]) for i in range(3)}
@@ -130,15 +121,6 @@ def test_bfloat16_factors_have_a_float32_state():
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((path, state)))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_updates_have_the_dtype_of_the_parameters(dtype):
-    """Wrappers that choose between updates and zeros in a traced condition need that."""
-    params = jax.tree.map(lambda x: x.astype(dtype), {"q": pair(0), "bias": normal(5, 4)})
-    for tx in (loft(0.05), optax.apply_if_finite(loft(0.05), 3), optax.MultiSteps(loft(0.05), 2)):
-        updates, _ = jax.jit(tx.update)(random_grads(params), tx.init(params), params)
-        assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
-
-
 def test_numbers_of_another_precision():
     with jax.enable_x64(True):
         numbers = {"b1": 0.8, "b2": 0.9, "eps": 1e-3, "scaling": 2.0, "max_grad_norm": 1.0}
@@ -149,30 +131,6 @@ def test_numbers_of_another_precision():
 
 
 # Parts of a tree
-
-
-@pytest.mark.parametrize("wrap", ["masked", "partition"])
-def test_leaves_left_out_do_not_matter(wrap):
-    """Those in front of the pairs, between them and behind them."""
-    params = {"a": normal(5, 4), "k": pair(2, m=7, n=20, r=5), "l": normal(6, 3), "q": pair(0)}
-    params |= {"p": normal(7, 2), "z": normal(8, 2)}
-    ours = {"k": True, "q": True, "p": True, "a": False, "l": False, "z": False}
-    tx = loft(0.05, weight_decay=0.1, max_grad_norm=1.0)
-    if wrap == "masked":
-        wrapped = optax.chain(
-            optax.masked(tx, ours),
-            optax.masked(optax.set_to_zero(), {k: not v for k, v in ours.items()}),
-        )
-    else:
-        labels = {k: "loft" if v else "frozen" for k, v in ours.items()}
-        wrapped = optax.partition({"loft": tx, "frozen": optax.set_to_zero()}, labels)
-    path, _ = run(wrapped, params, random_grads, 5)
-    expected, _ = run(tx, {k: params[k] for k in "kqp"}, random_grads, 5)
-    assert_trees_close([{k: p[k] for k in "kqp"} for p in path], expected, rtol=1e-5)
-    assert_trees_close({k: path[-1][k] for k in "alz"}, {k: params[k] for k in "alz"}, rtol=0)
-
-
-# Clips
 
 
 def full_gradients(params, full):
@@ -266,58 +224,25 @@ def test_hard_cases_stay_finite_and_within_adams_bound(m, n, r):
     assert bool((state[1].mu["lora_a"] == 0).all())  # nothing is left of what spans nothing
 
 
-def test_direction_never_exceeds_adams_bound():
-    """The quadratic form rounds to a wrongly tiny v: the direction is bounded all the same."""
-    m, n, r = 6, 40, 4
-    params = {"lora_a": normal(1, m, r), "lora_b": normal(0, r, n)}
-    q = orthonormal_basis(params["lora_b"].T).q
-    packed = r * (r + 1) // 2
-    leaves = {
-        "lora_a": Moments(normal(2, 1, m, r), jnp.zeros((1, m, packed)), jnp.asarray(1.0)),
-        "lora_b": Moments(normal(3, 1, n, r), jnp.zeros((1, n, packed)), jnp.asarray(1.0)),
-    }
-    tx = loft_jax.project_updates(eps=1e-30, first="a")
-    updates, _ = tx.update(leaves, tx.init(params), params)
-    signs = jnp.sign(leaves["lora_a"].mu[0] @ q.T)
-    np.testing.assert_allclose(updates["lora_a"] @ params["lora_b"], signs @ q @ q.T, atol=1e-4)
-
-
-def test_a_nan_is_skipped_by_apply_if_finite():
-    params = {"q": pair(0)}
-    tx = optax.apply_if_finite(loft(0.05), max_consecutive_errors=3)
-    good = random_grads(params)
-    bad = jax.tree.map(lambda x: x, good)
-    bad["q"]["lora_a"] = bad["q"]["lora_a"].at[0, 0].set(jnp.nan)
-
-    def path(sequence):
-        p, state = params, tx.init(params)
-        for grads in sequence:
-            updates, state = jax.jit(tx.update)(grads, state, p)
-            p = optax.apply_updates(p, updates)
-        return p
-
-    assert_trees_close(path([good, bad, good]), path([good, good]), rtol=0)
-
-
-def test_donation_and_map_params():
-    params = {"q": pair(0), "bias": jnp.zeros(3)}
-    tx = loft(0.05)
-    state = jax.jit(lambda s: jax.tree.map(lambda x: x + 0, s), donate_argnums=0)(tx.init(params))
-    doubled = optax.tree.map_params(tx, lambda x: x + 1, state)
-    assert float(doubled[1].mu["q"]["lora_a"].min()) == 1.0
-    assert int(doubled[1].count) == 0
-
-
-# Memory
-
-
-def test_no_dense_matrix_is_kept():
-    m = n = 4096
+@pytest.mark.parametrize(("m", "n"), [(4096, 11008), (11008, 4096)])
+def test_temporaries_are_a_tenth_of_the_weight(m, n):
     params = jax.eval_shape(lambda: {"lora_a": jnp.zeros((m, 16)), "lora_b": jnp.zeros((16, n))})
     tx = loft(1e-3, max_grad_norm=1.0)
-    step = jax.jit(tx.update, donate_argnums=(0, 1))
+    step = jax.jit(tx.update, donate_argnums=1)
     compiled = step.lower(params, jax.eval_shape(tx.init, params), params).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < m * n * 4 / 4
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * (2 * m * n)  # in bfloat16
+
+
+def test_layers_apart_are_compiled_as_one():
+    """Four layers take hardly more of a program than one: moves of leaves, and no products."""
+
+    def products(layers):
+        params = {f"layers_{i}": pair(i, 64, 48, 4) for i in range(layers)}
+        tx = loft(1e-3)
+        text = jax.jit(tx.update).lower(params, tx.init(params), params).as_text()
+        return text.count("dot_general")
+
+    assert products(4) == products(1)
 
 
 # Errors
@@ -357,7 +282,7 @@ def test_links_out_of_order():
         ({"weight_decay": -0.1}, "weight_decay is -0.1"),
         ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0, expected a positive"),
         ({"first": "c"}, "first is 'c', expected 'a' or 'b'"),
-        ({"second_moment": "half"}, "second_moment is 'half', expected 'full'"),
+        ({"second_moment": "half"}, "second_moment is 'half', expected one of "),
     ],
 )
 def test_arguments_out_of_range(arguments, message):
@@ -370,23 +295,3 @@ def test_a_scaling_of_zero_names_the_path():
     tx = loft(0.1, scaling={"q": 2.0, "k": 0.0}.__getitem__)
     with pytest.raises(ValueError, match=r"scaling of 'k' is 0\.0"):
         tx.update(params, tx.init(params), params)
-
-
-def test_init_names_the_path():
-    with pytest.raises(ValueError, match="no factor pair in the parameters"):
-        loft(0.1).init({"kernel": jnp.zeros((3, 3))})
-
-
-def test_inject_hyperparams_and_multi_steps():
-    """Numbers as traced values, and two half gradients as one."""
-    params = {"q": pair(0)}
-    injected = optax.inject_hyperparams(loft)(0.05, eps=1e-3, weight_decay=0.1, max_grad_norm=0.7)
-    expected, _ = run(
-        loft(0.05, eps=1e-3, weight_decay=0.1, max_grad_norm=0.7), params, random_grads, 4
-    )
-    ours, _ = run(injected, params, random_grads, 4)
-    assert_trees_close(ours, expected, rtol=1e-4, atol=1e-5)
-
-    accumulated = optax.MultiSteps(loft(0.05, eps=1e-3, weight_decay=0.1, max_grad_norm=0.7), 2)
-    ours, _ = run(accumulated, params, random_grads, 8)
-    assert_trees_close(ours[1::2], expected, rtol=1e-4, atol=1e-5)

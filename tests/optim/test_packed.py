@@ -1,0 +1,33 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from loft_jax.optim.packed import congruence, symmetric_product, symmetric_squares
+from loft_jax.optim.tall import Tall
+
+
+def pack(p):
+    """The packed half, by its definition."""
+    r = p.shape[-1]
+    return np.stack(
+        [p[..., a, b] * (1 if a == b else np.sqrt(2)) for a in range(r) for b in range(a, r)], -1
+    )
+
+
+@pytest.mark.parametrize("r", [1, 2, 5])
+def test_packed_algebra(r):
+    rng = np.random.default_rng(r)
+    x, y, z = rng.normal(size=(3, 4, r))
+    c = rng.normal(size=(r, r))
+    half = (x[:, :, None] * y[:, None] + y[:, :, None] * x[:, None]) / 2
+    whole = pack(half)
+    with jax.enable_x64(True):
+        product = np.asarray(symmetric_product(jnp.asarray(x), jnp.asarray(y)))
+        features = np.asarray(symmetric_squares(Tall(jnp.asarray(z))).array)
+        wide = symmetric_squares(Tall(jnp.asarray(z.T), rank_last=False)).array
+        square = np.asarray(congruence(jnp.asarray(c)))
+    np.testing.assert_allclose(product, whole)
+    np.testing.assert_array_equal(wide.T, features)
+    np.testing.assert_allclose(whole @ features.T, np.einsum("ja,iab,jb->ij", z, half, z))
+    np.testing.assert_allclose(whole @ square, pack(c.T @ half @ c))

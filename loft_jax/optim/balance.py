@@ -4,14 +4,19 @@ r"""The balanced factorization of a product, as the last link of a chain.
 float arithmetic the factors' condition numbers decide what is left of the last digits. The balanced
 factorization, `AᵀA = B Bᵀ`, has the least: each factor gets the root of the singular values of W.
 
-With orthonormal bases of both, `A = Q_A S_A` and `Bᵀ = Q_B S_B`, the product is
-`Q_A M Q_Bᵀ`, `M = S_A S_Bᵀ` (r, r). By one eigendecomposition, `M Mᵀ = U Σ² Uᵀ`, take
+From `G_A = AᵀA` and `G_B = B Bᵀ`, Newton's method goes there by steps `T = I + D`: to first order,
+balance asks for
 
 .. math::
-  A' = Q_A \, U \Sigma^{1/2} U^T, \qquad B' = (M^T U \Sigma^{-1/2} U^T)^T Q_B^T
+  H D + D H = G_B - G_A, \qquad H = G_A + G_B
 
-Then `A' B' = W` and `A'ᵀA' = B' B'ᵀ = U Σ Uᵀ`. Moments are held in the orthonormal bases, and what
-the factors span does not move: the next change of basis carries them along, as always.
+which an eigendecomposition of H solves. Since `-H ≤ G_B - G_A ≤ H`, also `-½ ≤ D ≤ ½`: every step
+can be undone, whatever the factors. All of it happens in (r, r) matrices. To A and B the product of
+the steps is applied as a correction, `A + A D` and `B + E B` with `(I + D) (I + E) = I`: between
+factors that are nearly balanced the corrections are small, and so is what their rounding does to W.
+
+Moments are held in orthonormal bases, and what the factors span does not move: the next change of
+basis carries them along, as always.
 """
 
 import math
@@ -23,9 +28,12 @@ import jax.numpy as jnp
 import optax
 
 from loft_jax.optim.pairs import FactorNames, find_pairs
-from loft_jax.optim.subspace import orthonormal_basis
-from loft_jax.optim.tall import Tall, matmul, transpose
+from loft_jax.optim.tall import matmul, transpose
 from loft_jax.optim.tree import FactorTree
+
+# Factors that a training step has moved need one or two. Each brings a factor that is much the
+# smaller one four times closer, so that these are enough for a ratio of sizes of 1e8.
+_MOST_STEPS = 20
 
 
 def balance_factors(*, factors: FactorNames | None = None) -> optax.GradientTransformation:
@@ -35,8 +43,9 @@ def balance_factors(*, factors: FactorNames | None = None) -> optax.GradientTran
       A + u_A = A' , \quad B + u_B = B' \quad\Rightarrow\quad
       A'' B'' = A' B' , \quad A''^T A'' = B'' B''^T
 
-    A direction in which W has nothing (all of them, while B = 0) keeps a place in A, of the size
-    of its smallest counted one; nothing is divided by zero, and nothing moves while W = 0.
+    Of the balanced factorizations it is one near the factors as they are. A direction in which W
+    has nothing keeps a place in the factors, of the size that rounding cannot tell from balance;
+    nothing moves while one factor is zero.
 
     Args:
       factors: Names of the factors; see `find_pairs`.
@@ -55,12 +64,12 @@ def balance_factors(*, factors: FactorNames | None = None) -> optax.GradientTran
       >>> tx = balance_factors()
       >>> updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
       >>> balanced = optax.apply_updates(params, updates)
-      >>> jax.tree.map(lambda x: jnp.abs(x).round(4).tolist(), balanced)  # 16 = 4 times 4
+      >>> jax.tree.map(lambda x: x.round(4).tolist(), balanced)  # 16 = 4 times 4
       {'lora_a': [[4.0], [0.0]], 'lora_b': [[0.0, 4.0]]}
 
     References:
       The balanced factorization: Zhang et al., RefLoRA, NeurIPS 2025 (arXiv 2505.18877), Theorem
-      on the optimal refactorization; here by orthonormal bases instead of Gram matrices.
+      on the optimal refactorization; here by Newton's method.
     """
 
     def init(params: optax.Params) -> optax.EmptyState:
@@ -72,81 +81,96 @@ def balance_factors(*, factors: FactorNames | None = None) -> optax.GradientTran
     ) -> tuple[optax.Updates, optax.EmptyState]:
         tree = FactorTree(updates, params, factors)
         reached = [tuple(map(tree.reached, (batch.a, batch.b))) for batch in tree.batches]
-        products = [_Product.of(a, b) for a, b in reached]
-        eigen = _eigh_of_all([x.square for x in products])
-        for batch, factors_, product, (squares, u) in zip(
-            tree.batches, reached, products, eigen, strict=True
+        grams = [(a.inner(a), b.inner(b)) for a, b in reached]  # (batch, stack, r, r) each
+        for batch, pair, corrections in zip(
+            tree.batches, reached, _corrections_of_all(grams), strict=True
         ):
-            balanced = product.balanced(squares, u)
-            for own, now, new in zip((batch.a, batch.b), factors_, balanced, strict=True):
-                chosen = jnp.where(product.size > 0, new.array, now.array)
-                moved = own.unfold(now.like(chosen - tree.param(own).array))
-                for index, leaf in zip(own.indices, moved, strict=True):
+            for own, now, correction in zip((batch.a, batch.b), pair, corrections, strict=True):
+                moved = tree.folded(own).array + now.times(correction).array
+                for index, leaf in zip(own.indices, own.unfold(now.like(moved)), strict=True):
                     tree.finish(index, leaf)
         return tree.rebuilt(), state
 
     return optax.GradientTransformation(init, update)
 
 
-class _Product(NamedTuple):
-    """`A Bᵀ = Q_A M Q_Bᵀ` of tall A and B, with `unit = M / size` and `square = unit unitᵀ`."""
+class _Progress(NamedTuple):
+    """Gram matrices `(I + D)ᵀ G_A (I + D)` and `(I + E) G_B (I + E)ᵀ` on the way to each other."""
 
-    q_a: Tall
-    q_b: Tall
-    size: jax.Array
-    unit: jax.Array
-    square: jax.Array
-
-    @classmethod
-    def of(cls, a: Tall, b: Tall) -> "_Product":
-        """The product of A (..., m, r) and the transpose of B (..., n, r)."""
-        q_a, s_a, _ = orthonormal_basis(a)
-        q_b, s_b, _ = orthonormal_basis(b)
-        core = matmul(s_a, transpose(s_b))  # (..., r, r)
-        # Of unit size, so that its square neither overflows nor vanishes.
-        size = jnp.max(jnp.abs(core), axis=(-2, -1), keepdims=True)
-        unit = core / jnp.where(size > 0, size, 1.0)
-        return cls(q_a, q_b, size, unit, matmul(unit, transpose(unit)))
-
-    def balanced(self, squares: jax.Array, u: jax.Array) -> tuple[Tall, Tall]:
-        """The balanced factors, given eigenvalues (..., r) and eigenvectors of the square."""
-        # A singular value below the rounding of the largest is taken for that, on the side of A.
-        largest = jnp.max(squares, axis=-1, keepdims=True)
-        floor = float(jnp.finfo(squares.dtype).eps) * largest
-        root = jnp.maximum(squares, floor)[..., None, :] ** 0.25  # Σ^½, (..., 1, r)
-        root = jnp.where(root > 0, root, 1.0)
-        outer = jnp.sqrt(self.size)
-        k_a = matmul(u * root, transpose(u)) * outer
-        k_b = matmul(matmul(transpose(self.unit), u / root), transpose(u)) * outer
-        return self.q_a.times(k_a), self.q_b.times(k_b)
+    steps: jax.Array
+    a: jax.Array
+    b: jax.Array
+    d: jax.Array
+    e: jax.Array
 
 
-def _eigh_of_all(matrices: Sequence[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
-    """Eigenvalues and eigenvectors of positive semidefinite matrices, by one call for all.
+def _corrections(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The D and Eᵀ that balance Gram matrices (count, r, r) of A's and of B's."""
+    eps = float(jnp.finfo(a.dtype).eps)
+    eye = jnp.eye(a.shape[-1], dtype=a.dtype)
+    # Sizes of their own are taken off first, and put back into the corrections at the end.
+    size_a, size_b = (jnp.sqrt(jnp.trace(x, axis1=1, axis2=2))[:, None, None] for x in (a, b))
+    whole = (size_a > 0) & (size_b > 0)  # false for a NaN, which the updates show anyway
+
+    def unit(gram: jax.Array, size: jax.Array) -> jax.Array:
+        divisor = jnp.where(whole, size, 1.0)
+        return jnp.where(whole, gram / divisor / divisor, 0.0)
+
+    def body(now: _Progress) -> _Progress:
+        values, u = jnp.linalg.eigh(now.a + now.b)
+        sums = values[:, :, None] + values[:, None, :]
+        rotated = matmul(matmul(transpose(u), now.b - now.a), u)
+        # Of directions in which both factors have next to nothing, rounding decides.
+        counted = sums > 64 * eps
+        d = jnp.where(counted, rotated / jnp.where(counted, sums, 1.0), 0.0)
+        d = matmul(matmul(u, d), transpose(u))
+        # (I + d)⁻¹ = (I - d) (I + d²) (I + d⁴) ..., up to 2⁻⁶⁴ for a norm of a half.
+        inverse, power = eye - d, matmul(d, d)
+        for _ in range(5):
+            inverse, power = inverse + matmul(power, inverse), matmul(power, power)
+        e = -matmul(d, inverse)
+        step, back = eye + d, eye + e
+        return _Progress(
+            now.steps + 1,
+            matmul(matmul(transpose(step), now.a), step),
+            matmul(matmul(back, now.b), transpose(back)),
+            now.d + d + matmul(now.d, d),
+            now.e + e + matmul(e, now.e),
+        )
+
+    def unbalanced(now: _Progress) -> jax.Array:
+        return (now.steps < _MOST_STEPS) & (jnp.max(jnp.abs(now.a - now.b)) > 8 * eps)
+
+    zero = jnp.zeros_like(a)
+    start = _Progress(jnp.zeros([], jnp.int32), unit(a, size_a), unit(b, size_b), zero, zero)
+    done = jax.lax.while_loop(unbalanced, body, start)
+    ratio = jnp.sqrt(jnp.where(whole, size_b, 1.0) / jnp.where(whole, size_a, 1.0))
+    # (ratio - 1) exactly where the sizes are nearly one.
+    return ratio * done.d + (ratio - 1) * eye, transpose(done.e / ratio + (1 / ratio - 1) * eye)
+
+
+def _corrections_of_all(
+    grams: Sequence[tuple[jax.Array, jax.Array]],
+) -> list[tuple[jax.Array, jax.Array]]:
+    """The corrections of every batch (batch, stack, r, r), by one call for all.
 
     On CPUs two of LAPACK's batched routines at one time can wait for each other's threads for good.
     """
-    most = max((x.shape[-1] for x in matrices), default=0)
+    if not grams:
+        return []
+    most = max(a.shape[-1] for a, _ in grams)
+    dtype = jnp.result_type(*(x for pair in grams for x in pair))
 
     def padded(x: jax.Array) -> jax.Array:
-        # With -1 on the rest of the diagonal, which no eigenvalue is, so that nothing mixes.
         r = x.shape[-1]
-        wider = jnp.pad(x.reshape(-1, r, r), ((0, 0), (0, most - r), (0, most - r)))
-        return wider - jnp.diag(jnp.arange(most) >= r).astype(x.dtype)
+        return jnp.pad(x.reshape(-1, r, r).astype(dtype), ((0, 0), (0, most - r), (0, most - r)))
 
-    if not matrices:
-        return []
-    dtype = jnp.result_type(*matrices)
-    values, vectors = jnp.linalg.eigh(jnp.concatenate([padded(x.astype(dtype)) for x in matrices]))
+    together = [jnp.concatenate([padded(x) for x in role]) for role in zip(*grams, strict=True)]
+    corrections = _corrections(*together)
     found, start = [], 0
-    for x in matrices:
-        *batch, r, _ = x.shape
+    for a, _ in grams:
+        *batch, r, _ = a.shape
         part = slice(start, start := start + math.prod(batch))
-        # Ascending, so that the eigenvalues -1 of the padding come first.
-        found.append(
-            (
-                values[part, most - r :].reshape(*batch, r).astype(x.dtype),
-                vectors[part, :r, most - r :].reshape(x.shape).astype(x.dtype),
-            )
-        )
+        d, e = (x[part, :r, :r].reshape(a.shape).astype(a.dtype) for x in corrections)
+        found.append((d, e))
     return found

@@ -28,11 +28,16 @@ def gradient(problem, w):
 
 def loft_path(problem, steps, dtype, *, scaling=1.0, **hyperparameters):
     """W after each of the steps (steps, m, n), from float factors moved by loft in one scan."""
+    tx = loft(scaling=scaling, **hyperparameters)
+    return factor_path(problem, steps, dtype, tx, scaling)[0]
+
+
+def factor_path(problem, steps, dtype, tx, scaling=1.0):
+    """W (steps, m, n) and the factors after each of the steps, moved by any optimizer."""
     params = {
         "lora_a": jnp.asarray(problem["a"], dtype),
         "lora_b": jnp.asarray(problem["b"], dtype),
     }
-    tx = loft(scaling=scaling, **hyperparameters)
 
     def weight(params):
         return scaling * jnp.matmul(params["lora_a"], params["lora_b"], precision="highest")
@@ -43,7 +48,7 @@ def loft_path(problem, steps, dtype, *, scaling=1.0, **hyperparameters):
         (grads,) = pullback(gradient(problem, w).astype(w.dtype))
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
-        return (params, state), weight(params)
+        return (params, state), (weight(params), params)
 
     return jax.lax.scan(body, (params, tx.init(params)), length=steps)[1]
 
@@ -52,10 +57,15 @@ def adamw_path(
     problem, steps, dtype, *, scaling=1.0, max_grad_norm=jnp.inf, weight_decay=0.0, **numbers
 ):
     """W after each of the steps (steps, m, n), the full weight moved by optax.adamw."""
-    w = scaling * jnp.asarray(problem["a"], dtype) @ jnp.asarray(problem["b"], dtype)
     tx = optax.chain(
         optax.clip_by_global_norm(max_grad_norm), optax.adamw(weight_decay=weight_decay, **numbers)
     )
+    return full_path(problem, steps, dtype, tx, scaling)
+
+
+def full_path(problem, steps, dtype, tx, scaling=1.0):
+    """W after each of the steps (steps, m, n), the full weight moved by any optimizer."""
+    w = scaling * jnp.asarray(problem["a"], dtype) @ jnp.asarray(problem["b"], dtype)
 
     def body(carry, _):
         w, state = carry

@@ -14,14 +14,15 @@ TOLERANCE = {"float64": 1e-8, "float32": 1e-3}
 
 
 @functools.cache
-def path_function(shape, dtype, seed):
+def path_function(shape, dtype, seed, second_moment="full"):
     """Compiled once for a shape: factors and s are its arguments."""
     problem = least_squares(*shape, seed=seed)
+    numbers = {"learning_rate": 0.01, "second_moment": second_moment}
 
     @jax.jit
     def path(a, b, scaling):
         moved = {**problem, "a": a, "b": b}
-        return loft_path(moved, STEPS, dtype, learning_rate=0.01, scaling=scaling)
+        return loft_path(moved, STEPS, dtype, scaling=scaling, **numbers)
 
     return problem, path
 
@@ -36,12 +37,13 @@ def gauge(r, condition, seed):
 @given(
     shape=st.sampled_from([(12, 9, 4), (8, 8, 8), (20, 30, 6)]),
     dtype=st.sampled_from(["float64", "float32"]),
+    second_moment=st.sampled_from(["full", "factored"]),
     condition=st.floats(1.0, 1e3),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_gauge(shape, dtype, condition, seed):
+def test_gauge(shape, dtype, second_moment, condition, seed):
     with jax.enable_x64(True):
-        problem, path = path_function(shape, dtype, 1)
+        problem, path = path_function(shape, dtype, 1, second_moment)
         t = gauge(shape[2], condition, seed)
         a, b = problem["a"] @ t, np.linalg.solve(t, problem["b"])
         errors = relative_errors(path(a, b, 1.0), path(problem["a"], problem["b"], 1.0))
@@ -52,14 +54,15 @@ def test_gauge(shape, dtype, condition, seed):
 @given(
     shape=st.sampled_from([(12, 9, 4), (20, 30, 6)]),
     dtype=st.sampled_from(["float64", "float32"]),
+    second_moment=st.sampled_from(["full", "factored"]),
     log_scaling=st.floats(-3, 3),
     sign=st.sampled_from([-1.0, 1.0]),
 )
-def test_scaling(shape, dtype, log_scaling, sign):
+def test_scaling(shape, dtype, second_moment, log_scaling, sign):
     """The same W from factors made for another s."""
     scaling = sign * 10**log_scaling
     with jax.enable_x64(True):
-        problem, path = path_function(shape, dtype, 2)
+        problem, path = path_function(shape, dtype, 2, second_moment)
         errors = relative_errors(
             path(problem["a"], problem["b"] / scaling, scaling),
             path(problem["a"], problem["b"], 1.0),

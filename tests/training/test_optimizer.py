@@ -41,3 +41,31 @@ def test_methods_clip_alike():
         updates, _ = ours.update(grads, ours.init(params), params)
         # Clipped to (0.3, 0.4); with eps 1, the first step of Adam is g / (|g| + 1).
         np.testing.assert_allclose(updates["w"], [-0.3 / 1.3, -0.4 / 1.4], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "width", "dtype"),
+    [
+        ({}, 10, jnp.float32),
+        ({"state_dtype": "bfloat16"}, 10, jnp.bfloat16),
+        ({"second_moment": "factored"}, 1, jnp.float32),
+        ({"second_moment": "diagonal"}, 4, jnp.float32),
+    ],
+)
+def test_second_moments_of_loft(changes, width, dtype):
+    params = {"lora_a": jnp.ones((8, 4)), "lora_b": jnp.zeros((4, 6))}
+    tx = make_optimizer(config(**changes), optax.constant_schedule(1.0), lambda path: 1.0)
+    moments = optax.tree.get(tx.init(params), "nu")
+    assert moments["lora_a"].shape == (8, width)
+    assert moments["lora_a"].dtype == dtype
+
+
+def test_balance_is_passed_on():
+    params = {"lora_a": 4 * jnp.eye(2), "lora_b": jnp.eye(2)}
+    zeros = {"lora_a": jnp.zeros((2, 2)), "lora_b": jnp.zeros((2, 2))}
+    for balance, size in ((True, 2.0), (False, 4.0)):
+        run = config(balance=balance, max_grad_norm=0.0)
+        tx = make_optimizer(run, optax.constant_schedule(1.0), lambda path: 1.0)
+        updates, _ = tx.update(zeros, tx.init(params), params)
+        moved = optax.apply_updates(params, updates)
+        np.testing.assert_allclose(jnp.linalg.norm(moved["lora_a"], 2), size, rtol=1e-5)

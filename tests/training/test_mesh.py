@@ -1,0 +1,132 @@
+"""Sharding rules, and training steps on 8 CPU devices against one."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from loft_jax.errors import InputError
+from loft_jax.models import LlamaConfig
+from loft_jax.training.mesh import MeshConfig, check_batch, make_mesh, parameter_spec
+
+MESHES = ([8, 1, 1], [1, 8, 1], [2, 2, 2], [1, 4, 2])
+CONFIG = LlamaConfig(400, 32, 48, 3, 4, 2, 8)
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """What tests/training/eight_devices.py prints: all meshes in one process."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.training.eight_devices", json.dumps(MESHES)],
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=600,
+        check=True,
+    )
+    return json.loads(done.stdout)
+
+
+def each_mesh(function):
+    return pytest.mark.parametrize("sizes", MESHES, ids=lambda s: "x".join(map(str, s)))(function)
+
+
+def of(runs, sizes):
+    return runs["x".join(map(str, sizes))]
+
+
+@each_mesh
+def test_ten_steps_equal_those_of_one_device(runs, sizes):
+    run = of(runs, sizes)
+    np.testing.assert_allclose(run["losses"], runs["alone"]["losses"], rtol=1e-5)
+    assert run["distance"] < 1e-5
+    assert run["moved"] > 1e-2
+    assert run["losses"][0] != run["losses"][-1]
+
+
+@each_mesh
+def test_each_device_holds_its_share_of_every_array(runs, sizes):
+    _, fsdp, tensor = sizes
+    names = set()
+    for path, (total, held) in of(runs, sizes)["bytes"].items():
+        name = path.rpartition(".")[2]
+        names.add(name)
+        assert held * (1 if name == "scale" else fsdp * tensor) == total, path
+    assert names == {"kernel", "embedding", "scale", "lora_a", "lora_b"}
+
+
+@each_mesh
+def test_each_device_holds_its_share_of_the_moments(runs, sizes):
+    total, held = of(runs, sizes)["state_bytes"]
+    counters = 64
+    assert held * sizes[1] * sizes[2] <= total + counters * sizes[1] * sizes[2]
+
+
+@each_mesh
+def test_weights_are_gathered_one_layer_at_a_time(runs, sizes):
+    gathers = of(runs, sizes)["all_gathers"]
+    shapes = [tuple(map(int, s.split(","))) for s in re.findall(r"f32\[([\d,]+)\]", str(gathers))]
+    assert not [shape for shape in shapes if shape[0] == 3 and np.prod(shape) >= 3 * 32 * 16]
+    layer = [shape for shape in shapes if np.prod(shape) == 32 * 48 // sizes[2]]
+    assert bool(layer) == (sizes[1] > 1)
+
+
+def test_heads_that_tensor_does_not_divide_stay_whole():
+    mesh = AbstractMesh((1, 2, 4), ("data", "fsdp", "tensor"))
+    attention = "layers.self_attn."
+
+    def spec(name, *shape):
+        return parameter_spec(attention + name, shape, CONFIG, mesh)
+
+    assert spec("q_proj.kernel", 3, 32, 32) == PartitionSpec(None, "fsdp", "tensor")
+    assert spec("k_proj.kernel", 3, 32, 16) == PartitionSpec(None, "fsdp", None)
+    assert spec("o_proj.kernel", 3, 32, 32) == PartitionSpec(None, "tensor", "fsdp")
+    assert spec("k_proj.lora_b", 3, 2, 16) == PartitionSpec(None, None, ("tensor", "fsdp"))
+    assert spec("k_proj.lora_a", 3, 32, 2) == PartitionSpec(None, ("fsdp", "tensor"), None)
+    assert spec("k_proj.bias", 3, 16) == PartitionSpec(None, None)
+    assert spec("q_proj.bias", 3, 32) == PartitionSpec(None, "tensor")
+    assert spec("q_proj.lora_dropout.rngs.key", 3) == PartitionSpec()
+
+
+def test_sizes_that_the_mesh_does_not_divide_stay_whole():
+    mesh = AbstractMesh((1, 8, 1), ("data", "fsdp", "tensor"))
+    spec = parameter_spec("embed_tokens.embedding", (401, 36), CONFIG, mesh)
+    assert spec == PartitionSpec("tensor", None)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "devices", "message"),
+    [
+        ((3, 1, 1), 8, "do not make up 8 devices"),
+        ((3, -1, 1), 8, "do not make up 8 devices"),
+        ((-1, -1, 1), 8, "data and fsdp are -1"),
+        ((1, 0, 1), 8, "fsdp is 0"),
+        ((1, -2, 1), 8, "fsdp is -2"),
+    ],
+)
+def test_sizes_that_make_no_mesh_are_refused(sizes, devices, message):
+    with pytest.raises(InputError, match=message):
+        MeshConfig(*sizes).sizes(devices)
+
+
+def test_the_open_axis_takes_the_rest():
+    assert MeshConfig(2, -1, 2).sizes(16) == (2, 4, 2)
+    assert MeshConfig(-1, 1, 1).sizes(3) == (3, 1, 1)
+    assert make_mesh(MeshConfig(), jax.devices()[:1]).shape == {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+def test_a_batch_that_does_not_divide_names_the_nearest_that_does():
+    mesh = AbstractMesh((2, 4, 2), ("data", "fsdp", "tensor"))
+    check_batch(16, 2, mesh)
+    with pytest.raises(InputError, match=r"20 rows do not divide over 8 devices.* such as 16"):
+        check_batch(20, 1, mesh)
+    with pytest.raises(InputError, match=r"24 rows in 2 parts .* multiple of 16 such as 32"):
+        check_batch(24, 2, mesh)
+    with pytest.raises(InputError, match="such as 8"):
+        check_batch(1, 1, mesh)

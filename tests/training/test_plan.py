@@ -1,0 +1,153 @@
+"""Plans: compiled for TPUs by libtpu, without one."""
+
+import importlib.util
+import json
+import os
+
+import pytest
+
+from loft_jax.cli import main
+from loft_jax.errors import InputError
+from loft_jax.models.llama_sizes import LLAMA_SIZES
+from loft_jax.training.config import MeshConfig
+from loft_jax.training.plan import PlanConfig, plan_model, plan_step, plan_table
+from loft_jax.training.topology import load_topology
+
+HIDDEN, MLP, LAYERS, VOCAB, RANK = 64, 128, 2, 400, 4
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def config_json(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny") / "config.json"
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": MLP, "vocab_size": VOCAB}
+    layers = {"num_hidden_layers": LAYERS, "num_attention_heads": 4}
+    path.write_text(json.dumps({"model_type": "llama", **sizes, **layers}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def plans(config_json):
+    common = {
+        "rank": RANK,
+        "batch": "4x16",
+        "target_modules": ("q_proj", "k_proj"),
+        "mesh": MeshConfig(1, 2, 2),
+    }
+    model = str(config_json.parent)
+    return [
+        plan_step(PlanConfig(model, "v5e:2x2", method, **common)) for method in ("lora", "loft")
+    ]
+
+
+@needs_libtpu
+def test_stored_bytes_are_those_of_the_shapes(plans):
+    lora, loft = plans
+    matrices = LAYERS * (4 * HIDDEN**2 + 3 * HIDDEN * MLP) + 2 * VOCAB * HIDDEN
+    norms = (2 * LAYERS + 1) * HIDDEN
+    assert lora.weights == loft.weights == 2 * (matrices // 4 + norms)  # bfloat16, four devices
+    factors = LAYERS * 2 * 2 * HIDDEN * RANK // 4
+    assert lora.adapter == loft.adapter == 4 * factors  # float32
+    packed = RANK * (RANK + 1) // 2
+    for plan, per_number in ((lora, 2), (loft, 2 + packed / RANK)):
+        assert 0 <= plan.optimizer_state - 4 * factors * per_number <= 64  # counters
+
+
+@needs_libtpu
+def test_the_parts_add_up_to_the_total(plans):
+    for plan in plans:
+        parts = (plan.weights, plan.adapter, plan.optimizer_state, plan.other)
+        assert sum(parts) + plan.temporaries + plan.program == plan.total
+        assert min(*parts, plan.temporaries, plan.program) >= 0
+        assert plan.total < plan.memory == 16 * 2**30
+        assert plan.mesh == (1, 2, 2)
+        assert {c.kind for c in plan.collectives} >= {"all-gather", "all-reduce"}
+
+
+@needs_libtpu
+def test_the_table_compares_methods(plans):
+    text = plan_table(plans)
+    lora, loft = (line.split() for line in text.splitlines()[2:4])
+    assert lora[:3] == ["v5e:2x2", "1x2x2", "lora"]
+    assert loft[:3] == ["v5e:2x2", "1x2x2", "loft"]
+    more = plans[1].total - plans[0].total
+    assert f"{more / 2**20:+,.1f} ({more / plans[0].total:+.1%})" in text
+    assert "v5e:2x2 loft: " in text
+    assert " all-gather (" in text
+
+
+@needs_libtpu
+def test_a_step_that_does_not_fit_says_so(capsys):
+    """By name, with the network off."""
+    flags = ["--topology", "v5e:2x2", "--method", "full", "--batch", "4x16"]
+    assert main(["plan", "--model", "llama-2-7b", *flags]) == 0
+    out = capsys.readouterr().out
+    assert "does not fit" in out
+    assert "exceeds available" in out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"topology": "v9:2x2"}, "unknown TPU 'v9', expected one of v4, v5e, v5p, v6e"),
+        ({"topology": "v5e"}, "its grid is ''"),
+        ({"topology": "v5e:0x2"}, "its grid is '0x2'"),
+        ({"model": "no/such/folder/model"}, "no/such/folder/model: .*known by name: llama-2-7b"),
+        ({"batch": "16"}, "batch is '16', expected rows x tokens"),
+        ({"batch": "0x16"}, "batch is '0x16'"),
+        ({"rank": 1000}, "rank 1000 is above 64"),
+        ({"target_modules": ("q_prj",)}, "q_proj"),
+        ({"accumulation_steps": 3}, "not a multiple of accumulation_steps 3"),
+        pytest.param({"topology": "v5e:3x5"}, "libtpu refuses it", marks=needs_libtpu),
+        pytest.param({"batch": "6x16"}, "6 rows do not divide over 4", marks=needs_libtpu),
+        pytest.param({"mesh": MeshConfig(3, 1, 1)}, "do not make up 4", marks=needs_libtpu),
+    ],
+)
+def test_mistakes_are_named(config_json, changes, message):
+    given = {"model": str(config_json), "topology": "v5e:2x2", "batch": "4x16", **changes}
+    with pytest.raises(InputError, match=message):
+        plan_step(PlanConfig(**given))
+
+
+def test_the_command_ends_with_the_message(config_json, capsys):
+    assert main(["plan", "--model", str(config_json), "--topology", "v9:2x2"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "loft-jax plan: topology 'v9:2x2': unknown TPU 'v9', expected one of v4, v5e, v5p, v6e, as "
+        "in v5e:2x4"
+    )
+
+
+def test_without_libtpu_it_says_how_to_get_it(monkeypatch):
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'loft-jax\[tpu\]'"):
+        load_topology("v5e:2x2")
+
+
+@needs_libtpu
+def test_the_users_environment_stays(monkeypatch):
+    monkeypatch.setenv("TPU_WORKER_ID", "7")
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
+    assert len(load_topology("v4:2x2x2").devices) == 8  # chips, not cores
+    assert os.environ["TPU_WORKER_ID"] == "7"
+    assert os.environ["TPU_SKIP_MDS_QUERY"] == "1"
+
+
+def test_models_by_name_have_their_published_sizes():
+    def parameters(name):
+        c = LLAMA_SIZES[name]
+        width, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        layer = c.hidden_size * (2 * width + 2 * kv + 3 * c.intermediate_size + 2)
+        return c.num_hidden_layers * layer + c.hidden_size * (2 * c.vocab_size + 1)
+
+    published = {
+        "llama-2-7b": 6_738_415_616,
+        "llama-2-13b": 13_015_864_320,
+        "llama-2-70b": 68_976_648_192,
+        "llama-3-8b": 8_030_261_248,
+        "llama-3-70b": 70_553_706_496,
+    }
+    assert {name: parameters(name) for name in LLAMA_SIZES} == published
+    assert plan_model("Llama-2-7B") is LLAMA_SIZES["llama-2-7b"]

@@ -15,7 +15,7 @@ of the state ever stands in memory: both products are made in tiles.
 import jax
 import jax.numpy as jnp
 
-from loft_jax.optim.packed import congruence, packed_size, symmetric_squares
+from loft_jax.optim.packed import congruent, packed_size, symmetric_squares
 from loft_jax.optim.pairs import FactorBatch
 from loft_jax.optim.rounding import stochastic_round
 from loft_jax.optim.second_moment import AdamStep, Number, ProjectedGradient, SecondMomentState
@@ -51,7 +51,6 @@ class FullMoment:
     ) -> SecondMomentState:
         """`p_i ← β₂ Cᵀ p_i C + (1 - β₂) c_i c_iᵀ`, in place where the state is donated."""
         c = gradient.c
-        basis_change = congruence(gradient.change)  # (batch, stack, q, q)
         batch, stack = c.array.shape[:2]
         layers = part_count(stack, _MOST_LAYERS)
         matrices, q = batch * stack // layers, packed_size(c.rank)
@@ -59,14 +58,13 @@ class FullMoment:
         rows = part_count(c.length, elements / (matrices * q))
         tiles = LeafTiles(factors, Tiling(layers, rows, c.rank_last))
         by_layers = Tiling(layers, 1, True)
-        c_split, change_split = tiles.tiling.split(c.array), by_layers.split(basis_change)
+        c_split, change_split = tiles.tiling.split(c.array), by_layers.split(gradient.change)
 
         def body(t: jax.Array | int, split: list[jax.Array]) -> list[jax.Array]:
             p = tiles.take(split, t)  # (batch, stack, rows, q)
             square = symmetric_squares(c.like(tiles.tiling.take(c_split, t)))
-            moved = p.like(p.array.astype(c.array.dtype)).times(
-                by_layers.take(change_split, t // rows)
-            )
+            change = by_layers.take(change_split, t // rows)  # (batch, stack, r, r)
+            moved = congruent(p.like(p.array.astype(c.array.dtype)), change)
             new = (b2 * moved.array + (1 - b2) * square.array).astype(c.array.dtype)
             new = stochastic_round(new, p.array.dtype, jax.random.fold_in(key, t))
             return tiles.put(split, t, p.like(new))

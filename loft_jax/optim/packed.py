@@ -6,7 +6,7 @@ p `(m, q)`:
 
 - the outer products `g_i g_iᵀ`, packed: `symmetric_squares(g)`;
 - all of `⟨p_i, Q_j Q_jᵀ⟩ = Q_jᵀ p_i Q_j`: `p · symmetric_squares(Q)ᵀ`, `(m, q) x (q, n)`;
-- all of `Cᵀ p_i C`: `p · congruence(C)`, `(m, q) x (q, q)`.
+- all of `Cᵀ p_i C`: `congruent(p, C)`, for small r a product with one matrix too, (m, q) x (q, q).
 """
 
 import math
@@ -14,7 +14,10 @@ import math
 import jax
 import jax.numpy as jnp
 
-from loft_jax.optim.tall import Tall
+from loft_jax.optim.tall import Tall, matmul, transpose
+
+# From this rank on, two products of (r, r) matrices a row are less work than one with (q, q).
+_MANY = 32
 
 
 def packed_size(rank: int) -> int:
@@ -49,14 +52,42 @@ def symmetric_squares(x: Tall) -> Tall:
     return x.like(symmetric_product(x.array, x.array, x.rank_axis))
 
 
-def congruence(c: jax.Array) -> jax.Array:
-    """The matrix M (q, q) with `pack(P) M = pack(Cᵀ P C)` for every symmetric P.
+def congruent(p: Tall, c: jax.Array) -> Tall:
+    """Packs `Cᵀ p_i C` of every row.
 
     Args:
+      p: (..., n, q), packed symmetric matrices.
       c: (..., r, r).
 
     Returns:
-      (..., q, q); row (a, b) is the packed image of the packed basis matrix (a, b).
+      (..., n, q).
+    """
+    r = c.shape[-1]
+    if r < _MANY:
+        return p.times(_congruence(c))
+    rows, columns = _upper_half(r)
+    axis, last = p.rank_axis, p.rank_last
+    places = jnp.arange(len(rows), dtype=jnp.int32)
+    which = jnp.zeros((r, r), jnp.int32).at[rows, columns].set(places)
+    weight = jnp.where(rows == columns, 1.0, math.sqrt(2.0)).astype(c.dtype)
+    weight = weight if last else weight[:, None]
+    # Whole symmetric matrices, then Y = P C and Cᵀ P C = Yᵀ C; with P = Pᵀ nothing else turns.
+    x = jnp.take(p.array / weight, jnp.maximum(which, which.T).ravel(), axis=axis)
+    for _ in range(2):
+        *front, y, z = x.shape
+        if last:  # (..., n, r, r): transposed, times (r, r)
+            x = jnp.swapaxes(x.reshape(*front, y, r, r), -2, -1)
+            x = matmul(x.reshape(*front, y * r, r), c).reshape(*front, y, z)
+        else:  # (r, r) times the transposed (..., r, r, n)
+            x = jnp.swapaxes(x.reshape(*front, r, r, z), -3, -2)
+            x = matmul(transpose(c), x.reshape(*front, r, r * z)).reshape(*front, y, z)
+    return p.like(jnp.take(x, rows * r + columns, axis=axis) * weight)
+
+
+def _congruence(c: jax.Array) -> jax.Array:
+    """The matrix M (..., q, q) with `pack(P) M = pack(Cᵀ P C)` for every symmetric P.
+
+    Row (a, b) is the packed image of the packed basis matrix (a, b).
     """
     rows, columns = _upper_half(c.shape[-1])
     weight = jnp.where(rows == columns, 1.0, math.sqrt(2.0)).astype(c.dtype)

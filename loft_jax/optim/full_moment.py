@@ -27,8 +27,7 @@ from loft_jax.optim.tiles import LeafTiles, Tiling, for_each, part_count
 _TILE_ELEMENTS = 1 << 18
 _MOST_TILES_OF_STATE = 32
 _MOST_TILES_OF_WEIGHT = 128
-# Layers at one time: products of many are compiled as one each, and code lies in memory too. Stacks
-# sharded over this many devices lie in every tile alike.
+# Layers of a tile. Stacks sharded over this many devices lie in every tile alike.
 _MOST_LAYERS = 8
 
 

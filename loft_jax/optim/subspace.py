@@ -97,9 +97,11 @@ def orthonormal_basis(p: Tall) -> Basis:
     norm = jnp.linalg.norm(p.scaled(1 / largest).array, axis=p.long_axis)
     length = largest * jnp.where(norm < tiny, 1.0, norm)
     q = p.scaled(1 / length)
-    s, s_inv = eye * length[..., None, :], eye / length[..., None, :]
 
-    basis = _change(Basis(q, s, s_inv), *_eliminate(q.inner(q) + shift * eye, 0.0))
+    forward, backward = _eliminate(q.inner(q) + shift * eye, 0.0)
+    basis = Basis(
+        q.times(backward), forward * length[..., None, :], backward / length[..., :, None]
+    )
 
     # A singular value σ of the unit columns is σ / √(σ² + shift) now.
     basis = _change(basis, *_eliminate(basis.q.inner(basis.q), 8 * eps))
@@ -153,6 +155,6 @@ def _eliminate(gram: jax.Array, drop: float) -> tuple[jax.Array, jax.Array]:
         backward = jnp.where(at_k, vector[..., :, None], backward)
         return left, vectors, forward, backward
 
-    zero = jnp.zeros_like(gram)
-    _, _, forward, backward = jax.lax.fori_loop(0, r, body, (gram, eye, zero, zero))
+    # F and T begin with what is overwritten. A constant there would lie in memory from the start.
+    _, _, forward, backward = jax.lax.fori_loop(0, r, body, (gram, eye, gram, gram))
     return forward, backward

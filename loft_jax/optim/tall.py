@@ -11,8 +11,40 @@ import functools
 import jax
 import jax.numpy as jnp
 
-# TPUs and newer GPUs multiply float32 in fewer bits by default; a basis needs all of them.
-matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+# Above this, a matrix is long: it is no (r, r) one.
+_LONG = 256
+
+
+def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
+    """The product in all bits of float32.
+
+    TPUs and newer GPUs multiply in fewer bits by default; a basis needs all of them. And for TPUs a
+    product of many layers would be compiled as so many, of a megabyte each in the memory of the
+    chip: there, products of long matrices are made layer by layer.
+
+    Args:
+      x: (..., stack, n, k).
+      y: (..., stack, k, l).
+
+    Returns:
+      (..., stack, n, l).
+    """
+    stacked = x.ndim > 3 and x.shape[-3] > 1
+    if stacked and max(*x.shape[-2:], y.shape[-1]) >= _LONG:
+        return jax.lax.platform_dependent(x, y, tpu=_layer_by_layer, default=_matmul)
+    return _matmul(x, y)
+
+
+_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
+def _layer_by_layer(x: jax.Array, y: jax.Array) -> jax.Array:
+    def body(t: jax.Array, out: jax.Array) -> jax.Array:
+        layers = (jax.lax.dynamic_index_in_dim(z, t, z.ndim - 3, keepdims=False) for z in (x, y))
+        return jax.lax.dynamic_update_index_in_dim(out, _matmul(*layers), t, out.ndim - 3)
+
+    out = jnp.zeros((*x.shape[:-1], y.shape[-1]), jnp.result_type(x, y))
+    return jax.lax.fori_loop(0, x.shape[-3], body, out)
 
 
 def transpose(x: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The command line: loft-jax finetune | evaluate | generate | export | merge."""
+"""The command line: loft-jax finetune | evaluate | generate | export | merge | plan."""
 
 import contextlib
 import dataclasses
@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +14,15 @@ import tyro
 
 from loft_jax.data import DataConfig
 from loft_jax.errors import InputError
-from loft_jax.training.config import FinetuneConfig, config_from_dict, load_config
+from loft_jax.training.config import (
+    FinetuneConfig,
+    MeshConfig,
+    Method,
+    SecondMoment,
+    StateDtype,
+    config_from_dict,
+    load_config,
+)
 
 if TYPE_CHECKING:
     from loft_jax.models import Llama
@@ -206,12 +214,70 @@ class Merge:
         return 0
 
 
+@dataclass(frozen=True)
+class Plan:
+    """Compile the train step for TPUs that are not there, and tell what each chip would hold."""
+
+    model: str
+    """A config.json, a folder with one, a GGUF file, a hub id, or a name such as llama-2-7b."""
+    topology: tuple[str, ...]
+    """Slices: generation (v4, v5e, v5p, v6e) and grid of chips, as in v5e:2x4 v5p:2x2x4."""
+    method: tuple[Method, ...] = ("lora", "loft")
+    """Methods to compare."""
+    rank: int = 16
+    """Rank of the adapters."""
+    batch: str = "16x256"
+    """Rows of a step, over all chips, and tokens of a row."""
+    target_modules: tuple[str, ...] = ("all-linear",)
+    """Modules that get an adapter, as for finetune."""
+    second_moment: SecondMoment = "full"
+    """LoFT's second moment."""
+    state_dtype: StateDtype = "float32"
+    """What LoFT's second moment is stored in."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """How the chips share the work."""
+    accumulation_steps: int = 1
+    """Parts of the batch, computed one after the other."""
+    remat: bool = True
+    """Recompute each layer in the backward pass: less memory, more time."""
+
+    def __call__(self) -> int:
+        """Runs the command."""
+        import jax
+        from tqdm import tqdm
+
+        from loft_jax.training.plan import PlanConfig, check_plan, plan_step, plan_table
+
+        if not (self.topology and self.method):
+            raise InputError("topology or method is empty, expected one of each at least")
+        jax.config.update("jax_platforms", "cpu")  # compiling must not take a TPU that is there
+        common = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        cases = [
+            PlanConfig(**{**common, "topology": topology, "method": method})
+            for topology in self.topology
+            for method in self.method
+        ]
+        for case in cases:
+            check_plan(case)
+        plans = []
+        try:
+            with tqdm(cases, unit="step", disable=len(cases) == 1) as bar:
+                for case in bar:
+                    bar.set_description(f"{case.topology} {case.method}")
+                    plans.append(plan_step(case))
+        finally:  # each has taken a minute or more: those that are there are shown
+            if plans:
+                print(plan_table(plans))
+        return 0
+
+
 _COMMANDS: dict[str, type[Callable[[], int]]] = {
     "finetune": Finetune,
     "evaluate": Evaluate,
     "generate": Generate,
     "export": Export,
     "merge": Merge,
+    "plan": Plan,
 }
 
 

@@ -97,6 +97,27 @@ def load_pretrained(
     return nnx.merge(graphdef, state)
 
 
+def load_model_config(path_or_hub_id: str | os.PathLike[str]) -> LlamaConfig:
+    """Reads what a model is made of, and none of its weights.
+
+    Args:
+        path_or_hub_id: As for :func:`load_pretrained`, or a ``config.json`` itself.
+
+    Returns:
+        Its configuration.
+
+    Raises:
+        InputError: No such model, or an unsupported configuration.
+    """
+    path = Path(path_or_hub_id)
+    if path.suffix != ".json":
+        path = _resolve(path_or_hub_id, (_CONFIG_NAME,))
+        if (file := _gguf_file(path)) is not None:
+            return open_gguf(file).config
+        path /= _CONFIG_NAME
+    return _read_config(path)
+
+
 def load_tokenizer(path_or_hub_id: str | os.PathLike[str]) -> "PreTrainedTokenizerBase":
     """Loads the tokenizer that belongs to a model.
 
@@ -211,12 +232,17 @@ def _open(path: Path) -> tuple[LlamaConfig, _Source]:
             raise InputError(f"{file}: expected a folder or a .gguf file")
         gguf = open_gguf(file)
         return gguf.config, gguf
-    try:
-        config = LlamaConfig.from_hf(read_json(path / _CONFIG_NAME))
-    except InputError as error:
-        raise InputError(f"{path / _CONFIG_NAME}: {error}") from error
     index = path / INDEX_NAME
-    return config, Safetensors(index if index.exists() else path / FILE_NAME)
+    return _read_config(path / _CONFIG_NAME), Safetensors(
+        index if index.exists() else path / FILE_NAME
+    )
+
+
+def _read_config(path: Path) -> LlamaConfig:
+    try:
+        return LlamaConfig.from_hf(read_json(path))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def _hf_shapes(path: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:

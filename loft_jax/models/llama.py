@@ -14,6 +14,7 @@ from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 
+from loft_jax.models.activations import embeddings_laid_out, laid_out
 from loft_jax.models.attention import KVCache, attend, positions_from, visibility
 from loft_jax.models.llama_config import LlamaConfig
 from loft_jax.models.llama_layout import hf_module_name
@@ -53,9 +54,13 @@ class SelfAttention(nnx.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         """Mixes ``x (b, t, hidden)`` over the visible tokens; writes the cache if there is one."""
         heads = (*x.shape[:2], -1, self.head_dim)
-        queries = rotate(self.q_proj(x).reshape(heads), cos, sin)  # (b, t, heads, head_dim)
-        keys = rotate(self.k_proj(x).reshape(heads), cos, sin).swapaxes(1, 2)
-        values = self.v_proj(x).reshape(heads).swapaxes(1, 2)  # (b, kv_heads, t, head_dim)
+        queries, keys, values = (
+            laid_out(project(x).reshape(heads), features=2)  # (b, t, heads, head_dim)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        queries = rotate(queries, cos, sin)
+        keys = rotate(keys, cos, sin).swapaxes(1, 2)  # (b, kv_heads, t, head_dim)
+        values = values.swapaxes(1, 2)
         if cache is not None:
             start = (layer, 0, 0, cache.length, 0)
             cache = dataclasses.replace(
@@ -69,7 +74,8 @@ class SelfAttention(nnx.Module):
             )
             keys, values = cache.keys[layer], cache.values[layer]  # (b, kv_heads, s, head_dim)
         mixed = attend(queries, keys, values, visible)
-        return self.o_proj(mixed.reshape(*x.shape[:2], -1)), cache
+        mixed = laid_out(mixed.reshape(*x.shape[:2], -1), features=2)
+        return laid_out(self.o_proj(mixed)), cache
 
 
 class MLP(nnx.Module):
@@ -92,7 +98,8 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps ``(b, t, hidden)`` to ``(b, t, hidden)``."""
-        return self.down_proj(nnx.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = (laid_out(f(x), features=2) for f in (self.gate_proj, self.up_proj))
+        return laid_out(self.down_proj(nnx.silu(gate) * up))
 
 
 class DecoderLayer(nnx.Module):
@@ -257,7 +264,7 @@ class Llama(nnx.Module):
         if positions is None:
             positions = positions_from(visible)
         cos, sin = rotation(self.config, positions)
-        x = self.embed_tokens(tokens)  # (b, t, hidden)
+        x = embeddings_laid_out(self.embed_tokens(tokens))  # (b, t, hidden)
         graphdef, state = nnx.split(self.layers)
         params, rest = nnx.split_state(state, nnx.Param, ...)
         x, cache, rest = _scan_layers(
@@ -330,7 +337,7 @@ def _scan_layers(
             for path, variable in nnx.to_flat_state(nnx.state(layer, nnx.Not(nnx.Param)))
             if variable.get_value() is not before[path]
         ]
-        return (x, cache), nnx.from_flat_state(changed)
+        return (laid_out(x), cache), nnx.from_flat_state(changed)
 
     # Even without remat, only the products with weights are kept for the backward pass: what lies
     # between them is cheap to compute again, and costs more memory traffic than it saves.

@@ -15,6 +15,8 @@ from loft_jax.errors import InputError
 
 Method = Literal["loft", "lora", "full"]
 Precision = Literal["auto", "float32", "bfloat16"]
+SecondMoment = Literal["full", "factored", "diagonal"]
+StateDtype = Literal["float32", "bfloat16"]
 
 # A resumed run may change these: they do not change what is learned.
 _FREE_ON_RESUME = {"output", "log_every", "save_every", "keep_last", "keep_best"}
@@ -33,6 +35,11 @@ class FinetuneConfig:
         choices: Answers to compare on the held-out examples: with them, evaluation also reports the
             accuracy of the likeliest answer. For single-answer tasks with a fixed set of labels.
         method: "loft"; "lora" is AdamW on the factors; "full" is AdamW on all weights.
+        second_moment: LoFT's second moment: "full" is exact, "factored" takes the memory of its
+            first moment and no work on whole weights, "diagonal" is Adam's of the factors.
+        state_dtype: What LoFT's second moment is stored in.
+        balance: Whether LoFT keeps the factors balanced, `AᵀA = B Bᵀ`; their product moves as
+            without.
         rank: Rank of the adapters.
         alpha: LoRA's alpha, scaling = alpha / rank; by default the rank, so a scaling of 1. LoFT
             does not depend on it.
@@ -84,6 +91,9 @@ class FinetuneConfig:
     eval_split: str = "train"
     choices: tuple[str, ...] = ()
     method: Method = "loft"
+    second_moment: SecondMoment = "full"
+    state_dtype: StateDtype = "float32"
+    balance: bool = False
     rank: int = 16
     alpha: float | None = None
     target_modules: tuple[str, ...] = ("all-linear",)
@@ -134,8 +144,60 @@ class FinetuneConfig:
                 f"batch_size is {self.batch_size}, not a multiple of accumulation_steps "
                 f"{self.accumulation_steps}"
             )
+        if self.method != "loft":
+            for name, usual in {
+                "second_moment": "full", "state_dtype": "float32", "balance": False,
+            }.items():  # fmt: skip
+                if (given := getattr(self, name)) != usual:
+                    raise InputError(f"{name} is {given!r}, but only method loft has it")
         if self.choices and not self.eval_path:
             raise InputError("choices are given without eval_path, the examples to compare them on")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh; one of them may be -1 and takes the devices that the others leave.
+
+    Args:
+        data: Copies of the model.
+        fsdp: Devices that share the weights of one copy and split its rows.
+        tensor: Devices that split each product with a weight.
+
+    Raises:
+        InputError: A size that is neither positive nor -1, or more than one -1.
+
+    Example:
+        >>> MeshConfig(tensor=2).sizes(8)
+        (1, 4, 2)
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        given = dataclasses.asdict(self)
+        for name, size in given.items():
+            if size != -1 and size < 1:
+                raise InputError(f"mesh: {name} is {size}, expected a positive number or -1")
+        if (open_ := [name for name, size in given.items() if size == -1])[1:]:
+            raise InputError(f"mesh: {' and '.join(open_)} are -1, expected one of them at most")
+
+    def sizes(self, devices: int) -> tuple[int, int, int]:
+        """The sizes of (data, fsdp, tensor) on a number of devices.
+
+        Raises:
+            InputError: The sizes do not make up that number.
+        """
+        given = (self.data, self.fsdp, self.tensor)
+        known = math.prod(size for size in given if size != -1)
+        filled = tuple(devices // known if size == -1 else size for size in given)
+        if math.prod(filled) != devices:
+            raise InputError(
+                f"mesh: data {self.data}, fsdp {self.fsdp}, tensor {self.tensor} do not make up "
+                f"{devices} devices"
+            )
+        return filled  # type: ignore[return-value]  # as many as were given
 
 
 def save_config(config: FinetuneConfig, path: str | os.PathLike[str]) -> None:

@@ -20,6 +20,7 @@ from loft_jax.evaluation.choices import score_choices
 from loft_jax.evaluation.perplexity import perplexity
 from loft_jax.hub import load_tokenizer
 from loft_jax.models import Llama
+from loft_jax.optim.state import state_bytes
 from loft_jax.training.checkpoint import Checkpoints
 from loft_jax.training.config import (
     FinetuneConfig,
@@ -267,6 +268,12 @@ class _Run:
         self.schedule = make_schedule(config, self.steps)
         self.tx = make_optimizer(config, self.schedule, scaling_of(model))
         self.step = make_step(self.parts, self.tx, config.accumulation_steps)
+        _log.info(
+            "%s: %s trained parameters, optimizer state of %s bytes",
+            config.method,
+            f"{sum(x.size for x in jax.tree.leaves(self.parts.params)):,}",
+            f"{state_bytes(self.tx, self.parts.params):,}",
+        )
 
     def trained(self, state: TrainState) -> Llama:
         return self.parts.merged(state.params, state.streams)

@@ -10,7 +10,7 @@ from flax import nnx
 
 from loft_jax.hub import load_pretrained, save_peft_adapter, save_pretrained
 from loft_jax.lora import LoRAConfig, add_lora, lora_layers
-from loft_jax.models import Llama
+from loft_jax.models import Llama, LlamaConfig
 from loft_jax.training.checkpoint import Checkpoints
 from loft_jax.training.config import FinetuneConfig, Method
 from loft_jax.training.optimizer import make_optimizer
@@ -29,18 +29,45 @@ def load_model(config: FinetuneConfig) -> Llama:
     Returns:
         The model, in training mode.
     """
+    return adapted(load_pretrained(config.model, **_computation(config)), config)
+
+
+def abstract_model(sizes: LlamaConfig, config: FinetuneConfig) -> Llama:
+    """The model of a run as shapes: what `load_model` gives, with nothing read or allocated.
+
+    Args:
+        sizes: Of the base model.
+        config: As for `load_model`.
+
+    Returns:
+        The model, with a `jax.ShapeDtypeStruct` in the place of every array.
+    """
+    return nnx.eval_shape(
+        lambda: adapted(Llama(sizes, rngs=nnx.Rngs(0), **_computation(config)), config)
+    )
+
+
+def _computation(config: FinetuneConfig) -> dict[str, Any]:
+    """What a base model is stored in, computes in, and computes again."""
     dtype = config.dtype
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     frozen_dtype = dtype if config.param_dtype == "auto" else config.param_dtype
-    full = config.method == "full"
-    model = load_pretrained(
-        config.model,
-        dtype=dtype,
-        param_dtype="float32" if full else frozen_dtype,
-        remat=config.remat,
-    )
-    if not full:
+    param_dtype = "float32" if config.method == "full" else frozen_dtype
+    return {"dtype": dtype, "param_dtype": param_dtype, "remat": config.remat}
+
+
+def adapted(model: Llama, config: FinetuneConfig) -> Llama:
+    """Adds the adapters of a run to its base model, in place, as they start.
+
+    Args:
+        model: The base model; under `nnx.eval_shape`, of shapes only.
+        config: Its method and LoRA fields are used.
+
+    Returns:
+        The same model, in training mode; without adapters for method "full".
+    """
+    if config.method != "full":
         targets = config.target_modules
         lora = LoRAConfig(
             rank=config.rank,

@@ -35,7 +35,7 @@ def make_optimizer(
     """The optimizer of a method; every method clips by the same max_grad_norm.
 
     Args:
-        config: Its method and Adam's numbers are used.
+        config: Its method, Adam's numbers and LoFT's settings are used.
         schedule: Learning rate by step.
         scaling: The s of `W = s A B` by path of a pair; LoFT alone uses it.
 
@@ -51,6 +51,9 @@ def make_optimizer(
             config.eps,
             config.weight_decay,
             max_grad_norm=clip,
+            second_moment=config.second_moment,
+            state_dtype=config.state_dtype,
+            balance=config.balance,
             scaling=scaling,
         )
     adamw = optax.adamw(

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec, use_abstract_mesh
 
 from loft_jax.data import Batch
 from loft_jax.models import Llama
+from loft_jax.models.activations import laid_out
 
 Tree = Any
 
@@ -49,6 +51,20 @@ class Parts(NamedTuple):
     def merged(self, params: Tree, streams: Tree) -> Llama:
         """The model with other parameters and counters."""
         return nnx.merge(self.graphdef, params, streams, self.frozen, copy=True)
+
+
+class StepShardings(NamedTuple):
+    """Where everything that a step takes and gives lies on a mesh.
+
+    Attributes:
+        state: A `NamedSharding` for each array of the `TrainState`.
+        frozen: One for each frozen array.
+        batch: The one of every array of a batch: rows over data and fsdp.
+    """
+
+    state: TrainState
+    frozen: Tree
+    batch: NamedSharding
 
 
 def split_model(model: Llama, trained: type[nnx.Variable[Any]]) -> Parts:
@@ -100,7 +116,10 @@ def predicted(batch: Batch) -> Batch:
 
 
 def make_step(
-    parts: Parts, tx: optax.GradientTransformation, accumulation_steps: int = 1
+    parts: Parts,
+    tx: optax.GradientTransformation,
+    accumulation_steps: int = 1,
+    shardings: StepShardings | None = None,
 ) -> Callable[[TrainState, Tree, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Compiles the step of a run.
 
@@ -111,6 +130,8 @@ def make_step(
         parts: From `split_model`.
         tx: The optimizer.
         accumulation_steps: Parts of the batch, computed one after the other; divides its rows.
+        shardings: Where its arguments and results lie on a mesh, from
+            `loft_jax.training.mesh.step_shardings`; by default all on one device.
 
     Returns:
         A jitted function of state (donated), frozen parameters and a batch from `predicted`. It
@@ -139,6 +160,7 @@ def make_step(
 
         def add(carry: tuple[Any, Tree, Tree], part: Batch) -> tuple[tuple[Any, Tree, Tree], None]:
             loss, grads, streams = carry
+            part = jax.tree.map(laid_out, part)
             (more, streams), extra = value_and_grad(state.params, streams, frozen, part)
             return (loss + more, jax.tree.map(jnp.add, grads, extra), streams), None
 
@@ -154,6 +176,11 @@ def make_step(
         loss, grads, streams = summed_gradients(state, frozen, batch)
         count = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
         grads = jax.tree.map(lambda g: g / count, grads)
+        # What the optimizer can compute without gradients, such as bases, would else be computed
+        # early and lie beside the activations.
+        grads, state, loss, count, streams = jax.lax.optimization_barrier(
+            (grads, state, loss, count, streams)
+        )
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {
@@ -163,4 +190,19 @@ def make_step(
         }
         return TrainState(state.step + 1, params, opt_state, streams), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    if shardings is None:
+        return jax.jit(step, donate_argnums=0)
+    mesh = shardings.batch.mesh
+
+    def step_on_mesh(
+        state: TrainState, frozen: Tree, batch: Batch
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        with use_abstract_mesh(mesh.abstract_mesh):  # the model finds it there
+            return step(state, frozen, batch)
+
+    return jax.jit(
+        step_on_mesh,
+        in_shardings=(shardings.state, shardings.frozen, shardings.batch),
+        out_shardings=(shardings.state, NamedSharding(mesh, PartitionSpec())),
+        donate_argnums=0,
+    )

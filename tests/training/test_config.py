@@ -92,6 +92,12 @@ def test_missing_file(tmp_path):
         ({"accumulation_steps": 3}, "batch_size is 16, not a multiple of accumulation_steps 3"),
         ({"choices": ("a",)}, "choices are given without eval_path"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm is nan"),
+        (
+            {"method": "lora", "second_moment": "factored"},
+            "second_moment is 'factored', but only method loft has it",
+        ),
+        ({"method": "full", "state_dtype": "bfloat16"}, "state_dtype is 'bfloat16', but only"),
+        ({"method": "lora", "balance": True}, "balance is True, but only"),
     ],
 )
 def test_values_out_of_range(changes, message):

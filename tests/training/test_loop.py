@@ -1,7 +1,9 @@
 """Whole runs on a tiny model: learning, stopping, killing, resuming, exporting."""
 
 import json
+import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -77,6 +79,21 @@ def test_a_run_learns_and_leaves_everything(make_config, workspace, method):
     else:
         load_pretrained(folder / "model")
         load_tokenizer(folder / "model")
+
+
+def test_the_state_is_told_before_training(make_config, caplog):
+    """With all that LoFT can be set to, since these settings reach the optimizer here only."""
+    config = make_config(
+        steps=2, rank=2, second_moment="factored", state_dtype="bfloat16", balance=True
+    )
+    with caplog.at_level(logging.INFO, logger="loft_jax"):
+        finetune(config, progress=False)
+    told = re.search(
+        r"loft: ([\d,]+) trained parameters, optimizer state of ([\d,]+) bytes", caplog.text
+    )
+    trained, held = (int(number.replace(",", "")) for number in told.groups())
+    rows = trained // 2
+    assert 0 < held - rows * (2 + 2 * 4 + 2 * 4) < 2000  # weights in bfloat16, mu, basis; grams
 
 
 def test_checkpoints_hold_no_base_weights(make_config):

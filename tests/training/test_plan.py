@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 
+import jax
 import pytest
 
 from loft_jax.cli import main
@@ -67,6 +68,13 @@ def test_the_parts_add_up_to_the_total(plans):
 
 
 @needs_libtpu
+def test_no_program_goes_to_the_cache_that_tests_share(plans, recwarn):
+    """Without its chips it could not be read back, of which JAX warns."""
+    assert plan_step(plans[0].config).total == plans[0].total
+    assert not [str(warning.message) for warning in recwarn]
+
+
+@needs_libtpu
 def test_the_table_compares_methods(plans):
     text = plan_table(plans)
     lora, loft = (line.split() for line in text.splitlines()[2:4])
@@ -76,6 +84,33 @@ def test_the_table_compares_methods(plans):
     assert f"{more / 2**20:+,.1f} ({more / plans[0].total:+.1%})" in text
     assert "v5e:2x2 loft: " in text
     assert " all-gather (" in text
+
+
+@needs_libtpu
+def test_a_program_that_cannot_be_read_has_no_collectives(plans, monkeypatch):
+    def unreadable(self):
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", unreadable)
+    plan = plan_step(plans[0].config)
+    assert plan.total == plans[0].total
+    assert plan.collectives is None
+    assert "v5e:2x2 lora: unknown, this jaxlib cannot read" in plan_table([plan])
+
+
+@needs_libtpu
+def test_what_is_compiled_is_shown_when_the_next_is_stopped(plans, capsys, monkeypatch):
+    done = [plans[0]]
+
+    def plan_one(case):
+        if not done:
+            raise KeyboardInterrupt
+        return done.pop()
+
+    monkeypatch.setattr("loft_jax.training.plan.plan_step", plan_one)
+    flags = ["--topology", "v5e:2x2", "--batch", "4x16", "--target-modules", "q_proj"]
+    assert main(["plan", "--model", plans[0].config.model, "--rank", "4", *flags]) == 130
+    assert "v5e:2x2   1x2x2  lora" in capsys.readouterr().out
 
 
 @needs_libtpu
@@ -117,6 +152,21 @@ def test_the_command_ends_with_the_message(config_json, capsys):
         "loft-jax plan: topology 'v9:2x2': unknown TPU 'v9', expected one of v4, v5e, v5p, v6e, as "
         "in v5e:2x4"
     )
+
+
+@needs_libtpu
+def test_every_case_is_checked_before_the_first_is_compiled(config_json, capsys, monkeypatch):
+    compiled = []
+    monkeypatch.setattr("loft_jax.training.plan.plan_step", compiled.append)
+    flags = ["--topology", "v5e:2x2", "v5e:2x4", "--batch", "4x16"]
+    assert main(["plan", "--model", str(config_json), *flags]) == 2
+    assert "4 rows do not divide over 8 devices" in capsys.readouterr().err
+    assert not compiled
+
+
+def test_no_topology_is_refused(capsys):
+    assert main(["plan", "--model", "llama-2-7b", "--topology"]) == 2
+    assert "topology or method is empty" in capsys.readouterr().err
 
 
 def test_without_libtpu_it_says_how_to_get_it(monkeypatch):

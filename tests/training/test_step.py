@@ -13,7 +13,8 @@ from loft_jax.training.step import initial_state, make_step, predicted, split_mo
 
 @pytest.fixture(scope="module")
 def parts(workspace):
-    model = add_lora(load_pretrained(workspace / "model"), LoRAConfig(rank=2), rngs=nnx.Rngs(0))
+    config = LoRAConfig(rank=2, target_modules=("k_proj", "down_proj"))
+    model = add_lora(load_pretrained(workspace / "model"), config, rngs=nnx.Rngs(0))
     for _, layer in nnx.iter_graph(model):
         if hasattr(layer, "lora_b"):
             layer.lora_b.set_value(0.1 * jnp.ones_like(layer.lora_b[...]))

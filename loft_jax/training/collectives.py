@@ -1,0 +1,60 @@
+"""Which messages between devices a compiled program holds."""
+
+import math
+import re
+from dataclasses import dataclass
+
+_KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+_CALL = re.compile(rf"= (.*?) ({_KINDS})(-start)?\(.*channel_id=(\d+)")
+_ARRAY = re.compile(r"([a-z]+\d*)\w*\[([\d,]*)\]")
+
+
+@dataclass(frozen=True)
+class Collective:
+    """All messages of one kind.
+
+    Args:
+        kind: As XLA calls it: "all-gather", "all-reduce", ...
+        count: How many the program holds; one in a loop over layers counts once.
+        bytes: Sum of the results of these, on one device.
+    """
+
+    kind: str
+    count: int
+    bytes: int
+
+
+def find_collectives(program: str) -> list[Collective]:
+    """Finds the collectives in the text of a compiled program.
+
+    An asynchronous one may be written in several places; its channel tells that it is one. So
+    copies of one function, which share channels, count once too.
+
+    Args:
+        program: As `compiled.as_text()` gives it.
+
+    Returns:
+        One entry a kind, the largest first.
+
+    Example:
+        >>> find_collectives("%x = bf16[8,16]{1,0} all-gather(%p), channel_id=3, dimensions={0}")
+        [Collective(kind='all-gather', count=1, bytes=256)]
+    """
+    results: dict[tuple[str, str], int] = {}
+    for shapes, kind, start, channel in _CALL.findall(program):
+        arrays = [_bytes(*array) for array in _ARRAY.findall(re.sub(r"\{[^}]*\}", "", shapes))]
+        # A start gives its operands back with its results; an all-reduce has both in one place.
+        size = max(arrays) if start and kind != "all-reduce" else sum(arrays)
+        results[kind, channel] = max(results.get((kind, channel), 0), size)
+    found = [
+        Collective(kind, len(sizes), sum(sizes))
+        for kind in _KINDS.split("|")
+        if (sizes := [size for (of, _), size in results.items() if of == kind])
+    ]
+    return sorted(found, key=lambda collective: -collective.bytes)
+
+
+def _bytes(dtype: str, shape: str) -> int:
+    bits = re.search(r"\d+", dtype)
+    size = max(1, int(bits.group()) // 8) if bits else 1  # pred
+    return size * math.prod(int(n) for n in shape.split(",") if n)

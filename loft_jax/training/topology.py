@@ -1,0 +1,107 @@
+"""TPU slices that are not there: devices to compile for, from libtpu alone."""
+
+import importlib.util
+import os
+import re
+from dataclasses import dataclass
+
+import jax
+
+from loft_jax.errors import InputError
+
+_GB = 1 << 30
+
+# What libtpu asks Google Cloud's metadata server for, and waits for in vain anywhere else; and its
+# lock is there for chips that two processes must not share, not for compilers.
+_OFF_CLOUD = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A generation of TPUs.
+
+    Args:
+        name: As in the name of a topology.
+        memory: HBM of one chip, in bytes. The compiler keeps a little of it for itself.
+    """
+
+    name: str
+    memory: int
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", 32 * _GB),
+        Chip("v5e", 16 * _GB),
+        Chip("v5p", 95 * _GB),
+        Chip("v6e", 32 * _GB),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Topology:
+    """A slice of TPU chips.
+
+    Args:
+        name: Generation and grid, as in "v5e:2x4".
+        chip: Its generation.
+        devices: One for each chip; programs can be compiled for them, not run.
+    """
+
+    name: str
+    chip: Chip
+    devices: tuple[jax.Device, ...]
+
+
+def load_topology(name: str) -> Topology:
+    """Describes a slice to compile for; no TPU is needed or touched.
+
+    Environment variables that libtpu reads are set where they are not, for this process.
+
+    Args:
+        name: Generation and grid of chips: "v5e:2x4", "v5p:2x2x4".
+
+    Returns:
+        The slice.
+
+    Raises:
+        InputError: An unknown generation, a grid that libtpu does not know, or no libtpu.
+
+    Example:
+        >>> len(load_topology("v5e:2x4").devices)  # doctest: +SKIP
+        8
+    """
+    generation, _, grid = name.partition(":")
+    if generation not in CHIPS:
+        raise InputError(
+            f"topology {name!r}: unknown TPU {generation!r}, expected one of {', '.join(CHIPS)}, "
+            "as in v5e:2x4"
+        )
+    if not re.fullmatch(r"[1-9]\d{0,2}(x[1-9]\d{0,2}){1,2}", grid):
+        raise InputError(
+            f"topology {name!r}: its grid is {grid!r}, expected chips along two or three axes, as "
+            "in v5e:2x4 or v5p:2x2x4"
+        )
+    if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
+        raise InputError(
+            "libtpu, the compiler for TPUs, is not installed; expected: pip install 'loft-jax[tpu]'"
+        )
+    for variable, value in _OFF_CLOUD.items():
+        os.environ.setdefault(variable, value)
+    from jax.experimental import topologies
+
+    # A chip of v4 has two cores, which run as one device; of later chips this is the default.
+    options = {"chip_config_name": "megacore"} if generation == "v4" else {}
+    try:
+        found = topologies.get_topology_desc(topology_name=name, platform="tpu", **options)
+    except jax.errors.JaxRuntimeError as error:
+        raise InputError(f"topology {name!r}: libtpu refuses it: {error}") from error
+    return Topology(name, CHIPS[generation], tuple(found.devices))

@@ -4,14 +4,7 @@ A program of its own, since the number of devices of a process is set before JAX
 """
 
 import json
-import os
 import sys
-
-# Programs this small compile longer than they run.
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    " --xla_llvm_disable_expensive_passes=true"
-)
 
 import jax
 import numpy as np

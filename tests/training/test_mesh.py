@@ -1,6 +1,7 @@
 """Sharding rules, and training steps on 8 CPU devices against one."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -22,9 +23,15 @@ CONFIG = LlamaConfig(400, 32, 48, 3, 4, 2, 8)
 @pytest.fixture(scope="module")
 def runs():
     """What tests/training/eight_devices.py prints: all meshes in one process."""
+    # Programs this small compile longer than they run.
+    flags = (
+        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+        " --xla_llvm_disable_expensive_passes=true"
+    )
     done = subprocess.run(
         [sys.executable, "-m", "tests.training.eight_devices", json.dumps(MESHES)],
         cwd=Path(__file__).parents[2],
+        env={**os.environ, "XLA_FLAGS": flags},
         stdout=subprocess.PIPE,
         text=True,
         timeout=600,

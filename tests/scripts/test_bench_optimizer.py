@@ -146,7 +146,7 @@ def test_shapes_are_those_of_llama():
 
 
 def test_measures_and_reports_everything(tmp_path, capsys):
-    names = ["adamw", "loft-factored", "dense"]  # of each kind one: all would take minutes
+    names = ["adamw", "loft-diagonal", "dense"]  # of each kind one: all would take minutes
     assert main(["--quick", "--optimizers", *names, "--output", str(tmp_path)]) == 0
     rows = {
         group: [json.loads(line) for line in (tmp_path / f"{group}.jsonl").open(encoding="utf-8")]

@@ -58,6 +58,7 @@ def test_a_run_learns_and_leaves_everything(make_config, workspace, method):
     config = make_config(
         method=method,
         steps=30,
+        target_modules=("all-linear",),
         learning_rate=1e-2 if method != "full" else 2e-3,
         eval_path=str(workspace / "test.jsonl"),
         choices=CHOICES,
@@ -223,7 +224,13 @@ def test_a_tokenizer_of_another_model_is_refused(make_config, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(make_config):
-    config = make_config(method="lora", learning_rate=1e30, max_grad_norm=0.0, schedule="constant")
+    config = make_config(
+        method="lora",
+        target_modules=("all-linear",),
+        learning_rate=1e30,
+        max_grad_norm=0.0,
+        schedule="constant",
+    )
     with pytest.raises(InputError, match=r"is nan at step|not finite at step"):
         finetune(config, progress=False)
     assert not list(Path(config.output, "checkpoints").glob("[0-9]*"))

@@ -31,8 +31,8 @@ from loft_jax.optim.pairs import FactorNames, find_pairs
 from loft_jax.optim.tall import matmul, transpose
 from loft_jax.optim.tree import FactorTree
 
-# Factors that a training step has moved need one or two. Each brings a factor that is much the
-# smaller one four times closer, so that these are enough for a ratio of sizes of 1e8.
+# Factors that a training step has moved need few. Each brings a singular value that is much the
+# smaller one four times closer, so that these are enough for a ratio of 1e8.
 _MOST_STEPS = 20
 
 
@@ -44,8 +44,9 @@ def balance_factors(*, factors: FactorNames | None = None) -> optax.GradientTran
       A'' B'' = A' B' , \quad A''^T A'' = B'' B''^T
 
     Of the balanced factorizations it is one near the factors as they are. A direction in which W
-    has nothing keeps a place in the factors, of the size that rounding cannot tell from balance;
-    nothing moves while one factor is zero.
+    has nothing shrinks in the factors, to the root of rounding; nothing moves while one factor is
+    zero. The updates hold the whole change of factorization: what scales or clips them behind this
+    link changes W.
 
     Args:
       factors: Names of the factors; see `find_pairs`.
@@ -110,18 +111,20 @@ def _corrections(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     eye = jnp.eye(a.shape[-1], dtype=a.dtype)
     # Sizes of their own are taken off first, and put back into the corrections at the end.
     size_a, size_b = (jnp.sqrt(jnp.trace(x, axis1=1, axis2=2))[:, None, None] for x in (a, b))
-    whole = (size_a > 0) & (size_b > 0)  # false for a NaN, which the updates show anyway
+    # A NaN shows in the updates anyway, and must not keep others from their balance.
+    usable = (size_a > 0) & (size_b > 0) & jnp.isfinite(size_a) & jnp.isfinite(size_b)
 
     def unit(gram: jax.Array, size: jax.Array) -> jax.Array:
-        divisor = jnp.where(whole, size, 1.0)
-        return jnp.where(whole, gram / divisor / divisor, 0.0)
+        divisor = jnp.where(usable, size, 1.0)
+        return jnp.where(usable, gram / divisor / divisor, 0.0)
 
     def body(now: _Progress) -> _Progress:
         values, u = jnp.linalg.eigh(now.a + now.b)
         sums = values[:, :, None] + values[:, None, :]
         rotated = matmul(matmul(transpose(u), now.b - now.a), u)
-        # Of directions in which both factors have next to nothing, rounding decides.
-        counted = sums > 64 * eps
+        # In directions where both factors have next to nothing there is nothing to divide by; less
+        # than what the loop ends at, so that it can end.
+        counted = sums > 4 * eps
         d = jnp.where(counted, rotated / jnp.where(counted, sums, 1.0), 0.0)
         d = matmul(matmul(u, d), transpose(u))
         # (I + d)⁻¹ = (I - d) (I + d²) (I + d⁴) ..., up to 2⁻⁶⁴ for a norm of a half.
@@ -144,7 +147,7 @@ def _corrections(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     zero = jnp.zeros_like(a)
     start = _Progress(jnp.zeros([], jnp.int32), unit(a, size_a), unit(b, size_b), zero, zero)
     done = jax.lax.while_loop(unbalanced, body, start)
-    ratio = jnp.sqrt(jnp.where(whole, size_b, 1.0) / jnp.where(whole, size_a, 1.0))
+    ratio = jnp.sqrt(jnp.where(usable, size_b, 1.0) / jnp.where(usable, size_a, 1.0))
     # (ratio - 1) exactly where the sizes are nearly one.
     return ratio * done.d + (ratio - 1) * eye, transpose(done.e / ratio + (1 / ratio - 1) * eye)
 

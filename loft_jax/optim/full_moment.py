@@ -101,7 +101,8 @@ class FullMoment:
             def column_tile(u: jax.Array | int, x: jax.Array) -> jax.Array:
                 q_ = q.like(q_tiling.take(q_split, t // rows * columns + u))
                 v = jnp.maximum(_outer(p, symmetric_squares(q_)), 0.0) / step.correction
-                d = _outer(m, q_) / (jnp.sqrt(v) + step.eps)
+                root = jnp.sqrt(v) + step.eps
+                d = _outer(m, q_) / jnp.where(root > 0, root, 1.0)
                 d = jnp.clip(d, -step.limit, step.limit)
                 # In the orientation of W, whichever factor m is of: (..., rows of A, rows of Bᵀ).
                 return x + (matmul(d, q_.tall()) if m.rank_last else matmul(q_.wide(), d))

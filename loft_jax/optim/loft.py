@@ -67,8 +67,9 @@ def loft(
         rounded stochastically.
       mu_dtype: Dtype of the first moments, as in `optax.adamw`.
       balance: Moves the factors to the balanced factorization of the same product at every step
-        (see `balance_factors`): W's path is the same in exact arithmetic, and rounding disturbs it
-        less.
+        (see `balance_factors`): W's path is the same in exact arithmetic (but for the diagonal
+        second moment), and rounding disturbs it less. What clips or scales updates has to stand
+        before it, so inside: `max_grad_norm` and the learning rate do.
       scaling: The s of `W = s A B` that the forward pass uses (alpha / rank in LoRA), or a
         function from a pair's path (`"layers/q_proj"`) to it.
       first: The factor that moves at the first step. "b", since adapters start with B = 0 and A

@@ -36,6 +36,9 @@ from loft_jax.optim.tree import (
 
 SecondMoment = Literal["full", "factored", "diagonal"]
 
+# Squares of gradients underflow in float16.
+_STORABLE = [str(jnp.dtype(name)) for name in ("bfloat16", "float32", "float64")]
+
 _RULES: dict[str, SecondMomentRule] = {
     "full": FullMoment(),
     "factored": FactoredMoment(),
@@ -137,8 +140,8 @@ def calibrate_moments(
       parameters.
 
     Raises:
-      ValueError: As `project_gradients`; or for a b1 or b2 outside [0, 1), or an unknown
-        second_moment.
+      ValueError: As `project_gradients`; or for a b1 or b2 outside [0, 1), an unknown
+        second_moment, or a dtype that moments cannot be stored in.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -159,6 +162,9 @@ def calibrate_moments(
         raise ValueError(
             f"second_moment is {second_moment!r}, expected one of {get_args(SecondMoment)}"
         )
+    for name, dtype in (("state_dtype", state_dtype), ("mu_dtype", mu_dtype)):
+        if dtype is not None and str(jnp.dtype(dtype)) not in _STORABLE:
+            raise ValueError(f"{name} is {jnp.dtype(dtype)}, expected one of {_STORABLE}")
     rule = _RULES[second_moment]
 
     def init(params: optax.Params) -> CalibratedMomentsState:

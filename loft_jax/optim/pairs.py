@@ -33,12 +33,14 @@ class Factor:
 
     Attributes:
       index: Position among the leaves of the tree.
+      path: Of the leaf, `"layers/q_proj/lora_a"`.
       stack: Shape of the stacked (scanned) axes, in front; empty for one layer.
       features: Shape of the input axes for A, of the output axes for B.
       rank_last: Whether the rank axis stands behind the features (A) or before them (B).
     """
 
     index: int
+    path: str
     stack: tuple[int, ...]
     features: tuple[int, ...]
     rank_last: bool
@@ -113,11 +115,17 @@ class FactorBatch:
 class PairBatch:
     """Pairs of one shape that are computed as one, so that a program has one copy of the work.
 
-    They are the same module of different layers. Others of that shape stay apart: they may lie on
-    a mesh in another way, and one array of both would move data between devices.
+    Paths that differ in numbers only are taken for one module of several layers. Others of that
+    shape stay apart: they may lie on a mesh in another way, and one array of both would move data
+    between devices.
     """
 
     pairs: tuple[Pair, ...]
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What tells this batch from any other: positions do not, under masks."""
+        return tuple(pair.a.path for pair in self.pairs)
 
     @property
     def rank(self) -> int:
@@ -176,7 +184,7 @@ def find_pairs(params: Any, factors: FactorNames | None = None) -> list[Pair]:
     Raises:
       ValueError: A factor without its other half, shapes that do not fit, a rank above the smaller
         side of the weight, (unless `factors` is an empty sequence) no pair at all, or `factors`
-        that are not pairs of endings.
+        that are not pairs of endings, or complex factors.
 
     Example:
       >>> import jax.numpy as jnp
@@ -204,9 +212,12 @@ def find_pairs(params: Any, factors: FactorNames | None = None) -> list[Pair]:
                 f"half a factor pair: found {paths[index]!r} but not {missing!r}; "
                 "a pair must be masked, frozen or trained as a whole"
             )
-        a, b = leaves[found["a"]][1], leaves[found["b"]][1]
         path = prefix[:-1] or paths[found["a"]]  # without the separator
-        pairs.append(_pair(path, found["a"], tuple(a.shape), found["b"], tuple(b.shape)))
+        both_leaves = [(i, paths[i], leaves[i][1]) for i in (found["a"], found["b"])]
+        for _, name, leaf in both_leaves:
+            if jnp.issubdtype(getattr(leaf, "dtype", jnp.float32), jnp.complexfloating):
+                raise ValueError(f"{name!r} is {leaf.dtype}, expected real factors")
+        pairs.append(_pair(path, *((i, name, tuple(leaf.shape)) for i, name, leaf in both_leaves)))
 
     # An empty tree is no mistake: Optax initializes with one to tell which parts of a state
     # are like parameters (`optax.tree.map_params`).
@@ -229,7 +240,10 @@ def _checked_names(factors: FactorNames) -> FactorNames:
     return [(a, b) for a, b in factors]
 
 
-def _pair(path: str, a_index: int, a: tuple[int, ...], b_index: int, b: tuple[int, ...]) -> Pair:
+def _pair(
+    path: str, a_leaf: tuple[int, str, tuple[int, ...]], b_leaf: tuple[int, str, tuple[int, ...]]
+) -> Pair:
+    (a_index, a_path, a), (b_index, b_path, b) = a_leaf, b_leaf
     rank = a[-1] if a else 0
     stacks = [
         k for k in range(min(len(a), len(b)) - 1) if a[:k] == b[:k] and b[k] == rank and rank > 0
@@ -243,8 +257,8 @@ def _pair(path: str, a_index: int, a: tuple[int, ...], b_index: int, b: tuple[in
     pair = Pair(
         path,
         rank,
-        a=Factor(a_index, a[:k], a[k:-1], rank_last=True),
-        b=Factor(b_index, b[:k], b[k + 1 :], rank_last=False),
+        a=Factor(a_index, a_path, a[:k], a[k:-1], rank_last=True),
+        b=Factor(b_index, b_path, b[:k], b[k + 1 :], rank_last=False),
     )
     m, n = math.prod(pair.a.features), math.prod(pair.b.features)
     if rank > min(m, n):

@@ -11,7 +11,7 @@ def stochastic_round(x: jax.Array, dtype: jnp.dtype, key: jax.Array) -> jax.Arra
     step: rounded to the nearest, it would never change.
 
     Args:
-      x: float32, to become bfloat16; anything else is rounded to the nearest.
+      x: float32 or float64, to become bfloat16; to another dtype it is rounded to the nearest.
       dtype: The dtype to round to.
       key: Random key.
 
@@ -25,8 +25,9 @@ def stochastic_round(x: jax.Array, dtype: jnp.dtype, key: jax.Array) -> jax.Arra
       >>> round(float(rounded.astype(float).mean()), 4)
       1.001
     """
-    if x.dtype != jnp.float32 or dtype != jnp.bfloat16:
+    if dtype != jnp.bfloat16:
         return x.astype(dtype)
+    x = x.astype(jnp.float32)
     # A bfloat16 is the upper half of a float32. What is added to the lower half carries over.
     noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)

@@ -45,7 +45,7 @@ def share_bases(
     ) -> tuple[optax.Updates, Any]:
         tree = FactorTree(updates, params, factors)
         bases = {
-            batch.pairs[0].path: (
+            batch.key: (
                 tree.basis(batch, batch.b, scaling),
                 tree.basis(batch, batch.a, scaling),
             )

@@ -37,8 +37,8 @@ def state_shardings(
     """How the state of an optimizer lies on the mesh of its parameters.
 
     What the state keeps for a parameter is split along the axes that it shares with it: moments
-    and basis of a factor along its features and its stack. The rank, and whatever stands in its
-    place, is whole on every device, and so is all that belongs to no parameter.
+    and basis of a factor along its features and its stack. Whatever stands
+    in the place of the rank is whole on every device, and so is all that belongs to no parameter.
 
     Args:
       tx: Any Optax transformation; `optax.tree.map_params` must see its parameters, as it does for

@@ -23,15 +23,17 @@ def for_each(count: int, body: Callable[[jax.Array | int, T], T], init: T) -> T:
 
 
 def part_count(size: int, most: float) -> int:
-    """Into how many equal parts of at most so many to divide; 1 if they could only be tiny.
+    """Into how many equal parts of at most so many to divide; of more if they could only be tiny.
 
     Of parts that are not much smaller than they may be, those are taken that the largest power of
     two divides, and so as many devices as can be.
     """
     if size <= most:
         return 1
-    counts = [k for k in range(1, size + 1) if size % k == 0 and most / 4 <= size // k <= most]
-    return max(counts, key=lambda k: (size // k & -(size // k), -k), default=1)
+    counts = [k for k in range(1, size + 1) if size % k == 0]
+    fitting = [k for k in counts if most / 4 <= size // k <= most]
+    larger = max(k for k in counts if size // k > most)
+    return max(fitting, key=lambda k: (size // k & -(size // k), -k), default=larger)
 
 
 class Tiling(NamedTuple):

@@ -20,8 +20,8 @@ from loft_jax.optim.tall import Tall
 
 Role = Literal["a", "b"]
 Number = float | jax.Array
-Bases = Mapping[str, tuple[Basis, Basis]]
-"""Of what the factors B, and the factors A, of a batch span, by the path of its first pair."""
+Bases = Mapping[tuple[str, ...], tuple[Basis, Basis]]
+"""Of what the factors B, and the factors A, of a batch span, by the batch's key."""
 
 
 class FactorTree:
@@ -74,7 +74,7 @@ class FactorTree:
 
     def basis(self, batch: PairBatch, partners: FactorBatch, scaling: Scaling) -> Basis:
         """Bases of what partners span: q (batch, stack, n, r) of `P = s Bᵀ` or `P = s A`."""
-        if found := self._bases.get(batch.pairs[0].path):
+        if found := self._bases.get(batch.key):
             return found[partners.rank_last]
         scalings = [pair.scaling(scaling) for pair in batch.pairs]
         for pair, s in zip(batch.pairs, scalings, strict=True):

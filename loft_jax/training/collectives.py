@@ -42,9 +42,12 @@ def find_collectives(program: str) -> list[Collective]:
     """
     results: dict[tuple[str, str], int] = {}
     for shapes, kind, start, channel in _CALL.findall(program):
-        arrays = [_bytes(*array) for array in _ARRAY.findall(re.sub(r"\{[^}]*\}", "", shapes))]
+        shaped = _ARRAY.findall(re.sub(r"\{[^}]*\}", "", shapes))
+        arrays = [_bytes(*array) for array in shaped if array != ("u32", "")]  # handles
         # A start gives its operands back with its results; an all-reduce has both in one place.
-        size = max(arrays) if start and kind != "all-reduce" else sum(arrays)
+        if start and kind != "all-reduce":
+            arrays = arrays[len(arrays) // 2 :]
+        size = sum(arrays)
         results[kind, channel] = max(results.get((kind, channel), 0), size)
     found = [
         Collective(kind, len(sizes), sum(sizes))

@@ -98,7 +98,14 @@ def test_a_lost_rank():
     params = {"lora_a": jnp.asarray(rng.normal(size=(6, 3)), jnp.float32), "lora_b": jnp.asarray(b)}
     end = balanced(params)
     np.testing.assert_allclose(product(end), product(params), rtol=0, atol=1e-5)
-    assert imbalance(end) < 1e-4
+    assert imbalance(end) < 1e-5
+
+
+def test_a_pair_that_is_not_finite_keeps_no_other_from_balance():
+    good = {"lora_a": 4 * jnp.eye(3, 2), "lora_b": jnp.eye(2, 5)}
+    bad = {"lora_a": jnp.full((3, 2), jnp.inf), "lora_b": jnp.ones((2, 5))}
+    end = balanced({"q": good, "k": bad})
+    assert imbalance(end["q"]) < 1e-6
 
 
 def test_pairs_of_several_ranks_and_stacks_move_as_alone():

@@ -295,3 +295,36 @@ def test_a_scaling_of_zero_names_the_path():
     tx = loft(0.1, scaling={"q": 2.0, "k": 0.0}.__getitem__)
     with pytest.raises(ValueError, match=r"scaling of 'k' is 0\.0"):
         tx.update(params, tx.init(params), params)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_dtypes_that_moments_cannot_be_stored_in(dtype):
+    with pytest.raises(ValueError, match=f"state_dtype is {dtype}, expected one of"):
+        loft(0.1, state_dtype=dtype)
+
+
+def test_adapters_of_one_module_do_not_share_bases():
+    """PEFT's names: several adapters, whose pairs have one path in common."""
+    names = (("lora_A/x", "lora_B/x"), ("lora_A/y", "lora_B/y"))
+    one, other = pair(1), pair(2, r=2)
+    params = {
+        "q": {
+            "lora_A": {"x": one["lora_a"], "y": other["lora_a"]},
+            "lora_B": {"x": one["lora_b"], "y": other["lora_b"]},
+        }
+    }
+    tx = loft(0.1, factors=names)
+    updates, _ = tx.update(params, tx.init(params), params)
+    for key, alone in (("x", one), ("y", other)):
+        tx = loft(0.1)
+        expected, _ = tx.update(alone, tx.init(alone), alone)
+        np.testing.assert_allclose(updates["q"]["lora_B"][key], expected["lora_b"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("second_moment", ["full", "factored", "diagonal"])
+def test_no_gradient_without_an_epsilon_is_no_step(second_moment):
+    params = pair(0)
+    tx = loft(0.1, eps=0.0, second_moment=second_moment)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = tx.update(zeros, tx.init(params), params)
+    assert all(bool((x == 0).all()) for x in jax.tree.leaves(updates))

@@ -122,3 +122,9 @@ def test_errors_name_the_path(tree, message):
 def test_no_pairs_on_purpose():
     assert find_pairs({"kernel": jnp.zeros((8, 6))}, factors=()) == []
     assert find_pairs({}) == []
+
+
+def test_complex_factors_are_refused():
+    params = {"q": {"lora_a": jnp.ones((4, 2), jnp.complex64), "lora_b": jnp.ones((2, 3))}}
+    with pytest.raises(ValueError, match=r"'q/lora_a' is complex64, expected real factors"):
+        find_pairs(params)

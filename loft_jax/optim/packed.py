@@ -16,8 +16,8 @@ import jax.numpy as jnp
 
 from loft_jax.optim.tall import Tall, matmul, transpose
 
-# From this rank on, two products of (r, r) matrices a row are less work than one with (q, q).
-_MANY = 32
+# From this rank on, two products of (r, r) matrices a row take less time than one with (q, q).
+_MANY = 48
 
 
 def packed_size(rank: int) -> int:

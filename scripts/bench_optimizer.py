@@ -21,9 +21,9 @@ Writes into the output folder: one JSON line a measured row for each group (`upd
 `compile.jsonl`, `train.jsonl`, made anew when the group runs), and from all that are there
 `results.md` and `results.png` (which takes matplotlib, the extra `plot`).
 
-    python scripts/bench_optimizer.py  # everything: about an hour on 2 cores
+    python scripts/bench_optimizer.py  # everything
     python scripts/bench_optimizer.py --cases update --shapes 1024x1024x8 --ranks 16
-    python scripts/bench_optimizer.py --quick --output /tmp/quick
+    python scripts/bench_optimizer.py --quick --output runs/quick
 """
 
 import dataclasses

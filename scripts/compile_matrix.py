@@ -9,7 +9,7 @@ Writes into the output folder `compile_matrix.jsonl`, one line a compiled step a
 there, and `compile_matrix.md`, the table of all lines. A step that has a line is not compiled
 again: stop it at any time and start it again; remove the file to measure anew.
 
-    python scripts/compile_matrix.py  # everything: hours on 2 cores
+    python scripts/compile_matrix.py  # everything
     python scripts/compile_matrix.py --models llama-2-7b --ranks 16
 """
 

@@ -8,7 +8,7 @@ do at the precisions "default" and "high"; emulated, so that any machine gives t
 A distance is ‖W - W₆₄‖ over the distance that W₆₄ has come from its start, in the Frobenius norm:
 at the first step, the largest over all steps, and at the last.
 
-    python scripts/measure_rounding.py  # a minute
+    python scripts/measure_rounding.py
 """
 
 import sys

@@ -16,9 +16,9 @@ Tastan et al., LoFT, ICLR 2026 (arXiv 2505.21289), the simple variant.
 import jax
 import jax.numpy as jnp
 
-from loft_jax.optim.pairs import FactorBatch
+from loft_jax.optim.pairs import FactorBatch, Number
 from loft_jax.optim.rounding import stochastic_round
-from loft_jax.optim.second_moment import AdamStep, Number, ProjectedGradient, SecondMomentState
+from loft_jax.optim.second_moment import AdamStep, ProjectedGradient, SecondMomentState
 from loft_jax.optim.tall import Tall
 
 

@@ -32,9 +32,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from loft_jax.optim.pairs import FactorBatch
+from loft_jax.optim.pairs import FactorBatch, Number
 from loft_jax.optim.rounding import stochastic_round
-from loft_jax.optim.second_moment import AdamStep, Number, ProjectedGradient, SecondMomentState
+from loft_jax.optim.second_moment import AdamStep, ProjectedGradient, SecondMomentState
 from loft_jax.optim.tall import Tall, matmul, transpose
 
 

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from loft_jax.optim.packed import congruent, packed_size, symmetric_squares
-from loft_jax.optim.pairs import FactorBatch
+from loft_jax.optim.pairs import FactorBatch, Number
 from loft_jax.optim.rounding import stochastic_round
-from loft_jax.optim.second_moment import AdamStep, Number, ProjectedGradient, SecondMomentState
+from loft_jax.optim.second_moment import AdamStep, ProjectedGradient, SecondMomentState
 from loft_jax.optim.tall import Tall, matmul
 from loft_jax.optim.tiles import LeafTiles, Tiling, for_each, part_count
 

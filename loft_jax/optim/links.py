@@ -14,11 +14,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from loft_jax.optim.pairs import FactorNames, Scaling, find_pairs
+from loft_jax.optim.pairs import FactorNames, Number, Scaling, find_pairs
 from loft_jax.optim.tree import (
     Bases,
     FactorTree,
-    Number,
     Role,
     absolute_square,
     check,

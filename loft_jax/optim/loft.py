@@ -7,9 +7,9 @@ from jax.typing import DTypeLike
 from loft_jax.optim.balance import balance_factors
 from loft_jax.optim.links import alternate_factors, clip_by_projected_norm, project_gradients
 from loft_jax.optim.moments import SecondMoment, calibrate_moments, project_updates
-from loft_jax.optim.pairs import FactorNames, Scaling, find_pairs
+from loft_jax.optim.pairs import FactorNames, Number, Scaling, paired_leaves
 from loft_jax.optim.sharing import share_bases
-from loft_jax.optim.tree import Number, Role, check
+from loft_jax.optim.tree import Role, check
 
 
 def loft(
@@ -122,8 +122,11 @@ def loft(
         move = [optax.add_decayed_weights(weight_decay), alternate_factors(first, factors=factors)]
     else:
         move = [
-            optax.add_decayed_weights(weight_decay / 2, mask=lambda p: _paired(p, factors, True)),
-            optax.add_decayed_weights(weight_decay, mask=lambda p: _paired(p, factors, False)),
+            optax.add_decayed_weights(weight_decay / 2, mask=lambda p: paired_leaves(p, factors)),
+            optax.add_decayed_weights(
+                weight_decay,
+                mask=lambda p: jax.tree.map(lambda paired: not paired, paired_leaves(p, factors)),
+            ),
         ]
     chain = optax.chain(
         project_gradients(scaling=scaling, factors=factors),
@@ -143,9 +146,3 @@ def loft(
         *([balance_factors(factors=factors)] if balance else []),
     )
     return share_bases(chain, scaling=scaling, factors=factors)
-
-
-def _paired(params: optax.Params, factors: FactorNames | None, wanted: bool) -> optax.Params:
-    leaves, treedef = jax.tree.flatten(params)
-    paired = {f.index for pair in find_pairs(params, factors) for f in (pair.a, pair.b)}
-    return jax.tree.unflatten(treedef, [(i in paired) == wanted for i in range(len(leaves))])

@@ -13,7 +13,7 @@ from loft_jax.optim.diagonal_moment import DiagonalMoment
 from loft_jax.optim.factored_moment import FactoredMoment
 from loft_jax.optim.full_moment import FullMoment
 from loft_jax.optim.links import StepState
-from loft_jax.optim.pairs import FactorNames, Scaling, find_pairs
+from loft_jax.optim.pairs import FactorNames, Number, Scaling, find_pairs
 from loft_jax.optim.rounding import stochastic_round
 from loft_jax.optim.second_moment import (
     AdamStep,
@@ -24,7 +24,6 @@ from loft_jax.optim.second_moment import (
 from loft_jax.optim.tree import (
     Bases,
     FactorTree,
-    Number,
     Role,
     absolute_square,
     check,

@@ -16,10 +16,10 @@ import optax
 from jax.typing import DTypeLike
 
 from loft_jax.optim.links import alternate_factors, clip_by_projected_norm, project_gradients
-from loft_jax.optim.pairs import FactorNames, Scaling, find_pairs
+from loft_jax.optim.pairs import FactorNames, Number, Scaling, find_pairs, paired_leaves
 from loft_jax.optim.sharing import share_bases
 from loft_jax.optim.tall import Tall, matmul
-from loft_jax.optim.tree import Bases, FactorTree, Number, Role, check, check_scaling, compute_dtype
+from loft_jax.optim.tree import Bases, FactorTree, Role, check, check_scaling, compute_dtype
 
 _NS_COEFFS = (3.4445, -4.7750, 2.0315)  # of Jordan's Muon, and of Optax's
 
@@ -226,10 +226,8 @@ def loft_muon(
     check(weight_decay, "weight_decay", lambda x: x >= 0, "a number >= 0")
 
     def labels(params: optax.Params) -> Any:
-        leaves, treedef = jax.tree.flatten(params)
-        paired = {f.index for pair in find_pairs(params, factors) for f in (pair.a, pair.b)}
-        return jax.tree.unflatten(
-            treedef, ["muon" if i in paired else "adam" for i in range(len(leaves))]
+        return jax.tree.map(
+            lambda paired: "muon" if paired else "adam", paired_leaves(params, factors)
         )
 
     clip = []

@@ -21,7 +21,10 @@ from loft_jax.optim.tall import Tall
 FactorNames = Sequence[tuple[str, str]]
 """Endings of the paths of the two factors of a pair, as `(("lora_a", "lora_b"), ...)`."""
 
-Scaling = float | jax.Array | Callable[[str], float]
+Number = float | jax.Array
+"""A hyperparameter: known, or traced as `optax.inject_hyperparams` does."""
+
+Scaling = Number | Callable[[str], float]
 """The s of `W = s A B`: one number, or a function of the pair's path."""
 
 DEFAULT_FACTOR_NAMES: FactorNames = (("lora_a", "lora_b"), ("lora_A", "lora_B"))
@@ -229,6 +232,27 @@ def find_pairs(params: Any, factors: FactorNames | None = None) -> list[Pair]:
             "Name them with `factors=`, or pass `factors=()` to train without pairs"
         )
     return sorted(pairs, key=lambda pair: pair.a.index)
+
+
+def paired_leaves(params: Any, factors: FactorNames | None = None) -> Any:
+    """Which leaves belong to a pair: a tree of booleans, as masks are.
+
+    Args:
+      params: As for `find_pairs`.
+      factors: As for `find_pairs`.
+
+    Returns:
+      The structure of the parameters.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"lora_a": jnp.ones((4, 1)), "lora_b": jnp.ones((1, 3)), "bias": jnp.ones(3)}
+      >>> paired_leaves(params)
+      {'bias': False, 'lora_a': True, 'lora_b': True}
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    paired = {f.index for pair in find_pairs(params, factors) for f in (pair.a, pair.b)}
+    return jax.tree.unflatten(treedef, [i in paired for i in range(len(leaves))])
 
 
 def _checked_names(factors: FactorNames) -> FactorNames:

@@ -4,11 +4,9 @@ from typing import NamedTuple, Protocol
 
 import jax
 
-from loft_jax.optim.pairs import FactorBatch
+from loft_jax.optim.pairs import FactorBatch, Number
 from loft_jax.optim.subspace import Basis
 from loft_jax.optim.tall import Tall
-
-Number = float | jax.Array
 
 
 class SecondMomentState(NamedTuple):

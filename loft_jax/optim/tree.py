@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from loft_jax.optim.pairs import (
     FactorBatch,
     FactorNames,
+    Number,
     PairBatch,
     Scaling,
     batch_pairs,
@@ -19,7 +20,6 @@ from loft_jax.optim.subspace import Basis, orthonormal_basis
 from loft_jax.optim.tall import Tall
 
 Role = Literal["a", "b"]
-Number = float | jax.Array
 Bases = Mapping[tuple[str, ...], tuple[Basis, Basis]]
 """Of what the factors B, and the factors A, of a batch span, by the batch's key."""
 

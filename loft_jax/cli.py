@@ -14,15 +14,15 @@ import tyro
 
 from loft_jax.data import DataConfig
 from loft_jax.errors import InputError
+from loft_jax.models import Remat
 from loft_jax.training.config import (
     FinetuneConfig,
     MeshConfig,
     Method,
     SecondMoment,
     StateDtype,
-    config_from_dict,
-    load_config,
 )
+from loft_jax.training.config_io import config_from_dict, load_config
 
 if TYPE_CHECKING:
     from loft_jax.models import Llama
@@ -238,8 +238,8 @@ class Plan:
     """How the chips share the work."""
     accumulation_steps: int = 1
     """Parts of the batch, computed one after the other."""
-    remat: bool = True
-    """Recompute each layer in the backward pass: less memory, more time."""
+    remat: Remat = "full"
+    """What the backward pass computes again: "none", "dots" or "full"."""
 
     def __call__(self) -> int:
         """Runs the command."""

@@ -11,6 +11,7 @@ from gguf import GGUFReader, ReaderTensor
 from gguf.quants import dequantize
 
 from loft_jax.errors import InputError
+from loft_jax.hub.safetensors_io import Region
 from loft_jax.models import LlamaConfig, RopeScaling
 
 # llama.cpp's names -> Hugging Face's.
@@ -61,22 +62,41 @@ class GGUF:
         }
         self.config = self._read_config()
 
-    def read(self, name: str) -> np.ndarray:
-        """Reads and dequantizes one tensor, as float32."""
+    def read(self, name: str, region: Region = ...) -> np.ndarray:
+        """Reads one tensor, or a region of it, and dequantizes the rows that it touches.
+
+        Args:
+            name: One of ``shapes``.
+            region: A slice for each axis, without steps; by default all of it.
+
+        Returns:
+            The values as float32.
+
+        Raises:
+            InputError: The tensor is quantized in a way that cannot be undone here.
+        """
         tensor = self._tensors[name]
+        rows, *inside = (slice(None),) if region is ... else region
+        stored = tensor.data.reshape(self.shapes[name][0], -1)[self._stored_rows(name)[rows]]
         try:
-            values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+            values = dequantize(stored, tensor.tensor_type).astype(np.float32, copy=False)
         except NotImplementedError as error:
             raise InputError(
                 f"{self.path}: tensor {tensor.name!r} is quantized as {tensor.tensor_type.name}, "
                 "which cannot be dequantized"
             ) from error
-        values = values.reshape(self.shapes[name])
-        if ".q_proj." in name:
-            return _unpermute(values, self.config.num_attention_heads)
-        if ".k_proj." in name:
-            return _unpermute(values, self.config.num_key_value_heads)
-        return values
+        return values.reshape(-1, *self.shapes[name][1:])[:, *inside]
+
+    def _stored_rows(self, name: str) -> np.ndarray:
+        """Where each row of a tensor is stored; llama.cpp keeps two that are rotated adjacent."""
+        rows = np.arange(self.shapes[name][0])
+        heads = {
+            "q_proj": self.config.num_attention_heads,
+            "k_proj": self.config.num_key_value_heads,
+        }.get(name.split(".")[-2])
+        if heads is None:
+            return rows
+        return rows.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)  # (heads, 2, head_dim / 2)
 
     def field(self, key: str) -> Any:
         """Gives a metadata field that must be there.
@@ -174,9 +194,3 @@ def _hf_name(name: str) -> str:
             return f"model.layers.{layer}.{_IN_LAYER[module]}.{parameter}"
     module, _, parameter = name.rpartition(".")
     return f"{_TOP[module]}.{parameter}" if module in _TOP else name
-
-
-def _unpermute(values: np.ndarray, heads: int) -> np.ndarray:
-    """Puts each head's rows back in halves; llama.cpp keeps the two of a rotated pair adjacent."""
-    paired = values.reshape(heads, -1, 2, *values.shape[1:])  # (heads, head_dim / 2, 2, ...)
-    return paired.swapaxes(1, 2).reshape(values.shape)

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from loft_jax.errors import InputError
+from loft_jax.hub.host_arrays import whole
 from loft_jax.hub.peft_config import PeftConfig, Strength, peft_settings
 from loft_jax.hub.safetensors_io import Safetensors, write_safetensors
 from loft_jax.lora import LoRAConfig, add_lora, lora_layers
@@ -59,6 +60,8 @@ def save_peft_adapter(
             path itself.
         task_type: PEFT's task, None for a base model that is no transformer.
 
+    Of several processes all call this, and the first one writes.
+
     Raises:
         InputError: The model has no LoRA layer, or one that PEFT has no place for (a stack without
             ``hf_name``, a batch axis); or the folder cannot be written.
@@ -84,8 +87,8 @@ def save_peft_adapter(
         axes = layer.lora_axes(layer)
         names = _names(model, path, axes, hf_name)
         rank = layer.lora_rank
-        a = np.asarray(layer.lora_a[...]).reshape(len(names), axes.fan_in, rank)
-        b = np.asarray(layer.lora_b[...]).reshape(len(names), rank, axes.fan_out)
+        a = whole(layer.lora_a[...]).reshape(len(names), axes.fan_in, rank)
+        b = whole(layer.lora_b[...]).reshape(len(names), rank, axes.fan_out)
         for index, name in enumerate(names):
             if name in modules:
                 raise InputError(f"{path}: its name {name!r} is another layer's too")
@@ -106,7 +109,8 @@ def save_peft_adapter(
         task_type=task_type,
         dropout=max(_dropout_rate(layer) for layer in layers.values()),
     )
-    _write(Path(folder), settings, tensors)
+    if jax.process_index() == 0:
+        _write(Path(folder), settings, tensors)
 
 
 def load_peft_adapter(

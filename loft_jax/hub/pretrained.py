@@ -5,26 +5,30 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from loft_jax.errors import InputError
 from loft_jax.hub.gguf_io import open_gguf
 from loft_jax.hub.gguf_tokenizer import gguf_tokenizer
+from loft_jax.hub.host_arrays import whole
 from loft_jax.hub.safetensors_io import (
     FILE_NAME,
     INDEX_NAME,
+    Region,
     Safetensors,
     read_json,
     write_checkpoint,
 )
-from loft_jax.models import Llama, LlamaConfig
+from loft_jax.models import Llama, LlamaConfig, Remat
 from loft_jax.models.llama_layout import hf_tensor_name
 
 if TYPE_CHECKING:
@@ -47,13 +51,17 @@ _MAX_SHARD_BYTES = 5 * 10**9
 _RECOMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
+Placement = Callable[[LlamaConfig, str, tuple[int, ...]], Sharding]
+"""Where a parameter goes: by configuration of the model, dotted path and shape."""
+
+
 class _Source(Protocol):
     """Where tensors come from, by Hugging Face's names."""
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
 
-    def read(self, name: str) -> np.ndarray: ...
+    def read(self, name: str, region: Region = ...) -> np.ndarray: ...
 
 
 def load_pretrained(
@@ -61,19 +69,23 @@ def load_pretrained(
     *,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
-    remat: bool = False,
+    remat: Remat = "dots",
+    placement: Placement | None = None,
 ) -> Llama:
     """Loads a Llama with its weights.
 
-    Tensors are read one by one into the stacked parameters: what is held beyond the model itself is
-    one stacked parameter and one tensor.
+    Tensors are read one by one into the stacked parameters. On a mesh, a host reads what its own
+    devices need: what it holds at a time is the shard of one device, of one stacked parameter, and
+    the part of one tensor that goes into it.
 
     Args:
         path_or_hub_id: A folder with ``config.json`` and safetensors, a ``.gguf`` file, a folder
             with exactly one of those, or a model's name on the Hugging Face hub.
         dtype: What the model computes in.
         param_dtype: What its parameters are stored in.
-        remat: Recompute each layer's inside in the backward pass.
+        remat: What the backward pass computes again, as for :class:`Llama`.
+        placement: Where a parameter goes, by the model's configuration, the parameter's dotted path
+            and its shape; by default on the default device.
 
     Returns:
         The model.
@@ -93,7 +105,8 @@ def load_pretrained(
     parameters = {".".join(map(str, path)): value for path, value in nnx.to_flat_state(state)}
     _check(parameters, source, config)
     for path, parameter in parameters.items():
-        parameter.set_value(jnp.asarray(_read_parameter(path, parameter, source)))
+        sharding = None if placement is None else placement(config, path, parameter.shape)
+        parameter.set_value(_load_parameter(path, parameter, source, sharding))
     return nnx.merge(graphdef, state)
 
 
@@ -148,7 +161,8 @@ def save_pretrained(
 ) -> None:
     """Writes a model folder that transformers loads: configuration, safetensors, tokenizer.
 
-    The folder appears under its name when it is complete.
+    The folder appears under its name when it is complete. Of several processes all call this, and
+    the first one writes.
 
     Args:
         folder: Where to; must not exist, or be empty.
@@ -169,6 +183,10 @@ def save_pretrained(
             )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: exists and is not an empty folder")
+    if jax.process_index() > 0:
+        for _ in _hf_tensors(parameters):  # has its part in each of them
+            pass
+        return
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
@@ -286,22 +304,47 @@ def _check(parameters: Mapping[str, Any], source: _Source, config: LlamaConfig) 
         )
 
 
-def _read_parameter(path: str, parameter: Any, source: _Source) -> np.ndarray:
-    """One of our parameters, all its layers, transposed and cast on the way."""
-    values = np.empty(parameter.shape, parameter.dtype)
-    layers = values if path.startswith("layers.") else values[None]
-    for layer, name in zip(layers, _hf_shapes(path, parameter.shape), strict=True):
-        tensor = source.read(name)
-        layer[...] = (
-            tensor.T if hf_tensor_name(path, 0 if layers is values else None)[1] else tensor
+def _load_parameter(
+    path: str, parameter: Any, source: _Source, sharding: Sharding | None
+) -> jax.Array:
+    if sharding is None:
+        whole = tuple(slice(0, size) for size in parameter.shape)
+        return jnp.asarray(_read_shard(path, parameter, source, whole))
+    devices: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(parameter.shape).items():
+        assert index is not None
+        bounds = tuple(
+            axis.indices(size)[:2] for axis, size in zip(index, parameter.shape, strict=True)
         )
+        devices.setdefault(bounds, []).append(device)
+    shards = []
+    for bounds, copies in devices.items():
+        values = _read_shard(path, parameter, source, tuple(slice(*bound) for bound in bounds))
+        # Nothing of the host's memory lives on in the arrays: a CPU's would else share it.
+        shards += [jax.device_put(values, device, may_alias=False) for device in copies]
+        jax.block_until_ready(shards)  # before the next one is read
+    return jax.make_array_from_single_device_arrays(parameter.shape, sharding, shards)
+
+
+def _read_shard(path: str, parameter: Any, source: _Source, index: Sequence[slice]) -> np.ndarray:
+    """A region of one of our parameters, all its layers, transposed and cast on the way."""
+    values = np.empty([axis.stop - axis.start for axis in index], parameter.dtype)
+    names = list(_hf_shapes(path, parameter.shape))
+    if path.startswith("layers."):
+        layers, names, index = values, names[index[0]], index[1:]
+    else:
+        layers = values[None]
+    for layer, name in zip(layers, names, strict=True):
+        transposed = hf_tensor_name(path, 0 if layers is values else None)[1]
+        tensor = source.read(name, tuple(index[::-1] if transposed else index))
+        layer[...] = tensor.T if transposed else tensor
     return values
 
 
 def _hf_tensors(parameters: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
     """Hugging Face's tensors, in the order of :func:`_hf_shapes`."""
     for path, parameter in parameters.items():
-        values = np.asarray(parameter.get_value())
+        values = whole(parameter.get_value())
         layers = values if path.startswith("layers.") else values[None]
         for layer, (name, shape) in zip(
             layers, _hf_shapes(path, parameter.shape).items(), strict=True

@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ from loft_jax.errors import InputError
 
 INDEX_NAME = "model.safetensors.index.json"
 FILE_NAME = "model.safetensors"
+
+Region = tuple[slice, ...] | EllipsisType
+"""A slice for each axis of a tensor, or all of it."""
 
 _READABLE = ("F64", "F32", "F16", "BF16")
 
@@ -49,18 +53,30 @@ class Safetensors:
         else:
             self._open_file(self.path)
 
-    def read(self, name: str) -> np.ndarray:
-        """Reads one tensor, in the dtype it is stored in (bfloat16 as ``ml_dtypes.bfloat16``)."""
+    def read(self, name: str, region: Region = ...) -> np.ndarray:
+        """Reads one tensor, or a region of it, and nothing of the file beside it.
+
+        Args:
+            name: One of ``shapes``.
+            region: A slice for each axis, without steps; by default all of it.
+
+        Returns:
+            The values in the dtype they are stored in (bfloat16 as ``ml_dtypes.bfloat16``).
+
+        Raises:
+            InputError: The file cannot be read, or holds what is no floating-point number.
+        """
         file = self._files[name]
         try:
             with safe_open(file, framework="numpy") as opened:
-                stored = opened.get_slice(name).get_dtype()
+                tensor = opened.get_slice(name)
+                stored = tensor.get_dtype()
                 if stored not in _READABLE:
                     raise InputError(
                         f"{file}: tensor {name!r} is stored as {stored}, "
                         f"expected one of {', '.join(_READABLE)}"
                     )
-                return opened.get_tensor(name)
+                return tensor[region]
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file}: cannot read tensor {name!r}: {error}") from error
 

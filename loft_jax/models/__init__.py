@@ -1,6 +1,6 @@
 """Model families in Flax NNX, one file each, beside what the rest must know of them."""
 
-from loft_jax.models.llama import Llama
+from loft_jax.models.llama import Llama, Remat
 from loft_jax.models.llama_config import LlamaConfig, RopeScaling
 
-__all__ = ["Llama", "LlamaConfig", "RopeScaling"]
+__all__ = ["Llama", "LlamaConfig", "Remat", "RopeScaling"]

@@ -6,7 +6,7 @@ axis of layers; so has whatever is added to it (LoRA factors, dropout streams).
 
 import dataclasses
 import functools
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,9 @@ from loft_jax.models.attention import KVCache, attend, positions_from, visibilit
 from loft_jax.models.llama_config import LlamaConfig
 from loft_jax.models.llama_layout import hf_module_name
 from loft_jax.models.rope import rotate, rotation
+
+Remat = Literal["none", "dots", "full"]
+"""What the backward pass computes again; see :class:`Llama`."""
 
 
 class SelfAttention(nnx.Module):
@@ -136,8 +139,8 @@ class Llama(nnx.Module):
         config: Sizes and constants.
         dtype: What it computes in. Norms, rotations, softmax and logits are float32 whatever it is.
         param_dtype: What its parameters are stored in.
-        remat: Recompute each layer as a whole in the backward pass. Otherwise the outputs of its
-            linear layers are stored.
+        remat: What the backward pass computes again: "full", each layer as a whole; "dots", all of
+            a layer but the outputs of its linear layers, which are kept; "none", nothing.
         rngs: For the initial parameters, drawn as Hugging Face draws them.
 
     Example:
@@ -159,7 +162,7 @@ class Llama(nnx.Module):
         *,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
-        remat: bool = False,
+        remat: Remat = "dots",
         rngs: nnx.Rngs,
     ) -> None:
         self.config = config
@@ -314,7 +317,7 @@ def _norm(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _scan_layers(
     graphdef: nnx.GraphDef[DecoderLayer],
-    remat: bool,
+    remat: Remat,
     params: nnx.State,
     rest: nnx.State,
     x: jax.Array,
@@ -339,9 +342,14 @@ def _scan_layers(
         ]
         return (laid_out(x), cache), nnx.from_flat_state(changed)
 
-    # Even without remat, only the products with weights are kept for the backward pass: what lies
-    # between them is cheap to compute again, and costs more memory traffic than it saves.
-    keep = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    # By default only the products with weights are kept for the backward pass: what lies between
+    # them is cheap to compute again, and costs more memory traffic than it saves.
+    policies = jax.checkpoint_policies
+    keep = {
+        "full": policies.nothing_saveable,
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "none": policies.everything_saveable,
+    }[remat]
     body = jax.checkpoint(body, prevent_cse=False, policy=keep)
     count = jax.tree.leaves(params)[0].shape[0]
     (x, cache), rest = lax.scan(body, (x, cache), (params, rest, jnp.arange(count)))

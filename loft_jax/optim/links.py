@@ -38,6 +38,18 @@ class StepState(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # tuple.count gives way, as in Optax
 
 
+class ClipState(NamedTuple):
+    """State of `clip_by_projected_norm`.
+
+    Attributes:
+      count: (), steps done.
+      projected_norm: (), float32 at least, the norm before clipping at the last step.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # as above
+    projected_norm: jax.Array
+
+
 def project_gradients(
     *, scaling: Scaling = 1.0, factors: FactorNames | None = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -126,8 +138,8 @@ def clip_by_projected_norm(
       factors: Names of the factors; see `find_pairs`.
 
     Returns:
-      A transformation whose state is a step counter; it needs the parameters, and stands anywhere
-      behind `project_gradients`.
+      A transformation that needs the parameters, and stands anywhere behind `project_gradients`.
+      Its state is a step counter, and the norm that it found at the last step, for those who log.
 
     Raises:
       ValueError: As `project_gradients`; or for a max_norm that is not positive.
@@ -149,18 +161,20 @@ def clip_by_projected_norm(
     check_role(first)
     check(max_norm, "max_norm", lambda x: x > 0, "a positive number")
 
-    def init(params: optax.Params) -> StepState:
+    def init(params: optax.Params) -> ClipState:
         find_pairs(params, factors)
-        return StepState(jnp.zeros([], jnp.int32))
+        leaves = [leaf for leaf in jax.tree.leaves(params) if hasattr(leaf, "dtype")]
+        dtype = jnp.result_type(jnp.float32, *map(compute_dtype, leaves))
+        return ClipState(jnp.zeros([], jnp.int32), jnp.zeros([], dtype))
 
     def update(
         updates: optax.Updates,
-        state: StepState,
+        state: ClipState,
         params: optax.Params | None = None,
         *,
         bases: Bases | None = None,
         **extra: Any,
-    ) -> tuple[optax.Updates, StepState]:
+    ) -> tuple[optax.Updates, ClipState]:
         tree = FactorTree(updates, params, factors, bases)
         total: Number = 0.0
         for batch in tree.batches:
@@ -174,7 +188,8 @@ def clip_by_projected_norm(
         norm = jnp.sqrt(total)
         scale = jnp.where(norm < max_norm, 1.0, max_norm / norm)
         tree.leaves = [leaf * scale.astype(leaf.dtype) for leaf in tree.leaves]
-        return tree.rebuilt(), StepState(optax.safe_increment(state.count))
+        count = optax.safe_increment(state.count)
+        return tree.rebuilt(), ClipState(count, norm.astype(state.projected_norm.dtype))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -5,16 +5,19 @@ import hashlib
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from loft_jax.errors import InputError
+from loft_jax.hub.host_arrays import whole
+from loft_jax.training.digest import tree_digest
+from loft_jax.training.distributed import all_agree, is_main, wait_for_all
 from loft_jax.training.step import TrainState
 
 _log = logging.getLogger(__name__)
@@ -23,8 +26,9 @@ _log = logging.getLogger(__name__)
 class Checkpoints:
     """The checkpoints of one run, the newest ones and the best.
 
-    Each is complete or absent: Orbax writes to a temporary name and renames. Each carries a digest
-    of its arrays, so that a damaged one is known when it is read.
+    Each is complete or absent: Orbax writes to a temporary name and renames, in the background.
+    Each carries a digest of its arrays, so that a damaged one is known when it is read. Of several
+    processes all do the same calls.
     """
 
     def __init__(
@@ -60,8 +64,11 @@ class Checkpoints:
         try:
             if read_only:
                 os.listdir(self.folder)
-            else:
+            elif is_main():
                 self.folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=self.folder):
+                    pass  # said before any work, not at the first save
+            wait_for_all("checkpoint folder")
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 options=ocp.CheckpointManagerOptions(
@@ -76,29 +83,60 @@ class Checkpoints:
             raise InputError(f"{self.folder}: cannot hold checkpoints: {error}") from error
 
     def save(self, state: TrainState, run: dict[str, Any], eval_loss: float | None) -> None:
-        """Writes a checkpoint and waits until it is complete.
+        """Copies what is to be saved, and goes on to write it while training does.
+
+        The one before is complete when this returns. Of several processes each writes its part;
+        all call this at the same step.
 
         Args:
-            state: What to save.
+            state: What to save; it may be donated afterwards.
             run: Plain values to save with it: configuration and data position.
             eval_loss: The evaluation loss at this step, if there is one: the best are kept by it.
+
+        Raises:
+            InputError: This checkpoint or the one before cannot be written; earlier ones are whole.
         """
-        host = jax.tree.map(np.asarray, state)
-        step = int(host.step)
+        step = int(whole(state.step))
         if step in self._manager.all_steps():
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(host),
-                run=ocp.args.JsonSave({**run, "eval_loss": eval_loss, "digest": _digest(host)}),
-            ),
-            metrics=None if eval_loss is None else {"loss": eval_loss},
-        )
-        self._manager.wait_until_finished()
+        plain = {**run, "eval_loss": eval_loss, "digest": tree_digest(state)}
+        with self._writable():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    run=ocp.args.JsonSave({**plain, "checksum": _checksum(plain)}),
+                ),
+                metrics=None if eval_loss is None else {"loss": eval_loss},
+            )
+
+    def wait(self) -> None:
+        """Waits until the last checkpoint is complete.
+
+        Raises:
+            InputError: It cannot be written; earlier ones are whole.
+        """
+        with self._writable():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _writable(self) -> Iterator[None]:
+        try:
+            yield
+        except jax.errors.JaxRuntimeError:
+            raise  # of another process that is gone
+        except Exception as error:  # Orbax and TensorStore wrap what the disk says in their own
+            complete = sorted(
+                int(path.name) for path in self.folder.glob("[0-9]*") if path.suffix == ""
+            )
+            raise InputError(
+                f"{self.folder}: cannot write a checkpoint: {_reason(error)}; those of steps "
+                f"{complete} are complete"
+            ) from error
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, newest first."""
+        """Steps of the complete checkpoints, newest first; waits for one that is being written."""
+        self.wait()
         return sorted(self._manager.all_steps(), reverse=True)
 
     def best_step(self) -> int | None:
@@ -119,38 +157,48 @@ class Checkpoints:
 
     def run_of(self, step: int) -> dict[str, Any]:
         """The plain values that were saved with a checkpoint."""
-        with _readable(self.folder / str(step)):
-            restored = self._manager.restore(
-                step, args=ocp.args.Composite(run=ocp.args.JsonRestore())
-            )
-        return restored["run"]
+        folder = self.folder / str(step)
+        with _readable(folder):
+            run = ocp.JsonCheckpointHandler().restore(folder / "run")
+            checksum = run.pop("checksum")
+        if checksum != _checksum(run):
+            raise InputError(f"{folder}: damaged: its values are not those that were saved")
+        return run
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """Reads a checkpoint.
+        """Reads a checkpoint, onto whichever mesh the state to be has.
 
         Args:
             step: One of `steps()`.
-            like: A state with the shapes and dtypes to expect.
+            like: A state with the shapes, dtypes and shardings to expect.
 
         Returns:
             The state as it was saved.
 
         Raises:
-            InputError: The checkpoint cannot be read, does not fit, or is damaged.
+            InputError: The checkpoint cannot be read, does not fit, or is damaged. Then it is so on
+                every process.
         """
-        abstract = jax.tree.map(_abstract, like)
-        with _readable(self.folder / str(step)):
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract), run=ocp.args.JsonRestore()
-                ),
-            )
-        if _digest(jax.tree.map(np.asarray, restored["state"])) != restored["run"]["digest"]:
-            raise InputError(
-                f"{self.folder / str(step)}: damaged: its arrays are not those that were saved"
-            )
-        return restored["state"]
+        folder = self.folder / str(step)
+        found: tuple[TrainState, list[str]] | None = None
+        problem = InputError(f"{folder}: cannot be read by another process")
+        try:
+            saved = self.run_of(step)["digest"]
+            # Not by way of the manager, which would wait for processes that found it damaged.
+            with _readable(folder):
+                state = ocp.StandardCheckpointHandler().restore(
+                    folder / "state",
+                    args=ocp.args.StandardRestore(jax.tree.map(_abstract, like)),
+                )
+            found = state, saved
+        except InputError as error:
+            problem = error
+        if not all_agree(found is not None) or found is None:
+            raise problem
+        state, saved = found
+        if tree_digest(state) != saved:
+            raise InputError(f"{folder}: damaged: its arrays are not those that were saved")
+        return state
 
     def restore_newest(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Reads the newest checkpoint that is whole, and removes damaged ones above it.
@@ -199,16 +247,13 @@ def _readable(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Orbax and TensorStore raise what the damage happens to touch.
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise InputError(f"{folder}: cannot be read: {reason}") from error
+        raise InputError(f"{folder}: cannot be read: {_reason(error)}") from error
 
 
-def _digest(tree: Any) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        array = np.asarray(leaf)
-        digest.update(
-            json.dumps([jax.tree_util.keystr(path), array.shape, str(array.dtype)]).encode()
-        )
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
+def _reason(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def _checksum(plain: dict[str, Any]) -> str:
+    text = json.dumps(plain, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

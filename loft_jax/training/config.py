@@ -2,24 +2,64 @@
 
 import dataclasses
 import math
-import os
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
-
-import yaml
+from typing import Literal
 
 from loft_jax.data import DataConfig
 from loft_jax.errors import InputError
+from loft_jax.models import Remat
 
 Method = Literal["loft", "lora", "full"]
 Precision = Literal["auto", "float32", "bfloat16"]
 SecondMoment = Literal["full", "factored", "diagonal"]
 StateDtype = Literal["float32", "bfloat16"]
+Quantization = Literal["none", "int8", "nf4"]
 
-# A resumed run may change these: they do not change what is learned.
-_FREE_ON_RESUME = {"output", "log_every", "save_every", "keep_last", "keep_best"}
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh; one of them may be -1 and takes the devices that the others leave.
+
+    Args:
+        data: Copies of the model.
+        fsdp: Devices that share the weights of one copy and split its rows.
+        tensor: Devices that split each product with a weight.
+
+    Raises:
+        InputError: A size that is neither positive nor -1, or more than one -1.
+
+    Example:
+        >>> MeshConfig(tensor=2).sizes(8)
+        (1, 4, 2)
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        given = dataclasses.asdict(self)
+        for name, size in given.items():
+            if size != -1 and size < 1:
+                raise InputError(f"mesh: {name} is {size}, expected a positive number or -1")
+        if (open_ := [name for name, size in given.items() if size == -1])[1:]:
+            raise InputError(f"mesh: {' and '.join(open_)} are -1, expected one of them at most")
+
+    def sizes(self, devices: int) -> tuple[int, int, int]:
+        """The sizes of (data, fsdp, tensor) on a number of devices.
+
+        Raises:
+            InputError: The sizes do not make up that number.
+        """
+        given = (self.data, self.fsdp, self.tensor)
+        known = math.prod(size for size in given if size != -1)
+        filled = tuple(devices // known if size == -1 else size for size in given)
+        if math.prod(filled) != devices:
+            raise InputError(
+                f"mesh: data {self.data}, fsdp {self.fsdp}, tensor {self.tensor} do not make up "
+                f"{devices} devices"
+            )
+        return filled  # type: ignore[return-value]  # as many as were given
 
 
 @dataclass(frozen=True)
@@ -72,7 +112,18 @@ class FinetuneConfig:
         dtype: What the model computes in; "auto" is bfloat16 on accelerators, float32 on CPUs.
         param_dtype: What frozen weights are stored in; "auto" is `dtype`. Trained weights are
             always float32.
-        remat: Recompute each layer in the backward pass: less memory, more time.
+        quantization: What the weights of the base model's linear layers are stored in: as they are,
+            8-bit integers with a scale for each output, or 4-bit NormalFloats (QLoRA's) with a
+            scale for each 64 inputs. Needs the extra `quantized`; not for method "full".
+        remat: What the backward pass computes again: "none", "dots" (all but the outputs of linear
+            layers), or "full" (each layer as a whole): less memory, more time.
+        mesh: How devices share the work.
+        offload_optimizer: Keep the optimizer's state in the memory of the hosts between updates.
+        max_skipped_steps: Give up after this many steps in a row whose loss or gradient is not
+            finite. Such a step changes nothing but this count.
+        profile_steps: First and last step to write a JAX trace of, to `profile/`; empty for none.
+        wandb: Weights & Biases project to report to besides; empty for none. Needs the extra
+            `wandb`.
         seed: Of initial factors, data order and dropout.
 
     Raises:
@@ -121,14 +172,21 @@ class FinetuneConfig:
     log_every: int = 10
     dtype: Precision = "auto"
     param_dtype: Precision = "auto"
-    remat: bool = False
+    quantization: Quantization = "none"
+    remat: Remat = "dots"
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    offload_optimizer: bool = False
+    max_skipped_steps: int = 10
+    profile_steps: tuple[int, ...] = ()
+    wandb: str = ""
     seed: int = 0
 
     def __post_init__(self) -> None:
         least = {
             "warmup_steps": 0, "steps": 0, "batch_size": 1, "accumulation_steps": 1,
             "eval_batch_size": 1, "eval_every": 0, "save_every": 1, "keep_last": 1, "keep_best": 0,
-            "log_every": 1, "seed": 0, "weight_decay": 0, "max_grad_norm": 0, "eps": 0,
+            "log_every": 1, "max_skipped_steps": 1, "seed": 0, "weight_decay": 0,
+            "max_grad_norm": 0, "eps": 0,
         }  # fmt: skip
         for name, low in least.items():
             if not getattr(self, name) >= low:
@@ -150,176 +208,16 @@ class FinetuneConfig:
             }.items():  # fmt: skip
                 if (given := getattr(self, name)) != usual:
                     raise InputError(f"{name} is {given!r}, but only method loft has it")
+        if self.method == "full" and self.quantization != "none":
+            raise InputError(
+                f"quantization is {self.quantization!r}, but method full trains the weights; "
+                "expected none"
+            )
+        if self.profile_steps and not (
+            len(self.profile_steps) == 2 and 1 <= self.profile_steps[0] <= self.profile_steps[1]
+        ):
+            raise InputError(
+                f"profile_steps is {list(self.profile_steps)}, expected a first and a last step"
+            )
         if self.choices and not self.eval_path:
             raise InputError("choices are given without eval_path, the examples to compare them on")
-
-
-@dataclass(frozen=True)
-class MeshConfig:
-    """Sizes of the mesh; one of them may be -1 and takes the devices that the others leave.
-
-    Args:
-        data: Copies of the model.
-        fsdp: Devices that share the weights of one copy and split its rows.
-        tensor: Devices that split each product with a weight.
-
-    Raises:
-        InputError: A size that is neither positive nor -1, or more than one -1.
-
-    Example:
-        >>> MeshConfig(tensor=2).sizes(8)
-        (1, 4, 2)
-    """
-
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
-
-    def __post_init__(self) -> None:
-        given = dataclasses.asdict(self)
-        for name, size in given.items():
-            if size != -1 and size < 1:
-                raise InputError(f"mesh: {name} is {size}, expected a positive number or -1")
-        if (open_ := [name for name, size in given.items() if size == -1])[1:]:
-            raise InputError(f"mesh: {' and '.join(open_)} are -1, expected one of them at most")
-
-    def sizes(self, devices: int) -> tuple[int, int, int]:
-        """The sizes of (data, fsdp, tensor) on a number of devices.
-
-        Raises:
-            InputError: The sizes do not make up that number.
-        """
-        given = (self.data, self.fsdp, self.tensor)
-        known = math.prod(size for size in given if size != -1)
-        filled = tuple(devices // known if size == -1 else size for size in given)
-        if math.prod(filled) != devices:
-            raise InputError(
-                f"mesh: data {self.data}, fsdp {self.fsdp}, tensor {self.tensor} do not make up "
-                f"{devices} devices"
-            )
-        return filled  # type: ignore[return-value]  # as many as were given
-
-
-def save_config(config: FinetuneConfig, path: str | os.PathLike[str]) -> None:
-    """Writes a configuration as YAML."""
-    text = yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
-    partial = Path(f"{path}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def load_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads the fields that a YAML file sets, checked by name and type.
-
-    Raises:
-        InputError: The file cannot be read, is no mapping, sets an unknown field, or sets a field
-            to a value of another type than its own.
-    """
-    try:
-        fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: cannot be read as YAML: {error}") from error
-    if not isinstance(fields, dict):
-        raise InputError(f"{path}: holds a {type(fields).__name__}, expected fields and values")
-    data = fields.get("data", {})
-    if not isinstance(data, dict):
-        raise InputError(f"{path}: field data is {data!r}, expected a mapping such as path: FILE")
-    for name, known, given in (
-        ("", FinetuneConfig, fields),
-        ("data.", DataConfig, data),
-    ):
-        names = {f.name for f in dataclasses.fields(known)}
-        if unknown := sorted(set(map(str, given)) - names):
-            raise InputError(
-                f"{path}: unknown field {name}{unknown[0]}; expected some of {sorted(names)}"
-            )
-        hints = get_type_hints(known)
-        for key in given.keys() - {"data"}:
-            given[key] = _typed(hints[key], given[key], where=f"{path}: field {name}{key}")
-    return fields
-
-
-def config_from_dict(fields: dict[str, Any]) -> FinetuneConfig:
-    """Makes a configuration of plain values, as `config_to_dict` gives them.
-
-    Raises:
-        InputError: A field that has no default is missing, or a value is out of its range.
-    """
-    data = _made(DataConfig, fields.get("data", {}), "data.")
-    return _made(FinetuneConfig, {**fields, "data": data})
-
-
-def config_to_dict(config: FinetuneConfig) -> dict[str, Any]:
-    """The configuration in plain values, as JSON and YAML hold them."""
-    plain = dataclasses.asdict(config)
-    for fields in (plain, plain["data"]):
-        fields.update({k: list(v) for k, v in fields.items() if isinstance(v, tuple)})
-    return plain
-
-
-def check_same_run(saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuses to go on with a run under settings that would have made it another one.
-
-    Raises:
-        InputError: Names the first field that differs, with both values.
-    """
-    for name in sorted(saved.keys() | now.keys()):
-        if name in _FREE_ON_RESUME or saved.get(name) == now.get(name):
-            continue
-        was, became = saved.get(name), now.get(name)
-        if isinstance(was, dict) and isinstance(became, dict):
-            keys = was.keys() | became.keys()
-            inner = next(key for key in sorted(keys) if was.get(key) != became.get(key))
-            name, was, became = f"{name}.{inner}", was.get(inner), became.get(inner)
-        raise InputError(
-            f"cannot resume with another {name}: the run was started with {was!r}, now it is "
-            f"{became!r}"
-        )
-
-
-def _made(cls: Any, fields: dict[str, Any], prefix: str = "") -> Any:
-    for known in dataclasses.fields(cls):
-        required = known.default is known.default_factory is dataclasses.MISSING
-        if required and known.name not in fields:
-            raise InputError(f"field {prefix}{known.name} is missing")
-    hints = get_type_hints(cls)
-    tuples = {name for name, hint in hints.items() if get_origin(hint) is tuple}
-    return cls(**{k: tuple(v) if k in tuples else v for k, v in fields.items()})
-
-
-_EXPECTED = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
-
-
-def _typed(hint: Any, value: Any, *, where: str) -> Any:
-    """A value that YAML gave, as the type hint of its field has it."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        if value in inner:
-            return value
-        expected = f"one of {list(inner)}"
-    elif origin is UnionType:  # of a plain type and None
-        (plain,) = set(inner) - {NoneType}
-        return None if value is None else _typed(plain, value, where=where)
-    elif origin is tuple:
-        if isinstance(value, list):
-            return [_typed(inner[0], v, where=f"{where}[{i}]") for i, v in enumerate(value)]
-        expected = "a list"
-    elif origin is dict:
-        if isinstance(value, dict):
-            return {
-                _typed(inner[0], k, where=f"{where}, key {k!r},"): _typed(
-                    inner[1], v, where=f"{where}[{k!r}]"
-                )
-                for k, v in value.items()
-            }
-        expected = "a mapping"
-    else:
-        if type(value) is hint:
-            return value
-        if hint is float and type(value) in (int, str):
-            try:
-                return float(value)  # YAML 1.1 reads 3e-4 as a text
-            except ValueError:
-                pass
-        expected = _EXPECTED[hint]
-    raise InputError(f"{where} is {value!r}, expected {expected}")

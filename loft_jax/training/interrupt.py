@@ -1,30 +1,38 @@
-"""Ctrl-C and termination signals as a request to stop at the end of a step."""
+"""Ctrl-C, termination signals and preemption notices as a request to stop behind a step."""
 
 import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+import jax
+from jax.experimental import multihost_utils
+
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM sets `requested`; a second one acts as usual.
+    """While entered, the first SIGINT or SIGTERM is a request to stop; a second one acts as usual.
 
-    Outside the main thread, where Python lets nobody handle signals, it requests nothing.
+    In a run of several processes JAX takes SIGTERM, which is also how a cluster gives notice of a
+    preemption, on whichever process gets it, and names a step that all of them can stop behind.
+
+    Outside the main thread, where Python lets nobody handle signals, one process requests nothing.
 
     Example:
         >>> with StopRequest() as stop:
         ...     signal.raise_signal(signal.SIGTERM)
-        ...     stop.requested
+        ...     stop.reached(step=3)
         True
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self._together = jax.process_count() > 1
+        self._requested = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            # In several processes SIGTERM has the handler that JAX set when they joined.
+            for number in [signal.SIGINT, *([] if self._together else [signal.SIGTERM])]:
                 self._before[number] = signal.signal(number, self._request)
         return self
 
@@ -36,9 +44,17 @@ class StopRequest:
     ) -> None:
         self._restore()
 
+    def reached(self, step: int) -> bool:
+        """Whether to stop behind this step; asked after every one, on every process."""
+        if self._together:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._requested
+
     def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        self._requested = True
         self._restore()
+        if self._together:
+            signal.raise_signal(signal.SIGTERM)  # for JAX to tell the others
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -1,41 +1,35 @@
 """The training loop of a run, from its configuration to the adapter it leaves."""
 
-import dataclasses
+import contextlib
 import logging
-import math
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from tqdm import tqdm
 
-from loft_jax.data import Batch, eval_batches, load_examples, tokenize, train_stream
 from loft_jax.errors import InputError
-from loft_jax.evaluation.choices import score_choices
-from loft_jax.evaluation.perplexity import perplexity
-from loft_jax.hub import load_tokenizer
-from loft_jax.models import Llama
-from loft_jax.optim.state import state_bytes
+from loft_jax.hub.host_arrays import whole
 from loft_jax.training.checkpoint import Checkpoints
-from loft_jax.training.config import (
-    FinetuneConfig,
+from loft_jax.training.config import FinetuneConfig
+from loft_jax.training.config_io import (
     check_same_run,
     config_from_dict,
     config_to_dict,
     load_config,
     save_config,
 )
+from loft_jax.training.distributed import is_main, wait_for_all
 from loft_jax.training.interrupt import StopRequest
+from loft_jax.training.mesh import check_batch, make_mesh
 from loft_jax.training.metrics import MetricsLog, read_metrics
-from loft_jax.training.model import export_trained, load_model, scaling_of, trained_kind
-from loft_jax.training.optimizer import make_optimizer, make_schedule
+from loft_jax.training.monitor import memory_in_use
 from loft_jax.training.plot import plot_losses
-from loft_jax.training.step import TrainState, initial_state, make_step, predicted, split_model
+from loft_jax.training.run import Run
+from loft_jax.training.step import TrainState
+from loft_jax.training.trace import StepTrace
 
 _log = logging.getLogger(__name__)
 
@@ -87,38 +81,47 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, progress: bool = T
         ...     FinetuneConfig("org/model", DataConfig("rows.jsonl"), "runs/first", steps=100))
     """
     folder = Path(config.output)
-    with StopRequest() as stop, _checkpoints(config, resume) as checkpoints:
-        run = _Run(config, progress)
-        try:
-            state = initial_state(run.parts, run.tx)
-            restored = bool(checkpoints.steps())
-            if restored:
-                state, saved = checkpoints.restore_newest(state)
-                run.stream.set_state(saved["data"])
-                _log.info("resumed at step %d of %d", int(state.step), run.steps)
+    mesh = make_mesh(config.mesh)
+    check_batch(config.batch_size, config.accumulation_steps, mesh)
+    with (
+        StopRequest() as stop,
+        _checkpoints(config, resume) as checkpoints,
+        jax.set_mesh(mesh),
+        contextlib.closing(Run(config, mesh, progress=progress and is_main())) as run,
+    ):
+        state = run.start
+        restored = bool(checkpoints.steps())
+        if restored:
+            state, saved = checkpoints.restore_newest(state)
+            run.stream.set_state(saved["data"])
+            _log.info("resumed at step %d of %d", int(whole(state.step)), run.steps)
+        if is_main():
             save_config(config, folder / "config.yaml")
-            log = MetricsLog(folder, resumed_at=int(state.step) if restored else None)
-            try:
-                if not restored:
-                    log.write(0, **_named(run.evaluate(state)))
-                state = _train(run, state, log, checkpoints, stop)
-            finally:
-                log.close()
+        resumed_at = int(whole(state.step)) if restored else None
+        log = MetricsLog(folder, resumed_at=resumed_at, wandb=config.wandb) if is_main() else None
+        try:
+            if not restored:
+                _write(log, 0, _named(run.evaluate(state)))
+            state = _train(run, state, log, checkpoints, stop)
         finally:
-            run.stream.close()
-        rows = read_metrics(log.path)
-        plot_losses(rows, folder / "loss.png")
-        interrupted = int(state.step) < run.steps
+            if log is not None:
+                log.close()
+        done = int(whole(state.step))
+        trained = run.export(state) if done == run.steps else None
+        wait_for_all("metrics and adapter written")
+        rows = read_metrics(folder / "metrics.jsonl")
+        if is_main():
+            plot_losses(rows, folder / "loss.png")
         return RunResult(
-            steps=int(state.step),
-            interrupted=interrupted,
+            steps=done,
+            interrupted=done < run.steps,
             before=_evaluation(rows, 0),
             after=_evaluation(rows, run.steps),
-            trained=None if interrupted else run.export(state),
+            trained=trained,
         )
 
 
-@contextmanager
+@contextlib.contextmanager
 def _checkpoints(config: FinetuneConfig, resume: bool) -> Iterator[Checkpoints]:
     """Opens the folder of a run, refusing before any work what would mix two runs."""
     folder = Path(config.output)
@@ -167,139 +170,84 @@ def _evaluation(rows: Sequence[dict[str, Any]], step: int) -> dict[str, float]:
     }
 
 
+def _write(log: MetricsLog | None, step: int, values: dict[str, float]) -> None:
+    if log is not None:
+        log.write(step, **values)
+
+
 def _train(
-    run: "_Run",
+    run: Run,
     state: TrainState,
-    log: MetricsLog,
+    log: MetricsLog | None,
     checkpoints: Checkpoints,
     stop: StopRequest,
 ) -> TrainState:
-    config = run.config
-    tokens, since, done = 0, time.perf_counter(), int(state.step)
+    config, done, skipped = run.config, int(whole(state.step)), int(whole(state.skipped)[0])
+    speed = run.speedometer()
     bar = tqdm(
         total=run.steps, initial=done, desc=config.method, disable=not run.progress, unit="step"
     )
-
-    def save(eval_loss: float | None) -> None:
-        if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(state.params)):
-            raise InputError(
-                f"parameters are not finite at step {done}; the last checkpoint is kept. Expected "
-                "a smaller learning_rate, or a larger eps, to train"
-            )
-        plain = {"config": config_to_dict(config), "data": run.stream.get_state()}
-        checkpoints.save(state, plain, eval_loss)
-
-    with bar:
+    with bar, StepTrace(Path(config.output) / "profile", config.profile_steps) as trace:
         while done < run.steps:
-            batch = next(run.stream)
-            state, metrics = run.step(state, run.parts.frozen, predicted(batch))
+            with speed.spent_on("data"):
+                batch = next(run.stream)
+                placed = run.placed(batch)
+            trace.before(done + 1)
+            state, metrics = run.step(state, run.parts.frozen, placed)
             done += 1
-            tokens += int((batch["segment_ids"] > 0).sum())
+            trace.after(done, metrics)
+            speed.count(int((batch["segment_ids"] > 0).sum()), batch["tokens"].shape[1])
             bar.update()
-            last = done == run.steps
-            if done % config.log_every == 0 or last:
+            last, stopped = done == run.steps, stop.reached(done)
+            logs = last or done % config.log_every == 0
+            evaluates = last or (config.eval_every > 0 and done % config.eval_every == 0)
+            saves = last or stopped or done % config.save_every == 0
+            if logs:
+                values = {name: float(whole(value)) for name, value in metrics.items()}
+                skipped = _check_skipped(state, done, skipped, config.max_skipped_steps)
                 values = {
-                    "train_loss": float(metrics["loss"]),
-                    "grad_norm": float(metrics["grad_norm"]),
-                    "learning_rate": float(run.schedule(done - 1)),
-                    "tokens_per_second": tokens / (time.perf_counter() - since),
+                    "train_loss": values["loss"],
+                    "grad_norm": values["grad_norm"],
+                    "update_norm": values["update_norm"],
+                    "learning_rate": float(run.schedule(done - 1 - skipped)),
+                    "skipped_steps": skipped,
+                    **speed.read(),
+                    **memory_in_use(),
+                    **({} if config.method == "full" else run.conditions(state)),
                 }
-                if not math.isfinite(values["train_loss"]):
-                    raise InputError(
-                        f"the loss is {values['train_loss']} at step {done}; the last checkpoint "
-                        "is kept. Expected a smaller learning_rate, or a larger eps, to train"
-                    )
-                log.write(done, **values)
+                _write(log, done, values)
                 bar.set_postfix(
                     loss=f"{values['train_loss']:.4f}",
                     tokens_s=f"{values['tokens_per_second']:.0f}",
                 )
-                tokens, since = 0, time.perf_counter()
             measured = {}
-            if last or (config.eval_every and done % config.eval_every == 0):
-                measured = run.evaluate(state)
-                log.write(done, **_named(measured))
-                since = time.perf_counter()
-            if stop.requested or last or done % config.save_every == 0:
-                save(measured.get("loss"))
-                since = time.perf_counter()
-            if stop.requested and not last:
-                _log.warning("stopped at step %d of %d, checkpoint saved", done, run.steps)
+            if evaluates:
+                with speed.spent_on("eval"):
+                    measured = run.evaluate(state)
+                _write(log, done, _named(measured))
+            if saves:
+                with speed.spent_on("save"):
+                    skipped = _check_skipped(state, done, skipped, config.max_skipped_steps)
+                    if last or stopped or not whole(state.skipped)[1]:
+                        run.save(checkpoints, state, measured.get("loss"))
+            if stopped and not last:
                 break
+    checkpoints.wait()
+    if done < run.steps:
+        _log.warning("stopped at step %d of %d, checkpoint saved", done, run.steps)
     return state
 
 
-class _Run:
-    """What a run is made of: model, data, optimizer and compiled step."""
-
-    def __init__(self, config: FinetuneConfig, progress: bool) -> None:
-        self.config = config
-        self.progress = progress
-        self.tokenizer = load_tokenizer(config.model)
-        rows = load_examples(config.data)
-        data = tokenize(rows, self.tokenizer, config.data)
-        self.stream = train_stream(
-            data, config.data, batch_size=config.batch_size, seed=config.seed
+def _check_skipped(state: TrainState, done: int, known: int, most: int) -> int:
+    """Tells of steps that were skipped since the last look, and ends a run of nothing else."""
+    skipped, in_a_row = (int(count) for count in whole(state.skipped))
+    if in_a_row >= most:
+        raise InputError(
+            f"loss or gradient was not finite in {in_a_row} steps in a row, up to step {done}; the "
+            "last checkpoint is kept. Expected a smaller learning_rate, or a larger eps, to train"
         )
-        self.steps = config.steps or math.ceil(
-            config.epochs * self.stream.rows_per_epoch / config.batch_size
+    if skipped > known:
+        _log.warning(
+            "step %d: %d steps skipped so far, their loss or gradient was not finite", done, skipped
         )
-        self._eval_data = (
-            dataclasses.replace(config.data, path=config.eval_path, split=config.eval_split)
-            if config.eval_path
-            else None
-        )
-        self._eval_rows: Any = None
-        self._eval_batches: Sequence[Batch] = ()
-        if self._eval_data is not None:
-            self._eval_rows = load_examples(self._eval_data)
-            eval_tokens = tokenize(self._eval_rows, self.tokenizer, self._eval_data)
-            self._eval_batches = eval_batches(
-                eval_tokens, self._eval_data, batch_size=config.eval_batch_size
-            )
-
-        model = load_model(config)
-        if (largest := int(data.tokens.max())) >= (size := model.config.vocab_size):
-            raise InputError(
-                f"{config.model}: its tokenizer gives token {largest}, its weights have {size}; "
-                "expected a tokenizer and weights that belong together"
-            )
-        self.parts = split_model(model, trained_kind(config.method))
-        self.schedule = make_schedule(config, self.steps)
-        self.tx = make_optimizer(config, self.schedule, scaling_of(model))
-        self.step = make_step(self.parts, self.tx, config.accumulation_steps)
-        _log.info(
-            "%s: %s trained parameters, optimizer state of %s bytes",
-            config.method,
-            f"{sum(x.size for x in jax.tree.leaves(self.parts.params)):,}",
-            f"{state_bytes(self.tx, self.parts.params):,}",
-        )
-
-    def trained(self, state: TrainState) -> Llama:
-        return self.parts.merged(state.params, state.streams)
-
-    def export(self, state: TrainState) -> Path:
-        folder, method = Path(self.config.output), self.config.method
-        if method == "full" and (folder / "model").exists():
-            return folder / "model"  # whole, or not there: this run was at its end before
-        return export_trained(
-            self.trained(state), self.tokenizer, method, folder, base_model=self.config.model
-        )
-
-    def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Mean loss on the held-out examples, and accuracy if there are choices."""
-        if self._eval_data is None:
-            return {}
-        model = self.trained(state)
-        if not self.config.choices:
-            return {"loss": perplexity(model, self._eval_batches, progress=self.progress).nll}
-        scores = score_choices(
-            model,
-            self.tokenizer,
-            self._eval_rows,
-            self._eval_data,
-            choices=self.config.choices,
-            batch_size=self.config.eval_batch_size,
-            progress=self.progress,
-        )
-        return {"loss": scores.nll, "accuracy": scores.accuracy}
+    return skipped

@@ -1,23 +1,37 @@
 """Metrics of a run: one JSON line for each step that is logged, and the same for TensorBoard."""
 
+import hashlib
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 from tensorboardX import SummaryWriter
 
+from loft_jax.errors import InputError
+
 
 class MetricsLog:
     """Writes metrics to `metrics.jsonl` and `tensorboard/` in a run's folder."""
 
-    def __init__(self, folder: str | os.PathLike[str], *, resumed_at: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        resumed_at: int | None = None,
+        wandb: str = "",
+    ) -> None:
         """Opens the log.
 
         Args:
             folder: The run's folder.
             resumed_at: The step a run goes on from: later rows are forgotten, as it makes them
                 again. None forgets all.
+            wandb: Weights & Biases project to report to besides.
+
+        Raises:
+            InputError: Weights & Biases is asked for and not installed.
         """
         self.path = Path(folder) / "metrics.jsonl"
         last = -1 if resumed_at is None else resumed_at
@@ -27,18 +41,24 @@ class MetricsLog:
         os.replace(partial, self.path)
         self._file = self.path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=last + 1)
+        self._wandb = _wandb_run(Path(folder), wandb) if wandb else None
 
     def write(self, step: int, **values: float) -> None:
-        """Adds the values of a step, with names such as `train_loss`."""
+        """Adds the values of a step by name; those that are infinite or no number stay out."""
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
 
     def close(self) -> None:
         """Writes out what is buffered."""
         self._file.close()
         self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -55,3 +75,16 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             break
         rows.append(row)
     return rows
+
+
+def _wandb_run(folder: Path, project: str) -> Any:
+    """The run of this folder, gone on with if there is one."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise InputError(
+            "wandb, which Weights & Biases reports need, is not installed; expected: "
+            "pip install 'loft-jax[wandb]'"
+        ) from error
+    known = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8).hexdigest()
+    return wandb.init(project=project, name=folder.name, dir=folder, id=known, resume="allow")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, Sharding
 
 from loft_jax.hub import load_pretrained, save_peft_adapter, save_pretrained
 from loft_jax.lora import LoRAConfig, add_lora, lora_layers
@@ -14,22 +15,32 @@ from loft_jax.models import Llama, LlamaConfig
 from loft_jax.training.checkpoint import Checkpoints
 from loft_jax.training.config import FinetuneConfig, Method
 from loft_jax.training.optimizer import make_optimizer
+from loft_jax.training.shardings import parameter_spec
 from loft_jax.training.step import initial_state, split_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def load_model(config: FinetuneConfig) -> Llama:
+def load_model(config: FinetuneConfig, mesh: Mesh | None = None) -> Llama:
     """Loads the base model of a run and adds its adapters, as they start.
 
     Args:
         config: Its model, precision, method and LoRA fields are used.
+        mesh: Where base weights are split over; by default all lie on one device.
 
     Returns:
         The model, in training mode.
     """
-    return adapted(load_pretrained(config.model, **_computation(config)), config)
+
+    def placement(sizes: LlamaConfig, path: str, shape: tuple[int, ...]) -> Sharding:
+        assert mesh is not None
+        return NamedSharding(mesh, parameter_spec(path, shape, sizes, mesh))
+
+    base = load_pretrained(
+        config.model, **_computation(config), placement=None if mesh is None else placement
+    )
+    return adapted(base, config)
 
 
 def abstract_model(sizes: LlamaConfig, config: FinetuneConfig) -> Llama:

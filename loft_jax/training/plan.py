@@ -20,13 +20,14 @@ import optax
 from loft_jax.data import DataConfig
 from loft_jax.errors import InputError
 from loft_jax.hub import load_model_config
-from loft_jax.models import LlamaConfig
+from loft_jax.models import LlamaConfig, Remat
 from loft_jax.models.llama_sizes import LLAMA_SIZES
 from loft_jax.training.collectives import Collective, find_collectives
-from loft_jax.training.config import FinetuneConfig, Method, SecondMoment, StateDtype
-from loft_jax.training.mesh import MeshConfig, check_batch, make_mesh, step_shardings
+from loft_jax.training.config import FinetuneConfig, MeshConfig, Method, SecondMoment, StateDtype
+from loft_jax.training.mesh import check_batch, make_mesh
 from loft_jax.training.model import abstract_model, scaling_of, trained_kind
 from loft_jax.training.optimizer import make_optimizer, make_schedule
+from loft_jax.training.shardings import step_shardings
 from loft_jax.training.step import (
     Parts,
     StepShardings,
@@ -58,7 +59,7 @@ class PlanConfig:
         state_dtype: What LoFT's second moment is stored in.
         mesh: How the chips share the work.
         accumulation_steps: Parts of the batch, computed one after the other.
-        remat: Recompute each layer in the backward pass.
+        remat: What the backward pass computes again.
     """
 
     model: str
@@ -71,7 +72,7 @@ class PlanConfig:
     state_dtype: StateDtype = "float32"
     mesh: MeshConfig = field(default_factory=MeshConfig)
     accumulation_steps: int = 1
-    remat: bool = True
+    remat: Remat = "full"
 
 
 @dataclass(frozen=True)

@@ -13,21 +13,28 @@ from jax.sharding import NamedSharding, PartitionSpec, use_abstract_mesh
 from loft_jax.data import Batch
 from loft_jax.models import Llama
 from loft_jax.models.activations import laid_out
+from loft_jax.models.loss import Arrays
 
 Tree = Any
+
+HOST_MEMORY = "pinned_host"
+"""What JAX calls the memory of the hosts that devices can copy from."""
 
 
 class TrainState(NamedTuple):
     """All that a step changes, and so all that a checkpoint holds.
 
     Attributes:
-        step: (), int32, steps done.
+        step: (), int32, steps done, with those that were skipped.
+        skipped: (2,), int32, steps skipped, since their loss or gradient was not finite: all of
+            them, and those since the last one that was not.
         params: Trained parameters, nested dicts of float32 arrays.
         opt_state: State of the optimizer.
         streams: Counters of the random streams (dropout).
     """
 
     step: jax.Array
+    skipped: jax.Array
     params: Tree
     opt_state: Tree
     streams: Tree
@@ -85,7 +92,8 @@ def split_model(model: Llama, trained: type[nnx.Variable[Any]]) -> Parts:
 def initial_state(parts: Parts, tx: optax.GradientTransformation) -> TrainState:
     """The state before the first step; its arrays are its own, so that it can be donated."""
     params, streams = jax.tree.map(jnp.copy, (parts.params, parts.streams))
-    return TrainState(jnp.zeros([], jnp.int32), params, tx.init(params), streams)
+    counters = jnp.zeros([], jnp.int32), jnp.zeros(2, jnp.int32)
+    return TrainState(*counters, params, tx.init(params), streams)
 
 
 def predicted(batch: Batch) -> Batch:
@@ -120,27 +128,36 @@ def make_step(
     tx: optax.GradientTransformation,
     accumulation_steps: int = 1,
     shardings: StepShardings | None = None,
-) -> Callable[[TrainState, Tree, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    *,
+    max_skipped_steps: int = 1,
+) -> Callable[[TrainState, Tree, Arrays], tuple[TrainState, dict[str, jax.Array]]]:
     """Compiles the step of a run.
 
     The loss is the mean over all predicted tokens of the batch, however many parts it is computed
     in: sums of loss and gradient are divided once, by the tokens of the whole batch.
+
+    A step whose loss or gradient is not finite leaves parameters and optimizer as they are. From
+    `max_skipped_steps` of them in a row on all are skipped, however late the caller notices.
 
     Args:
         parts: From `split_model`.
         tx: The optimizer.
         accumulation_steps: Parts of the batch, computed one after the other; divides its rows.
         shardings: Where its arguments and results lie on a mesh, from
-            `loft_jax.training.mesh.step_shardings`; by default all on one device.
+            `loft_jax.training.shardings.step_shardings`; by default all on one device. An optimizer
+            state in the memory of the hosts is brought to the devices for the update.
+        max_skipped_steps: Steps skipped in a row after which nothing moves.
 
     Returns:
         A jitted function of state (donated), frozen parameters and a batch from `predicted`. It
         gives the next state and metrics: `loss` (nats a token), `tokens` (in the batch, without
-        padding) and `grad_norm` (global norm of the raw gradients).
+        padding), `grad_norm` (global norm of the gradients; where the optimizer clips by the norm
+        of projected ones, that norm) and `update_norm` (global norm of what was added to the
+        parameters).
     """
 
     def summed_loss(
-        params: Tree, streams: Tree, frozen: Tree, batch: Batch
+        params: Tree, streams: Tree, frozen: Tree, batch: Arrays
     ) -> tuple[jax.Array, Tree]:
         model = nnx.merge(parts.graphdef, params, streams, frozen, copy=True)
         rows = {key: jnp.asarray(value) for key, value in batch.items()}
@@ -152,13 +169,13 @@ def make_step(
         streams = nnx.to_pure_dict(nnx.state(model, nnx.RngCount))
         return jnp.sum(losses * rows["weights"]), streams
 
-    def summed_gradients(state: TrainState, frozen: Tree, batch: Batch) -> tuple[Any, Tree, Tree]:
+    def summed_gradients(state: TrainState, frozen: Tree, batch: Arrays) -> tuple[Any, Tree, Tree]:
         value_and_grad = jax.value_and_grad(summed_loss, has_aux=True)
         if accumulation_steps == 1:
             (loss, streams), grads = value_and_grad(state.params, state.streams, frozen, batch)
             return loss, grads, streams
 
-        def add(carry: tuple[Any, Tree, Tree], part: Batch) -> tuple[tuple[Any, Tree, Tree], None]:
+        def add(carry: tuple[Any, Tree, Tree], part: Arrays) -> tuple[tuple[Any, Tree, Tree], None]:
             loss, grads, streams = carry
             part = jax.tree.map(laid_out, part)
             (more, streams), extra = value_and_grad(state.params, streams, frozen, part)
@@ -170,8 +187,21 @@ def make_step(
         start = (jnp.zeros([]), jax.tree.map(jnp.zeros_like, state.params), state.streams)
         return jax.lax.scan(add, start, divided)[0]
 
+    def on_devices(opt_state: Tree) -> Tree:
+        if shardings is None:
+            return opt_state
+        return jax.tree.map(
+            lambda x, held: (
+                jax.device_put(x, held.with_memory_kind("device"))
+                if held.memory_kind == HOST_MEMORY
+                else x
+            ),
+            opt_state,
+            shardings.state.opt_state,
+        )
+
     def step(
-        state: TrainState, frozen: Tree, batch: Batch
+        state: TrainState, frozen: Tree, batch: Arrays
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         loss, grads, streams = summed_gradients(state, frozen, batch)
         count = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
@@ -181,21 +211,42 @@ def make_step(
         grads, state, loss, count, streams = jax.lax.optimization_barrier(
             (grads, state, loss, count, streams)
         )
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        total, streak = state.skipped
+        moves = finite & (streak < max_skipped_steps)
+
+        def update(params: Tree, opt_state: Tree) -> tuple[Tree, Tree, jax.Array, jax.Array]:
+            updates, opt_state = tx.update(grads, opt_state, params)
+            norm = optax.tree.get(opt_state, "projected_norm", grad_norm)
+            update_norm = optax.tree.norm(updates)
+            return optax.apply_updates(params, updates), opt_state, norm, update_norm
+
+        def skip(params: Tree, opt_state: Tree) -> tuple[Tree, Tree, jax.Array, jax.Array]:
+            return params, opt_state, grad_norm, jnp.zeros_like(grad_norm)
+
+        params, opt_state, grad_norm, update_norm = jax.lax.cond(
+            moves,
+            update,
+            skip,
+            state.params,
+            on_devices(state.opt_state),
+        )
+        skipped = jnp.where(moves, jnp.stack([total, 0]), state.skipped + 1)
         metrics = {
             "loss": loss / count,
             "tokens": jnp.sum(batch["segment_ids"] > 0),
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": grad_norm,
+            "update_norm": update_norm,
         }
-        return TrainState(state.step + 1, params, opt_state, streams), metrics
+        return TrainState(state.step + 1, skipped, params, opt_state, streams), metrics
 
     if shardings is None:
         return jax.jit(step, donate_argnums=0)
     mesh = shardings.batch.mesh
 
     def step_on_mesh(
-        state: TrainState, frozen: Tree, batch: Batch
+        state: TrainState, frozen: Tree, batch: Arrays
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         with use_abstract_mesh(mesh.abstract_mesh):  # the model finds it there
             return step(state, frozen, batch)

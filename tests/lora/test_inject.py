@@ -304,7 +304,7 @@ def llama(**fields):
         head_dim=4,
         **fields,
     )
-    return Llama(config, dtype=jnp.bfloat16, remat=True, rngs=nnx.Rngs(0))
+    return Llama(config, dtype=jnp.bfloat16, remat="full", rngs=nnx.Rngs(0))
 
 
 def test_all_linear_layers_of_a_llama():

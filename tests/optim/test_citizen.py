@@ -254,9 +254,13 @@ def test_compiled_once_with_extra_arguments(name):
 
 @every_transform
 def test_donated_buffers_are_used(name):
-    """All of the old state and parameters: none is left, none was of no use to the new ones."""
+    """All of the old state and parameters: none is left, none was of no use to the new ones.
+
+    But for the norm that a clip found at the last step, which is there to be read only.
+    """
     _, (*given, last), _ = compiled_twice(name)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(given):
+        assert leaf.is_deleted() or "projected_norm" in jax.tree_util.keystr(path)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(last))
 
 

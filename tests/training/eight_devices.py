@@ -12,7 +12,9 @@ from flax import nnx
 
 from loft_jax import LoRAConfig, add_lora, loft
 from loft_jax.models import Llama, LlamaConfig
-from loft_jax.training.mesh import MeshConfig, make_mesh, step_shardings
+from loft_jax.training.config import MeshConfig
+from loft_jax.training.mesh import make_mesh
+from loft_jax.training.shardings import step_shardings
 from loft_jax.training.step import initial_state, make_step, predicted, split_model
 
 # Three layers, so that no other axis has the size of the stack.
@@ -30,7 +32,7 @@ STEPS, ROWS, LENGTH = 10, 16, 12
 
 
 def parts_of_a_model():
-    model = Llama(CONFIG, remat=True, rngs=nnx.Rngs(0))
+    model = Llama(CONFIG, remat="full", rngs=nnx.Rngs(0))
     targets = ("k_proj", "down_proj")
     add_lora(model, LoRAConfig(rank=2, target_modules=targets), rngs=nnx.Rngs(1))
     parts = split_model(model, nnx.LoRAParam)

@@ -19,7 +19,7 @@ def state_at(step):
         "norm": jnp.asarray(rng.normal(size=3), jnp.float32),
     }
     opt_state = jax.tree.map(lambda x: x + step, loft(0.1).init(params))
-    return TrainState(jnp.asarray(step, jnp.int32), params, opt_state, {})
+    return TrainState(jnp.asarray(step, jnp.int32), jnp.zeros(2, jnp.int32), params, opt_state, {})
 
 
 @pytest.fixture

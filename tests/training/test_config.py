@@ -2,8 +2,8 @@ import pytest
 
 from loft_jax.data import DataConfig
 from loft_jax.errors import InputError
-from loft_jax.training.config import (
-    FinetuneConfig,
+from loft_jax.training.config import FinetuneConfig
+from loft_jax.training.config_io import (
     check_same_run,
     config_from_dict,
     config_to_dict,
@@ -37,7 +37,8 @@ def test_yaml_round_trip(tmp_path):
         ("steps: 1.5", "field steps is 1.5, expected an integer"),
         ("steps: true", "field steps is True, expected an integer"),
         ("model: 3", "field model is 3, expected a text"),
-        ("remat: maybe", "field remat is 'maybe', expected true or false"),
+        ("balance: maybe", "field balance is 'maybe', expected true or false"),
+        ("remat: true", r"field remat is True, expected one of \['none', 'dots', 'full'\]"),
         ("learning_rate: fast", "field learning_rate is 'fast', expected a number"),
         ("alpha: x", "field alpha is 'x', expected a number"),
         ("eval_path:", "field eval_path is None, expected a text"),

@@ -14,7 +14,9 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from loft_jax.errors import InputError
 from loft_jax.models import LlamaConfig
-from loft_jax.training.mesh import MeshConfig, check_batch, make_mesh, parameter_spec
+from loft_jax.training.config import MeshConfig
+from loft_jax.training.mesh import check_batch, make_mesh
+from loft_jax.training.shardings import parameter_spec
 
 MESHES = ([8, 1, 1], [1, 8, 1], [2, 2, 2], [1, 4, 2])
 CONFIG = LlamaConfig(400, 32, 48, 3, 4, 2, 8)

@@ -1,0 +1,72 @@
+"""Fingerprints of arrays that do not depend on how the arrays are split over devices."""
+
+import math
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+_LANES = (0x9E3779B9, 0x85EBCA6B)  # seeds; a change that one lane does not see, the other does
+
+
+def tree_digest(tree: Any) -> list[str]:
+    """A digest of every array of a tree, from its bits, dtype, shape and path.
+
+    `sum_i w_i x_i mod 2^32` over the bits x of the elements, with odd weights w drawn from the
+    place of the element: integer sums are the same in any order, so on any mesh, and no array
+    leaves its devices. A flipped bit always changes it, other damage with probability 1 - 2^-64.
+
+    Args:
+        tree: Arrays, which may be split over the devices of several processes; then every process
+            calls this, and all get the same.
+
+    Returns:
+        16 hexadecimal digits an array, in the order of the leaves.
+
+    Example:
+        >>> tree_digest({"a": jnp.zeros(3), "b": jnp.zeros((3, 1))})
+        ['eaad0498eaad0498', 'ce0bdc69ce0bdc69']
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    whole = next(
+        (
+            NamedSharding(leaf.sharding.mesh, PartitionSpec())
+            for _, leaf in leaves
+            if isinstance(getattr(leaf, "sharding", None), NamedSharding)
+        ),
+        None,
+    )
+    sums = jax.jit(_sums, out_shardings=whole)([leaf for _, leaf in leaves])
+    digests = []
+    for (path, leaf), lanes in zip(leaves, np.asarray(sums), strict=True):
+        named = f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode()
+        digests.append("".join(f"{int(lane) ^ zlib.crc32(named):08x}" for lane in lanes))
+    return digests
+
+
+def _sums(leaves: list[jax.Array]) -> jax.Array:
+    """(leaves, lanes) uint32."""
+    return jnp.stack([jnp.stack([_weighted(leaf, seed) for seed in _LANES]) for leaf in leaves])
+
+
+def _weighted(leaf: jax.Array, seed: int) -> jax.Array:
+    if leaf.dtype == jnp.bool_:
+        leaf = leaf.astype(jnp.uint8)
+    bits = leaf.dtype.itemsize * 8
+    words = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{min(bits, 32)}"))
+    place = jnp.zeros(words.shape, jnp.uint32)
+    for axis in range(words.ndim):
+        stride = math.prod(words.shape[axis + 1 :]) % 2**32
+        place += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride)
+    weights = _mixed(place + jnp.uint32(seed)) | 1
+    return jnp.sum(weights * words.astype(jnp.uint32), dtype=jnp.uint32)
+
+
+def _mixed(x: jax.Array) -> jax.Array:
+    """The finalizer of MurmurHash3: every bit of x reaches every bit of the result."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)

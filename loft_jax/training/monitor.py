@@ -1,0 +1,118 @@
+"""What a run tells of itself at a log line, apart from its loss: speed, memory, conditioning."""
+
+import contextlib
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from loft_jax.hub.host_arrays import whole
+from loft_jax.models import LlamaConfig
+from loft_jax.optim.conditioning import factor_grams
+from loft_jax.training.flops import flops_per_token, peak_flops
+
+_PARTS = ("data", "eval", "save")
+
+
+class Speedometer:
+    """Where the time since the last log line went, and what was computed in it.
+
+    JAX computes while Python goes on, so that a step is not timed by itself: what is left of the
+    interval after data, evaluation and saving is the steps'.
+    """
+
+    def __init__(self, config: LlamaConfig, *, full: bool, devices: int) -> None:
+        """Starts the clock.
+
+        Args:
+            config: Of the model.
+            full: Whether all weights are trained.
+            devices: How many compute.
+        """
+        self._config, self._full, self._devices = config, full, devices
+        self._peak = peak_flops(jax.local_devices()[0])
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins a new interval."""
+        self._start = time.perf_counter()
+        self._spent = dict.fromkeys(_PARTS, 0.0)
+        self._steps, self._tokens, self._flops = 0, 0, 0.0
+
+    @contextlib.contextmanager
+    def spent_on(self, part: str) -> Iterator[None]:
+        """Counts the time inside for "data", "eval" or "save"."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._spent[part] += time.perf_counter() - start
+
+    def count(self, tokens: int, length: int) -> None:
+        """Counts a step of so many tokens, padding apart, in rows of a length."""
+        self._steps += 1
+        self._tokens += tokens
+        self._flops += tokens * flops_per_token(self._config, length, full=self._full)
+
+    def read(self) -> dict[str, float]:
+        """The figures of the interval, which ends; what was computed in it must have ended too.
+
+        Returns:
+            `tokens_per_second` and `seconds_per_step` of the time that steps took; `seconds_data`,
+            `seconds_eval` and `seconds_save` of the whole interval; on chips that are known, `mfu`,
+            the share of their peak that model FLOPs took.
+        """
+        training = time.perf_counter() - self._start - sum(self._spent.values())
+        values = {
+            "tokens_per_second": self._tokens / training,
+            "seconds_per_step": training / self._steps,
+            **{f"seconds_{part}": seconds for part, seconds in self._spent.items()},
+        }
+        if self._peak is not None:
+            values["mfu"] = self._flops / training / (self._peak * self._devices)
+        self.restart()
+        return values
+
+
+def memory_in_use() -> dict[str, float]:
+    """The most bytes that this host, and any of its devices, has held so far.
+
+    Returns:
+        `host_bytes`, and `device_bytes` where devices count theirs.
+    """
+    unit = 1 if sys.platform == "darwin" else 1024
+    values = {"host_bytes": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)}
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    if all(stats):
+        values["device_bytes"] = float(max(each["peak_bytes_in_use"] for each in stats if each))
+    return values
+
+
+def largest_condition(params: Any) -> float:
+    """The largest condition number of the factors' Gram matrices; infinite for one of less rank.
+
+    Args:
+        params: With LoRA pairs.
+
+    Returns:
+        `lambda_max / lambda_min` of the worst of `AᵀA` and `B Bᵀ`; a factor of zeros, as B at the
+        start, does not count. Infinite too where a factor is.
+    """
+    most = 1.0
+    for gram in _grams(params).values():
+        matrices = whole(gram).astype(np.float64)
+        if not np.isfinite(matrices).all():
+            return math.inf
+        values = np.linalg.eigvalsh(matrices)  # (stack, r), ascending
+        least, largest = values[:, 0], values[:, -1]
+        for low, high in zip(least[largest > 0], largest[largest > 0], strict=True):
+            most = max(most, high / low if low > 0 else math.inf)
+    return float(most)
+
+
+_grams = jax.jit(factor_grams)

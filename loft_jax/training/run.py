@@ -1,0 +1,191 @@
+"""What a run is made of, from its configuration: data, model, optimizer, compiled step."""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from loft_jax.data import Batch, eval_batches, load_examples, tokenize, train_stream
+from loft_jax.errors import InputError
+from loft_jax.evaluation.choices import score_choices
+from loft_jax.evaluation.perplexity import perplexity
+from loft_jax.hub import load_tokenizer
+from loft_jax.hub.host_arrays import whole
+from loft_jax.models import Llama
+from loft_jax.optim.state import state_bytes
+from loft_jax.training.checkpoint import Checkpoints
+from loft_jax.training.config import FinetuneConfig
+from loft_jax.training.config_io import config_to_dict
+from loft_jax.training.distributed import place_batch
+from loft_jax.training.model import export_trained, load_model, scaling_of, trained_kind
+from loft_jax.training.monitor import Speedometer, largest_condition
+from loft_jax.training.optimizer import make_optimizer, make_schedule
+from loft_jax.training.shardings import step_shardings
+from loft_jax.training.step import TrainState, initial_state, make_step, predicted, split_model
+
+_log = logging.getLogger(__name__)
+
+
+class Run:
+    """The parts of a fine-tuning run, laid out on its mesh.
+
+    Attributes:
+        config: What it was made from.
+        progress: Whether bars are shown.
+        steps: How many there are.
+        stream: Of training batches.
+        parts: The model; its trained parameters are in `start`.
+        schedule: Learning rate by step.
+        step: The compiled step.
+        start: The state before the first step; the step consumes it.
+    """
+
+    def __init__(self, config: FinetuneConfig, mesh: Mesh, *, progress: bool) -> None:
+        """Loads and compiles nothing that it does not need; all processes of a run do this.
+
+        Args:
+            config: Of the run.
+            mesh: Of all its devices.
+            progress: Show bars.
+
+        Raises:
+            InputError: Model, data or targets are not what they should be.
+        """
+        self.config = config
+        self.progress = progress
+        self._mesh = mesh
+        self._tokenizer = load_tokenizer(config.model)
+        rows = load_examples(config.data)
+        data = tokenize(rows, self._tokenizer, config.data)
+        self.stream = train_stream(
+            data, config.data, batch_size=config.batch_size, seed=config.seed
+        )
+        self.steps = config.steps or math.ceil(
+            config.epochs * self.stream.rows_per_epoch / config.batch_size
+        )
+        self._eval_data = (
+            dataclasses.replace(config.data, path=config.eval_path, split=config.eval_split)
+            if config.eval_path
+            else None
+        )
+        self._eval_rows: Any = None
+        self._eval_batches: Sequence[Batch] = ()
+        if self._eval_data is not None:
+            self._eval_rows = load_examples(self._eval_data)
+            eval_tokens = tokenize(self._eval_rows, self._tokenizer, self._eval_data)
+            self._eval_batches = eval_batches(
+                eval_tokens, self._eval_data, batch_size=config.eval_batch_size
+            )
+
+        model = load_model(config, mesh)
+        if (largest := int(data.tokens.max())) >= (size := model.config.vocab_size):
+            raise InputError(
+                f"{config.model}: its tokenizer gives token {largest}, its weights have {size}; "
+                "expected a tokenizer and weights that belong together"
+            )
+        self._sizes = model.config
+        self.schedule = make_schedule(config, self.steps)
+        tx = make_optimizer(config, self.schedule, scaling_of(model))
+        parts = split_model(model, trained_kind(config.method))
+        self._shardings = step_shardings(
+            parts, tx, model.config, mesh, offload_optimizer=config.offload_optimizer
+        )
+        layout = self._shardings.state
+        params = jax.device_put(parts.params, layout.params)
+        streams = jax.device_put(parts.streams, layout.streams)
+        self.parts = parts._replace(
+            params=jax.eval_shape(lambda: params),
+            streams=jax.eval_shape(lambda: streams),
+            frozen=jax.device_put(parts.frozen, self._shardings.frozen),
+        )
+        self.start = jax.jit(
+            lambda params, streams: initial_state(
+                parts._replace(params=params, streams=streams), tx
+            ),
+            out_shardings=layout,
+        )(params, streams)
+        self.step = make_step(
+            parts,
+            tx,
+            config.accumulation_steps,
+            self._shardings,
+            max_skipped_steps=config.max_skipped_steps,
+        )
+        _log.info(
+            "%s: %s trained parameters, optimizer state of %s bytes",
+            config.method,
+            f"{sum(x.size for x in jax.tree.leaves(params)):,}",
+            f"{state_bytes(tx, params):,}",
+        )
+
+    def close(self) -> None:
+        """Stops the threads that make batches."""
+        self.stream.close()
+
+    def placed(self, batch: Batch) -> dict[str, jax.Array]:
+        """A batch of the stream as the step takes it."""
+        return place_batch(predicted(batch), self._shardings.batch)
+
+    def speedometer(self) -> Speedometer:
+        """A clock for the steps of this run."""
+        full = self.config.method == "full"
+        return Speedometer(self._sizes, full=full, devices=self._mesh.size)
+
+    def conditions(self, state: TrainState) -> dict[str, float]:
+        """The largest condition number of the factors, by the name it is logged under."""
+        return {"gram_condition": largest_condition(state.params)}
+
+    def save(self, checkpoints: Checkpoints, state: TrainState, eval_loss: float | None) -> None:
+        """Saves all that a resumed run needs.
+
+        Raises:
+            InputError: Parameters are not finite, or nothing can be written.
+        """
+        if not whole(_all_finite(state.params)):
+            raise InputError(
+                f"parameters are not finite at step {int(whole(state.step))}; the last checkpoint "
+                "is kept. Expected a smaller learning_rate, or a larger eps, to train"
+            )
+        plain = {"config": config_to_dict(self.config), "data": self.stream.get_state()}
+        checkpoints.save(state, plain, eval_loss)
+
+    def export(self, state: TrainState) -> Path:
+        """Writes the adapter, or the whole model for method "full"."""
+        folder, method = Path(self.config.output), self.config.method
+        if method == "full" and (folder / "model").exists():
+            return folder / "model"  # whole, or not there: this run was at its end before
+        return export_trained(
+            self._trained(state), self._tokenizer, method, folder, base_model=self.config.model
+        )
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """Mean loss on the held-out examples, and accuracy if there are choices."""
+        if self._eval_data is None:
+            return {}
+        model = self._trained(state)
+        if not self.config.choices:
+            return {"loss": perplexity(model, self._eval_batches, progress=self.progress).nll}
+        scores = score_choices(
+            model,
+            self._tokenizer,
+            self._eval_rows,
+            self._eval_data,
+            choices=self.config.choices,
+            batch_size=self.config.eval_batch_size,
+            progress=self.progress,
+        )
+        return {"loss": scores.nll, "accuracy": scores.accuracy}
+
+    def _trained(self, state: TrainState) -> Llama:
+        return self.parts.merged(state.params, state.streams)
+
+
+@jax.jit
+def _all_finite(params: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(params)]))

@@ -1,0 +1,149 @@
+"""Rules for how every array of a run lies on its mesh.
+
+Models name the axes of their parameters (`loft_jax.models.llama_layout.logical_axes`); here these
+names meet those of the mesh. All is GSPMD: the compiled step is the one of a single device, with
+shardings at its borders and on the residual stream.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from loft_jax.models import LlamaConfig
+from loft_jax.models.activations import BATCH_AXES
+from loft_jax.models.llama_layout import logical_axes
+from loft_jax.optim.state import state_shardings
+from loft_jax.training.step import HOST_MEMORY, Parts, StepShardings, TrainState
+
+Tree = Any
+
+# Logical axis of a parameter -> axis of the mesh. Other axes stay whole: a scan runs over
+# "layers", and norms are small.
+_RULES: Mapping[str | None, str] = {
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+}
+
+
+def step_shardings(
+    parts: Parts,
+    tx: optax.GradientTransformation,
+    config: LlamaConfig,
+    mesh: Mesh,
+    *,
+    offload_optimizer: bool = False,
+) -> StepShardings:
+    """The shardings of a run.
+
+    Weights are split by `parameter_spec`, the optimizer's state like the parameters it is about
+    (`loft_jax.optim.state.state_shardings`); random streams, counters and metrics are on every
+    device.
+
+    Args:
+        parts: From `split_model`; shapes are enough.
+        tx: The optimizer.
+        config: Of the model.
+        mesh: From `make_mesh`.
+        offload_optimizer: Whether the optimizer's state lies in the memory of the hosts.
+
+    Returns:
+        The shardings, for `make_step` and for `jax.device_put`.
+    """
+    whole: Any = NamedSharding(mesh, PartitionSpec())
+
+    def of(tree: Tree) -> Tree:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: NamedSharding(
+                mesh,
+                parameter_spec(
+                    jax.tree_util.keystr(path, simple=True, separator="."),
+                    leaf.shape,
+                    config,
+                    mesh,
+                ),
+            ),
+            tree,
+        )
+
+    params = of(parts.params)
+    opt_state = state_shardings(tx, parts.params, params)
+    if offload_optimizer:  # but for counters: XLA wants scalars on the devices
+        opt_state = jax.tree.map(
+            lambda held, x: held.with_memory_kind(HOST_MEMORY) if x.ndim else held,
+            opt_state,
+            jax.eval_shape(tx.init, parts.params),
+        )
+    state = TrainState(
+        step=whole,
+        skipped=whole,
+        params=params,
+        opt_state=opt_state,
+        streams=jax.tree.map(lambda _: whole, parts.streams),
+    )
+    return StepShardings(state, of(parts.frozen), NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
+
+
+def parameter_spec(
+    path: str, shape: Sequence[int], config: LlamaConfig, mesh: Mesh
+) -> PartitionSpec:
+    """How one array of a model is split.
+
+    The side of a weight that meets the residual stream ("embed") is split over fsdp, the other one
+    (heads, MLP features, vocabulary) over tensor. A LoRA factor has one long side and takes the
+    mesh axes of both there, so that it has as many shards as the weight it adapts: a factor, and
+    with it the optimizer's state, that followed its own side only would be whole on every device
+    of the other axis. Its rank is never split.
+
+    An axis that cannot be split stays whole: one whose size the mesh axis does not divide, and the
+    heads (or key heads) of an attention that has no multiple of `tensor` of them, since a head is
+    computed on one device. Norms, and what is no parameter (random keys), are whole everywhere.
+
+    Args:
+        path: Dotted path of the array.
+        shape: Its shape.
+        config: Of the model.
+        mesh: From `make_mesh`.
+
+    Returns:
+        A mesh axis, several, or None for each axis of the array.
+
+    Example:
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
+        ...                      num_hidden_layers=2, num_attention_heads=4,
+        ...                      num_key_value_heads=2, head_dim=8)
+        >>> mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        >>> parameter_spec("layers.mlp.up_proj.kernel", (2, 32, 48), config, mesh)
+        P(None, 'fsdp', 'tensor')
+        >>> parameter_spec("layers.mlp.up_proj.lora_b", (2, 4, 48), config, mesh)
+        P(None, None, ('tensor', 'fsdp'))
+    """
+    module, _, name = path.rpartition(".")
+    if name not in ("kernel", "embedding", "bias", "scale", "lora_a", "lora_b"):
+        return PartitionSpec()
+    own = logical_axes(path)
+    split = [_mesh_axes(axis) for axis in own]
+    if name in ("lora_a", "lora_b"):
+        long = -2 if name == "lora_a" else -1
+        (other,) = set(logical_axes(f"{module}.kernel")[-2:]) - {own[long]}
+        split[long] += _mesh_axes(other)
+        heads = {}
+    else:
+        heads = {"heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads}
+    spec: list[Any] = []
+    for axis, size, names in zip(own, shape, split, strict=True):
+        units = heads.get(axis or "", size)
+        while names and units % math.prod(mesh.shape[name] for name in names):
+            names = names[:-1]
+        spec.append(names[0] if len(names) == 1 else names or None)
+    return PartitionSpec(*spec)
+
+
+def _mesh_axes(axis: str | None) -> tuple[str, ...]:
+    return (_RULES[axis],) if axis in _RULES else ()

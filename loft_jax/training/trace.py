@@ -1,0 +1,49 @@
+"""A JAX trace of some steps, to be looked at in TensorBoard or Perfetto."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+
+
+class StepTrace:
+    """Records from before the first of two steps to after the last."""
+
+    def __init__(self, folder: Path, steps: Sequence[int]) -> None:
+        """Prepares the recording.
+
+        Args:
+            folder: Where the trace goes.
+            steps: The first and the last step; empty for no trace.
+        """
+        self._folder, self._steps, self._running = folder, tuple(steps), False
+
+    def __enter__(self) -> "StepTrace":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop()
+
+    def before(self, step: int) -> None:
+        """Begins, if this step is the first one."""
+        if self._steps and step == self._steps[0]:
+            jax.profiler.start_trace(self._folder)
+            self._running = True
+
+    def after(self, step: int, results: Any) -> None:
+        """Ends, if this step is the last one, when its results are there."""
+        if self._running and step == self._steps[1]:
+            jax.block_until_ready(results)
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()

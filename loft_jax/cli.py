@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import jax
 import tyro
 
 from loft_jax.data import DataConfig
@@ -23,14 +24,17 @@ from loft_jax.training.config import (
     StateDtype,
 )
 from loft_jax.training.config_io import config_from_dict, load_config
+from loft_jax.training.distributed import DistributedConfig, is_main, join, leave
 
 if TYPE_CHECKING:
     from loft_jax.models import Llama
+    from loft_jax.training.loop import RunResult
 
 # Models, optimizers and data are imported by the commands that use them: help comes at once.
 
 _EXIT_INPUT = 2
 _EXIT_INTERRUPTED = 130
+_EXIT_OTHERS = 3
 
 
 @dataclass(frozen=True)
@@ -42,20 +46,33 @@ class Finetune:
     """Read settings from a YAML file, as a run's config.yaml; flags go before it."""
     resume: bool = False
     """Go on from the newest checkpoint in the output folder."""
+    distributed: Annotated[DistributedConfig, tyro.conf.arg(name="")] = field(
+        default_factory=DistributedConfig
+    )
+    """Of several processes: where they meet."""
 
     def __call__(self) -> int:
-        """Runs the command."""
+        """Runs the command; of several processes the first one speaks."""
         from loft_jax.training.loop import finetune
 
+        join(self.distributed)
+        if not is_main():
+            logging.getLogger("loft_jax").setLevel(logging.ERROR)
         result = finetune(self.run, resume=self.resume)
+        return self._report(result) if is_main() else self._code(result)
+
+    def _report(self, result: "RunResult") -> int:
         for name, values in (("before", result.before), ("after", result.after)):
             if values:
                 print(f"{name + ':':8}" + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
         if result.interrupted:
             print(f"stopped at step {result.steps}; go on with --resume", file=sys.stderr)
-            return _EXIT_INTERRUPTED
-        print(f"trained: {result.trained}")
-        return 0
+        else:
+            print(f"trained: {result.trained}")
+        return self._code(result)
+
+    def _code(self, result: "RunResult") -> int:
+        return _EXIT_INTERRUPTED if result.interrupted else 0
 
 
 @dataclass(frozen=True)
@@ -307,11 +324,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options["default"] = _finetune_default(rest)
             return tyro.cli(command, **options)()
     except (InputError, OSError) as error:
-        print(f"loft-jax {name}: {error}", file=sys.stderr)
-        return _EXIT_INPUT
+        message, code = str(error), _EXIT_INPUT
     except KeyboardInterrupt:
-        print(f"loft-jax {name}: interrupted", file=sys.stderr)
-        return _EXIT_INTERRUPTED
+        message, code = "interrupted", _EXIT_INTERRUPTED
+    except jax.errors.JaxRuntimeError as error:
+        if not jax.distributed.is_initialized():
+            raise
+        message, code = f"stopped, most likely since another process did: {error}", _EXIT_OTHERS
+    print(f"loft-jax {name}: {message}", file=sys.stderr)
+    if jax.distributed.is_initialized():
+        leave(code)
+    return code
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from loft_jax.data.encode import column_names, pad_id, text_of, truncate
 from loft_jax.data.text import encode_continuations, encode_starts
 from loft_jax.errors import InputError
 from loft_jax.evaluation._inference import batch_logits, inference_state
+from loft_jax.models.activations import gathered
 from loft_jax.models.loss import Arrays, token_losses
 
 if TYPE_CHECKING:
@@ -253,13 +254,12 @@ def _next_token_scores(graphdef: nnx.GraphDef, state: nnx.State, batch: Arrays) 
     logits = batch_logits(graphdef, state, batch)  # (b, t, vocab)
     last = jnp.maximum(jnp.sum(batch["segment_ids"] > 0, axis=1) - 1, 0)  # (b,)
     scores = jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0]  # (b, vocab)
-    return jnp.take_along_axis(
-        jax.nn.log_softmax(scores.astype(jnp.float32)), batch["candidates"], axis=1
-    )
+    scores = jax.nn.log_softmax(scores.astype(jnp.float32))
+    return gathered(jnp.take_along_axis(scores, batch["candidates"], axis=1))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _answer_scores(graphdef: nnx.GraphDef, state: nnx.State, batch: Arrays) -> jax.Array:
     """Log-probability of what carries the loss in each row, (b, 1)."""
     losses = token_losses(batch_logits(graphdef, state, batch), batch)  # (b, t)
-    return -losses.sum(axis=1, keepdims=True)
+    return gathered(-losses.sum(axis=1, keepdims=True))

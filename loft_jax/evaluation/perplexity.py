@@ -12,6 +12,7 @@ from tqdm import tqdm
 from loft_jax.data import Batch
 from loft_jax.errors import InputError
 from loft_jax.evaluation._inference import batch_logits, inference_state
+from loft_jax.models.activations import gathered
 from loft_jax.models.loss import Arrays, summed_loss
 
 
@@ -64,4 +65,5 @@ def perplexity(model: nnx.Module, batches: Sequence[Batch], *, progress: bool = 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _sums(graphdef: nnx.GraphDef, state: nnx.State, batch: Arrays) -> tuple[jax.Array, jax.Array]:
-    return summed_loss(batch_logits(graphdef, state, batch), batch)
+    loss, count = summed_loss(batch_logits(graphdef, state, batch), batch)
+    return gathered(loss), gathered(count)

@@ -61,6 +61,22 @@ def embeddings_laid_out(x: jax.Array) -> jax.Array:
     return laid_out(x)
 
 
+def gathered(x: jax.Array) -> jax.Array:
+    """Puts results on every device of the mesh, where any process can read them.
+
+    Args:
+        x: Small; of any shape.
+
+    Returns:
+        The same values; with no mesh in the context, the same array.
+
+    Example:
+        >>> gathered(jax.numpy.ones(2)).shape
+        (2,)
+    """
+    return x if _mesh() is None else lax.with_sharding_constraint(x, PartitionSpec())
+
+
 def _mesh() -> AbstractMesh | None:
     mesh = jax.sharding.get_abstract_mesh()
     return mesh if {*BATCH_AXES, FEATURE_AXIS} <= set(mesh.axis_names) else None

@@ -1,6 +1,10 @@
 """Several processes as one run: joining, agreeing, and arrays that are spread over them."""
 
+import logging
+import os
+import sys
 from dataclasses import dataclass
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -68,6 +72,21 @@ def join(config: DistributedConfig) -> None:
             raise InputError(f"cannot join the other processes: {error}") from error
     except RuntimeError as error:
         raise InputError(f"cannot join the other processes: {error}") from error
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process in the middle of a run, and so the run.
+
+    The usual end waits for the others, who wait in vain for this one; once it is gone, what they
+    wait for fails.
+
+    Args:
+        code: Exit code.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def is_main() -> bool:

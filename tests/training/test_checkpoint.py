@@ -56,6 +56,7 @@ def test_keeps_the_newest_and_the_best(checkpoints):
 def test_falls_back_from_a_damaged_checkpoint(checkpoints, damage, caplog):
     for step in (1, 2):
         checkpoints.save(state_at(step), {"data": step}, None)
+    checkpoints.wait()
     folder = checkpoints.folder / "2" / "state"
     victim = largest_file(folder)
     content = victim.read_bytes()
@@ -80,6 +81,7 @@ def test_falls_back_from_a_damaged_checkpoint(checkpoints, damage, caplog):
 def test_an_unfinished_checkpoint_is_not_one(tmp_path, checkpoints, read_only):
     """It is removed, unless the one who looks only reads: a run may be writing it."""
     checkpoints.save(state_at(1), {}, None)
+    checkpoints.wait()
     unfinished = checkpoints.folder / "2.orbax-checkpoint-tmp"
     unfinished.mkdir()
     (unfinished / "x").write_text("half")
@@ -99,6 +101,7 @@ def test_a_missing_folder_is_not_made_to_read_it(tmp_path):
 def test_the_best_of_those_that_can_be_read(checkpoints):
     for step, loss in ((1, 1.0), (2, 2.0)):
         checkpoints.save(state_at(step), {}, loss)
+    checkpoints.wait()
     for file in (checkpoints.folder / "1" / "run").rglob("*"):
         if file.is_file():
             file.write_text("{")

@@ -230,8 +230,9 @@ class Checkpoints:
         raise InputError(f"{self.folder}: no checkpoint to resume from{found}")
 
     def close(self) -> None:
-        """Releases what the manager holds."""
-        self._manager.close()
+        """Releases what the manager holds; `wait` has told of what could not be written."""
+        with contextlib.suppress(Exception):
+            self._manager.close()
 
 
 def _loss(metrics: Any) -> float:

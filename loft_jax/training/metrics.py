@@ -1,9 +1,11 @@
 """Metrics of a run: one JSON line for each step that is logged, and the same for TensorBoard."""
 
+import contextlib
 import hashlib
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,28 +39,38 @@ class MetricsLog:
         last = -1 if resumed_at is None else resumed_at
         kept = [row for row in read_metrics(self.path) if row["step"] <= last]
         partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(partial, self.path)
-        self._file = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=last + 1)
+        with self._writable():
+            partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            os.replace(partial, self.path)
+            self._file = self.path.open("a", encoding="utf-8")
+            self._board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=last + 1)
         self._wandb = _wandb_run(Path(folder), wandb) if wandb else None
 
     def write(self, step: int, **values: float) -> None:
         """Adds the values of a step by name; those that are infinite or no number stay out."""
         values = {name: value for name, value in values.items() if math.isfinite(value)}
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        with self._writable():
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
     def close(self) -> None:
         """Writes out what is buffered."""
-        self._file.close()
-        self._board.close()
+        with self._writable():
+            self._file.close()
+            self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+    @contextlib.contextmanager
+    def _writable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(f"{self.path.parent}: cannot write metrics: {error}") from error
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -2,19 +2,13 @@
 
 import json
 import logging
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from loft_jax.data import DataConfig
 from loft_jax.errors import InputError
 from loft_jax.hub import load_peft_adapter, load_pretrained, load_tokenizer
 from loft_jax.hub.safetensors_io import Safetensors
@@ -22,35 +16,14 @@ from loft_jax.training.config_io import config_to_dict, save_config
 from loft_jax.training.loop import finetune
 from loft_jax.training.metrics import read_metrics
 from tests.tiny import save_tiny_llama, tiny_tokenizer
+from tests.training.processes import losses
 
 CHOICES = (" negative", " positive")
-
-
-def losses(folder):
-    rows = read_metrics(Path(folder) / "metrics.jsonl")
-    return {row["step"]: row["train_loss"] for row in rows if "train_loss" in row}
 
 
 def adapter(folder):
     file = Safetensors(Path(folder) / "adapter" / "adapter_model.safetensors")
     return {name: np.asarray(file.read(name)) for name in file.shapes}
-
-
-def start(config, tmp_path, *flags):
-    """The run in a process of its own, as from the command line."""
-    save_config(config, tmp_path / "start.yaml")
-    command = [sys.executable, "-c", "import sys, loft_jax.cli as c; sys.exit(c.main())"]
-    command += ["finetune", "--config", str(tmp_path / "start.yaml"), *flags]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-def wait_for_step(folder, step, process):
-    """Until the run has logged a step."""
-    deadline = time.monotonic() + 240
-    while max(losses(folder), default=0) < step:
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("method", ["loft", "lora", "full"])
@@ -110,53 +83,6 @@ def test_checkpoints_hold_no_base_weights(make_config):
     assert "embed_tokens" not in json.dumps(state)
     assert "kernel" not in json.dumps(state)
     assert sum(sizes) < 40 * base
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_killed_and_resumed_is_as_if_never_stopped(make_config, tmp_path, dropout):
-    whole = make_config(output=str(tmp_path / "whole"), steps=40, dropout=dropout)
-    finetune(whole, progress=False)
-    config = make_config(output=str(tmp_path / "killed"), steps=40, dropout=dropout)
-    process = start(config, tmp_path)
-    wait_for_step(config.output, 6, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not Path(config.output, "adapter").exists()
-    resumed = finetune(config, resume=True, progress=False)
-    assert resumed.steps == 40
-    assert losses(config.output) == losses(whole.output)
-    expected = adapter(whole.output)
-    for name, tensor in adapter(config.output).items():
-        np.testing.assert_array_equal(tensor, expected[name], err_msg=name)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_before_the_run_leaves(make_config, tmp_path, number):
-    config = make_config(steps=2000, save_every=100000)
-    process = start(config, tmp_path)
-    wait_for_step(config.output, 3, process)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors
-    assert "Traceback" not in errors
-    assert "checkpoint saved" in errors
-    stopped = max(losses(config.output))
-    steps = [int(f.name) for f in Path(config.output, "checkpoints").iterdir() if f.name.isdigit()]
-    assert steps == [stopped]
-
-
-def test_the_batches_of_a_resumed_run_are_those_that_were_left(make_config, tmp_path):
-    """With packing, over the end of an epoch."""
-    data = DataConfig(make_config().data.path, max_length=64, packing=True)
-    whole = make_config(output=str(tmp_path / "whole"), data=data, batch_size=4)
-    finetune(whole, progress=False)
-    halves = make_config(output=str(tmp_path / "halves"), data=data, batch_size=4)
-    process = start(halves, tmp_path)
-    wait_for_step(halves.output, 5, process)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    finetune(halves, resume=True, progress=False)
-    assert losses(halves.output) == losses(whole.output)
 
 
 def test_resume_refuses_another_run(make_config):

@@ -1,0 +1,152 @@
+"""Whole runs that are killed, stopped, or find the disk full, and go on as if nothing had been."""
+
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from loft_jax.data import DataConfig
+from loft_jax.hub.safetensors_io import Safetensors
+from loft_jax.training.config import MeshConfig
+from loft_jax.training.loop import finetune
+from tests.training.processes import finish, losses, output, start, start_together, wait_for_step
+
+
+def adapter(folder):
+    file = Safetensors(Path(folder) / "adapter" / "adapter_model.safetensors")
+    return {name: np.asarray(file.read(name)) for name in file.shapes}
+
+
+def saved_steps(folder):
+    return sorted(int(f.name) for f in Path(folder, "checkpoints").iterdir() if f.name.isdigit())
+
+
+def test_killed_again_and_again_is_as_if_never_stopped(make_config, tmp_path):
+    """To the bit, with dropout and packed rows, over ends of epochs, in saves and between them."""
+    data = DataConfig(make_config().data.path, max_length=64, packing=True)
+    common = {"data": data, "batch_size": 4, "dropout": 0.2, "steps": 60, "save_every": 1}
+    whole = make_config(output=str(tmp_path / "whole"), **common)
+    finetune(whole, progress=False)
+    config = make_config(output=str(tmp_path / "killed"), **common)
+    moment, kills = random.Random(0), 0
+    process = start(config)
+    while kills < 5:
+        wait_for_step(config.output, 8 * (kills + 1), process)
+        time.sleep(0.3 * moment.random())
+        process.send_signal(signal.SIGKILL)
+        finish(process)
+        kills += 1
+        assert not Path(config.output, "adapter").exists()
+        process = start(config, "--resume")
+    assert finish(process) == [0], output(process)
+    assert losses(config.output) == losses(whole.output)
+    expected = adapter(whole.output)
+    for name, tensor in adapter(config.output).items():
+        np.testing.assert_array_equal(tensor, expected[name], err_msg=name)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_before_the_run_leaves(make_config, number):
+    config = make_config(steps=20000, save_every=100000)
+    process = start(config)
+    wait_for_step(config.output, 3, process)
+    process.send_signal(number)
+    assert finish(process) == [130], output(process)
+    assert "Traceback" not in output(process)
+    assert "checkpoint saved" in output(process)
+    assert saved_steps(config.output) == [max(losses(config.output))]
+
+
+def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(make_config, tmp_path):
+    """On a file system of its own, in a namespace that ends with the run."""
+    mount = ("unshare", "--user", "--map-root-user", "--mount")
+    if subprocess.run([*mount, "true"], check=False).returncode:
+        pytest.skip("this machine lets nobody mount a file system")
+    config = make_config(steps=2000, save_every=1, keep_last=1000)
+    folder, kept = Path(config.output), tmp_path / "kept"
+    folder.mkdir()
+    script = (
+        f'mount -t tmpfs -o size=3m tmpfs "{folder}" && "$@"; code=$?;'
+        f' cp -r "{folder}" "{kept}"; exit $code'
+    )
+    process = start(config, before=(*mount, "sh", "-c", script, "sh"))
+    assert finish(process) == [2], output(process)
+    [told] = [s for s in output(process).splitlines() if s.startswith("loft-jax finetune: ")]
+    assert str(folder) in told
+    assert "No space left on device" in told
+    complete = saved_steps(kept)
+    assert complete
+    shutil.copytree(kept, folder, dirs_exist_ok=True)
+    resumed = make_config(steps=2000, save_every=1000, keep_last=1000)
+    process = start(resumed, "--resume")
+    wait_for_step(folder, complete[-1] + 5, process)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process) == [130], output(process)
+    assert f"resumed at step {complete[-1]} of 2000" in output(process)
+
+
+def test_processes_do_what_one_does_and_stop_when_one_is_gone(make_config, tmp_path):
+    """Two processes, one killed; then one process and another mesh goes on to the same end."""
+    # Of a size that rounding does not turn into another sign, as Adam's first steps else are.
+    common = {"eps": 1e-3, "steps": 30, "save_every": 5, "keep_last": 9}
+    mesh = MeshConfig(data=2, fsdp=1, tensor=2)
+    alone = make_config(output=str(tmp_path / "alone"), **common)
+    together = make_config(output=str(tmp_path / "together"), mesh=mesh, **common)
+    finetune(alone, progress=False)
+    processes = start_together(together, 2)
+    wait_for_step(together.output, 12, processes[0])
+    processes[1].send_signal(signal.SIGKILL)
+    begin = time.monotonic()
+    survivor, killed = finish(*processes)
+    assert time.monotonic() - begin < 60
+    assert (killed, survivor > 0) == (-9, True)
+    assert "another process" in output(processes[0])
+    resumed = make_config(output=together.output, mesh=MeshConfig(fsdp=4), **common)
+    process = start(resumed, "--resume", devices=4)
+    assert finish(process) == [0], output(process)
+    found, expected = losses(together.output), losses(alone.output)
+    assert found.keys() == expected.keys()
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
+    expected = adapter(alone.output)
+    for name, tensor in adapter(together.output).items():
+        distance = np.linalg.norm(tensor - expected[name]) / np.linalg.norm(expected[name])
+        assert distance < 1e-5, name
+
+
+def test_processes_stop_behind_the_same_step(make_config):
+    """A notice of preemption to one of them is one to all."""
+    config = make_config(steps=20000, save_every=100000)
+    processes = start_together(config, 2)
+    wait_for_step(config.output, 3, processes[0])
+    processes[1].send_signal(signal.SIGTERM)
+    assert finish(*processes) == [130, 130], output(processes[0])
+    assert saved_steps(config.output) == [max(losses(config.output))]
+    assert "checkpoint saved" in output(processes[0])
+    assert "checkpoint saved" not in output(processes[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_two_and_four_processes_evaluate_and_export_as_one(make_config, workspace, tmp_path, count):
+    common = {
+        "eps": 1e-3,
+        "steps": 10,
+        "dropout": 0.1,
+        "eval_path": str(workspace / "test.jsonl"),
+        "choices": (" negative", " positive"),
+    }
+    alone = make_config(output=str(tmp_path / "alone"), **common)
+    result = finetune(alone, progress=False)
+    config = make_config(output=str(tmp_path / "together"), **common)
+    processes = start_together(config, count)
+    assert set(finish(*processes)) == {0}, output(processes[0])
+    values = result.after["loss"], result.after["accuracy"]
+    assert "after:  loss {:.4f}  accuracy {:.4f}".format(*values) in output(processes[0])
+    expected = adapter(alone.output)
+    for name, tensor in adapter(config.output).items():
+        np.testing.assert_allclose(tensor, expected[name], rtol=1e-4, atol=1e-6, err_msg=name)

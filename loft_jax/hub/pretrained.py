@@ -1,5 +1,6 @@
 """Whole models: from a folder, a GGUF file or the Hugging Face hub, and back to a folder."""
 
+import functools
 import json
 import os
 import re
@@ -28,8 +29,9 @@ from loft_jax.hub.safetensors_io import (
     read_json,
     write_checkpoint,
 )
-from loft_jax.models import Llama, LlamaConfig, Remat
+from loft_jax.models import Llama, LlamaConfig, Quantization, Remat
 from loft_jax.models.llama_layout import hf_tensor_name
+from loft_jax.models.quantized import QuantizedParam, quantize, quantize_kernels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,6 +72,7 @@ def load_pretrained(
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
     remat: Remat = "dots",
+    quantization: Quantization = "none",
     placement: Placement | None = None,
 ) -> Llama:
     """Loads a Llama with its weights.
@@ -84,6 +87,8 @@ def load_pretrained(
         dtype: What the model computes in.
         param_dtype: What its parameters are stored in.
         remat: What the backward pass computes again, as for :class:`Llama`.
+        quantization: What the kernels of the decoder layers are stored in, as for
+            :func:`loft_jax.models.quantized.quantize_kernels`; each is quantized when it is read.
         placement: Where a parameter goes, by the model's configuration, the parameter's dotted path
             and its shape; by default on the default device.
 
@@ -98,15 +103,23 @@ def load_pretrained(
         >>> model = load_pretrained("HuggingFaceTB/SmolLM2-135M")  # doctest: +SKIP
     """
     config, source = _open(_resolve(path_or_hub_id, _WEIGHT_PATTERNS))
-    model = nnx.eval_shape(
-        lambda: Llama(config, dtype=dtype, param_dtype=param_dtype, remat=remat, rngs=nnx.Rngs(0))
-    )
+
+    def made() -> Llama:
+        model = Llama(config, dtype=dtype, param_dtype=param_dtype, remat=remat, rngs=nnx.Rngs(0))
+        quantize_kernels(model, quantization)
+        return model
+
+    model = nnx.eval_shape(made)
     graphdef, state = nnx.split(model)
     parameters = {".".join(map(str, path)): value for path, value in nnx.to_flat_state(state)}
     _check(parameters, source, config)
     for path, parameter in parameters.items():
         sharding = None if placement is None else placement(config, path, parameter.shape)
-        parameter.set_value(_load_parameter(path, parameter, source, sharding))
+        value = _load_parameter(path, parameter, source, sharding)
+        if isinstance(parameter, QuantizedParam):
+            place = None if placement is None else functools.partial(placement, config)
+            value = quantize(value, quantization, name=path, placement=place)
+        parameter.set_value(value)
     return nnx.merge(graphdef, state)
 
 

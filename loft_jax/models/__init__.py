@@ -2,5 +2,6 @@
 
 from loft_jax.models.llama import Llama, Remat
 from loft_jax.models.llama_config import LlamaConfig, RopeScaling
+from loft_jax.models.quantized import Quantization
 
-__all__ = ["Llama", "LlamaConfig", "Remat", "RopeScaling"]
+__all__ = ["Llama", "LlamaConfig", "Quantization", "Remat", "RopeScaling"]

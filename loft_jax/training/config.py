@@ -7,13 +7,12 @@ from typing import Literal
 
 from loft_jax.data import DataConfig
 from loft_jax.errors import InputError
-from loft_jax.models import Remat
+from loft_jax.models import Quantization, Remat
 
 Method = Literal["loft", "lora", "full"]
 Precision = Literal["auto", "float32", "bfloat16"]
 SecondMoment = Literal["full", "factored", "diagonal"]
 StateDtype = Literal["float32", "bfloat16"]
-Quantization = Literal["none", "int8", "nf4"]
 
 
 @dataclass(frozen=True)

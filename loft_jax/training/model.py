@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, Sharding
 from loft_jax.hub import load_pretrained, save_peft_adapter, save_pretrained
 from loft_jax.lora import LoRAConfig, add_lora, lora_layers
 from loft_jax.models import Llama, LlamaConfig
+from loft_jax.models.quantized import quantize_kernels
 from loft_jax.training.checkpoint import Checkpoints
 from loft_jax.training.config import FinetuneConfig, Method
 from loft_jax.training.optimizer import make_optimizer
@@ -38,7 +39,10 @@ def load_model(config: FinetuneConfig, mesh: Mesh | None = None) -> Llama:
         return NamedSharding(mesh, parameter_spec(path, shape, sizes, mesh))
 
     base = load_pretrained(
-        config.model, **_computation(config), placement=None if mesh is None else placement
+        config.model,
+        **_computation(config),
+        quantization=config.quantization,
+        placement=None if mesh is None else placement,
     )
     return adapted(base, config)
 
@@ -53,9 +57,13 @@ def abstract_model(sizes: LlamaConfig, config: FinetuneConfig) -> Llama:
     Returns:
         The model, with a `jax.ShapeDtypeStruct` in the place of every array.
     """
-    return nnx.eval_shape(
-        lambda: adapted(Llama(sizes, rngs=nnx.Rngs(0), **_computation(config)), config)
-    )
+
+    def made() -> Llama:
+        model = Llama(sizes, rngs=nnx.Rngs(0), **_computation(config))
+        quantize_kernels(model, config.quantization)
+        return adapted(model, config)
+
+    return nnx.eval_shape(made)
 
 
 def _computation(config: FinetuneConfig) -> dict[str, Any]:

@@ -6,6 +6,7 @@ shardings at its borders and on the residual stream.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -124,6 +125,7 @@ def parameter_spec(
         >>> parameter_spec("layers.mlp.up_proj.lora_b", (2, 4, 48), config, mesh)
         P(None, None, ('tensor', 'fsdp'))
     """
+    path = re.sub(r"\.kernel\.(qvalue|scale)$", ".kernel", path)  # of a quantized one
     module, _, name = path.rpartition(".")
     if name not in ("kernel", "embedding", "bias", "scale", "lora_a", "lora_b"):
         return PartitionSpec()
@@ -138,7 +140,7 @@ def parameter_spec(
         heads = {"heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads}
     spec: list[Any] = []
     for axis, size, names in zip(own, shape, split, strict=True):
-        units = heads.get(axis or "", size)
+        units = math.gcd(size, heads.get(axis or "", size))
         while names and units % math.prod(mesh.shape[name] for name in names):
             names = names[:-1]
         spec.append(names[0] if len(names) == 1 else names or None)

@@ -1,0 +1,153 @@
+"""Frozen weights in 8 or 4 bits, which layers see as if they were not quantized.
+
+The format and the rounding are Qwix's. Layers read a kernel as `kernel[...]`, and here that gives
+the dequantized matrix: with stacked layers under a scan, one layer's at a time. So every layer, and
+LoRA beside it, is what it is without quantization.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Sharding
+
+from loft_jax.errors import InputError
+
+Quantization = Literal["none", "int8", "nf4"]
+"""What frozen kernels are stored in; see :func:`quantize_kernels`."""
+
+_TILE = 64  # inputs that share a scale, as in QLoRA
+_SMALLEST_TILE = 16
+
+# The values that the 16 codes of NF4 stand for (Dettmers et al., arXiv 2305.14314, appendix E).
+_NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+class QuantizedParam(nnx.Param):
+    """A parameter that holds a `qwix.QArray`, and gives its values where it is indexed."""
+
+    def __getitem__(self, key: Any) -> jax.Array:
+        value = self.get_value()
+        return (value if isinstance(value, jax.Array) else dequantize(value))[key]
+
+
+def quantize_kernels(model: Any, quantization: Quantization) -> None:
+    """Quantizes the kernels of the linear layers of a Llama's decoder layers, in place.
+
+    Embeddings, norms and the output head stay as they are.
+
+    Args:
+        model: A `Llama`; under `nnx.eval_shape`, of shapes only.
+        quantization: "int8": integers with a scale for each output. "nf4": 4-bit NormalFloats with
+            a scale for each output and 64 inputs. "none" does nothing.
+
+    Raises:
+        InputError: Qwix is not installed, or a kernel has a number of inputs that shares no tile.
+
+    Example:
+        >>> from loft_jax.models import Llama, LlamaConfig
+        >>> model = Llama(LlamaConfig(64, 32, 48, 2, 4, 2, 8), rngs=nnx.Rngs(0))
+        >>> quantize_kernels(model, "int8")
+        >>> model.layers.mlp.up_proj.kernel.get_value().qvalue.dtype
+        dtype('int8')
+
+    Source:
+        Dettmers et al., QLoRA, arXiv 2305.14314; https://github.com/google/qwix.
+    """
+    if quantization == "none":
+        return
+    for path, module in nnx.iter_modules(model.layers):
+        if isinstance(module, nnx.Linear):
+            name = ".".join(map(str, ("layers", *path, "kernel")))
+            kernel = quantize(module.kernel[...], quantization, name=name)
+            module.kernel = QuantizedParam(kernel)
+
+
+def quantize(
+    kernel: jax.Array,
+    quantization: Quantization,
+    *,
+    name: str,
+    placement: Callable[[str, tuple[int, ...]], Sharding] | None = None,
+) -> Any:
+    """Rounds a kernel to fewer bits.
+
+    Args:
+        kernel: (layers, in, out).
+        quantization: As for :func:`quantize_kernels`; not "none".
+        name: Dotted path of the kernel.
+        placement: Where the parts go, `name.qvalue` and `name.scale`, by path and shape.
+
+    Returns:
+        A `qwix.QArray`.
+
+    Raises:
+        InputError: As :func:`quantize_kernels`.
+    """
+    tile = math.gcd(_TILE, kernel.shape[1])
+    if quantization == "nf4" and tile < _SMALLEST_TILE:
+        raise InputError(
+            f"{name}: has {kernel.shape[1]} inputs, expected a multiple of {_SMALLEST_TILE} for nf4"
+        )
+    rounded = functools.partial(_rounded, quantization=quantization, tile=tile)
+    if placement is None:
+        return rounded(kernel)
+    shardings = jax.tree_util.tree_map_with_path(
+        lambda path, part: placement(
+            f"{name}.{jax.tree_util.keystr(path, simple=True)}", part.shape
+        ),
+        jax.eval_shape(rounded, kernel),
+    )
+    return jax.jit(rounded, out_shardings=shardings)(kernel)
+
+
+def _rounded(kernel: jax.Array, *, quantization: str, tile: int) -> Any:
+    try:
+        import qwix
+    except ImportError as error:
+        raise InputError(
+            "qwix, which quantizes, is not installed; expected: pip install 'loft-jax[quantized]'"
+        ) from error
+    if quantization == "int8":
+        return qwix.quantize(kernel, "int8", channelwise_axes=(0, 2))
+    return qwix.quantize(kernel, "nf4", channelwise_axes=(0, 2), tiled_axes={1: tile})
+
+
+def dequantize(array: Any) -> jax.Array:
+    """The values of a `qwix.QArray`, in the dtype of its scale.
+
+    Written out because Qwix flattens an array to look its codes up, and an array that is split over
+    devices would be gathered for it.
+
+    Args:
+        array: Of any shape, tiled along its axis of inputs, the last but one.
+
+    Returns:
+        (*shape of the array).
+    """
+    scale = array.scale
+    codes = array.qvalue.astype(jnp.int32)
+    values = _nf4_values(codes) if array.qtype == "nf4" else codes
+    *stack, inputs, outputs = array.shape
+    tiles = values.reshape(*stack, scale.shape[-2], inputs // scale.shape[-2], outputs)
+    return (tiles.astype(scale.dtype) * scale[..., None, :]).reshape(array.shape)
+
+
+def _nf4_values(codes: jax.Array) -> jax.Array:
+    """A tree of choices, one level a bit: TPUs have no fast lookup of single elements."""
+    values: list[Any] = list(_NF4)
+    bit = 1
+    while len(values) > 1:
+        odd = (codes & bit) > 0
+        values = [jnp.where(odd, high, low) for low, high in zip(*[iter(values)] * 2, strict=True)]
+        bit *= 2
+    return values[0]

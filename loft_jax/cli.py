@@ -15,7 +15,7 @@ import tyro
 
 from loft_jax.data import DataConfig
 from loft_jax.errors import InputError
-from loft_jax.models import Remat
+from loft_jax.models import Quantization, Remat
 from loft_jax.training.config import (
     FinetuneConfig,
     MeshConfig,
@@ -251,8 +251,14 @@ class Plan:
     """LoFT's second moment."""
     state_dtype: StateDtype = "float32"
     """What LoFT's second moment is stored in."""
+    quantization: Quantization = "none"
+    """What the base model's kernels are stored in."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """How the chips share the work."""
+    slices: int = 1
+    """How many such slices, joined by a slower network."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in the memory of the hosts between updates."""
     accumulation_steps: int = 1
     """Parts of the batch, computed one after the other."""
     remat: Remat = "full"

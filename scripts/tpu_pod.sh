@@ -30,8 +30,9 @@
 #   status    show the slice, and the run on each host
 #   stop      have the run save a checkpoint and end, and wait for that
 #   down      delete the slice
-#   run       up, install, launch, logs; when the slice is lost, all of that again, with --resume if
-#             the run had begun to write. Given again while its run is going, it follows that
+#   run       up, install, launch, logs; when the slice is preempted or a host goes down, all that
+#             again, with --resume if the run had begun to write. Given again while its run is
+#             going, it follows that
 #
 # Flags, of which each command uses what it needs:
 #   --name NAME            of the slice
@@ -53,7 +54,7 @@
 #   --extras LIST          extras of loft-jax, with commas (default: tpu)
 #   --setup COMMAND        shell command that install runs first, on all hosts
 #   --worker N             host that logs and run follow (default: 0)
-#   --max-restarts N       how often run goes on with a lost slice (default: 20)
+#   --max-restarts N       how often run goes on when it was cut off (default: 20)
 #   --stop-timeout SECONDS for a run to end (default: 900)
 #   --poll SECONDS         between questions to gcloud (default: 15)
 #   --dry-run              print the commands for a new slice, one a line, and run none
@@ -62,7 +63,7 @@
 # variables of the run, such as HF_TOKEN, are lines NAME=VALUE in ~/loft-jax/env on the hosts, which
 # --setup can write; nothing secret is sent from here.
 #
-# Exit status: 0; 2 for a wrong command line; 3 if another run is going; for logs and run, that of
+# Exit status: 0; 2 for a wrong command line; 4 if another run is going; for logs and run, that of
 # the run (130: stopped, with a checkpoint); 1 for all else.
 
 set -euo pipefail
@@ -361,11 +362,11 @@ readonly PRELUDE='mkdir -p ~/loft-jax && cd ~/loft-jax || exit 1; '\
 # A run that was killed with its host leaves no status; one that has just ended is about to.
 # shellcheck disable=SC2016
 readonly STATE='state() { if going; then echo running; elif [ -e run.id ]; then '\
-'[ -s run.status ] || sleep 2; if [ -s run.status ]; then '\
+'[ -s run.status ] || sleep 1; if [ -s run.status ]; then '\
 'echo "ended $(cat run.status)$([ ! -e run.stopped ] || echo " stopped")"; '\
 'else echo lost; fi; else echo none; fi; }; '
 # shellcheck disable=SC2016
-readonly REFUSE_GOING='if going; then echo "a run is going on $(hostname)" >&2; exit 3; fi; '
+readonly REFUSE_GOING='if going; then echo "a run is going on $(hostname)" >&2; exit 4; fi; '
 
 # Packs tracked files alone: what else lies in a checkout may be secret.
 send_source() {
@@ -504,17 +505,33 @@ follow() { # WORKER
   done
 }
 
+# The status of a host whose run failed by itself. Nothing if one was killed, or all ended (3) since
+# another did: then it is worth another try.
+own_failure() {
+  local states state code found=''
+  # shellcheck disable=SC2016
+  states=$(remote all "$PRELUDE$STATE"'state') || return 0
+  while read -r state code _; do
+    case $state:$code in
+      lost:*) return 0 ;;
+      ended:0 | ended:3 | ended:130 | ended:143) ;;
+      ended:*) found=$code ;;
+    esac
+  done <<<"$states"
+  printf '%s' "$found"
+}
+
 await_end() {
   # shellcheck disable=SC2016
-  remote all "${PRELUDE}n=0; while going; do [ \$n -lt $stop_timeout ] || exit 4; "\
+  remote all "${PRELUDE}n=0; while going; do [ \$n -lt $stop_timeout ] || exit 5; "\
 'sleep 1; n=$((n + 1)); done'
 }
 
 # --- commands ---
 
-# Ends for the status that hosts gave: 3 says that a run is going there.
+# Ends for the status that hosts gave: 4 says that a run is going there.
 failed() { # STATUS COMMAND
-  (($1 != 3)) || exit 3
+  (($1 != 4)) || exit 4
   die "cannot $2 on all hosts of $name"
 }
 
@@ -567,7 +584,7 @@ stretch() {
     if [[ $run_state == running ]]; then
       if [[ ${run_id%%-*} != "$(fingerprint)" ]]; then
         note "another run is going on $name"
-        exit 3
+        exit 4
       fi
       note 'this run is going already'
     elif [[ $mode != launch ]]; then # hosts take a while to notice that others are gone
@@ -577,7 +594,7 @@ stretch() {
   if [[ $run_state != running ]]; then
     install_and_start "$mode" || code=$?
     if ((code)); then
-      ((code != 3)) || exit 3
+      ((code != 4)) || exit 4
       slice_lost || die "cannot start on all hosts of $name; stop ends the run where it is going"
       return 0
     fi
@@ -587,11 +604,11 @@ stretch() {
     slice_lost || die "cannot reach host $worker of $name; run, again, follows a run that is going"
     return 0
   fi
-  [[ $run_state == ended ]] || return 0
-  case $run_status:$run_stopped in
-    0: | *:stopped) outcome=$run_status ;;
-    130: | 143:) ;; # stopped, but not by `stop`: the host is shutting down
-    *) slice_lost || outcome=$run_status ;;
+  case $run_state:$run_status:$run_stopped in
+    ended:0: | ended:*:stopped) outcome=$run_status ;;
+    # Killed, or stopped but not by `stop`: a host went down, and may take the slice with it.
+    lost:* | none:* | ended:130: | ended:143:) slice_lost || true ;;
+    *) slice_lost || outcome=$(own_failure) ;;
   esac
 }
 
@@ -600,8 +617,8 @@ run() {
   while true; do
     stretch
     [[ -z $outcome ]] || break
-    ((++restarts <= max_restarts)) || die "$name was lost more than $max_restarts times"
-    note "$name was lost; going on ($restarts of at most $max_restarts)"
+    ((++restarts <= max_restarts)) || die "the run was cut off more than $max_restarts times"
+    note "the run was cut off; going on ($restarts of at most $max_restarts)"
     pause
   done
   note "the run has ended with status $outcome; the slice is still there, down deletes it"

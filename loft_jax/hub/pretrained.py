@@ -333,9 +333,8 @@ def _load_parameter(
     shards = []
     for bounds, copies in devices.items():
         values = _read_shard(path, parameter, source, tuple(slice(*bound) for bound in bounds))
-        # Nothing of the host's memory lives on in the arrays: a CPU's would else share it.
-        shards += [jax.device_put(values, device, may_alias=False) for device in copies]
-        jax.block_until_ready(shards)  # before the next one is read
+        shards += [jax.device_put(values, device) for device in copies]
+        jax.block_until_ready(shards)  # before the next one takes memory
     return jax.make_array_from_single_device_arrays(parameter.shape, sharding, shards)
 
 

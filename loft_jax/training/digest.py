@@ -53,7 +53,7 @@ def _sums(leaves: list[jax.Array]) -> jax.Array:
 
 
 def _weighted(leaf: jax.Array, seed: int) -> jax.Array:
-    if leaf.dtype == jnp.bool_:
+    if leaf.dtype in (jnp.bool_, jnp.int4, jnp.uint4):  # less than a byte
         leaf = leaf.astype(jnp.uint8)
     bits = leaf.dtype.itemsize * 8
     words = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{min(bits, 32)}"))

@@ -20,7 +20,7 @@ import optax
 from loft_jax.data import DataConfig
 from loft_jax.errors import InputError
 from loft_jax.hub import load_model_config
-from loft_jax.models import LlamaConfig, Remat
+from loft_jax.models import LlamaConfig, Quantization, Remat
 from loft_jax.models.llama_sizes import LLAMA_SIZES
 from loft_jax.training.collectives import Collective, find_collectives
 from loft_jax.training.config import FinetuneConfig, MeshConfig, Method, SecondMoment, StateDtype
@@ -29,6 +29,7 @@ from loft_jax.training.model import abstract_model, scaling_of, trained_kind
 from loft_jax.training.optimizer import make_optimizer, make_schedule
 from loft_jax.training.shardings import step_shardings
 from loft_jax.training.step import (
+    HOST_MEMORY,
     Parts,
     StepShardings,
     TrainState,
@@ -57,7 +58,10 @@ class PlanConfig:
             "all-linear".
         second_moment: LoFT's.
         state_dtype: What LoFT's second moment is stored in.
+        quantization: What the base model's kernels are stored in.
         mesh: How the chips share the work.
+        slices: How many such slices, joined by a slower network.
+        offload_optimizer: Keep the optimizer's state in the memory of the hosts between updates.
         accumulation_steps: Parts of the batch, computed one after the other.
         remat: What the backward pass computes again.
     """
@@ -70,7 +74,10 @@ class PlanConfig:
     target_modules: tuple[str, ...] = ("all-linear",)
     second_moment: SecondMoment = "full"
     state_dtype: StateDtype = "float32"
+    quantization: Quantization = "none"
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    slices: int = 1
+    offload_optimizer: bool = False
     accumulation_steps: int = 1
     remat: Remat = "full"
 
@@ -85,7 +92,7 @@ class StepPlan:
         memory: HBM of the chip.
         weights: Base weights; for method "full", the trained ones.
         adapter: LoRA factors.
-        optimizer_state: Moments, bases, counters.
+        optimizer_state: Moments, bases, counters; what is kept in the memory of the host apart.
         other: The batch, metrics, and what the compiler pads the arrays above with.
         temporaries: Activations, gradients, gathered weights. None when the step does not fit.
         program: The compiled code, which lies in HBM too. None when the step does not fit.
@@ -226,16 +233,17 @@ def _prepare(config: PlanConfig) -> _Prepared:
         accumulation_steps=config.accumulation_steps,
         dtype="bfloat16",
         remat=config.remat,
+        quantization=config.quantization,
         **_loft_settings(config),
     )
     sizes = plan_model(config.model)
     model = abstract_model(sizes, run)
-    topology = load_topology(config.topology)
+    topology = load_topology(config.topology, config.slices)
     mesh = make_mesh(config.mesh, topology.devices)
     check_batch(rows, config.accumulation_steps, mesh)
     parts = split_model(model, trained_kind(config.method))
     tx = make_optimizer(run, make_schedule(run, steps=1000), scaling_of(model))
-    shardings = step_shardings(parts, tx, sizes, mesh)
+    shardings = step_shardings(parts, tx, sizes, mesh, offload_optimizer=config.offload_optimizer)
     return _Prepared(parts, tx, shardings, topology, _abstract_batch(rows, tokens))
 
 
@@ -388,6 +396,12 @@ def _uncached() -> Iterator[None]:
 
 def _bytes_on_a_device(tree: Tree, shardings: Tree) -> int:
     return sum(
-        math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        math.prod(sharding.shard_shape(leaf.shape)) * _bits(leaf.dtype) // 8
         for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
+        if sharding.memory_kind != HOST_MEMORY
     )
+
+
+def _bits(dtype: Any) -> int:
+    """Of one number; TPUs pack those of less than a byte."""
+    return jnp.iinfo(dtype).bits if dtype in (jnp.int4, jnp.uint4) else dtype.itemsize * 8

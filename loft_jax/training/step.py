@@ -187,15 +187,14 @@ def make_step(
         start = (jnp.zeros([]), jax.tree.map(jnp.zeros_like, state.params), state.streams)
         return jax.lax.scan(add, start, divided)[0]
 
-    def on_devices(opt_state: Tree) -> Tree:
+    def moved(opt_state: Tree, kind: str) -> Tree:
+        """What lies in the memory of the hosts between updates, there or on the devices."""
         if shardings is None:
             return opt_state
         return jax.tree.map(
-            lambda x, held: (
-                jax.device_put(x, held.with_memory_kind("device"))
-                if held.memory_kind == HOST_MEMORY
-                else x
-            ),
+            lambda x, held: jax.device_put(x, held.with_memory_kind(kind))
+            if held.memory_kind == HOST_MEMORY
+            else x,
             opt_state,
             shardings.state.opt_state,
         )
@@ -217,20 +216,22 @@ def make_step(
         moves = finite & (streak < max_skipped_steps)
 
         def update(params: Tree, opt_state: Tree) -> tuple[Tree, Tree, jax.Array, jax.Array]:
-            updates, opt_state = tx.update(grads, opt_state, params)
+            # Moved in here, since the compiler moves it as early as it can.
+            updates, opt_state = tx.update(grads, moved(opt_state, "device"), params)
             norm = optax.tree.get(opt_state, "projected_norm", grad_norm)
             update_norm = optax.tree.norm(updates)
-            return optax.apply_updates(params, updates), opt_state, norm, update_norm
+            params = optax.apply_updates(params, updates)
+            return params, moved(opt_state, HOST_MEMORY), norm, update_norm
 
         def skip(params: Tree, opt_state: Tree) -> tuple[Tree, Tree, jax.Array, jax.Array]:
-            return params, opt_state, grad_norm, jnp.zeros_like(grad_norm)
+            return params, moved(opt_state, HOST_MEMORY), grad_norm, jnp.zeros_like(grad_norm)
 
         params, opt_state, grad_norm, update_norm = jax.lax.cond(
             moves,
             update,
             skip,
             state.params,
-            on_devices(state.opt_state),
+            state.opt_state,
         )
         skipped = jnp.where(moves, jnp.stack([total, 0]), state.skipped + 1)
         metrics = {

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
@@ -48,7 +49,7 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Topology:
-    """A slice of TPU chips.
+    """A slice of TPU chips, or several.
 
     Args:
         name: Generation and grid, as in "v5e:2x4".
@@ -61,16 +62,17 @@ class Topology:
     devices: tuple[jax.Device, ...]
 
 
-def load_topology(name: str) -> Topology:
+def load_topology(name: str, slices: int = 1) -> Topology:
     """Describes a slice to compile for; no TPU is needed or touched.
 
     Environment variables that libtpu reads are set where they are not, for this process.
 
     Args:
         name: Generation and grid of chips: "v5e:2x4", "v5p:2x2x4".
+        slices: How many of them, joined by a slower network.
 
     Returns:
-        The slice.
+        The slice, or all of them.
 
     Raises:
         InputError: An unknown generation, a grid that libtpu does not know, or no libtpu.
@@ -99,7 +101,9 @@ def load_topology(name: str) -> Topology:
     from jax.experimental import topologies
 
     # A chip of v4 has two cores, which run as one device; of later chips this is the default.
-    options = {"chip_config_name": "megacore"} if generation == "v4" else {}
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if generation == "v4":
+        options["chip_config_name"] = "megacore"
     try:
         found = topologies.get_topology_desc(topology_name=name, platform="tpu", **options)
     except jax.errors.JaxRuntimeError as error:

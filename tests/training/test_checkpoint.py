@@ -128,3 +128,31 @@ def test_a_folder_that_cannot_be_made(tmp_path, path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot hold checkpoints"):
         Checkpoints(tmp_path / path)
+
+
+def test_a_flipped_bit_in_any_file_is_noticed_or_harmless(checkpoints):
+    checkpoints.save(state_at(1), {"data": {"next_index": 7}}, None)
+    checkpoints.wait()
+    folder, noticed = checkpoints.folder / "1", []
+    for file in sorted(f for f in folder.rglob("*") if f.is_file()):
+        content = file.read_bytes()
+        for place in sorted({0, len(content) // 3, len(content) // 2, len(content) - 1}):
+            damaged = bytearray(content)
+            damaged[place] ^= 4
+            file.write_bytes(damaged)
+            try:
+                state = checkpoints.restore(1, state_at(0))
+                run = checkpoints.run_of(1)
+            except InputError:
+                noticed.append(file.relative_to(folder).parts[0])
+            else:
+                assert_same(state, state_at(1))
+                assert run["data"] == {"next_index": 7}
+            file.write_bytes(content)
+    assert {"state", "run"} <= set(noticed)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot hold checkpoints"):
+        Checkpoints(tmp_path / "file" / "checkpoints")

@@ -1,5 +1,6 @@
 """Sharding rules, and training steps on 8 CPU devices against one."""
 
+import importlib.util
 import json
 import os
 import re
@@ -17,8 +18,12 @@ from loft_jax.models import LlamaConfig
 from loft_jax.training.config import MeshConfig
 from loft_jax.training.mesh import check_batch, make_mesh
 from loft_jax.training.shardings import parameter_spec
+from loft_jax.training.topology import load_topology
 
 MESHES = ([8, 1, 1], [1, 8, 1], [2, 2, 2], [1, 4, 2])
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is for Linux on x86-64"
+)
 CONFIG = LlamaConfig(400, 32, 48, 3, 4, 2, 8)
 
 
@@ -84,6 +89,50 @@ def test_weights_are_gathered_one_layer_at_a_time(runs, sizes):
     assert not [shape for shape in shapes if shape[0] == 3 and np.prod(shape) >= 3 * 32 * 16]
     layer = [shape for shape in shapes if np.prod(shape) == 32 * 48 // sizes[2]]
     assert bool(layer) == (sizes[1] > 1)
+
+
+@each_mesh
+def test_weights_load_into_their_shards(runs, sizes):
+    """Each byte is read once, and the host holds the shard of one device at a time.
+
+    JAX lets go of what it has copied a call later; and beside it there is a part of one tensor.
+    """
+    loaded = of(runs, sizes)["loaded"]
+    assert loaded["same"]
+    _, fsdp, tensor = sizes
+    # Norms alone are whole on every device; here all devices are of one host, which reads once.
+    assert loaded["read"] == loaded["bytes"]
+    assert loaded["held_by_a_device"] < 1.01 * loaded["bytes"] / (fsdp * tensor)
+    overhead = 150_000  # of Python and safetensors, whatever the size of the arrays
+    assert loaded["peak"] < 3 * loaded["largest_shard"] + overhead
+
+
+@each_mesh
+def test_the_digest_is_that_of_one_device(runs, sizes):
+    assert of(runs, sizes)["digest"] == runs["alone"]["digest"]
+
+
+def test_a_quantized_base_trains_on_a_mesh_as_on_one_device(runs):
+    alone, meshed = runs["quantized"]
+    np.testing.assert_allclose(meshed, alone, rtol=1e-5)
+    assert alone != runs["alone"]["losses"]
+
+
+@needs_libtpu
+def test_data_runs_across_slices_or_else_fsdp():
+    devices = load_topology("v5e:2x2", slices=2).devices
+
+    def slices_along(config):
+        numbers = np.vectorize(lambda device: device.slice_index)(
+            make_mesh(config, devices).devices
+        )
+        return [bool((np.diff(numbers, axis=axis) != 0).any()) for axis in range(3)]
+
+    assert slices_along(MeshConfig(2, 2, 2)) == [True, False, False]
+    assert slices_along(MeshConfig(4, 1, 2)) == [True, False, False]
+    assert slices_along(MeshConfig(1, 4, 2)) == [False, True, False]
+    with pytest.raises(InputError, match="data 1, fsdp 1 on 2 slices, expected one of them"):
+        make_mesh(MeshConfig(1, 1, 8), devices)
 
 
 def test_heads_that_tensor_does_not_divide_stay_whole():

@@ -1,5 +1,6 @@
 """Plans: compiled for TPUs by libtpu, without one."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -65,6 +66,23 @@ def test_the_parts_add_up_to_the_total(plans):
         assert plan.total < plan.memory == 16 * 2**30
         assert plan.mesh == (1, 2, 2)
         assert {c.kind for c in plan.collectives} >= {"all-gather", "all-reduce"}
+
+
+@needs_libtpu
+def test_a_quantized_base_and_a_state_on_the_hosts_over_two_slices(plans, config_json):
+    base = plans[1].config
+    plan = plan_step(
+        dataclasses.replace(
+            base, quantization="nf4", offload_optimizer=True, slices=2, mesh=MeshConfig(2, 2, 2)
+        )
+    )
+    kernels = LAYERS * (4 * HIDDEN**2 + 3 * HIDDEN * MLP)
+    scales = 2 * kernels // 64  # bfloat16, one for 64 inputs; some stay whole on an axis
+    others = 2 * (2 * VOCAB * HIDDEN // 4 + (2 * LAYERS + 1) * HIDDEN)
+    assert scales // 4 <= plan.weights - (kernels // 2 // 4 + others) <= scales
+    assert plan.adapter == plans[1].adapter
+    assert plan.optimizer_state < 64 < plans[1].optimizer_state  # counters
+    assert plan.mesh == (2, 2, 2)
 
 
 @needs_libtpu

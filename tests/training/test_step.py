@@ -7,6 +7,7 @@ from flax import nnx
 
 from loft_jax.hub import load_pretrained
 from loft_jax.lora import LoRAConfig, add_lora
+from loft_jax.optim.links import clip_by_projected_norm, project_gradients
 from loft_jax.optim.loft import loft
 from loft_jax.training.step import initial_state, make_step, predicted, split_model
 
@@ -111,3 +112,63 @@ def test_dropout_draws_anew_at_every_step(workspace):
         state, metrics = step(state, dropping.frozen, predicted(random_batch(0)))
         losses.append(float(metrics["loss"]))
     assert len(set(losses)) == 3
+
+
+def broken(batch):
+    """A batch whose loss is no number."""
+    batch = predicted(batch)
+    return {**batch, "weights": batch["weights"] * np.float32("nan")}
+
+
+def assert_equal(x, y):
+    jax.tree.map(np.testing.assert_array_equal, x, y)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count(parts):
+    tx = loft(1e-2, eps=1e-3, max_grad_norm=1.0)
+    step = make_step(parts, tx, max_skipped_steps=3)
+    good = [predicted(random_batch(seed)) for seed in range(3)]
+    bad = broken(random_batch(7))
+
+    def run(batches):
+        state, metrics = initial_state(parts, tx), {}
+        for batch in batches:
+            state, metrics = step(state, parts.frozen, batch)
+        return state, metrics
+
+    clean, told = run(good)
+    assert clean.skipped.tolist() == [0, 0]
+    assert np.isfinite(told["grad_norm"])
+    mixed, _ = run([bad, good[0], bad, bad, *good[1:]])
+    assert (mixed.skipped.tolist(), int(mixed.step)) == ([3, 0], 6)
+    assert_equal((mixed.params, mixed.opt_state), (clean.params, clean.opt_state))
+    last, told = run([*good, bad])
+    assert last.skipped.tolist() == [1, 1]
+    assert (np.isnan(told["loss"]), float(told["update_norm"])) == (True, 0.0)
+    assert_equal((last.params, last.opt_state), (clean.params, clean.opt_state))
+
+
+def test_behind_too_many_skipped_steps_nothing_moves(parts):
+    """So that it does not matter when somebody looks."""
+    tx = optax.sgd(1.0)
+    step = make_step(parts, tx, max_skipped_steps=2)
+    state = initial_state(parts, tx)
+    for batch in [broken(random_batch(0))] * 2 + [predicted(random_batch(1))]:
+        state, _ = step(state, parts.frozen, batch)
+    assert state.skipped.tolist() == [3, 3]
+    assert_equal(state.params, parts.params)
+
+
+def test_the_norm_told_is_the_one_that_clips(parts):
+    """That of the full matrices, with LoFT; and it does not depend on s."""
+    batch = predicted(random_batch(0))
+    norms = []
+    for tx in (
+        loft(1e-2, max_grad_norm=1e-3),
+        optax.chain(project_gradients(), clip_by_projected_norm(1.0)),
+        optax.sgd(1.0),
+    ):
+        _, metrics = make_step(parts, tx)(initial_state(parts, tx), parts.frozen, batch)
+        norms.append(float(metrics["grad_norm"]))
+    np.testing.assert_allclose(norms[0], norms[1], rtol=1e-6)
+    assert abs(norms[2] / norms[0] - 1) > 0.1

@@ -31,7 +31,7 @@ def laid_out(x: jax.Array, *, features: int | None = None) -> jax.Array:
     mesh = _mesh()
     if mesh is None:
         return x
-    axes: list[str | tuple[str, ...] | None] = [BATCH_AXES, *[None] * (x.ndim - 1)]
+    axes: list[str | tuple[str, ...] | None] = [_automatic(mesh), *[None] * (x.ndim - 1)]
     if features is not None and x.shape[features] % mesh.shape[FEATURE_AXIS] == 0:
         axes[features] = FEATURE_AXIS
     return lax.with_sharding_constraint(x, PartitionSpec(*axes))
@@ -57,7 +57,8 @@ def embeddings_laid_out(x: jax.Array) -> jax.Array:
     mesh = _mesh()
     copies, shards = BATCH_AXES
     if mesh is not None and x.shape[-1] % mesh.shape[shards] == 0:
-        x = lax.with_sharding_constraint(x, PartitionSpec(copies, None, shards))
+        rows = copies if copies in _automatic(mesh) else None
+        x = lax.with_sharding_constraint(x, PartitionSpec(rows, None, shards))
     return laid_out(x)
 
 
@@ -80,3 +81,8 @@ def gathered(x: jax.Array) -> jax.Array:
 def _mesh() -> AbstractMesh | None:
     mesh = jax.sharding.get_abstract_mesh()
     return mesh if {*BATCH_AXES, FEATURE_AXIS} <= set(mesh.axis_names) else None
+
+
+def _automatic(mesh: AbstractMesh) -> tuple[str, ...]:
+    """Axes of the rows that the compiler sees to: in a `shard_map` over data, not that one."""
+    return tuple(name for name in BATCH_AXES if name not in mesh.manual_axes)

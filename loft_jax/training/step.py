@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec, use_abstract_mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from loft_jax.data import Batch
 from loft_jax.models import Llama
@@ -134,7 +134,9 @@ def make_step(
     """Compiles the step of a run.
 
     The loss is the mean over all predicted tokens of the batch, however many parts it is computed
-    in: sums of loss and gradient are divided once, by the tokens of the whole batch.
+    in: sums of loss and gradient are divided once, by the tokens of the whole batch. Over copies of
+    the model (`data`) they are added up once too, behind the last part, in float32; with dropout
+    each copy then draws its own.
 
     A step whose loss or gradient is not finite leaves parameters and optimizer as they are. From
     `max_skipped_steps` of them in a row on all are skipped, however late the caller notices.
@@ -169,32 +171,61 @@ def make_step(
         streams = nnx.to_pure_dict(nnx.state(model, nnx.RngCount))
         return jnp.sum(losses * rows["weights"]), streams
 
-    def summed_gradients(state: TrainState, frozen: Tree, batch: Arrays) -> tuple[Any, Tree, Tree]:
+    def summed_gradients(
+        params: Tree, streams: Tree, frozen: Tree, batch: Arrays
+    ) -> tuple[Any, Tree, Tree]:
         value_and_grad = jax.value_and_grad(summed_loss, has_aux=True)
         if accumulation_steps == 1:
-            (loss, streams), grads = value_and_grad(state.params, state.streams, frozen, batch)
+            (loss, streams), grads = value_and_grad(params, streams, frozen, batch)
             return loss, grads, streams
 
         def add(carry: tuple[Any, Tree, Tree], part: Arrays) -> tuple[tuple[Any, Tree, Tree], None]:
             loss, grads, streams = carry
             part = jax.tree.map(laid_out, part)
-            (more, streams), extra = value_and_grad(state.params, streams, frozen, part)
+            (more, streams), extra = value_and_grad(params, streams, frozen, part)
             return (loss + more, jax.tree.map(jnp.add, grads, extra), streams), None
 
         divided = jax.tree.map(
             lambda x: jnp.reshape(x, (accumulation_steps, -1, *x.shape[1:])), batch
         )
-        start = (jnp.zeros([]), jax.tree.map(jnp.zeros_like, state.params), state.streams)
+        start = (jnp.zeros([]), jax.tree.map(jnp.zeros_like, params), streams)
         return jax.lax.scan(add, start, divided)[0]
+
+    def summed_in_each_copy(
+        params: Tree, streams: Tree, frozen: Tree, batch: Arrays
+    ) -> tuple[Any, Tree, Tree]:
+        """Sums over the parts in each copy of the model, and then once over the copies."""
+        copy = jax.lax.axis_index("data")
+        frozen = jax.tree.map(
+            lambda x: (
+                jax.random.fold_in(x, copy) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+            ),
+            frozen,
+        )
+        loss, grads, streams = summed_gradients(params, streams, frozen, batch)
+        return *jax.lax.psum((loss, grads), "data"), streams
+
+    gradients = summed_gradients
+    if accumulation_steps > 1 and shardings is not None and _copies_apart(shardings.batch.mesh):
+        everywhere = PartitionSpec()
+        gradients = jax.shard_map(
+            summed_in_each_copy,
+            in_specs=(everywhere, everywhere, everywhere, PartitionSpec("data")),
+            out_specs=everywhere,
+            axis_names={"data"},
+            check_vma=False,
+        )
 
     def moved(opt_state: Tree, kind: str) -> Tree:
         """What lies in the memory of the hosts between updates, there or on the devices."""
         if shardings is None:
             return opt_state
         return jax.tree.map(
-            lambda x, held: jax.device_put(x, held.with_memory_kind(kind))
-            if held.memory_kind == HOST_MEMORY
-            else x,
+            lambda x, held: (
+                jax.device_put(x, held.with_memory_kind(kind))
+                if held.memory_kind == HOST_MEMORY
+                else x
+            ),
             opt_state,
             shardings.state.opt_state,
         )
@@ -202,7 +233,7 @@ def make_step(
     def step(
         state: TrainState, frozen: Tree, batch: Arrays
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        loss, grads, streams = summed_gradients(state, frozen, batch)
+        loss, grads, streams = gradients(state.params, state.streams, frozen, batch)
         count = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
         grads = jax.tree.map(lambda g: g / count, grads)
         # What the optimizer can compute without gradients, such as bases, would else be computed
@@ -258,3 +289,13 @@ def make_step(
         out_shardings=(shardings.state, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
     )
+
+
+def _copies_apart(mesh: Mesh | AbstractMesh) -> bool:
+    """Whether the copies of the model can sum their gradients apart from each other.
+
+    Else the compiler adds them up over the copies in each part and layer. With three axes in use
+    it would have to: XLA's partitioner cannot split what is left over two (its check in
+    `ExpandDeviceGroups` fails, jaxlib 0.10.2).
+    """
+    return mesh.shape["data"] > 1 and 1 in (mesh.shape["fsdp"], mesh.shape["tensor"])

@@ -91,6 +91,12 @@ def test_weights_are_gathered_one_layer_at_a_time(runs, sizes):
     assert bool(layer) == (sizes[1] > 1)
 
 
+def test_accumulated_gradients_are_added_up_over_copies_once(runs):
+    """Behind the loop over the parts, in which there is no reduction; else there are some."""
+    assert not of(runs, [8, 1, 1])["reduced_in_loops"]
+    assert of(runs, [1, 8, 1])["reduced_in_loops"]
+
+
 @each_mesh
 def test_weights_load_into_their_shards(runs, sizes):
     """Each byte is read once, and the host holds the shard of one device at a time.

@@ -83,6 +83,10 @@ def test_flags_go_before_the_config_file(tmp_path, flags, capsys):
         (["--output", __file__], "cannot hold checkpoints"),
         (["--data.path", __file__], "unknown ending"),
         (["--data.max-length", "1"], "truncated away"),
+        (["--mesh.tensor", "3"], "do not make up 1 devices"),
+        (["--process-count", "2"], "process_count is 2, process_id is None; expected all or none"),
+        (["--profile-steps", "3", "1"], "profile_steps is [3, 1], expected a first and a last"),
+        (["--method", "full", "--quantization", "nf4"], "method full trains the weights"),
     ],
 )
 def test_bad_input_is_a_message_and_exit_code_2(flags, changes, message, capsys, tmp_path):

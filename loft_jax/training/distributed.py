@@ -66,12 +66,11 @@ def join(config: DistributedConfig) -> None:
             config.process_id,
             heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT,
         )
-    except ValueError as error:
-        # What JAX says where nothing announces a cluster.
-        if config.coordinator_address or "coordinator_address should be defined" not in str(error):
+    except (ValueError, RuntimeError) as error:
+        # What JAX says where nothing announces a cluster, and in a program that has used it.
+        alone = ("coordinator_address should be defined", "must be called before any JAX calls")
+        if config.coordinator_address or not any(words in str(error) for words in alone):
             raise InputError(f"cannot join the other processes: {error}") from error
-    except RuntimeError as error:
-        raise InputError(f"cannot join the other processes: {error}") from error
 
 
 def leave(code: int) -> NoReturn:

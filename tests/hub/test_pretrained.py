@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 
@@ -209,6 +210,27 @@ def test_a_hub_that_does_not_answer_is_named():
         timeout=120,
     )
     assert ran.stdout.startswith("nobody/nothing: no such file or folder, and the Hugging Face hub")
+
+
+def test_what_was_downloaded_is_used_when_the_hub_is_gone(tmp_path, tiny_llama):
+    """As when a run is resumed: it had its model before."""
+    model = tmp_path / "models--someone--tiny"
+    shutil.copytree(tiny_llama, model / "snapshots" / "abc")
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text("abc")
+    script = (
+        "from loft_jax.hub.pretrained import load_pretrained\n"
+        "print(load_pretrained('someone/tiny').config.vocab_size)\n"
+    )
+    hub = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": str(tmp_path), "HOME": "/"}
+    ran = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**hub, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.stdout.strip() == "400", ran.stderr
 
 
 def test_a_hub_id_is_downloaded_and_loaded(tiny_llama, monkeypatch):

@@ -15,6 +15,7 @@ from loft_jax.hub.safetensors_io import Safetensors
 from loft_jax.training.config_io import config_to_dict, save_config
 from loft_jax.training.loop import finetune
 from loft_jax.training.metrics import read_metrics
+from loft_jax.training.run import Run
 from tests.tiny import save_tiny_llama, tiny_tokenizer
 from tests.training.processes import losses
 
@@ -172,3 +173,42 @@ def test_config_survives_in_the_run(make_config):
 
     saved = config_from_dict(load_config(Path(config.output) / "config.yaml"))
     assert config_to_dict(saved) == config_to_dict(config)
+
+
+def test_a_trace_of_some_steps(make_config):
+    config = make_config(steps=4, profile_steps=(2, 3))
+    finetune(config, progress=False)
+    traces = list(Path(config.output, "profile").rglob("*.xplane.pb"))
+    assert len(traces) == 1
+    assert traces[0].stat().st_size > 1000
+
+
+def test_a_run_on_a_quantized_base(make_config, workspace):
+    config = make_config(quantization="nf4", steps=30, eval_path=str(workspace / "test.jsonl"))
+    result = finetune(config, progress=False)
+    assert result.after["loss"] < 0.7 * result.before["loss"]
+    load_peft_adapter(result.trained, load_pretrained(config.model))
+
+
+def test_a_step_with_a_loss_that_is_no_number_is_skipped_and_told(make_config, monkeypatch, caplog):
+    """One batch of it; the run goes on, and its log counts."""
+    placed = Run.placed
+
+    def broken(self, batch):
+        arrays = placed(self, batch)
+        broken.calls += 1
+        if broken.calls == 3:
+            arrays["weights"] = arrays["weights"] * jax.numpy.nan
+        return arrays
+
+    broken.calls = 0
+    monkeypatch.setattr(Run, "placed", broken)
+    config = make_config(steps=6, save_every=3, keep_last=9)
+    assert finetune(config, progress=False).steps == 6
+    rows = read_metrics(Path(config.output) / "metrics.jsonl")
+    rows = [row for row in rows if "skipped_steps" in row]
+    assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 1, 1, 1]
+    assert "train_loss" not in rows[2]
+    assert "step 3: 1 steps skipped so far" in caplog.text
+    saved = [f.name for f in Path(config.output, "checkpoints").iterdir() if f.name.isdigit()]
+    assert saved == ["6"]  # not at step 3: its parameters may be why the loss was none

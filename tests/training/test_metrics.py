@@ -1,5 +1,12 @@
+import contextlib
+import json
+import sys
+import types
+from pathlib import Path
+
 import pytest
 
+from loft_jax.errors import InputError
 from loft_jax.training.metrics import MetricsLog, read_metrics
 from loft_jax.training.plot import plot_losses
 
@@ -42,3 +49,60 @@ def test_plot(tmp_path):
     assert plot_losses(rows, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert [f.name for f in tmp_path.iterdir()] == ["loss.png"]
+
+
+def test_what_is_no_number_stays_out(tmp_path):
+    log = MetricsLog(tmp_path)
+    log.write(1, train_loss=float("nan"), grad_norm=float("inf"), skipped_steps=1)
+    log.close()
+    assert json.loads(log.path.read_text()) == {"step": 1, "skipped_steps": 1}
+
+
+class Recorded:
+    """What Weights & Biases would be told; the same run again for the same folder."""
+
+    def __init__(self):
+        self.runs, self.rows, self.finished = [], [], 0
+
+    def init(self, **settings):
+        self.runs.append(settings)
+        return self
+
+    def log(self, values, step):
+        self.rows.append((step, values))
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_weights_and_biases_is_told_the_same(tmp_path, monkeypatch):
+    recorded = Recorded()
+    module = types.SimpleNamespace(init=recorded.init)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    (tmp_path / "run").mkdir()
+    for resumed_at in (None, 1):
+        log = MetricsLog(tmp_path / "run", resumed_at=resumed_at, wandb="project")
+        log.write(1 if resumed_at is None else 2, train_loss=2.0, grad_norm=float("nan"))
+        log.close()
+    assert recorded.rows == [(1, {"train_loss": 2.0}), (2, {"train_loss": 2.0})]
+    first, second = recorded.runs
+    assert first == second
+    assert (first["project"], first["name"], first["resume"]) == ("project", "run", "allow")
+    assert recorded.finished == 2
+
+
+def test_without_wandb_it_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(InputError, match=r"pip install 'loft-jax\[wandb\]'"):
+        MetricsLog(tmp_path, wandb="project")
+
+
+def test_a_log_that_cannot_be_written_names_the_folder(tmp_path):
+    log = MetricsLog(tmp_path)
+    log._file.close()
+    with Path("/dev/full").open("w") as log._file:
+        told = f"{tmp_path}: cannot write metrics: .*No space left"
+        with pytest.raises(InputError, match=told):
+            log.write(1, train_loss=1.0)
+        with contextlib.suppress(OSError):  # what is buffered is tried again
+            log._file.close()

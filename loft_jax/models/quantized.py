@@ -1,11 +1,16 @@
 """Frozen weights in 8 or 4 bits, which layers see as if they were not quantized.
 
-The format and the rounding are Qwix's. Layers read a kernel as `kernel[...]`, and here that gives
-the dequantized matrix: with stacked layers under a scan, one layer's at a time. So every layer, and
-LoRA beside it, is what it is without quantization.
+The format is Qwix's, and so is the rounding to integers. Codes of NF4 are found and looked up
+here, with the same result: Qwix flattens an array for it, and makes 16 arrays of its size; one that
+is split over devices would first be gathered.
+
+Layers read a kernel as `kernel[...]`, and here that gives the dequantized matrix: with stacked
+layers under a scan, one layer's at a time. So every layer, and LoRA beside it, is what it is
+without quantization.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -117,16 +122,22 @@ def _rounded(kernel: jax.Array, *, quantization: str, tile: int) -> Any:
         raise InputError(
             "qwix, which quantizes, is not installed; expected: pip install 'loft-jax[quantized]'"
         ) from error
-    if quantization == "int8":
-        return qwix.quantize(kernel, "int8", channelwise_axes=(0, 2))
-    return qwix.quantize(kernel, "nf4", channelwise_axes=(0, 2), tiled_axes={1: tile})
+
+    def to_int8(layer: jax.Array) -> Any:
+        return qwix.quantize(layer, "int8", channelwise_axes=(1,))
+
+    def to_nf4(layer: jax.Array) -> Any:
+        tiles = layer.reshape(-1, tile, layer.shape[1])
+        largest = jnp.max(jnp.abs(tiles), axis=1)  # (tiles, out)
+        scale = jnp.where(largest == 0, 1, largest)
+        relative = tiles.astype(jnp.float32) / scale[:, None].astype(jnp.float32)
+        return qwix.QArray(_nf4_codes(relative).reshape(layer.shape), scale, qtype="nf4")
+
+    return jax.lax.map(to_int8 if quantization == "int8" else to_nf4, kernel)
 
 
 def dequantize(array: Any) -> jax.Array:
     """The values of a `qwix.QArray`, in the dtype of its scale.
-
-    Written out because Qwix flattens an array to look its codes up, and an array that is split over
-    devices would be gathered for it.
 
     Args:
         array: Of any shape, tiled along its axis of inputs, the last but one.
@@ -140,6 +151,13 @@ def dequantize(array: Any) -> jax.Array:
     *stack, inputs, outputs = array.shape
     tiles = values.reshape(*stack, scale.shape[-2], inputs // scale.shape[-2], outputs)
     return (tiles.astype(scale.dtype) * scale[..., None, :]).reshape(array.shape)
+
+
+def _nf4_codes(values: jax.Array) -> jax.Array:
+    """The nearest of the 16 values: how many of the middles between them lie below."""
+    middles = [(low + high) / 2 for low, high in itertools.pairwise(_NF4)]
+    below = [(values > middle).astype(jnp.uint8) for middle in middles]
+    return functools.reduce(jnp.add, below).astype(jnp.uint4)
 
 
 def _nf4_values(codes: jax.Array) -> jax.Array:

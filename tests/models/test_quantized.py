@@ -19,7 +19,13 @@ TOKENS = np.random.default_rng(0).integers(0, 400, (2, 20))
 @KINDS
 def test_values_are_qwixs(kind):
     kernel = jax.random.normal(jax.random.key(0), (3, 128, 24))
+    kernel = kernel.at[1, :64, 3].set(0.0)
     rounded = quantize(kernel, kind, name="kernel")
+    tiles = {} if kind == "int8" else {1: 64}
+    expected = qwix.quantize(kernel, kind, channelwise_axes=(0, 2), tiled_axes=tiles)
+    assert jax.tree.structure(rounded) == jax.tree.structure(expected)
+    np.testing.assert_array_equal(rounded.qvalue, expected.qvalue)
+    np.testing.assert_array_equal(rounded.scale, expected.scale)
     np.testing.assert_array_equal(dequantize(rounded), qwix.dequantize(rounded))
     assert rounded.scale.shape == (3, 1 if kind == "int8" else 2, 24)
 

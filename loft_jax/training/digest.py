@@ -39,12 +39,20 @@ def tree_digest(tree: Any) -> list[str]:
         ),
         None,
     )
-    sums = jax.jit(_sums, out_shardings=whole)([leaf for _, leaf in leaves])
+    sums = jax.jit(_sums, out_shardings=whole)([_on_device(leaf) for _, leaf in leaves])
     digests = []
     for (path, leaf), lanes in zip(leaves, np.asarray(sums), strict=True):
         named = f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode()
         digests.append("".join(f"{int(lane) ^ zlib.crc32(named):08x}" for lane in lanes))
     return digests
+
+
+def _on_device(leaf: Any) -> Any:
+    """An array as it is, or brought there from the memory of the host."""
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None or sharding.memory_kind in (None, "device"):
+        return leaf
+    return jax.device_put(leaf, sharding.with_memory_kind("device"))
 
 
 def _sums(leaves: list[jax.Array]) -> jax.Array:

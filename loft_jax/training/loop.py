@@ -25,7 +25,6 @@ from loft_jax.training.distributed import is_main, wait_for_all
 from loft_jax.training.interrupt import StopRequest
 from loft_jax.training.mesh import check_batch, make_mesh
 from loft_jax.training.metrics import MetricsLog, read_metrics
-from loft_jax.training.monitor import memory_in_use
 from loft_jax.training.plot import plot_losses
 from loft_jax.training.run import Run
 from loft_jax.training.step import TrainState
@@ -89,12 +88,8 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, progress: bool = T
         jax.set_mesh(mesh),
         contextlib.closing(Run(config, mesh, progress=progress and is_main())) as run,
     ):
-        state = run.start
         restored = bool(checkpoints.steps())
-        if restored:
-            state, saved = checkpoints.restore_newest(state)
-            run.stream.set_state(saved["data"])
-            _log.info("resumed at step %d of %d", int(whole(state.step)), run.steps)
+        state = run.restore(checkpoints) if restored else run.start()
         if is_main():
             save_config(config, folder / "config.yaml")
         resumed_at = int(whole(state.step)) if restored else None
@@ -148,7 +143,7 @@ def _checkpoints(config: FinetuneConfig, resume: bool) -> Iterator[Checkpoints]:
 def _started_with(checkpoints: Checkpoints, folder: Path) -> dict[str, Any]:
     """The configuration that a run to resume was started with."""
     if (saved := checkpoints.newest_run()) is not None:
-        return saved["config"]
+        return config_to_dict(config_from_dict(saved["config"]))
     if checkpoints.steps() or not (folder / "config.yaml").exists():
         found = ", none of those it holds can be read" if checkpoints.steps() else ""
         raise InputError(f"{checkpoints.folder}: no checkpoint to resume from{found}")
@@ -203,18 +198,8 @@ def _train(
             evaluates = last or (config.eval_every > 0 and done % config.eval_every == 0)
             saves = last or stopped or done % config.save_every == 0
             if logs:
-                values = {name: float(whole(value)) for name, value in metrics.items()}
                 skipped = _check_skipped(state, done, skipped, config.max_skipped_steps)
-                values = {
-                    "train_loss": values["loss"],
-                    "grad_norm": values["grad_norm"],
-                    "update_norm": values["update_norm"],
-                    "learning_rate": float(run.schedule(done - 1 - skipped)),
-                    "skipped_steps": skipped,
-                    **speed.read(),
-                    **memory_in_use(),
-                    **({} if config.method == "full" else run.conditions(state)),
-                }
+                values = {**speed.read(), **run.report(state, metrics, skipped)}
                 _write(log, done, values)
                 bar.set_postfix(
                     loss=f"{values['train_loss']:.4f}",

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.config_io import config_to_dict
 from loft_jax.training.distributed import place_batch
 from loft_jax.training.model import export_trained, load_model, scaling_of, trained_kind
-from loft_jax.training.monitor import Speedometer, largest_condition
+from loft_jax.training.monitor import Speedometer, largest_condition, memory_in_use
 from loft_jax.training.optimizer import make_optimizer, make_schedule
 from loft_jax.training.shardings import step_shardings
 from loft_jax.training.step import TrainState, initial_state, make_step, predicted, split_model
@@ -40,10 +40,9 @@ class Run:
         progress: Whether bars are shown.
         steps: How many there are.
         stream: Of training batches.
-        parts: The model; its trained parameters are in `start`.
+        parts: The model; its trained parameters are those of a state.
         schedule: Learning rate by step.
         step: The compiled step.
-        start: The state before the first step; the step consumes it.
     """
 
     def __init__(self, config: FinetuneConfig, mesh: Mesh, *, progress: bool) -> None:
@@ -97,21 +96,25 @@ class Run:
             parts, tx, model.config, mesh, offload_optimizer=config.offload_optimizer
         )
         layout = self._shardings.state
-        params = jax.device_put(parts.params, layout.params)
-        streams = jax.device_put(parts.streams, layout.streams)
+        self._own: Any = (
+            jax.device_put(parts.params, layout.params),
+            jax.device_put(parts.streams, layout.streams),
+        )
+        params, streams = jax.eval_shape(lambda: self._own)
         self.parts = parts._replace(
-            params=jax.eval_shape(lambda: params),
-            streams=jax.eval_shape(lambda: streams),
+            params=params,
+            streams=streams,
             frozen=jax.device_put(parts.frozen, self._shardings.frozen),
         )
-        self.start = jax.jit(
+        self._initial = jax.jit(
             lambda params, streams: initial_state(
                 parts._replace(params=params, streams=streams), tx
             ),
             out_shardings=layout,
-        )(params, streams)
+            donate_argnums=(0, 1),
+        )
         self.step = make_step(
-            parts,
+            self.parts,
             tx,
             config.accumulation_steps,
             self._shardings,
@@ -128,6 +131,31 @@ class Run:
         """Stops the threads that make batches."""
         self.stream.close()
 
+    def start(self) -> TrainState:
+        """The state before the first step; once, since the run does not keep a copy."""
+        return self._initial(*self._given_up())
+
+    def restore(self, checkpoints: Checkpoints) -> TrainState:
+        """The state of the newest checkpoint that is whole, with the stream at its place.
+
+        Raises:
+            InputError: There is none, or it is of other data.
+        """
+        shapes = jax.eval_shape(self._initial, *self._given_up())
+        like = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            shapes,
+            self._shardings.state,
+        )
+        state, saved = checkpoints.restore_newest(like)
+        self.stream.set_state(saved["data"])
+        _log.info("resumed at step %d of %d", int(whole(state.step)), self.steps)
+        return state
+
+    def _given_up(self) -> Any:
+        own, self._own = self._own, None
+        return own
+
     def placed(self, batch: Batch) -> dict[str, jax.Array]:
         """A batch of the stream as the step takes it."""
         return place_batch(predicted(batch), self._shardings.batch)
@@ -137,9 +165,29 @@ class Run:
         full = self.config.method == "full"
         return Speedometer(self._sizes, full=full, devices=self._mesh.size)
 
-    def conditions(self, state: TrainState) -> dict[str, float]:
-        """The largest condition number of the factors, by the name it is logged under."""
-        return {"gram_condition": largest_condition(state.params)}
+    def report(
+        self, state: TrainState, metrics: Mapping[str, jax.Array], skipped: int
+    ) -> dict[str, float]:
+        """What a line of the log says of the last step, and of memory.
+
+        Args:
+            state: Behind the step.
+            metrics: What the step gave.
+            skipped: Steps skipped so far.
+
+        Returns:
+            Values by name.
+        """
+        values = {name: float(whole(metrics[name])) for name in ("grad_norm", "update_norm")}
+        if self.config.method != "full":
+            values["gram_condition"] = largest_condition(state.params)
+        return {
+            "train_loss": float(whole(metrics["loss"])),
+            **values,
+            "learning_rate": float(self.schedule(int(whole(state.step)) - 1 - skipped)),
+            "skipped_steps": skipped,
+            **memory_in_use(),
+        }
 
     def save(self, checkpoints: Checkpoints, state: TrainState, eval_loss: float | None) -> None:
         """Saves all that a resumed run needs.

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -212,3 +213,15 @@ def test_a_step_with_a_loss_that_is_no_number_is_skipped_and_told(make_config, m
     assert "step 3: 1 steps skipped so far" in caplog.text
     saved = [f.name for f in Path(config.output, "checkpoints").iterdir() if f.name.isdigit()]
     assert saved == ["6"]  # not at step 3: its parameters may be why the loss was none
+
+
+def test_the_optimizers_state_in_the_memory_of_the_host_changes_nothing(make_config, tmp_path):
+    plain = make_config(output=str(tmp_path / "plain"), steps=6)
+    config = make_config(output=str(tmp_path / "offloaded"), steps=6, offload_optimizer=True)
+    finetune(plain, progress=False)
+    finetune(config, progress=False)
+    assert losses(config.output) == losses(plain.output)
+    saved = Path(config.output, "checkpoints", "6")
+    shutil.rmtree(saved)
+    finetune(config, resume=True, progress=False)
+    assert losses(config.output) == losses(plain.output)

@@ -68,19 +68,40 @@ class Checkpoints:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryFile(dir=self.folder):
                     pass  # said before any work, not at the first save
+                self._mend_losses()
             wait_for_all("checkpoint folder")
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=AnyPreservationPolicy(policies),
+                    best_fn=_loss,  # so that losses are on disk for a resumed run
+                    best_mode="min",
                     create=False,
                     cleanup_tmp_directories=not read_only,
                     read_only=read_only,
                 ),
                 item_names=("state", "run"),
             )
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError of a damaged loss, when read only
             raise InputError(f"{self.folder}: cannot hold checkpoints: {error}") from error
+
+    def _mend_losses(self) -> None:
+        """Writes again what Orbax reads of a loss and our own copy says otherwise.
+
+        Orbax cannot be opened with a damaged one, of however old a checkpoint.
+        """
+        for file in self.folder.glob("[0-9]*/metrics/metrics"):
+            step, loss = file.parts[-3], None
+            with contextlib.suppress(InputError):
+                loss = self.run_of(int(step))["eval_loss"]
+            text = json.dumps({"loss": loss})
+            if loss is None:
+                file.unlink()
+            elif file.read_bytes() != text.encode():
+                file.write_text(text, encoding="utf-8")
+            else:
+                continue
+            _log.warning("%s: damaged; its loss is %s", self.folder / step, loss or "not known")
 
     def save(self, state: TrainState, run: dict[str, Any], eval_loss: float | None) -> None:
         """Copies what is to be saved, and goes on to write it while training does.
@@ -165,7 +186,7 @@ class Checkpoints:
             raise InputError(f"{folder}: damaged: its values are not those that were saved")
         return run
 
-    def restore(self, step: int, like: TrainState) -> TrainState:
+    def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Reads a checkpoint, onto whichever mesh the state to be has.
 
         Args:
@@ -173,32 +194,32 @@ class Checkpoints:
             like: A state with the shapes, dtypes and shardings to expect.
 
         Returns:
-            The state as it was saved.
+            The state as it was saved, and the plain values.
 
         Raises:
             InputError: The checkpoint cannot be read, does not fit, or is damaged. Then it is so on
                 every process.
         """
         folder = self.folder / str(step)
-        found: tuple[TrainState, list[str]] | None = None
+        found: tuple[TrainState, dict[str, Any]] | None = None
         problem = InputError(f"{folder}: cannot be read by another process")
         try:
-            saved = self.run_of(step)["digest"]
+            run = self.run_of(step)
             # Not by way of the manager, which would wait for processes that found it damaged.
             with _readable(folder):
                 state = ocp.StandardCheckpointHandler().restore(
                     folder / "state",
                     args=ocp.args.StandardRestore(jax.tree.map(_abstract, like)),
                 )
-            found = state, saved
+            found = state, run
         except InputError as error:
             problem = error
         if not all_agree(found is not None) or found is None:
             raise problem
-        state, saved = found
-        if tree_digest(state) != saved:
+        state, run = found
+        if tree_digest(state) != run["digest"]:
             raise InputError(f"{folder}: damaged: its arrays are not those that were saved")
-        return state
+        return found
 
     def restore_newest(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Reads the newest checkpoint that is whole, and removes damaged ones above it.
@@ -215,8 +236,7 @@ class Checkpoints:
         damaged: list[int] = []
         for step in self.steps():
             try:
-                state = self.restore(step, like)
-                run = self.run_of(step)
+                found = self.restore(step, like)
             except InputError as error:
                 _log.warning("%s", error)
                 damaged.append(step)
@@ -225,9 +245,9 @@ class Checkpoints:
                 _log.warning("falling back to the checkpoint of step %d", step)
             for newer in damaged:  # they stand where this run will write again
                 self._manager.delete(newer)
-            return state, run
-        found = f": none of those of steps {damaged} can be read" if damaged else ""
-        raise InputError(f"{self.folder}: no checkpoint to resume from{found}")
+            return found
+        which = f": none of those of steps {damaged} can be read" if damaged else ""
+        raise InputError(f"{self.folder}: no checkpoint to resume from{which}")
 
     def close(self) -> None:
         """Releases what the manager holds; `wait` has told of what could not be written."""

@@ -133,7 +133,7 @@ def restore_model(config: FinetuneConfig, checkpoints: Checkpoints, step: int) -
     parts = split_model(model, trained_kind(config.method))
     # Only the shape of the optimizer's state matters here, and that is the same at every rate.
     tx = make_optimizer(config, lambda count: 0.0, scaling_of(model))
-    state = checkpoints.restore(step, jax.eval_shape(lambda: initial_state(parts, tx)))
+    state, _ = checkpoints.restore(step, jax.eval_shape(lambda: initial_state(parts, tx)))
     return parts.merged(state.params, state.streams)
 
 

@@ -87,7 +87,7 @@ def test_an_unfinished_checkpoint_is_not_one(tmp_path, checkpoints, read_only):
     (unfinished / "x").write_text("half")
     again = Checkpoints(checkpoints.folder, keep_last=2, read_only=read_only)
     assert again.steps() == [1]
-    assert_same(again.restore(1, state_at(0)), state_at(1))
+    assert_same(again.restore(1, state_at(0))[0], state_at(1))
     again.close()
     assert unfinished.exists() == read_only
 
@@ -141,8 +141,7 @@ def test_a_flipped_bit_in_any_file_is_noticed_or_harmless(checkpoints):
             damaged[place] ^= 4
             file.write_bytes(damaged)
             try:
-                state = checkpoints.restore(1, state_at(0))
-                run = checkpoints.run_of(1)
+                state, run = checkpoints.restore(1, state_at(0))
             except InputError:
                 noticed.append(file.relative_to(folder).parts[0])
             else:
@@ -150,6 +149,23 @@ def test_a_flipped_bit_in_any_file_is_noticed_or_harmless(checkpoints):
                 assert run["data"] == {"next_index": 7}
             file.write_bytes(content)
     assert {"state", "run"} <= set(noticed)
+
+
+@pytest.mark.parametrize("damage", [None, b"", b"{", b'{"loss": 9.0}', b"\xff"])
+def test_the_best_stay_over_a_resume_whatever_befell_their_losses(tmp_path, damage, caplog):
+    first = Checkpoints(tmp_path, keep_last=1, keep_best=1)
+    for step, loss in ((1, 1.0), (2, 2.0), (3, None)):
+        first.save(state_at(step), {}, loss)
+    first.wait()
+    first.close()
+    file = tmp_path / "1" / "metrics" / "metrics"
+    if damage is not None:
+        file.write_bytes(damage)
+    second = Checkpoints(tmp_path, keep_last=1, keep_best=1)
+    second.save(state_at(4), {}, 3.0)
+    assert second.steps() == [4, 1]
+    second.close()
+    assert ("its loss is 1.0" in caplog.text) == (damage is not None)
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,13 @@ from loft_jax.training.config import (
     StateDtype,
 )
 from loft_jax.training.config_io import config_from_dict, load_config
-from loft_jax.training.distributed import DistributedConfig, is_main, join, leave
+from loft_jax.training.distributed import (
+    DistributedConfig,
+    is_main,
+    is_of_another_process,
+    join,
+    leave,
+)
 
 if TYPE_CHECKING:
     from loft_jax.models import Llama
@@ -33,6 +40,7 @@ if TYPE_CHECKING:
 # Models, optimizers and data are imported by the commands that use them: help comes at once.
 
 _EXIT_INPUT = 2
+_EXIT_FAILED = 1
 _EXIT_INTERRUPTED = 130
 _EXIT_OTHERS = 3
 
@@ -333,10 +341,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message, code = str(error), _EXIT_INPUT
     except KeyboardInterrupt:
         message, code = "interrupted", _EXIT_INTERRUPTED
-    except jax.errors.JaxRuntimeError as error:
+    except Exception as error:
         if not jax.distributed.is_initialized():
             raise
-        message, code = f"stopped, most likely since another process did: {error}", _EXIT_OTHERS
+        if is_of_another_process(error):
+            message, code = f"stopped, since another process did: {error}", _EXIT_OTHERS
+        else:
+            message, code = traceback.format_exc(), _EXIT_FAILED
     print(f"loft-jax {name}: {message}", file=sys.stderr)
     if jax.distributed.is_initialized():
         leave(code)

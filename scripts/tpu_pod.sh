@@ -505,8 +505,8 @@ follow() { # WORKER
   done
 }
 
-# The status of a host whose run failed by itself. Nothing if one was killed, or all ended (3) since
-# another did: then it is worth another try.
+# The status of a host whose run failed by itself. Nothing if one was killed (137), or all ended
+# since another did (3; 134 where JAX saw it first): then it is worth another try.
 own_failure() {
   local states state code found=''
   # shellcheck disable=SC2016
@@ -514,7 +514,7 @@ own_failure() {
   while read -r state code _; do
     case $state:$code in
       lost:*) return 0 ;;
-      ended:0 | ended:3 | ended:130 | ended:143) ;;
+      ended:0 | ended:3 | ended:130 | ended:134 | ended:137 | ended:143) ;;
       ended:*) found=$code ;;
     esac
   done <<<"$states"

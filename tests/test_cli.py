@@ -84,6 +84,8 @@ def test_flags_go_before_the_config_file(tmp_path, flags, capsys):
         (["--data.path", __file__], "unknown ending"),
         (["--data.max-length", "1"], "truncated away"),
         (["--mesh.tensor", "3"], "do not make up 1 devices"),
+        (["--output", "gs://bucket/run"], "output is 'gs://bucket/run', expected a folder"),
+        (["--process-id", "0"], "process_id is 0; expected all or none"),
         (["--process-count", "2"], "process_count is 2, process_id is None; expected all or none"),
         (["--profile-steps", "3", "1"], "profile_steps is [3, 1], expected a first and a last"),
         (["--method", "full", "--quantization", "nf4"], "method full trains the weights"),

@@ -194,12 +194,12 @@ def save_pretrained(
             raise InputError(
                 f"{path.rpartition('.')[0]}: still carries LoRA factors; merge them before saving"
             )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: exists and is not an empty folder")
     if jax.process_index() > 0:
         for _ in _hf_tensors(parameters):  # has its part in each of them
             pass
         return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: exists and is not an empty folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
@@ -321,8 +321,8 @@ def _load_parameter(
     path: str, parameter: Any, source: _Source, sharding: Sharding | None
 ) -> jax.Array:
     if sharding is None:
-        whole = tuple(slice(0, size) for size in parameter.shape)
-        return jnp.asarray(_read_shard(path, parameter, source, whole))
+        everything = tuple(slice(0, size) for size in parameter.shape)
+        return jnp.asarray(_read_shard(path, parameter, source, everything))
     devices: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(parameter.shape).items():
         assert index is not None

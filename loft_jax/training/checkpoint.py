@@ -5,8 +5,8 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,17 @@ from loft_jax.training.distributed import all_agree, is_main, wait_for_all
 from loft_jax.training.step import TrainState
 
 _log = logging.getLogger(__name__)
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, which leaves it to the training loop to see to preemptions.
+
+    It would ask JAX about steps that the loop has left behind, from another thread, and so set back
+    what JAX takes for the step of this process.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
 
 
 class Checkpoints:
@@ -64,13 +75,9 @@ class Checkpoints:
         try:
             if read_only:
                 os.listdir(self.folder)
-            elif is_main():
-                self.folder.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=self.folder):
-                    pass  # said before any work, not at the first save
-                self._mend_losses()
-            wait_for_all("checkpoint folder")
-            self._manager = ocp.CheckpointManager(
+            else:
+                self._prepare()
+            self._manager = _Manager(
                 self.folder,
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=AnyPreservationPolicy(policies),
@@ -85,13 +92,31 @@ class Checkpoints:
         except (OSError, ValueError) as error:  # ValueError of a damaged loss, when read only
             raise InputError(f"{self.folder}: cannot hold checkpoints: {error}") from error
 
+    def _prepare(self) -> None:
+        """Finds what is wrong with the folder before any work, not at the first save."""
+        seen = self.folder / "seen-by-all"
+        if is_main():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            seen.touch()
+            self._mend_losses()
+        wait_for_all("checkpoint folder made")
+        if not all_agree(seen.exists()):
+            raise InputError(
+                f"{self.folder}: is not the same folder on every host; expected storage they share"
+            )
+        wait_for_all("checkpoint folder seen")
+        if is_main():
+            seen.unlink()
+
     def _mend_losses(self) -> None:
         """Writes again what Orbax reads of a loss and our own copy says otherwise.
 
         Orbax cannot be opened with a damaged one, of however old a checkpoint.
         """
-        for file in self.folder.glob("[0-9]*/metrics/metrics"):
+        for file in self.folder.glob("*/metrics/metrics"):
             step, loss = file.parts[-3], None
+            if not step.isdigit():  # unfinished: Orbax removes it
+                continue
             with contextlib.suppress(InputError):
                 loss = self.run_of(int(step))["eval_loss"]
             text = json.dumps({"loss": loss})
@@ -222,7 +247,10 @@ class Checkpoints:
         return found
 
     def restore_newest(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Reads the newest checkpoint that is whole, and removes damaged ones above it.
+        """Reads the newest checkpoint that is whole, and puts those above it aside.
+
+        They stay in the folder, under the name of their step with "-damaged" behind: this run will
+        write its own in their place.
 
         Args:
             like: A state with the shapes and dtypes to expect.
@@ -231,7 +259,7 @@ class Checkpoints:
             The state, and the plain values saved with it.
 
         Raises:
-            InputError: There is none; those that are damaged stay.
+            InputError: There is none; then all stay where they are.
         """
         damaged: list[int] = []
         for step in self.steps():
@@ -243,11 +271,18 @@ class Checkpoints:
                 continue
             if damaged:
                 _log.warning("falling back to the checkpoint of step %d", step)
-            for newer in damaged:  # they stand where this run will write again
-                self._manager.delete(newer)
+                self._put_aside(damaged)
             return found
         which = f": none of those of steps {damaged} can be read" if damaged else ""
         raise InputError(f"{self.folder}: no checkpoint to resume from{which}")
+
+    def _put_aside(self, steps: Sequence[int]) -> None:
+        for step in steps if is_main() else ():
+            aside = self.folder / f"{step}-damaged"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self.folder / str(step)).rename(aside)
+        wait_for_all("damaged checkpoints put aside")
+        self._manager.reload()
 
     def close(self) -> None:
         """Releases what the manager holds; `wait` has told of what could not be written."""

@@ -212,6 +212,9 @@ class FinetuneConfig:
                 f"quantization is {self.quantization!r}, but method full trains the weights; "
                 "expected none"
             )
+        # The command line makes a run before it has read what it is called.
+        if isinstance(self.output, str) and "://" in self.output:
+            raise InputError(f"output is {self.output!r}, expected a folder; mount the bucket")
         if self.profile_steps and not (
             len(self.profile_steps) == 2 and 1 <= self.profile_steps[0] <= self.profile_steps[1]
         ):

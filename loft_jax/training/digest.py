@@ -15,9 +15,9 @@ _LANES = (0x9E3779B9, 0x85EBCA6B)  # seeds; a change that one lane does not see,
 def tree_digest(tree: Any) -> list[str]:
     """A digest of every array of a tree, from its bits, dtype, shape and path.
 
-    `sum_i w_i x_i mod 2^32` over the bits x of the elements, with odd weights w drawn from the
-    place of the element: integer sums are the same in any order, so on any mesh, and no array
-    leaves its devices. A flipped bit always changes it, other damage with probability 1 - 2^-64.
+    `sum_i h(x_i ^ h(i)) mod 2^32` over the bits x of the elements, h being a bijection that mixes
+    them, with two seeds: integer sums are the same in any order, so on any mesh, and no array
+    leaves its devices. Damage of one element always changes it, other damage but by chance.
 
     Args:
         tree: Arrays, which may be split over the devices of several processes; then every process
@@ -28,10 +28,10 @@ def tree_digest(tree: Any) -> list[str]:
 
     Example:
         >>> tree_digest({"a": jnp.zeros(3), "b": jnp.zeros((3, 1))})
-        ['eaad0498eaad0498', 'ce0bdc69ce0bdc69']
+        ['36712c913ab69641', '12d7f4601e104eb0']
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    whole = next(
+    replicated = next(
         (
             NamedSharding(leaf.sharding.mesh, PartitionSpec())
             for _, leaf in leaves
@@ -39,7 +39,7 @@ def tree_digest(tree: Any) -> list[str]:
         ),
         None,
     )
-    sums = jax.jit(_sums, out_shardings=whole)([_on_device(leaf) for _, leaf in leaves])
+    sums = jax.jit(_sums, out_shardings=replicated)([_on_device(leaf) for _, leaf in leaves])
     digests = []
     for (path, leaf), lanes in zip(leaves, np.asarray(sums), strict=True):
         named = f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode()
@@ -57,10 +57,10 @@ def _on_device(leaf: Any) -> Any:
 
 def _sums(leaves: list[jax.Array]) -> jax.Array:
     """(leaves, lanes) uint32."""
-    return jnp.stack([jnp.stack([_weighted(leaf, seed) for seed in _LANES]) for leaf in leaves])
+    return jnp.stack([jnp.stack([_mixed_sum(leaf, seed) for seed in _LANES]) for leaf in leaves])
 
 
-def _weighted(leaf: jax.Array, seed: int) -> jax.Array:
+def _mixed_sum(leaf: jax.Array, seed: int) -> jax.Array:
     if leaf.dtype in (jnp.bool_, jnp.int4, jnp.uint4):  # less than a byte
         leaf = leaf.astype(jnp.uint8)
     bits = leaf.dtype.itemsize * 8
@@ -69,8 +69,8 @@ def _weighted(leaf: jax.Array, seed: int) -> jax.Array:
     for axis in range(words.ndim):
         stride = math.prod(words.shape[axis + 1 :]) % 2**32
         place += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride)
-    weights = _mixed(place + jnp.uint32(seed)) | 1
-    return jnp.sum(weights * words.astype(jnp.uint32), dtype=jnp.uint32)
+    mixed = _mixed(words.astype(jnp.uint32) ^ _mixed(place + jnp.uint32(seed)))
+    return jnp.sum(mixed, dtype=jnp.uint32)
 
 
 def _mixed(x: jax.Array) -> jax.Array:

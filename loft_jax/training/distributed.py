@@ -17,6 +17,9 @@ from loft_jax.errors import InputError
 # Seconds after which a process that is silent is taken for dead, so that the others stop.
 _HEARTBEAT_TIMEOUT = 30
 
+# Where Slurm and Open MPI say how many processes they have started.
+_PROCESS_COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+
 
 @dataclass(frozen=True)
 class DistributedConfig:
@@ -37,10 +40,8 @@ class DistributedConfig:
     process_id: int | None = None
 
     def __post_init__(self) -> None:
-        given = bool(self.coordinator_address), self.process_count, self.process_id
-        if any(value not in (None, False) for value in given) and (
-            not given[0] or None in given[1:]
-        ):
+        given = self.coordinator_address or None, self.process_count, self.process_id
+        if len({value is None for value in given}) > 1:
             raise InputError(
                 f"coordinator_address is {self.coordinator_address!r}, process_count is "
                 f"{self.process_count}, process_id is {self.process_id}; expected all or none"
@@ -69,8 +70,19 @@ def join(config: DistributedConfig) -> None:
     except (ValueError, RuntimeError) as error:
         # What JAX says where nothing announces a cluster, and in a program that has used it.
         alone = ("coordinator_address should be defined", "must be called before any JAX calls")
-        if config.coordinator_address or not any(words in str(error) for words in alone):
+        told = config.coordinator_address or any(
+            os.environ.get(name, "1") != "1" for name in _PROCESS_COUNTS
+        )
+        if told or not any(words in str(error) for words in alone):
             raise InputError(f"cannot join the other processes: {error}") from error
+
+
+def is_of_another_process(error: Exception) -> bool:
+    """Whether an error is one that a process gets when another one has gone."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and any(
+        words in str(error)
+        for words in ("UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED", "Gloo", "onnection")
+    )
 
 
 def leave(code: int) -> NoReturn:

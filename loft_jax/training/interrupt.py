@@ -13,7 +13,8 @@ class StopRequest:
     """While entered, the first SIGINT or SIGTERM is a request to stop; a second one acts as usual.
 
     In a run of several processes JAX takes SIGTERM, which is also how a cluster gives notice of a
-    preemption, on whichever process gets it, and names a step that all of them can stop behind.
+    preemption, on whichever process gets it, and names a step that all of them can stop behind; a
+    second one does nothing there.
 
     Outside the main thread, where Python lets nobody handle signals, one process requests nothing.
 

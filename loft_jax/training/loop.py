@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +25,18 @@ from loft_jax.training.config_io import (
 from loft_jax.training.distributed import is_main, wait_for_all
 from loft_jax.training.interrupt import StopRequest
 from loft_jax.training.mesh import check_batch, make_mesh
-from loft_jax.training.metrics import MetricsLog, read_metrics
+from loft_jax.training.metrics import MetricsLog, check_wandb, read_metrics
+from loft_jax.training.model import with_precision
 from loft_jax.training.plot import plot_losses
 from loft_jax.training.run import Run
 from loft_jax.training.step import TrainState
 from loft_jax.training.trace import StepTrace
 
 _log = logging.getLogger(__name__)
+
+# Steps that JAX may still be computing when another one is begun: enough to keep a device busy, and
+# few enough to stop within seconds.
+_STEPS_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,9 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, progress: bool = T
         >>> result = finetune(  # doctest: +SKIP
         ...     FinetuneConfig("org/model", DataConfig("rows.jsonl"), "runs/first", steps=100))
     """
+    config = with_precision(config)
     folder = Path(config.output)
+    check_wandb(config.wandb)
     mesh = make_mesh(config.mesh)
     check_batch(config.batch_size, config.accumulation_steps, mesh)
     with (
@@ -166,7 +174,7 @@ def _evaluation(rows: Sequence[dict[str, Any]], step: int) -> dict[str, float]:
 
 
 def _write(log: MetricsLog | None, step: int, values: dict[str, float]) -> None:
-    if log is not None:
+    if log is not None and values:
         log.write(step, **values)
 
 
@@ -178,7 +186,7 @@ def _train(
     stop: StopRequest,
 ) -> TrainState:
     config, done, skipped = run.config, int(whole(state.step)), int(whole(state.skipped)[0])
-    speed = run.speedometer()
+    speed, ahead = run.speedometer(), deque[dict[str, jax.Array]]()
     bar = tqdm(
         total=run.steps, initial=done, desc=config.method, disable=not run.progress, unit="step"
     )
@@ -187,16 +195,23 @@ def _train(
             with speed.spent_on("data"):
                 batch = next(run.stream)
                 placed = run.placed(batch)
-            trace.before(done + 1)
+            if len(ahead) == _STEPS_AHEAD:
+                jax.block_until_ready(ahead.popleft())
+            trace.before(done + 1, ahead)
             state, metrics = run.step(state, run.parts.frozen, placed)
             done += 1
+            ahead.append(metrics)
             trace.after(done, metrics)
             speed.count(int((batch["segment_ids"] > 0).sum()), batch["tokens"].shape[1])
             bar.update()
             last, stopped = done == run.steps, stop.reached(done)
             logs = last or done % config.log_every == 0
-            evaluates = last or (config.eval_every > 0 and done % config.eval_every == 0)
-            saves = last or stopped or done % config.save_every == 0
+            due = config.eval_every > 0 and done % config.eval_every == 0
+            evaluates = last or (due and not stopped)  # a notice of preemption leaves little time
+            best = evaluates and due and config.keep_best > 0
+            saves = last or stopped or best or done % config.save_every == 0
+            if logs or evaluates or saves:
+                jax.block_until_ready(state.step)
             if logs:
                 skipped = _check_skipped(state, done, skipped, config.max_skipped_steps)
                 values = {**speed.read(), **run.report(state, metrics, skipped)}

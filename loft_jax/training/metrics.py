@@ -1,15 +1,17 @@
 """Metrics of a run: one JSON line for each step that is logged, and the same for TensorBoard."""
 
 import contextlib
-import hashlib
 import json
 import math
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from loft_jax.errors import InputError
 
@@ -33,7 +35,7 @@ class MetricsLog:
             wandb: Weights & Biases project to report to besides.
 
         Raises:
-            InputError: Weights & Biases is asked for and not installed.
+            InputError: The folder cannot be written.
         """
         self.path = Path(folder) / "metrics.jsonl"
         last = -1 if resumed_at is None else resumed_at
@@ -43,8 +45,12 @@ class MetricsLog:
             partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
             os.replace(partial, self.path)
             self._file = self.path.open("a", encoding="utf-8")
-            self._board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=last + 1)
-        self._wandb = _wandb_run(Path(folder), wandb) if wandb else None
+            (Path(folder) / "tensorboard").mkdir(exist_ok=True)
+            # Not a SummaryWriter: its thread, once the disk was full, leaves its callers waiting.
+            self._events = EventsWriter(str(Path(folder) / "tensorboard" / "events"))
+            begin = SessionLog(status=SessionLog.START)
+            self._events.write_event(Event(wall_time=time.time(), step=last + 1, session_log=begin))
+        self._wandb = _wandb_run(Path(folder), wandb, last) if wandb else None
 
     def write(self, step: int, **values: float) -> None:
         """Adds the values of a step by name; those that are infinite or no number stay out."""
@@ -53,17 +59,20 @@ class MetricsLog:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
             for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+                told = Event(wall_time=time.time(), step=step, summary=scalar(name, value))
+                self._events.write_event(told)
+            self._events.flush()
         if self._wandb is not None:
-            self._wandb.log(values, step=step)
+            self._wandb.log({"step": step, **values})
 
     def close(self) -> None:
         """Writes out what is buffered."""
-        with self._writable():
-            self._file.close()
-            self._board.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        with contextlib.ExitStack() as closing:
+            if self._wandb is not None:
+                closing.callback(self._wandb.finish)
+            closing.enter_context(self._writable())
+            closing.callback(self._events.close)
+            closing.callback(self._file.close)
 
     @contextlib.contextmanager
     def _writable(self) -> Iterator[None]:
@@ -89,14 +98,34 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _wandb_run(folder: Path, project: str) -> Any:
-    """The run of this folder, gone on with if there is one."""
-    try:
-        import wandb
-    except ImportError as error:
-        raise InputError(
-            "wandb, which Weights & Biases reports need, is not installed; expected: "
-            "pip install 'loft-jax[wandb]'"
-        ) from error
-    known = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8).hexdigest()
-    return wandb.init(project=project, name=folder.name, dir=folder, id=known, resume="allow")
+def check_wandb(project: str) -> None:
+    """Says before any work if Weights & Biases is asked for and not there.
+
+    Args:
+        project: Empty if it is not asked for.
+
+    Raises:
+        InputError: It is not installed.
+    """
+    if project:
+        try:
+            import wandb  # noqa: F401
+        except ImportError as error:
+            raise InputError(
+                "wandb, which Weights & Biases reports need, is not installed; expected: "
+                "pip install 'loft-jax[wandb]'"
+            ) from error
+
+
+def _wandb_run(folder: Path, project: str, last: int) -> Any:
+    """The run of this folder, gone on with if this one is."""
+    import wandb
+
+    file = folder / "wandb_id"
+    if last < 0 or not file.exists():
+        file.write_text(wandb.util.generate_id(), encoding="utf-8")
+    known = file.read_text(encoding="utf-8")
+    run = wandb.init(project=project, name=folder.name, dir=folder, id=known, resume="allow")
+    # By a step of our own: W&B takes no row that lies before its last one, as a resumed run's may.
+    run.define_metric("*", step_metric="step")
+    return run

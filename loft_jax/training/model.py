@@ -1,5 +1,6 @@
 """The model of a run: base weights, adapters as they start, and what is left of it at the end."""
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, Sharding
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 
 from loft_jax.hub import load_pretrained, save_peft_adapter, save_pretrained
 from loft_jax.lora import LoRAConfig, add_lora, lora_layers
@@ -66,14 +67,28 @@ def abstract_model(sizes: LlamaConfig, config: FinetuneConfig) -> Llama:
     return nnx.eval_shape(made)
 
 
-def _computation(config: FinetuneConfig) -> dict[str, Any]:
-    """What a base model is stored in, computes in, and computes again."""
-    dtype = config.dtype
+def with_precision(config: FinetuneConfig) -> FinetuneConfig:
+    """The configuration with "auto" made what it is on this machine.
+
+    Args:
+        config: Its dtype, param_dtype and method are used.
+
+    Returns:
+        The same run, by name of its precision: on another machine it is no other.
+    """
+    dtype, param_dtype = config.dtype, config.param_dtype
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    frozen_dtype = dtype if config.param_dtype == "auto" else config.param_dtype
-    param_dtype = "float32" if config.method == "full" else frozen_dtype
-    return {"dtype": dtype, "param_dtype": param_dtype, "remat": config.remat}
+    if param_dtype == "auto":
+        param_dtype = "float32" if config.method == "full" else dtype
+    return dataclasses.replace(config, dtype=dtype, param_dtype=param_dtype)
+
+
+def _computation(config: FinetuneConfig) -> dict[str, Any]:
+    """What a base model is stored in, computes in, and computes again."""
+    config = with_precision(config)
+    param_dtype = "float32" if config.method == "full" else config.param_dtype
+    return {"dtype": config.dtype, "param_dtype": param_dtype, "remat": config.remat}
 
 
 def adapted(model: Llama, config: FinetuneConfig) -> Llama:
@@ -133,7 +148,12 @@ def restore_model(config: FinetuneConfig, checkpoints: Checkpoints, step: int) -
     parts = split_model(model, trained_kind(config.method))
     # Only the shape of the optimizer's state matters here, and that is the same at every rate.
     tx = make_optimizer(config, lambda count: 0.0, scaling_of(model))
-    state, _ = checkpoints.restore(step, jax.eval_shape(lambda: initial_state(parts, tx)))
+    here = SingleDeviceSharding(jax.local_devices()[0])  # whatever mesh it was saved from
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+        jax.eval_shape(lambda: initial_state(parts, tx)),
+    )
+    state, _ = checkpoints.restore(step, like)
     return parts.merged(state.params, state.streams)
 
 

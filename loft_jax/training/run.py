@@ -108,7 +108,7 @@ class Run:
         )
         self._initial = jax.jit(
             lambda params, streams: initial_state(
-                parts._replace(params=params, streams=streams), tx
+                self.parts._replace(params=params, streams=streams), tx
             ),
             out_shardings=layout,
             donate_argnums=(0, 1),

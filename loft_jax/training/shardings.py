@@ -57,7 +57,7 @@ def step_shardings(
     Returns:
         The shardings, for `make_step` and for `jax.device_put`.
     """
-    whole: Any = NamedSharding(mesh, PartitionSpec())
+    everywhere: Any = NamedSharding(mesh, PartitionSpec())
 
     def of(tree: Tree) -> Tree:
         return jax.tree_util.tree_map_with_path(
@@ -82,11 +82,11 @@ def step_shardings(
             jax.eval_shape(tx.init, parts.params),
         )
     state = TrainState(
-        step=whole,
-        skipped=whole,
+        step=everywhere,
+        skipped=everywhere,
         params=params,
         opt_state=opt_state,
-        streams=jax.tree.map(lambda _: whole, parts.streams),
+        streams=jax.tree.map(lambda _: everywhere, parts.streams),
     )
     return StepShardings(state, of(parts.frozen), NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
 
@@ -116,6 +116,8 @@ def parameter_spec(
         A mesh axis, several, or None for each axis of the array.
 
     Example:
+        >>> from loft_jax.training.config import MeshConfig
+        >>> from loft_jax.training.mesh import make_mesh
         >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
         ...                      num_hidden_layers=2, num_attention_heads=4,
         ...                      num_key_value_heads=2, head_dim=8)

@@ -1,11 +1,14 @@
 """A JAX trace of some steps, to be looked at in TensorBoard or Perfetto."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import jax
+
+_log = logging.getLogger(__name__)
 
 
 class StepTrace:
@@ -18,7 +21,8 @@ class StepTrace:
             folder: Where the trace goes.
             steps: The first and the last step; empty for no trace.
         """
-        self._folder, self._steps, self._running = folder, tuple(steps), False
+        self._folder, self._steps = folder, tuple(steps)
+        self._running = self._traced = False
 
     def __enter__(self) -> "StepTrace":
         return self
@@ -30,12 +34,15 @@ class StepTrace:
         trace: TracebackType | None,
     ) -> None:
         self._stop()
+        if self._steps and not self._traced and error is None:
+            _log.warning("profile_steps %d to %d: none of them was done", *self._steps)
 
-    def before(self, step: int) -> None:
-        """Begins, if this step is the first one."""
-        if self._steps and step == self._steps[0]:
+    def before(self, step: int, running: Any) -> None:
+        """Begins at the first of the steps that is done here, when those before have ended."""
+        if self._steps and not self._traced and self._steps[0] <= step <= self._steps[1]:
+            jax.block_until_ready(running)
             jax.profiler.start_trace(self._folder)
-            self._running = True
+            self._running = self._traced = True
 
     def after(self, step: int, results: Any) -> None:
         """Ends, if this step is the last one, when its results are there."""

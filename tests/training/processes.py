@@ -7,6 +7,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+
+from loft_jax.hub.safetensors_io import Safetensors
 from loft_jax.training.config_io import save_config
 from loft_jax.training.metrics import read_metrics
 
@@ -26,6 +29,11 @@ sys.exit(loft_jax.cli.main())
 def losses(folder):
     rows = read_metrics(Path(folder) / "metrics.jsonl")
     return {row["step"]: row["train_loss"] for row in rows if "train_loss" in row}
+
+
+def adapter(folder):
+    file = Safetensors(Path(folder) / "adapter" / "adapter_model.safetensors")
+    return {name: np.asarray(file.read(name)) for name in file.shapes}
 
 
 def start(config, *flags, devices=1, before=()):

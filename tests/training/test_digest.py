@@ -53,3 +53,16 @@ def test_places_dtypes_shapes_and_paths_count():
 def test_minus_zero_and_nan_are_what_they_are():
     assert tree_digest([jnp.float32(0.0)]) != tree_digest([jnp.float32(-0.0)])
     assert tree_digest([jnp.float32("nan")]) == tree_digest([jnp.float32("nan")])
+
+
+def test_changes_that_a_sum_of_products_would_not_see():
+    """Signs, and high bits of two elements."""
+    x = np.random.default_rng(0).normal(size=(64, 16)).astype(np.float32)
+    before = tree_digest([jnp.asarray(x)])
+    assert tree_digest([jnp.asarray(-x)]) != before
+    bits = x.view(np.uint32)
+    for first, second in ((0, 1), (5, 900), (17, 18)):
+        for bit in (29, 30, 31):
+            changed = bits.copy().reshape(-1)
+            changed[[first, second]] ^= np.uint32(1 << bit)
+            assert tree_digest([jnp.asarray(changed.view(np.float32).reshape(x.shape))]) != before

@@ -10,26 +10,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from loft_jax.cli import main
 from loft_jax.data import DataConfig
-from loft_jax.hub.safetensors_io import Safetensors
 from loft_jax.training.config import MeshConfig
 from loft_jax.training.loop import finetune
-from tests.training.processes import finish, losses, output, start, start_together, wait_for_step
-
-
-def adapter(folder):
-    file = Safetensors(Path(folder) / "adapter" / "adapter_model.safetensors")
-    return {name: np.asarray(file.read(name)) for name in file.shapes}
+from tests.training.processes import (
+    adapter,
+    finish,
+    losses,
+    output,
+    start,
+    start_together,
+    wait_for_step,
+)
 
 
 def saved_steps(folder):
     return sorted(int(f.name) for f in Path(folder, "checkpoints").iterdir() if f.name.isdigit())
 
 
-def test_killed_again_and_again_is_as_if_never_stopped(make_config, tmp_path):
+def test_killed_again_and_again_is_as_if_never_stopped(make_config, workspace, tmp_path):
     """To the bit, with dropout and packed rows, over ends of epochs, in saves and between them."""
     data = DataConfig(make_config().data.path, max_length=64, packing=True)
     common = {"data": data, "batch_size": 4, "dropout": 0.2, "steps": 60, "save_every": 1}
+    common |= {"eval_path": str(workspace / "test.jsonl"), "eval_every": 2}
     whole = make_config(output=str(tmp_path / "whole"), **common)
     finetune(whole, progress=False)
     config = make_config(output=str(tmp_path / "killed"), **common)
@@ -104,8 +108,10 @@ def test_processes_do_what_one_does_and_stop_when_one_is_gone(make_config, tmp_p
     begin = time.monotonic()
     survivor, killed = finish(*processes)
     assert time.monotonic() - begin < 60
-    assert (killed, survivor > 0) == (-9, True)
-    assert "another process" in output(processes[0])
+    assert killed == -9
+    assert survivor in (3, -signal.SIGABRT)  # the latter where JAX notices first
+    if survivor == 3:
+        assert "another process" in output(processes[0])
     resumed = make_config(output=together.output, mesh=MeshConfig(fsdp=4), **common)
     process = start(resumed, "--resume", devices=4)
     assert finish(process) == [0], output(process)
@@ -116,6 +122,11 @@ def test_processes_do_what_one_does_and_stop_when_one_is_gone(make_config, tmp_p
     for name, tensor in adapter(together.output).items():
         distance = np.linalg.norm(tensor - expected[name]) / np.linalg.norm(expected[name])
         assert distance < 1e-5, name
+    # What was saved from a mesh is exported where there is one device.
+    exported = tmp_path / "exported"
+    assert main(["export", together.output, "--output", str(exported)]) == 0
+    for name, tensor in adapter(exported).items():
+        np.testing.assert_array_equal(tensor, adapter(together.output)[name], err_msg=name)
 
 
 def test_processes_stop_behind_the_same_step(make_config):
@@ -130,8 +141,7 @@ def test_processes_stop_behind_the_same_step(make_config):
     assert "checkpoint saved" not in output(processes[1])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_two_and_four_processes_evaluate_and_export_as_one(make_config, workspace, tmp_path, count):
     common = {
         "eps": 1e-3,

@@ -20,7 +20,7 @@ from loft_jax.training.mesh import check_batch, make_mesh
 from loft_jax.training.shardings import parameter_spec
 from loft_jax.training.topology import load_topology
 
-MESHES = ([8, 1, 1], [1, 8, 1], [2, 2, 2], [1, 4, 2])
+MESHES = ([8, 1, 1], [1, 8, 1], [2, 2, 2], [1, 4, 2], [2, 4, 1])
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is for Linux on x86-64"
 )

@@ -1,13 +1,12 @@
 import contextlib
 import json
 import sys
-import types
 from pathlib import Path
 
 import pytest
 
 from loft_jax.errors import InputError
-from loft_jax.training.metrics import MetricsLog, read_metrics
+from loft_jax.training.metrics import MetricsLog, check_wandb, read_metrics
 from loft_jax.training.plot import plot_losses
 
 
@@ -27,7 +26,7 @@ def test_a_resumed_log_forgets_what_is_done_again(tmp_path):
         (2, 2.0),
         (3, 33.0),
     ]
-    assert any((tmp_path / "tensorboard").iterdir())
+    assert len(list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))) >= 1
 
 
 def test_a_new_log_forgets_all(tmp_path):
@@ -59,17 +58,25 @@ def test_what_is_no_number_stays_out(tmp_path):
 
 
 class Recorded:
-    """What Weights & Biases would be told; the same run again for the same folder."""
+    """What Weights & Biases would be told."""
 
     def __init__(self):
-        self.runs, self.rows, self.finished = [], [], 0
+        self.runs, self.rows, self.axes, self.finished, self.ids = [], [], [], 0, 0
+        self.util = self
+
+    def generate_id(self):
+        self.ids += 1
+        return f"id{self.ids}"
+
+    def define_metric(self, name, step_metric):
+        self.axes.append((name, step_metric))
 
     def init(self, **settings):
         self.runs.append(settings)
         return self
 
-    def log(self, values, step):
-        self.rows.append((step, values))
+    def log(self, values):
+        self.rows.append(values)
 
     def finish(self):
         self.finished += 1
@@ -77,24 +84,26 @@ class Recorded:
 
 def test_weights_and_biases_is_told_the_same(tmp_path, monkeypatch):
     recorded = Recorded()
-    module = types.SimpleNamespace(init=recorded.init)
-    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setitem(sys.modules, "wandb", recorded)
     (tmp_path / "run").mkdir()
-    for resumed_at in (None, 1):
+    for resumed_at in (None, 1, None):
         log = MetricsLog(tmp_path / "run", resumed_at=resumed_at, wandb="project")
         log.write(1 if resumed_at is None else 2, train_loss=2.0, grad_norm=float("nan"))
         log.close()
-    assert recorded.rows == [(1, {"train_loss": 2.0}), (2, {"train_loss": 2.0})]
-    first, second = recorded.runs
-    assert first == second
+    assert recorded.rows == [{"step": step, "train_loss": 2.0} for step in (1, 2, 1)]
+    first, resumed, another = recorded.runs
+    assert first == resumed
     assert (first["project"], first["name"], first["resume"]) == ("project", "run", "allow")
-    assert recorded.finished == 2
+    assert another["id"] != first["id"]
+    assert recorded.axes == [("*", "step")] * 3
+    assert recorded.finished == 3
 
 
 def test_without_wandb_it_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(InputError, match=r"pip install 'loft-jax\[wandb\]'"):
-        MetricsLog(tmp_path, wandb="project")
+        check_wandb("project")
+    check_wandb("")
 
 
 def test_a_log_that_cannot_be_written_names_the_folder(tmp_path):

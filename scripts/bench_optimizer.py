@@ -56,7 +56,8 @@ import loft_jax
 from loft_jax import LoRAConfig, add_lora, load_pretrained, loft, state_bytes
 from loft_jax.errors import InputError
 from loft_jax.models import Llama, LlamaConfig
-from loft_jax.training.step import TrainState, initial_state, make_step, predicted, split_model
+from loft_jax.training.parts import split_model
+from loft_jax.training.step import TrainState, initial_state, make_step, predicted
 
 Group = Literal["update", "compile", "train"]
 Contestant = Literal[

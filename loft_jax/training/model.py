@@ -17,8 +17,9 @@ from loft_jax.models.quantized import quantize_kernels
 from loft_jax.training.checkpoint import Checkpoints
 from loft_jax.training.config import FinetuneConfig, Method
 from loft_jax.training.optimizer import make_optimizer
+from loft_jax.training.parts import split_model
 from loft_jax.training.shardings import parameter_spec
-from loft_jax.training.step import initial_state, split_model
+from loft_jax.training.step import initial_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -27,16 +27,9 @@ from loft_jax.training.config import FinetuneConfig, MeshConfig, Method, SecondM
 from loft_jax.training.mesh import check_batch, make_mesh
 from loft_jax.training.model import abstract_model, scaling_of, trained_kind
 from loft_jax.training.optimizer import make_optimizer, make_schedule
+from loft_jax.training.parts import Parts, split_model
 from loft_jax.training.shardings import step_shardings
-from loft_jax.training.step import (
-    HOST_MEMORY,
-    Parts,
-    StepShardings,
-    TrainState,
-    initial_state,
-    make_step,
-    split_model,
-)
+from loft_jax.training.step import HOST_MEMORY, StepShardings, TrainState, initial_state, make_step
 from loft_jax.training.topology import Topology, load_topology
 
 Tree = Any

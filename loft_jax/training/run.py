@@ -26,8 +26,9 @@ from loft_jax.training.distributed import place_batch
 from loft_jax.training.model import export_trained, load_model, scaling_of, trained_kind
 from loft_jax.training.monitor import Speedometer, largest_condition, memory_in_use
 from loft_jax.training.optimizer import make_optimizer, make_schedule
+from loft_jax.training.parts import split_model
 from loft_jax.training.shardings import step_shardings
-from loft_jax.training.step import TrainState, initial_state, make_step, predicted, split_model
+from loft_jax.training.step import TrainState, initial_state, make_step, predicted
 
 _log = logging.getLogger(__name__)
 

@@ -18,7 +18,8 @@ from loft_jax.models import LlamaConfig
 from loft_jax.models.activations import BATCH_AXES
 from loft_jax.models.llama_layout import logical_axes
 from loft_jax.optim.state import state_shardings
-from loft_jax.training.step import HOST_MEMORY, Parts, StepShardings, TrainState
+from loft_jax.training.parts import Parts
+from loft_jax.training.step import HOST_MEMORY, StepShardings, TrainState
 
 Tree = Any
 

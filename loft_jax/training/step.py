@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
+from jax.sharding import NamedSharding, PartitionSpec, use_abstract_mesh
 
 from loft_jax.data import Batch
-from loft_jax.models import Llama
-from loft_jax.models.activations import laid_out
 from loft_jax.models.loss import Arrays
+from loft_jax.training.gradients import make_gradients
+from loft_jax.training.parts import Parts
 
 Tree = Any
 
@@ -40,26 +39,6 @@ class TrainState(NamedTuple):
     streams: Tree
 
 
-class Parts(NamedTuple):
-    """A model taken apart for training.
-
-    Attributes:
-        graphdef: Its structure.
-        params: What is trained.
-        streams: Counters of its random streams.
-        frozen: All the rest: base weights, random keys.
-    """
-
-    graphdef: nnx.GraphDef[Llama]
-    params: Tree
-    streams: Tree
-    frozen: Tree
-
-    def merged(self, params: Tree, streams: Tree) -> Llama:
-        """The model with other parameters and counters."""
-        return nnx.merge(self.graphdef, params, streams, self.frozen, copy=True)
-
-
 class StepShardings(NamedTuple):
     """Where everything that a step takes and gives lies on a mesh.
 
@@ -72,21 +51,6 @@ class StepShardings(NamedTuple):
     state: TrainState
     frozen: Tree
     batch: NamedSharding
-
-
-def split_model(model: Llama, trained: type[nnx.Variable[Any]]) -> Parts:
-    """Takes a model apart.
-
-    Args:
-        model: With its adapters, if there are any.
-        trained: Kind of variable that is trained: `nnx.LoRAParam`, or `nnx.Param` for all.
-
-    Returns:
-        Its parts, as nested dicts of arrays.
-    """
-    graphdef, *states = nnx.split(model, trained, nnx.RngCount, ...)
-    params, streams, frozen = map(nnx.to_pure_dict, states)
-    return Parts(graphdef, params, streams, frozen)
 
 
 def initial_state(parts: Parts, tx: optax.GradientTransformation) -> TrainState:
@@ -158,63 +122,9 @@ def make_step(
         parameters).
     """
 
-    def summed_loss(
-        params: Tree, streams: Tree, frozen: Tree, batch: Arrays
-    ) -> tuple[jax.Array, Tree]:
-        model = nnx.merge(parts.graphdef, params, streams, frozen, copy=True)
-        rows = {key: jnp.asarray(value) for key, value in batch.items()}
-        hidden, _ = model.hidden_states(
-            rows["tokens"], positions=rows["positions"], segment_ids=rows["segment_ids"]
-        )  # (b, t, hidden)
-        logits = model.logits(jnp.take_along_axis(hidden, rows["places"][..., None], axis=1))
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, rows["targets"])  # (b, k)
-        streams = nnx.to_pure_dict(nnx.state(model, nnx.RngCount))
-        return jnp.sum(losses * rows["weights"]), streams
-
-    def summed_gradients(
-        params: Tree, streams: Tree, frozen: Tree, batch: Arrays
-    ) -> tuple[Any, Tree, Tree]:
-        value_and_grad = jax.value_and_grad(summed_loss, has_aux=True)
-        if accumulation_steps == 1:
-            (loss, streams), grads = value_and_grad(params, streams, frozen, batch)
-            return loss, grads, streams
-
-        def add(carry: tuple[Any, Tree, Tree], part: Arrays) -> tuple[tuple[Any, Tree, Tree], None]:
-            loss, grads, streams = carry
-            part = jax.tree.map(laid_out, part)
-            (more, streams), extra = value_and_grad(params, streams, frozen, part)
-            return (loss + more, jax.tree.map(jnp.add, grads, extra), streams), None
-
-        divided = jax.tree.map(
-            lambda x: jnp.reshape(x, (accumulation_steps, -1, *x.shape[1:])), batch
-        )
-        start = (jnp.zeros([]), jax.tree.map(jnp.zeros_like, params), streams)
-        return jax.lax.scan(add, start, divided)[0]
-
-    def summed_in_each_copy(
-        params: Tree, streams: Tree, frozen: Tree, batch: Arrays
-    ) -> tuple[Any, Tree, Tree]:
-        """Sums over the parts in each copy of the model, and then once over the copies."""
-        copy = jax.lax.axis_index("data")
-        frozen = jax.tree.map(
-            lambda x: (
-                jax.random.fold_in(x, copy) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-            ),
-            frozen,
-        )
-        loss, grads, streams = summed_gradients(params, streams, frozen, batch)
-        return *jax.lax.psum((loss, grads), "data"), streams
-
-    gradients = summed_gradients
-    if accumulation_steps > 1 and shardings is not None and _copies_apart(shardings.batch.mesh):
-        everywhere = PartitionSpec()
-        gradients = jax.shard_map(
-            summed_in_each_copy,
-            in_specs=(everywhere, everywhere, everywhere, PartitionSpec("data")),
-            out_specs=everywhere,
-            axis_names={"data"},
-            check_vma=False,
-        )
+    gradients = make_gradients(
+        parts, accumulation_steps, None if shardings is None else shardings.batch.mesh
+    )
 
     def moved(opt_state: Tree, kind: str) -> Tree:
         """What lies in the memory of the hosts between updates, there or on the devices."""
@@ -289,13 +199,3 @@ def make_step(
         out_shardings=(shardings.state, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
     )
-
-
-def _copies_apart(mesh: Mesh | AbstractMesh) -> bool:
-    """Whether the copies of the model can sum their gradients apart from each other.
-
-    Else the compiler adds them up over the copies in each part and layer. With three axes in use
-    it would have to: XLA's partitioner cannot split what is left over two (its check in
-    `ExpandDeviceGroups` fails, jaxlib 0.10.2).
-    """
-    return mesh.shape["data"] > 1 and 1 in (mesh.shape["fsdp"], mesh.shape["tensor"])

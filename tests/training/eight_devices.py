@@ -20,8 +20,9 @@ from loft_jax.models.quantized import quantize_kernels
 from loft_jax.training.config import MeshConfig
 from loft_jax.training.digest import tree_digest
 from loft_jax.training.mesh import make_mesh
+from loft_jax.training.parts import split_model
 from loft_jax.training.shardings import parameter_spec, step_shardings
-from loft_jax.training.step import initial_state, make_step, predicted, split_model
+from loft_jax.training.step import initial_state, make_step, predicted
 
 # Three layers, so that no other axis has the size of the stack.
 CONFIG = LlamaConfig(

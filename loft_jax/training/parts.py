@@ -1,0 +1,44 @@
+"""A model taken apart for training: what is trained, what counts, what stays."""
+
+from typing import Any, NamedTuple
+
+from flax import nnx
+
+from loft_jax.models import Llama
+
+Tree = Any
+
+
+class Parts(NamedTuple):
+    """A model taken apart for training.
+
+    Attributes:
+        graphdef: Its structure.
+        params: What is trained.
+        streams: Counters of its random streams.
+        frozen: All the rest: base weights, random keys.
+    """
+
+    graphdef: nnx.GraphDef[Llama]
+    params: Tree
+    streams: Tree
+    frozen: Tree
+
+    def merged(self, params: Tree, streams: Tree) -> Llama:
+        """The model with other parameters and counters."""
+        return nnx.merge(self.graphdef, params, streams, self.frozen, copy=True)
+
+
+def split_model(model: Llama, trained: type[nnx.Variable[Any]]) -> Parts:
+    """Takes a model apart.
+
+    Args:
+        model: With its adapters, if there are any.
+        trained: Kind of variable that is trained: `nnx.LoRAParam`, or `nnx.Param` for all.
+
+    Returns:
+        Its parts, as nested dicts of arrays.
+    """
+    graphdef, *states = nnx.split(model, trained, nnx.RngCount, ...)
+    params, streams, frozen = map(nnx.to_pure_dict, states)
+    return Parts(graphdef, params, streams, frozen)

@@ -42,7 +42,7 @@ def factors(m, n, r, condition, ratio, seed):
     return {"lora_a": factor(m), "lora_b": ratio * factor(n).T}
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     shape=st.sampled_from([(12, 9, 4), (8, 8, 8), (5, 30, 1)]),
     condition=st.floats(1.0, 30.0),

@@ -30,7 +30,7 @@ def test_factorizes_at_the_limit_of_the_arithmetic(dtype, condition, n, r, rank_
     np.testing.assert_allclose(s @ s_inv, np.eye(r), atol=100 * condition * eps)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     zero=st.lists(st.integers(0, 5), max_size=6, unique=True),
     twins=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=3),

@@ -1,9 +1,8 @@
 """What a run is made of, from its configuration: data, model, optimizer, compiled step."""
 
-import dataclasses
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from loft_jax.data import Batch, eval_batches, load_examples, tokenize, train_stream
+from loft_jax.data import Batch, load_examples, tokenize, train_stream
 from loft_jax.errors import InputError
-from loft_jax.evaluation.choices import score_choices
-from loft_jax.evaluation.perplexity import perplexity
 from loft_jax.hub import load_tokenizer
 from loft_jax.hub.host_arrays import whole
 from loft_jax.models import Llama
@@ -23,6 +20,7 @@ from loft_jax.training.checkpoint import Checkpoints
 from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.config_io import config_to_dict
 from loft_jax.training.distributed import place_batch
+from loft_jax.training.held_out import HeldOut
 from loft_jax.training.model import export_trained, load_model, scaling_of, trained_kind
 from loft_jax.training.monitor import Speedometer, largest_condition, memory_in_use
 from loft_jax.training.optimizer import make_optimizer, make_schedule
@@ -69,20 +67,9 @@ class Run:
         self.steps = config.steps or math.ceil(
             config.epochs * self.stream.rows_per_epoch / config.batch_size
         )
-        self._eval_data = (
-            dataclasses.replace(config.data, path=config.eval_path, split=config.eval_split)
-            if config.eval_path
-            else None
+        self._held_out = (
+            HeldOut(config, self._tokenizer, progress=progress) if config.eval_path else None
         )
-        self._eval_rows: Any = None
-        self._eval_batches: Sequence[Batch] = ()
-        if self._eval_data is not None:
-            self._eval_rows = load_examples(self._eval_data)
-            eval_tokens = tokenize(self._eval_rows, self._tokenizer, self._eval_data)
-            self._eval_batches = eval_batches(
-                eval_tokens, self._eval_data, batch_size=config.eval_batch_size
-            )
-
         model = load_model(config, mesh)
         if (largest := int(data.tokens.max())) >= (size := model.config.vocab_size):
             raise InputError(
@@ -215,21 +202,7 @@ class Run:
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Mean loss on the held-out examples, and accuracy if there are choices."""
-        if self._eval_data is None:
-            return {}
-        model = self._trained(state)
-        if not self.config.choices:
-            return {"loss": perplexity(model, self._eval_batches, progress=self.progress).nll}
-        scores = score_choices(
-            model,
-            self._tokenizer,
-            self._eval_rows,
-            self._eval_data,
-            choices=self.config.choices,
-            batch_size=self.config.eval_batch_size,
-            progress=self.progress,
-        )
-        return {"loss": scores.nll, "accuracy": scores.accuracy}
+        return {} if self._held_out is None else self._held_out.measure(self._trained(state))
 
     def _trained(self, state: TrainState) -> Llama:
         return self.parts.merged(state.params, state.streams)

@@ -116,12 +116,10 @@ def make_step(
 
     Returns:
         A jitted function of state (donated), frozen parameters and a batch from `predicted`. It
-        gives the next state and metrics: `loss` (nats a token), `tokens` (in the batch, without
-        padding), `grad_norm` (global norm of the gradients; where the optimizer clips by the norm
-        of projected ones, that norm) and `update_norm` (global norm of what was added to the
-        parameters).
+        gives the next state and metrics: `loss` (nats a token), `grad_norm` (global norm of the
+        gradients; where the optimizer clips by the norm of projected ones, that norm) and
+        `update_norm` (global norm of what was added to the parameters).
     """
-
     gradients = make_gradients(
         parts, accumulation_steps, None if shardings is None else shardings.batch.mesh
     )
@@ -177,7 +175,6 @@ def make_step(
         skipped = jnp.where(moves, jnp.stack([total, 0]), state.skipped + 1)
         metrics = {
             "loss": loss / count,
-            "tokens": jnp.sum(batch["segment_ids"] > 0),
             "grad_norm": grad_norm,
             "update_norm": update_norm,
         }

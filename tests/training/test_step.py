@@ -56,7 +56,6 @@ def test_loss_and_gradient_are_those_of_every_position(parts, learned):
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), after.params, expected
     )
     np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-4)
-    assert int(metrics["tokens"]) == 8 * 16
 
 
 @pytest.mark.parametrize("tx", [optax.sgd(1.0), loft(1e-2, eps=1e-3)], ids=["sgd", "loft"])

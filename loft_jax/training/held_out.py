@@ -1,0 +1,61 @@
+"""The held-out examples of a run, and what a model does on them."""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from loft_jax.data import eval_batches, load_examples, tokenize
+from loft_jax.evaluation.choices import score_choices
+from loft_jax.evaluation.perplexity import perplexity
+from loft_jax.models import Llama
+from loft_jax.training.config import FinetuneConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class HeldOut:
+    """Examples to measure a model on, as its configuration says."""
+
+    def __init__(
+        self, config: FinetuneConfig, tokenizer: "PreTrainedTokenizerBase", *, progress: bool
+    ) -> None:
+        """Reads them.
+
+        Args:
+            config: Its eval_path, eval_split, choices and eval_batch_size are used, and the form
+                of its data.
+            tokenizer: Of the model.
+            progress: Show bars.
+
+        Raises:
+            InputError: They cannot be read, or are not of the form of the data.
+        """
+        self._config, self._tokenizer, self._progress = config, tokenizer, progress
+        self._data = dataclasses.replace(
+            config.data, path=config.eval_path, split=config.eval_split
+        )
+        self._rows = load_examples(self._data)
+        tokens = tokenize(self._rows, tokenizer, self._data)
+        self._batches = eval_batches(tokens, self._data, batch_size=config.eval_batch_size)
+
+    def measure(self, model: Llama) -> dict[str, float]:
+        """The mean loss, in nats, and the accuracy if there are choices.
+
+        Args:
+            model: With its adapters.
+
+        Returns:
+            `loss` a token; or, with choices, `loss` of the right answer and `accuracy`.
+        """
+        if not self._config.choices:
+            return {"loss": perplexity(model, self._batches, progress=self._progress).nll}
+        scores = score_choices(
+            model,
+            self._tokenizer,
+            self._rows,
+            self._data,
+            choices=self._config.choices,
+            batch_size=self._config.eval_batch_size,
+            progress=self._progress,
+        )
+        return {"loss": scores.nll, "accuracy": scores.accuracy}

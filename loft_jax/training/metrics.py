@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,7 +124,7 @@ def _wandb_run(folder: Path, project: str, last: int) -> Any:
 
     file = folder / "wandb_id"
     if last < 0 or not file.exists():
-        file.write_text(wandb.util.generate_id(), encoding="utf-8")
+        file.write_text(secrets.token_hex(8), encoding="utf-8")
     known = file.read_text(encoding="utf-8")
     run = wandb.init(project=project, name=folder.name, dir=folder, id=known, resume="allow")
     # By a step of our own: W&B takes no row that lies before its last one, as a resumed run's may.

@@ -61,12 +61,7 @@ class Recorded:
     """What Weights & Biases would be told."""
 
     def __init__(self):
-        self.runs, self.rows, self.axes, self.finished, self.ids = [], [], [], 0, 0
-        self.util = self
-
-    def generate_id(self):
-        self.ids += 1
-        return f"id{self.ids}"
+        self.runs, self.rows, self.axes, self.finished = [], [], [], 0
 
     def define_metric(self, name, step_metric):
         self.axes.append((name, step_metric))

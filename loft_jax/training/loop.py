@@ -151,12 +151,12 @@ def _checkpoints(config: FinetuneConfig, resume: bool) -> Iterator[Checkpoints]:
 def _started_with(checkpoints: Checkpoints, folder: Path) -> dict[str, Any]:
     """The configuration that a run to resume was started with."""
     if (saved := checkpoints.newest_run()) is not None:
-        return config_to_dict(config_from_dict(saved["config"]))
+        return config_to_dict(with_precision(config_from_dict(saved["config"])))
     if checkpoints.steps() or not (folder / "config.yaml").exists():
         found = ", none of those it holds can be read" if checkpoints.steps() else ""
         raise InputError(f"{checkpoints.folder}: no checkpoint to resume from{found}")
     _log.warning("%s: stopped before its first checkpoint; starting again", folder)
-    return config_to_dict(config_from_dict(load_config(folder / "config.yaml")))
+    return config_to_dict(with_precision(config_from_dict(load_config(folder / "config.yaml"))))
 
 
 def _named(evaluation: dict[str, float]) -> dict[str, float]:

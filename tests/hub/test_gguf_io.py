@@ -113,6 +113,7 @@ def test_a_file_is_opened_again_only_when_it_changed(tmp_path, folder):
     assert open_gguf(path).config.max_position_embeddings == 512
 
 
+@pytest.mark.slow
 def test_smollm2_gives_the_logits_of_transformers(smollm2):
     theirs = AutoModelForCausalLM.from_pretrained(
         smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32

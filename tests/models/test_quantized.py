@@ -58,7 +58,7 @@ def test_a_quantized_model_is_the_model_of_its_dequantized_weights(tiny_llama, k
     assert codes.dtype == {"int8": jnp.int8, "nf4": jnp.uint4}[kind]
 
 
-@KINDS
+@pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
 def test_lora_on_top_trains_exports_and_loads_as_ever(tmp_path, tiny_llama, kind):
     config = LoRAConfig(rank=2, target_modules=("q_proj", "up_proj"))
     model = add_lora(load_pretrained(tiny_llama, quantization=kind), config, rngs=nnx.Rngs(0))

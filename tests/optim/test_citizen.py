@@ -74,8 +74,18 @@ ALIASES = [name for name in TRANSFORMS if name.startswith("loft")]
 ROUNDING = {"loft, bfloat16": (2e-2, 2e-2)}
 # Links whose results go on to the moments, in no less than float32.
 PROJECTED_GRADIENTS = ("project_gradients", "clip_by_projected_norm")
-every_transform = pytest.mark.parametrize("name", TRANSFORMS)
-every_alias = pytest.mark.parametrize("name", ALIASES)
+# Chains of links that stand in the others.
+SLOW = ("loft, factored", "loft, diagonal", "loft, both at once", "loft, a first")
+
+
+def each_of(names):
+    marked = [
+        pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in names
+    ]
+    return pytest.mark.parametrize("name", marked)
+
+
+every_transform, every_alias = each_of(TRANSFORMS), each_of(ALIASES)
 
 
 def make(name):

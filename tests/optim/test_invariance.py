@@ -33,7 +33,7 @@ def gauge(r, condition, seed):
     return u @ np.diag(np.geomspace(1, 1 / condition, r)) @ v
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     shape=st.sampled_from([(12, 9, 4), (8, 8, 8), (20, 30, 6)]),
     dtype=st.sampled_from(["float64", "float32"]),
@@ -50,7 +50,7 @@ def test_gauge(shape, dtype, second_moment, condition, seed):
     assert errors.max() < TOLERANCE[dtype]
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     shape=st.sampled_from([(12, 9, 4), (20, 30, 6)]),
     dtype=st.sampled_from(["float64", "float32"]),

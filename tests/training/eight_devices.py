@@ -36,6 +36,7 @@ CONFIG = LlamaConfig(
     initializer_range=0.3,
 )
 STEPS, ROWS, LENGTH = 10, 16, 12
+LOADED = ([8, 1, 1], [1, 4, 2])
 # Large enough for its arrays to stand out among those of Python.
 WIDE = LlamaConfig(512, 256, 1024, 4, 8, 8, 32, tie_word_embeddings=False)
 
@@ -158,7 +159,8 @@ def main():
         found["moved"] = min(
             float(np.linalg.norm(x - start[k]) / np.linalg.norm(x)) for k, x in expected.items()
         )
-        found["loaded"] = load(folder, sizes)
+        if sizes in LOADED:
+            found["loaded"] = load(folder, sizes)
         results["x".join(map(str, sizes))] = found
     quantized = [run(sizes, quantization="nf4")[0]["losses"] for sizes in (None, (2, 2, 2))]
     print(json.dumps({"alone": alone, "quantized": quantized, **results}))

@@ -19,6 +19,7 @@ from loft_jax.training.config import MeshConfig
 from loft_jax.training.mesh import check_batch, make_mesh
 from loft_jax.training.shardings import parameter_spec
 from loft_jax.training.topology import load_topology
+from tests.training.eight_devices import LOADED
 
 MESHES = ([8, 1, 1], [1, 8, 1], [2, 2, 2], [1, 4, 2], [2, 4, 1])
 needs_libtpu = pytest.mark.skipif(
@@ -97,7 +98,7 @@ def test_accumulated_gradients_are_added_up_over_copies_once(runs):
     assert of(runs, [1, 8, 1])["reduced_in_loops"]
 
 
-@each_mesh
+@pytest.mark.parametrize("sizes", LOADED)
 def test_weights_load_into_their_shards(runs, sizes):
     """Each byte is read once, and the host holds the shard of one device at a time.
 

@@ -12,7 +12,7 @@ test: .venv/.test assets
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest -q -n 2 --dist loadfile
+	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 demo: .venv/.demo
 	$(BIN)/python scripts/demo.py

@@ -42,7 +42,7 @@ def test_error_is_that_of_the_format(kind):
     assert (error <= largest * step / 2 * 1.01).all()
 
 
-@KINDS
+@pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
 def test_a_quantized_model_is_the_model_of_its_dequantized_weights(tiny_llama, kind):
     """To rounding; while the weights take an eighth or a quarter of float32's bits."""
     quantized = load_pretrained(tiny_llama, quantization=kind)

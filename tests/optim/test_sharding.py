@@ -47,8 +47,8 @@ RUNS = {
     **{f"{name}, 2x2x2": (name, "2x2x2", "large") for name in OPTIMIZERS},
 }
 
-# Each compiles for long; what they differ in, the others, and other tests, show in part.
-SLOW = tuple(run for run in RUNS if run != "full, 2x2x2")
+# Compiles for minutes; tests/training/test_mesh.py runs LoFT on meshes too.
+pytestmark = pytest.mark.slow
 
 
 def layouts(optimizer, axes):
@@ -200,23 +200,13 @@ def collectives(hlo):
 
 @pytest.fixture(scope="module")
 def probes():
-    """What this module prints as a script, by name of a run; the slow ones when they are asked."""
-
-    def found(run):
-        return _probed(tuple(name for name in RUNS if (name in SLOW) == (run in SLOW)))[run]
-
-    return found
-
-
-@functools.cache
-def _probed(runs):
     eight = {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # what is partitioned stays, compiling is faster
     }
     run = subprocess.run(
-        [sys.executable, "-m", __name__, *runs],
+        [sys.executable, "-m", __name__, *RUNS],
         cwd=Path(__file__).parents[2],
         env={**os.environ, **eight},
         stdout=subprocess.PIPE,
@@ -225,14 +215,12 @@ def _probed(runs):
     return json.loads(run.stdout)
 
 
-every_run = pytest.mark.parametrize(
-    "run", [pytest.param(run, marks=pytest.mark.slow) if run in SLOW else run for run in RUNS]
-)
+every_run = pytest.mark.parametrize("run", RUNS)
 
 
 @every_run
 def test_updates_are_those_of_one_device(probes, run):
-    distances = probes(run)["distances"]
+    distances = probes[run]["distances"]
     pairs = layouts(RUNS[run][0], "x")
     assert len(distances) == len(pairs) + 1
     # Muon's iteration multiplies small singular values, and their rounding, by 3.4445⁵ = 485.
@@ -242,7 +230,7 @@ def test_updates_are_those_of_one_device(probes, run):
 @every_run
 def test_states_are_split_like_their_factors(probes, run):
     axes = dict(zip("xyz", MESHES[RUNS[run][1]], strict=False))
-    kept = probes(run)["kept on a device"]
+    kept = probes[run]["kept on a device"]
     for name, specs in layouts(RUNS[run][0], tuple(axes)).items():
         for factor, spec in zip(("lora_a", "lora_b"), specs, strict=True):
             shape = (IN, RANK) if factor == "lora_a" else (RANK, OUT)
@@ -263,14 +251,14 @@ def test_states_are_split_like_their_factors(probes, run):
 
 @every_run
 def test_a_state_is_restored_where_it_was(probes, run):
-    assert probes(run)["restored"]
+    assert probes[run]["restored"]
 
 
 @every_run
 def test_no_long_axis_moves(probes, run):
     """What moves are (r, r) matrices, and sums over the devices of what is of a factor's size."""
     exchanges = ("all-to-all", "collective-permute") if run.startswith("balanced") else ()
-    for operation, shapes, line in probes(run)["moved"]:
+    for operation, shapes, line in probes[run]["moved"]:
         for shape in shapes:
             long = [d for d in shape if d > LONG]
             if operation in ("all-reduce", "reduce-scatter"):

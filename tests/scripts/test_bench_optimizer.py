@@ -31,6 +31,9 @@ from bench_optimizer import (
 )
 from dense_loft import dense_loft
 
+# A benchmark's: run by who changes it.
+pytestmark = pytest.mark.slow
+
 SHAPES = ((9, 6), (5, 8))
 RANK, STEPS = 3, 12
 
@@ -145,7 +148,6 @@ def test_shapes_are_those_of_llama():
     assert base_bytes(separate) == base_bytes(stacked) == 2 * linear
 
 
-@pytest.mark.slow
 def test_measures_and_reports_everything(tmp_path, capsys):
     names = ["adamw", "loft-diagonal", "dense"]  # of each kind one: all would take minutes
     assert main(["--quick", "--optimizers", *names, "--output", str(tmp_path)]) == 0

@@ -54,7 +54,9 @@ def test_killed_again_and_again_is_as_if_never_stopped(make_config, workspace, t
         np.testing.assert_array_equal(tensor, expected[name], err_msg=name)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
+)
 def test_a_signal_saves_before_the_run_leaves(make_config, number):
     config = make_config(steps=20000, save_every=100000)
     process = start(config)

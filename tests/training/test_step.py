@@ -43,7 +43,7 @@ def plain_loss(parts, params, batch):
     return jnp.sum(nll * mask) / mask.sum()
 
 
-@pytest.mark.parametrize("learned", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("learned", [0.1, 1.0])
 def test_loss_and_gradient_are_those_of_every_position(parts, learned):
     batch = random_batch(0, learned=learned)
     value, grads = jax.value_and_grad(lambda p: plain_loss(parts, p, batch))(parts.params)
@@ -164,11 +164,11 @@ def test_behind_too_many_skipped_steps_nothing_moves(parts):
 
 
 def test_the_norm_told_is_the_one_that_clips(parts):
-    """That of the full matrices, with LoFT; and it does not depend on s."""
+    """That of the full matrices, with LoFT."""
     batch = predicted(random_batch(0))
     norms = []
     for tx in (
-        optax.chain(project_gradients(scaling=3.0), clip_by_projected_norm(1.0, scaling=3.0)),
+        loft(1e-2, max_grad_norm=1e-3, second_moment="diagonal"),
         optax.chain(project_gradients(), clip_by_projected_norm(1.0)),
         optax.sgd(1.0),
     ):

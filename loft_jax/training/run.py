@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from loft_jax.data import Batch, load_examples, tokenize, train_stream
 from loft_jax.errors import InputError
@@ -92,7 +92,7 @@ class Run:
         self.parts = parts._replace(
             params=params,
             streams=streams,
-            frozen=jax.device_put(parts.frozen, self._shardings.frozen),
+            frozen=jax.tree.map(_placed, parts.frozen, self._shardings.frozen),
         )
         self._initial = jax.jit(
             lambda params, streams: initial_state(
@@ -206,6 +206,14 @@ class Run:
 
     def _trained(self, state: TrainState) -> Llama:
         return self.parts.merged(state.params, state.streams)
+
+
+def _placed(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """An array on its devices; JAX does not put random keys on those of other processes."""
+    if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.device_put(x, sharding)
+    data = jax.device_put(jax.random.key_data(x), sharding)
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
 
 
 @jax.jit

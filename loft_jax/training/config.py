@@ -106,7 +106,8 @@ class FinetuneConfig:
         eval_every: Steps between evaluations; 0 evaluates before and after training only.
         save_every: Steps between checkpoints.
         keep_last: Newest checkpoints to keep.
-        keep_best: Checkpoints of the lowest evaluation loss to keep besides.
+        keep_best: Checkpoints of the lowest evaluation loss to keep besides; each evaluation then
+            saves one.
         log_every: Steps between lines of metrics.
         dtype: What the model computes in; "auto" is bfloat16 on accelerators, float32 on CPUs.
         param_dtype: What frozen weights are stored in; "auto" is `dtype`. Trained weights are

@@ -60,6 +60,8 @@ def join(config: DistributedConfig) -> None:
     Example:
         >>> join(DistributedConfig())  # doctest: +SKIP
     """
+    if jax.distributed.is_initialized():  # by the program that runs this
+        return
     try:
         jax.distributed.initialize(
             config.coordinator_address or None,
@@ -79,9 +81,9 @@ def join(config: DistributedConfig) -> None:
 
 def is_of_another_process(error: Exception) -> bool:
     """Whether an error is one that a process gets when another one has gone."""
+    told = ("unavailable", "aborted", "deadline_exceeded", "gloo", "connection")
     return isinstance(error, jax.errors.JaxRuntimeError) and any(
-        words in str(error)
-        for words in ("UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED", "Gloo", "onnection")
+        word in str(error).lower() for word in told
     )
 
 

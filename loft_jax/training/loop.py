@@ -97,7 +97,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, progress: bool = T
         contextlib.closing(Run(config, mesh, progress=progress and is_main())) as run,
     ):
         restored = bool(checkpoints.steps())
-        state = run.restore(checkpoints) if restored else run.start()
+        state = run.begin(checkpoints)
         if is_main():
             save_config(config, folder / "config.yaml")
         resumed_at = int(whole(state.step)) if restored else None

@@ -13,6 +13,7 @@ import numpy as np
 
 from loft_jax.hub.host_arrays import whole
 from loft_jax.models import LlamaConfig
+from loft_jax.models.activations import gathered
 from loft_jax.optim.conditioning import factor_grams
 from loft_jax.training.flops import flops_per_token, peak_flops
 
@@ -115,4 +116,6 @@ def largest_condition(params: Any) -> float:
     return float(most)
 
 
-_grams = jax.jit(factor_grams)
+@jax.jit
+def _grams(params: Any) -> dict[str, jax.Array]:
+    return jax.tree.map(gathered, factor_grams(params))

@@ -119,17 +119,23 @@ class Run:
         """Stops the threads that make batches."""
         self.stream.close()
 
-    def start(self) -> TrainState:
-        """The state before the first step; once, since the run does not keep a copy."""
-        return self._initial(*self._given_up())
+    def begin(self, checkpoints: Checkpoints) -> TrainState:
+        """The state to begin with, and the stream at its place.
 
-    def restore(self, checkpoints: Checkpoints) -> TrainState:
-        """The state of the newest checkpoint that is whole, with the stream at its place.
+        Args:
+            checkpoints: Of the run; without any, this is the state before the first step.
+
+        Returns:
+            That of the newest checkpoint that is whole. The run does not keep a copy.
 
         Raises:
-            InputError: There is none, or it is of other data.
+            InputError: There are checkpoints but none is whole, or they are of other data.
         """
-        shapes = jax.eval_shape(self._initial, *self._given_up())
+        own, self._own = self._own, None
+        if not checkpoints.steps():
+            return self._initial(*own)
+        shapes = jax.eval_shape(self._initial, *own)
+        del own  # its memory is needed for what is read
         like = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             shapes,
@@ -139,10 +145,6 @@ class Run:
         self.stream.set_state(saved["data"])
         _log.info("resumed at step %d of %d", int(whole(state.step)), self.steps)
         return state
-
-    def _given_up(self) -> Any:
-        own, self._own = self._own, None
-        return own
 
     def placed(self, batch: Batch) -> dict[str, jax.Array]:
         """A batch of the stream as the step takes it."""

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -27,14 +26,9 @@ class StepTrace:
     def __enter__(self) -> "StepTrace":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stop()
-        if self._steps and not self._traced and error is None:
+        if self._steps and not self._traced and error[0] is None:
             _log.warning("profile_steps %d to %d: none of them was done", *self._steps)
 
     def before(self, step: int, running: Any) -> None:

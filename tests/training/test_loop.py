@@ -180,8 +180,19 @@ def test_a_trace_of_some_steps(make_config):
 
 
 def test_a_run_on_a_quantized_base(make_config, workspace):
-    config = make_config(quantization="nf4", steps=30, eval_path=str(workspace / "test.jsonl"))
+    """With evaluations that no regular checkpoint coincides with: the best is kept all the same."""
+    held_out = {"eval_path": str(workspace / "test.jsonl"), "eval_every": 7, "save_every": 100}
+    config = make_config(quantization="nf4", steps=30, keep_last=1, **held_out)
     result = finetune(config, progress=False)
+    evaluated = {
+        row["step"]: row["eval_loss"]
+        for row in read_metrics(Path(config.output) / "metrics.jsonl")
+        if row["step"] and "eval_loss" in row
+    }
+    assert sorted(evaluated) == [7, 14, 21, 28, 30]
+    best = min(evaluated, key=evaluated.get)
+    kept = {int(f.name) for f in Path(config.output, "checkpoints").iterdir() if f.name.isdigit()}
+    assert kept == {best, 30}
     assert result.after["loss"] < 0.7 * result.before["loss"]
     load_peft_adapter(result.trained, load_pretrained(config.model))
 

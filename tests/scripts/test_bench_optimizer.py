@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # as it is for a
 from bench_optimizer import (
     Contestant,
     Turn,
-    aims,
     base_bytes,
     llama_shapes,
     main,
@@ -30,9 +29,6 @@ from bench_optimizer import (
     timing,
 )
 from dense_loft import dense_loft
-
-# A benchmark's: run by who changes it.
-pytestmark = pytest.mark.slow
 
 SHAPES = ((9, 6), (5, 8))
 RANK, STEPS = 3, 12
@@ -80,6 +76,7 @@ def path_of_w(tx):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("from_the_left", [True, False])
 @pytest.mark.parametrize("max_grad_norm", [0.5, 1e6], ids=["clipped", "unclipped"])
 def test_dense_loft_goes_the_way_of_loft(float64, max_grad_norm, from_the_left):
@@ -95,6 +92,7 @@ def test_dense_loft_goes_the_way_of_loft(float64, max_grad_norm, from_the_left):
             assert np.linalg.norm(x[name] - y[name]) <= 1e-5 * moved
 
 
+@pytest.mark.slow
 def test_dense_loft_goes_the_way_of_the_oracle(float64):
     numbers = {"b1": 0.8, "b2": 0.95, "eps": 1e-6, "max_grad_norm": 0.5}
     pair = problem()["layer_0"]
@@ -148,6 +146,7 @@ def test_shapes_are_those_of_llama():
     assert base_bytes(separate) == base_bytes(stacked) == 2 * linear
 
 
+@pytest.mark.slow
 def test_measures_and_reports_everything(tmp_path, capsys):
     names = ["adamw", "loft-diagonal", "dense"]  # of each kind one: all would take minutes
     assert main(["--quick", "--optimizers", *names, "--output", str(tmp_path)]) == 0
@@ -176,6 +175,7 @@ def test_measures_and_reports_everything(tmp_path, capsys):
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", get_args(Contestant))
 def test_every_contestant_moves_factors(name):
     shapes = pair_shapes(6, 5, 2, 1)
@@ -185,6 +185,7 @@ def test_every_contestant_moves_factors(name):
     assert any(bool(jnp.any(x != 0)) for x in jax.tree.leaves(updates))
 
 
+@pytest.mark.slow
 def test_a_contestant_that_needs_too_much_is_skipped_with_a_reason(tmp_path):
     folder = str(tmp_path)
     flags = ["--cases", "update", "--optimizers", "adamw", "dense", "--memory-gib", "0.0001"]
@@ -194,22 +195,6 @@ def test_a_contestant_that_needs_too_much_is_skipped_with_a_reason(tmp_path):
     assert "seconds" not in dense
     assert "to_dense" not in adamw
     assert "skipped: needs" in (tmp_path / "results.md").read_text(encoding="utf-8")
-
-
-def test_aims_compare_with_the_same_case_only():
-    def row(optimizer, pairs, temp_bytes, **more):
-        shape = {"in": 1024, "out": 1024, "pairs": pairs, "rank": 16}
-        return {"group": "update", "optimizer": optimizer, "temp_bytes": temp_bytes} | shape | more
-
-    rows = [
-        row("loft", 8, 5, quick=False, to_dense=0.25),
-        row("dense", 1, 1000, quick=False),
-        row("dense", 8, 40, quick=False),
-        row("loft", 1, 5, quick=False, to_dense=9.0),
-    ]
-    speed, memory = aims(rows)
-    assert (speed.measured, speed.met) == (4.0, True)
-    assert (memory.measured, memory.met) == (0.125, False)
 
 
 @pytest.mark.parametrize("shape", ["1024", "0x8", "8x8x8x8", "axb"])

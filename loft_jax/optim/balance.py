@@ -19,8 +19,6 @@ Moments are held in orthonormal bases, and what the factors span does not move: 
 basis carries them along, as always.
 """
 
-import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -29,6 +27,7 @@ import optax
 
 from loft_jax.optim.pairs import FactorNames, find_pairs
 from loft_jax.optim.tall import matmul, transpose
+from loft_jax.optim.together import together
 from loft_jax.optim.tree import FactorTree
 
 # Factors that a training step has moved need few. Each brings a singular value that is much the
@@ -84,7 +83,7 @@ def balance_factors(*, factors: FactorNames | None = None) -> optax.GradientTran
         reached = [tuple(map(tree.reached, (batch.a, batch.b))) for batch in tree.batches]
         grams = [(a.inner(a), b.inner(b)) for a, b in reached]  # (batch, stack, r, r) each
         for batch, pair, corrections in zip(
-            tree.batches, reached, _corrections_of_all(grams), strict=True
+            tree.batches, reached, together(_corrections, grams), strict=True
         ):
             for own, now, correction in zip((batch.a, batch.b), pair, corrections, strict=True):
                 moved = tree.folded(own).array + now.times(correction).array
@@ -150,30 +149,3 @@ def _corrections(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     ratio = jnp.sqrt(jnp.where(usable, size_b, 1.0) / jnp.where(usable, size_a, 1.0))
     # (ratio - 1) exactly where the sizes are nearly one.
     return ratio * done.d + (ratio - 1) * eye, transpose(done.e / ratio + (1 / ratio - 1) * eye)
-
-
-def _corrections_of_all(
-    grams: Sequence[tuple[jax.Array, jax.Array]],
-) -> list[tuple[jax.Array, jax.Array]]:
-    """The corrections of every batch (batch, stack, r, r), by one call for all.
-
-    On CPUs two of LAPACK's batched routines at one time can wait for each other's threads for good.
-    """
-    if not grams:
-        return []
-    most = max(a.shape[-1] for a, _ in grams)
-    dtype = jnp.result_type(*(x for pair in grams for x in pair))
-
-    def padded(x: jax.Array) -> jax.Array:
-        r = x.shape[-1]
-        return jnp.pad(x.reshape(-1, r, r).astype(dtype), ((0, 0), (0, most - r), (0, most - r)))
-
-    together = [jnp.concatenate([padded(x) for x in role]) for role in zip(*grams, strict=True)]
-    corrections = _corrections(*together)
-    found, start = [], 0
-    for a, _ in grams:
-        *batch, r, _ = a.shape
-        part = slice(start, start := start + math.prod(batch))
-        d, e = (x[part, :r, :r].reshape(a.shape).astype(a.dtype) for x in corrections)
-        found.append((d, e))
-    return found

@@ -51,6 +51,7 @@ def balanced(learning_rate):
 MOMENTS = {"b1": 0.8, "b2": 0.9, "eps": 1e-3}
 ADAMW = {"learning_rate": LR, **MOMENTS, "weight_decay": 0.1}
 MUON = {"learning_rate": LR, "beta": 0.9, "weight_decay": 0.1}
+AT_ONCE = {"warmup_steps": 0}
 TRANSFORMS = {
     "project_gradients": (loft_jax.project_gradients, {"scaling": 2.0}, {}),
     "clip_by_projected_norm": (clipped, {"max_norm": 0.5}, {"first": "a"}),
@@ -68,14 +69,34 @@ TRANSFORMS = {
     "loft, a first": (loft_jax.loft, ADAMW, {"first": "a"}),
     "loft, balanced": (loft_jax.loft, ADAMW, {"balance": True}),
     "loft_muon": (loft_jax.loft_muon, MUON, {}),
+    "precondition_by_reflora": (loft_jax.precondition_by_reflora, {}, {**AT_ONCE, "interval": 2}),
+    "reflora": (loft_jax.reflora, ADAMW, AT_ONCE),
+    "reflora_s": (loft_jax.reflora_s, ADAMW, AT_ONCE),
+    "lora_plus": (loft_jax.lora_plus, {**ADAMW, "ratio": 4.0}, {}),
+    "lora_fa": (loft_jax.lora_fa, {**ADAMW, "scaling": 2.0}, {}),
+    "riemannian_lora": (loft_jax.riemannian_lora, {**ADAMW, "damping": 1e-2}, {}),
+    "alt_lora_plus": (loft_jax.alt_lora_plus, {**ADAMW, "scaling": 2.0}, {}),
 }
-ALIASES = [name for name in TRANSFORMS if name.startswith("loft")]
+# Where Optax's Adam has its state in the dtype of the parameters.
+ADAM_OF_OPTAX = ("reflora", "reflora_s", "lora_plus", "lora_fa", "riemannian_lora")
+ALIASES = [
+    name
+    for name in TRANSFORMS
+    if name.startswith("loft") or name in (*ADAM_OF_OPTAX, "alt_lora_plus")
+]
 # Where the state is in bfloat16, other rounding of a number may move it by a unit of that.
 ROUNDING = {"loft, bfloat16": (2e-2, 2e-2)}
 # Links whose results go on to the moments, in no less than float32.
 PROJECTED_GRADIENTS = ("project_gradients", "clip_by_projected_norm")
 # Chains of links that stand in the others.
-SLOW = ("loft, factored", "loft, diagonal", "loft, both at once", "loft, a first")
+SLOW = (
+    "loft, factored",
+    "loft, diagonal",
+    "loft, both at once",
+    "loft, a first",
+    "precondition_by_reflora",
+    "alt_lora_plus",
+)
 
 
 def each_of(names):
@@ -310,7 +331,9 @@ def test_dtypes(name, dtype):
         state = jax.tree_util.tree_leaves_with_path(jax.eval_shape(tx.init, params))
         for path, leaf in state:
             # Muon's plain leaves take Optax's Adam, whose state is in the dtype of the parameters.
-            optax_s = name == "loft_muon" and "head" in jax.tree_util.keystr(path)
+            where = jax.tree_util.keystr(path)
+            optax_s = name == "loft_muon" and "head" in where
+            optax_s |= name in ADAM_OF_OPTAX and ("mu" in where or "nu" in where)
             if jnp.issubdtype(leaf.dtype, jnp.floating) and not optax_s:
                 asked = name == "loft, bfloat16" and leaf.dtype == jnp.bfloat16
                 assert asked or leaf.dtype == jnp.promote_types(dtype, jnp.float32)

@@ -1,0 +1,319 @@
+"""Other optimizers of low-rank factors, each a chain: what a comparison needs.
+
+They take AdamW's arguments, and AdamW for the leaves that belong to no pair.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from loft_jax.optim.links import project_gradients
+from loft_jax.optim.loft import loft
+from loft_jax.optim.pairs import FactorNames, Number, Scaling, find_pairs
+from loft_jax.optim.tall import matmul, transpose
+from loft_jax.optim.together import together
+from loft_jax.optim.tree import FactorTree, check
+
+
+def lora_plus(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: Number = 0.9,
+    b2: Number = 0.999,
+    eps: Number = 1e-8,
+    weight_decay: Number = 0.0,
+    *,
+    ratio: Number = 16.0,
+    factors: FactorNames | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""LoRA+: AdamW with a larger learning rate for B than for A.
+
+    .. math::
+      \eta_A = \eta, \qquad \eta_B = \mathrm{ratio} \cdot \eta
+
+    Args:
+      learning_rate: A number or a schedule, of A and of leaves that belong to no pair.
+      b1: Decay of the first moment.
+      b2: Decay of the second moment.
+      eps: Added to the root of the second moment.
+      weight_decay: Decoupled, multiplied by the learning rate of the leaf.
+      ratio: B's learning rate over A's.
+      factors: Names of the factors; see `find_pairs`.
+
+    Returns:
+      `optax.adamw`, with the updates of factors B multiplied by the ratio.
+
+    Raises:
+      ValueError: For a ratio that is not positive and finite; at init, for parameters without
+        proper pairs (see `find_pairs`).
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from loft_jax import lora_plus
+      >>> params = {"lora_a": jnp.ones((2, 1)), "lora_b": jnp.ones((1, 2))}
+      >>> tx = lora_plus(1e-3, ratio=4.0)
+      >>> updates, _ = tx.update(params, tx.init(params), params)
+      >>> jax.tree.map(lambda u: round(u.max().item(), 5), updates)
+      {'lora_a': -0.001, 'lora_b': -0.004}
+
+    References:
+      Hayou et al., LoRA+: Efficient Low Rank Adaptation of Large Models, ICML 2024
+      (arXiv 2402.12354).
+    """
+    check(ratio, "ratio", lambda x: x > 0 and math.isfinite(x), "a positive, finite number")
+    return optax.chain(
+        optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay),
+        optax.masked(optax.scale(ratio), lambda params: _has_role(params, factors, "b")),
+    )
+
+
+def lora_fa(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: Number = 0.9,
+    b2: Number = 0.999,
+    eps: Number = 1e-8,
+    weight_decay: Number = 0.0,
+    *,
+    scaling: Scaling = 1.0,
+    factors: FactorNames | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""LoRA-FA: A is frozen, and B follows AdamW on the projected full gradient.
+
+    .. math::
+      g_B \leftarrow \frac{1}{s^2} (A^T A)^+ g_B
+
+    A has no state: moments are kept of B alone.
+
+    Args:
+      learning_rate: A number or a schedule.
+      b1: Decay of the first moment.
+      b2: Decay of the second moment.
+      eps: Added to the root of the second moment. (PEFT's LoRA-FA adds it before the correction of
+        the bias.)
+      weight_decay: As in `optax.adamw`: decoupled, multiplied by the learning rate.
+      scaling: The s of `W = s A B`, or a function of the pair's path.
+      factors: Names of the factors; see `find_pairs`.
+
+    Returns:
+      A chain of `project_gradients` and `optax.adamw` on all leaves but the factors A, whose
+      updates are zero. It needs the parameters.
+
+    Raises:
+      ValueError: As `project_gradients`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from loft_jax import lora_fa
+      >>> params = {"lora_a": jnp.ones((2, 1)), "lora_b": jnp.ones((1, 2))}
+      >>> tx = lora_fa(1e-3)
+      >>> updates, _ = tx.update(params, tx.init(params), params)
+      >>> jax.tree.map(lambda u: round(u.max().item(), 5), updates)
+      {'lora_a': 0.0, 'lora_b': -0.001}
+
+    References:
+      Zhang et al., LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models
+      Fine-tuning (arXiv 2308.03303), with the corrected gradient of PEFT's optimizer.
+    """
+
+    def labels(params: optax.Params) -> Any:
+        frozen = _has_role(params, factors, "a")
+        return jax.tree.map(lambda x: "frozen" if x else "trained", frozen)
+
+    adamw = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay)
+    return optax.chain(
+        project_gradients(scaling=scaling, factors=factors),
+        optax.stateless(optax.tree.cast_like),  # AdamW's state takes the dtype of its gradients
+        optax.partition({"trained": adamw, "frozen": optax.set_to_zero()}, labels),
+    )
+
+
+def precondition_by_gram(
+    damping: Number = 1e-6, *, factors: FactorNames | None = None
+) -> optax.GradientTransformation:
+    r"""Divides the gradient of each factor by the damped Gram matrix of the other.
+
+    .. math::
+      g_A \leftarrow g_A (B B^T + \delta I)^{-1}, \qquad g_B \leftarrow (A^T A + \delta I)^{-1} g_B
+
+    Without damping it would be what `project_gradients` does, which takes none. The damped form
+    depends on how W is factorized.
+
+    Args:
+      damping: The δ, not relative to the factors.
+      factors: Names of the factors; see `find_pairs`.
+
+    Returns:
+      A stateless transformation of raw gradients; it needs the parameters. Leaves that belong to no
+      pair pass.
+
+    Raises:
+      ValueError: As `project_gradients`; or for a damping that is not positive.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from loft_jax import precondition_by_gram
+      >>> params = {"lora_a": jnp.full((1, 1), 1.0), "lora_b": jnp.full((1, 1), 3.0)}
+      >>> tx = precondition_by_gram(damping=1.0)
+      >>> grads, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+      >>> jax.tree.map(lambda g: round(g.item(), 4), grads)
+      {'lora_a': 0.1, 'lora_b': 0.5}
+
+    References:
+      Zhang and Pilanci, Riemannian Preconditioned LoRA for Fine-Tuning Foundation Models, ICML 2024
+      (arXiv 2402.02347).
+    """
+    check(damping, "damping", lambda x: x > 0 and math.isfinite(x), "a positive, finite number")
+
+    def inverse(gram: jax.Array) -> tuple[jax.Array]:
+        # A NaN shows in the gradients anyway, and must not spoil the others.
+        usable = jnp.all(jnp.isfinite(gram), axis=(1, 2), keepdims=True)
+        eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
+        # Beside a large matrix a small damping is rounded away: a Cholesky factorization may fail.
+        values, u = jnp.linalg.eigh(jnp.where(usable, gram, eye))
+        found = matmul(u / (jnp.maximum(values, 0) + damping)[:, None], transpose(u))
+        return (jnp.where(usable, found, eye).astype(gram.dtype),)
+
+    def init(params: optax.Params) -> optax.EmptyState:
+        find_pairs(params, factors)
+        return optax.EmptyState()
+
+    def update(
+        updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.EmptyState]:
+        tree = FactorTree(updates, params, factors)
+        both = [roles for batch in tree.batches for roles in batch.both()]
+        partners = [tree.param(partner) for _, partner in both]
+        grams = [(x.inner(x),) for x in partners]  # (batch, stack, r, r)
+        for (own, _), (metric,) in zip(both, together(inverse, grams), strict=True):
+            changed = own.unfold(tree.folded(own).times(metric))
+            for index, leaf in zip(own.indices, changed, strict=True):
+                tree.leaves[index] = leaf.astype(tree.leaves[index].dtype)
+        return tree.rebuilt(), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def riemannian_lora(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: Number = 0.9,
+    b2: Number = 0.999,
+    eps: Number = 1e-8,
+    weight_decay: Number = 0.0,
+    *,
+    damping: Number = 1e-6,
+    factors: FactorNames | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Riemannian preconditioned LoRA, also called scaled AdamW.
+
+    .. math::
+      g_A \leftarrow g_A (B B^T + \delta I)^{-1}, \qquad g_B \leftarrow (A^T A + \delta I)^{-1} g_B
+
+    Args:
+      learning_rate: A number or a schedule.
+      b1: Decay of the first moment.
+      b2: Decay of the second moment.
+      eps: Added to the root of the second moment.
+      weight_decay: As in `optax.adamw`: decoupled, multiplied by the learning rate.
+      damping: The δ; 1e-6 in the authors' code, 1e-2 in PEFT's.
+      factors: Names of the factors; see `find_pairs`.
+
+    Returns:
+      A chain of `precondition_by_gram` and `optax.adamw`. It needs the parameters.
+
+    Raises:
+      ValueError: As `precondition_by_gram`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from loft_jax import riemannian_lora
+      >>> params = {"lora_a": jnp.ones((6, 2)), "lora_b": jnp.zeros((2, 4))}
+      >>> tx = riemannian_lora(1e-3)
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> updates["lora_a"].shape
+      (6, 2)
+
+    References:
+      Zhang and Pilanci, Riemannian Preconditioned LoRA for Fine-Tuning Foundation Models, ICML 2024
+      (arXiv 2402.02347).
+    """
+    return optax.chain(
+        precondition_by_gram(damping, factors=factors),
+        optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay),
+    )
+
+
+def alt_lora_plus(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: Number = 0.9,
+    b2: Number = 0.999,
+    eps: Number = 1e-8,
+    weight_decay: Number = 0.0,
+    *,
+    scaling: Scaling = 1.0,
+    factors: FactorNames | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""AltLoRA+: one factor a step, with aligned momentum and Adam's second moment of the factor.
+
+    .. math::
+      \tilde g_A = G P (P^T P)^+, \quad
+      m \leftarrow \beta_1 m P_{old}^T P (P^T P)^+ + (1 - \beta_1) \tilde g_A, \quad
+      v \leftarrow \beta_2 v + (1 - \beta_2) \tilde g_A^2
+
+    This is `loft` with its diagonal second moment, which goes by the same equations. It differs
+    from the paper's algorithm and its code in this:
+
+    - The moments of both factors follow the gradient at every step; theirs only when the factor
+      moves, so that they see every second gradient.
+    - The bias of v is corrected as in Adam, and no element of m / √v exceeds Adam's bound.
+    - A pseudoinverse through an orthonormal basis takes the place of a damped inverse.
+    - s divides the scaled gradients, as it has to.
+
+    (AltLoRA without the plus has no second moment.)
+
+    Args:
+      learning_rate: A number or a schedule.
+      b1: Decay of the first moment.
+      b2: Decay of the second moment.
+      eps: Added to the root of the second moment.
+      weight_decay: Decoupled, multiplied by the learning rate. The factor that moves shrinks.
+      scaling: The s of `W = s A B`, or a function of the pair's path.
+      factors: Names of the factors; see `find_pairs`.
+
+    Returns:
+      The chain that `loft` is. It needs the parameters.
+
+    Raises:
+      ValueError: As `loft`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from loft_jax import alt_lora_plus
+      >>> params = {"lora_a": jnp.ones((2, 1)), "lora_b": jnp.ones((1, 2))}
+      >>> tx = alt_lora_plus(1e-3)
+      >>> updates, _ = tx.update(params, tx.init(params), params)
+      >>> jax.tree.map(lambda u: round(abs(u).max().item(), 5), updates)  # B moves first
+      {'lora_a': 0.0, 'lora_b': 0.001}
+
+    References:
+      Yu et al., AltLoRA: Towards Better Gradient Approximation in Low-Rank Adaptation with
+      Alternating Projections, NeurIPS 2025 (arXiv 2505.12455).
+    """
+    return loft(
+        learning_rate,
+        b1,
+        b2,
+        eps,
+        weight_decay,
+        second_moment="diagonal",
+        scaling=scaling,
+        factors=factors,
+    )
+
+
+def _has_role(params: Any, factors: FactorNames | None, role: str) -> Any:
+    """Which leaves are the factors A, or B, of a pair: a tree of booleans."""
+    leaves, treedef = jax.tree.flatten(params)
+    indices = {getattr(pair, role).index for pair in find_pairs(params, factors)}
+    return jax.tree.unflatten(treedef, [i in indices for i in range(len(leaves))])

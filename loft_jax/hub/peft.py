@@ -1,6 +1,7 @@
 """LoRA adapters as folders of Hugging Face PEFT, written and read."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable
@@ -31,7 +32,7 @@ NameRule = Callable[[str, int | None], str]
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(
     rf"(?:{re.escape(_PREFIX)})?(?P<module>.+)\."
-    r"(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<embed>[AB]))"
+    r"(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<embed>[AB])|lora_(?P<dora>magnitude)_vector)"
 )
 _BASE = re.compile(rf"(?:{re.escape(_PREFIX)})?(?P<module>.+)\.base_layer\.weight")
 _SHOWN = 5
@@ -48,8 +49,14 @@ def save_peft_adapter(
     """Writes the LoRA factors of a model as an adapter that PEFT loads.
 
     Stacked layers are written one by one, weights of more than two axes as matrices: A as
-    ``lora_A.weight (rank, in)``, B as ``lora_B.weight (out, rank)``, in the dtype they have.
-    ``adapter_config.json`` comes last, so that a folder without it is no adapter.
+    ``lora_A.weight (rank, in)``, B as ``lora_B.weight (out, rank)``, in the dtype they have, and
+    DoRA's magnitude as ``lora_magnitude_vector (out,)``. ``adapter_config.json`` comes last, so
+    that a folder without it is no adapter.
+
+    A layer that started with a product other than zero ("balanced", "pissa") is written as plain
+    LoRA of twice its rank, ``A B - A0 B0 = (A - A0) B + A0 (B - B0)``, with an alpha that keeps
+    the scaling: any reader computes the same with the base weights as they are. Loaded again, it
+    is that plain LoRA.
 
     Args:
         folder: Where to; made if missing. An adapter already there is replaced.
@@ -64,7 +71,8 @@ def save_peft_adapter(
 
     Raises:
         InputError: The model has no LoRA layer, or one that PEFT has no place for (a stack without
-            ``hf_name``, a batch axis); or the folder cannot be written.
+            ``hf_name``, a batch axis); DoRA or rsLoRA on some of its LoRA layers only; or the
+            folder cannot be written.
 
     Example:
         >>> import tempfile
@@ -81,20 +89,27 @@ def save_peft_adapter(
     layers = lora_layers(model)
     if not layers:
         raise InputError("the model has no LoRA layer to save")
+    use_dora = _on_all(layers, "DoRA", lambda layer: layer.lora_magnitude is not None)
+    use_rslora = _on_all(layers, "rsLoRA", lambda layer: layer.lora_rslora)
     tensors: dict[str, np.ndarray] = {}
     modules: dict[str, Strength] = {}
     for path, layer in layers.items():
         axes = layer.lora_axes(layer)
         names = _names(model, path, axes, hf_name)
-        rank = layer.lora_rank
-        a = whole(layer.lora_a[...]).reshape(len(names), axes.fan_in, rank)
-        b = whole(layer.lora_b[...]).reshape(len(names), rank, axes.fan_out)
+        factors = layer.lora_factors()
+        strength = _strength(layer, factors[0].shape[-1])
+        a = whole(factors[0]).reshape(len(names), axes.fan_in, strength.rank)
+        b = whole(factors[1]).reshape(len(names), strength.rank, axes.fan_out)
+        if use_dora:
+            magnitude = whole(layer.lora_magnitude[...]).reshape(len(names), axes.fan_out)
         for index, name in enumerate(names):
             if name in modules:
                 raise InputError(f"{path}: its name {name!r} is another layer's too")
-            modules[name] = Strength(rank, layer.lora_alpha)
+            modules[name] = strength
             for factor, matrix in (("A", a[index].T), ("B", b[index].T)):
                 tensors[_tensor_name(name, factor, layer)] = np.ascontiguousarray(matrix)
+            if use_dora:
+                tensors[_tensor_name(name, "magnitude", layer)] = magnitude[index]
     adapted = {id(layer) for layer in layers.values()}
     others = [
         name
@@ -108,6 +123,8 @@ def save_peft_adapter(
         base_model=base_model,
         task_type=task_type,
         dropout=max(_dropout_rate(layer) for layer in layers.values()),
+        use_rslora=use_rslora,
+        use_dora=use_dora,
     )
     if jax.process_index() == 0:
         _write(Path(folder), settings, tensors)
@@ -123,8 +140,10 @@ def load_peft_adapter(
     """Reads an adapter in PEFT's format into a model, in place.
 
     A model without LoRA gets it, without dropout, which is no part of what an adapter computes. A
-    model that has LoRA must have it on the same layers, at the same ranks and alphas; its factors
-    are filled. The model is not touched when an error is raised.
+    model that has LoRA must have it on the same layers, at the same ranks and alphas, with rsLoRA
+    and DoRA where the adapter has them; its factors and magnitudes are filled. It cannot have a
+    start other than zero ("balanced", "pissa"), which no adapter holds. The model is not touched
+    when an error is raised.
 
     Args:
         folder: Holds ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -166,14 +185,14 @@ def load_peft_adapter(
     filled = _filled(file, config, slots, by_module)
     existing = lora_layers(model)
     if existing:
-        _check_same_layers(file, existing, filled)
+        _check_same_layers(file, config, existing, filled)
     values = {path: _values(file, existing.get(path), f, dtype) for path, f in filled.items()}
     if not existing:
-        add_lora(model, _lora_config(filled), rngs=nnx.Rngs(0))
+        add_lora(model, _lora_config(config, filled), rngs=nnx.Rngs(0))
     layers = lora_layers(model)
-    for path, (a, b) in values.items():
-        layers[path].lora_a.set_value(a)
-        layers[path].lora_b.set_value(b)
+    for path, arrays in values.items():
+        for name, array in arrays.items():
+            getattr(layers[path], name).set_value(array)
     return model
 
 
@@ -206,11 +225,14 @@ class _Slot(NamedTuple):
 
 
 class _Filled(NamedTuple):
-    """All of one layer of the model: A ``(*stack, *in, r)`` and B ``(*stack, r, *out)``."""
+    """All of one layer of the model, by attribute of it.
+
+    ``lora_a (*stack, *in, r)``, ``lora_b (*stack, r, *out)``, with DoRA ``lora_magnitude
+    (*stack, out)``.
+    """
 
     strength: Strength
-    a: np.ndarray
-    b: np.ndarray
+    arrays: dict[str, np.ndarray]
 
 
 def _names(
@@ -246,7 +268,27 @@ def _names_or_path(
     return (path,)
 
 
+def _on_all(layers: dict[str, Any], feature: str, has: Callable[[Any], bool]) -> bool:
+    """Whether the layers have something that an adapter has on all of its modules or on none."""
+    having = [path for path, layer in layers.items() if has(layer)]
+    without = [path for path in layers if path not in having]
+    if having and without:
+        raise InputError(
+            f"{feature} is on {_listed(having)} and not on {_listed(without)}; "
+            f"expected it on all LoRA layers or on none, which is all that PEFT's format can say"
+        )
+    return bool(having)
+
+
+def _strength(layer: Any, rank: int) -> Strength:
+    """Rank and alpha as written: twice the rank, where there is a start, at the same scaling."""
+    more = rank // layer.lora_rank
+    return Strength(rank, layer.lora_alpha * (math.sqrt(more) if layer.lora_rslora else more))
+
+
 def _tensor_name(name: str, factor: str, layer: nnx.Module) -> str:
+    if factor == "magnitude":
+        return f"{_PREFIX}{name}.lora_magnitude_vector"
     if isinstance(layer, nnx.Embed):
         return f"{_PREFIX}{name}.lora_embedding_{factor}"
     return f"{_PREFIX}{name}.lora_{factor}.weight"
@@ -291,7 +333,7 @@ def _slots(model: nnx.Module, hf_name: NameRule | None) -> dict[str, _Slot]:
 
 
 def _by_module(file: Safetensors, slots: dict[str, _Slot]) -> dict[str, dict[str, str]]:
-    """Names of the tensors A and B of every module in the file."""
+    """Names of the tensors of every module in the file, as A, B and magnitude."""
     by_module: dict[str, dict[str, str]] = {}
     unknown: list[str] = []
     for tensor in file.shapes:
@@ -305,10 +347,15 @@ def _by_module(file: Safetensors, slots: dict[str, _Slot]) -> dict[str, dict[str
         if module not in slots:
             unknown.append(module)
             continue
-        if isinstance(slots[module].layer, nnx.Embed) != bool(factor["embed"]):
-            kind = type(slots[module].layer).__name__
+        layer = slots[module].layer
+        fits = isinstance(layer, nnx.Embed) == bool(factor["embed"])
+        if factor["dora"]:
+            fits = isinstance(layer, nnx.Linear)
+        if not fits:
+            kind = type(layer).__name__
             raise InputError(f"{file.path}: tensor {tensor!r} does not fit {module!r}, a {kind}")
-        by_module.setdefault(module, {})[factor["linear"] or factor["embed"]] = tensor
+        key = factor["linear"] or factor["embed"] or factor["dora"]
+        by_module.setdefault(module, {})[key] = tensor
     if unknown:
         raise InputError(
             f"{file.path}: the adapter is for another base model: "
@@ -337,10 +384,16 @@ def _check_complete(
 ) -> None:
     if not by_module:
         raise InputError(f"{file.path}: holds no LoRA factors")
+    wanted = {"A", "B", "magnitude"} if config.use_dora else {"A", "B"}
     for module, tensors in by_module.items():
-        for factor in {"A", "B"} - set(tensors):
+        for factor in sorted(wanted - set(tensors)):
             name = _tensor_name(module, factor, slots[module].layer)
             raise InputError(f"{file.path}: tensor {name!r} is missing")
+        for factor in sorted(set(tensors) - wanted):
+            raise InputError(
+                f"{file.path}: tensor {tensors[factor]!r} is of DoRA, "
+                f"but use_dora in {CONFIG_NAME} is not true"
+            )
     missing = [name for name in slots if config.is_target(name) and name not in by_module]
     if missing:
         raise InputError(
@@ -377,23 +430,25 @@ def _filled(
             )
         strength = next(iter(strengths))
         ordered = [modules[index] for index in sorted(modules)]
-        a, b = (
-            np.stack(_matrices(file, [by_module[module][factor] for module in ordered], shape))
-            for factor, shape in (
-                ("A", (strength.rank, axes.fan_in)),
-                ("B", (axes.fan_out, strength.rank)),
-            )
-        )
-        filled[path] = _Filled(
-            strength,
-            a.reshape(axes.a_shape(strength.rank)),
-            b.reshape(axes.b_shape(strength.rank)),
-        )
+        rank = strength.rank
+        parts: list[tuple[str, tuple[int, ...], str, tuple[int, ...]]] = [
+            # Attribute, its shape, part of a module in the file, its shape.
+            ("lora_a", axes.a_shape(rank), "A", (rank, axes.fan_in)),
+            ("lora_b", axes.b_shape(rank), "B", (axes.fan_out, rank)),
+        ]
+        if config.use_dora:
+            width = (axes.fan_out,)
+            parts.append(("lora_magnitude", (*axes.stack, *width), "magnitude", width))
+        arrays = {}
+        for name, own, part, shape in parts:
+            tensors = [by_module[module][part] for module in ordered]
+            arrays[name] = _stacked(file, tensors, shape).reshape(own)
+        filled[path] = _Filled(strength, arrays)
     return filled
 
 
-def _matrices(file: Safetensors, tensors: list[str], shape: tuple[int, int]) -> list[np.ndarray]:
-    """Tensors of one factor across a stack, transposed to ``(in, r)`` or ``(r, out)``."""
+def _stacked(file: Safetensors, tensors: list[str], shape: tuple[int, ...]) -> np.ndarray:
+    """Tensors of one part across a stack, factors transposed to ``(in, r)`` or ``(r, out)``."""
     for tensor in tensors:
         if file.shapes[tensor] != shape:
             raise InputError(
@@ -403,11 +458,11 @@ def _matrices(file: Safetensors, tensors: list[str], shape: tuple[int, int]) -> 
     matrices = [file.read(tensor).T for tensor in tensors]
     if len({matrix.dtype for matrix in matrices}) > 1:
         raise InputError(f"{file.path}: dtypes of {_listed(tensors)} differ, expected one")
-    return matrices
+    return np.stack(matrices)
 
 
 def _check_same_layers(
-    file: Safetensors, existing: dict[str, Any], filled: dict[str, _Filled]
+    file: Safetensors, config: PeftConfig, existing: dict[str, Any], filled: dict[str, _Filled]
 ) -> None:
     for verb, paths in (
         ("does not adapt", [path for path in existing if path not in filled]),
@@ -416,6 +471,20 @@ def _check_same_layers(
         if paths:
             raise InputError(f"{file.path}: {verb} {_listed(paths)}, unlike the model's LoRA")
     for path, layer in existing.items():
+        if layer.lora_start_a is not None:
+            raise InputError(
+                f"{path}: the model's LoRA has a start that is not zero, which no adapter holds; "
+                f"expected a model without LoRA, or with another init"
+            )
+        for feature, ours, theirs in (
+            ("rsLoRA", layer.lora_rslora, config.use_rslora),
+            ("DoRA", layer.lora_magnitude is not None, config.use_dora),
+        ):
+            if ours != theirs:
+                has, lacks = ("adapter", "model") if theirs else ("model", "adapter")
+                raise InputError(
+                    f"{file.path}: {path} has {feature} in the {has} and not in the {lacks}"
+                )
         own, found = Strength(layer.lora_rank, layer.lora_alpha), filled[path].strength
         if own != found:
             raise InputError(
@@ -426,10 +495,10 @@ def _check_same_layers(
 
 def _values(
     file: Safetensors, layer: Any, filled: _Filled, dtype: DTypeLike | None
-) -> tuple[jax.Array, jax.Array]:
+) -> dict[str, jax.Array]:
     """Factors as JAX arrays, laid out over devices like those they replace."""
-    values = []
-    for name, array in (("lora_a", filled.a), ("lora_b", filled.b)):
+    values = {}
+    for name, array in filled.arrays.items():
         old = None if layer is None else getattr(layer, name)[...]
         wanted = jnp.dtype(dtype or (array.dtype if old is None else old.dtype))
         if dtype is None and jnp.promote_types(wanted, array.dtype) != wanted:
@@ -443,16 +512,18 @@ def _values(
                 f"{file.path}: factors are {wanted}, which JAX holds with jax_enable_x64 only; "
                 f"pass dtype to round them"
             )
-        values.append(value if old is None else jax.device_put(value, old.sharding))
-    return values[0], values[1]
+        values[name] = value if old is None else jax.device_put(value, old.sharding)
+    return values
 
 
-def _lora_config(filled: dict[str, _Filled]) -> LoRAConfig:
+def _lora_config(config: PeftConfig, filled: dict[str, _Filled]) -> LoRAConfig:
     return LoRAConfig(
         rank=1,
         target_modules=f"(?:{'|'.join(re.escape(path) for path in filled)})",
         rank_pattern={f"^{re.escape(path)}": f.strength.rank for path, f in filled.items()},
         alpha_pattern={f"^{re.escape(path)}": f.strength.alpha for path, f in filled.items()},
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
     )
 
 

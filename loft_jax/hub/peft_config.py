@@ -38,6 +38,7 @@ _UNDERSTOOD = {
     "revision",
     "target_modules",
     "task_type",
+    "use_dora",
     "use_rslora",
 }
 # Other initializations change the base weights when PEFT loads the adapter.
@@ -53,12 +54,13 @@ _KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
     "layers_to_transform": ((NoneType, int, list), "a number or a list of numbers"),
     "rank_pattern": ((NoneType, dict), "an object"),
     "alpha_pattern": ((NoneType, dict), "an object"),
+    "use_dora": ((NoneType, bool), "true or false"),
     "use_rslora": ((NoneType, bool), "true or false"),
 }
 
 
 class Strength(NamedTuple):
-    """Rank and alpha of one module: its update is ``alpha / rank * A B``."""
+    """Rank and alpha of one module: ``alpha / rank * A B``, with rsLoRA ``alpha / sqrt(rank)``."""
 
     rank: int
     alpha: float
@@ -107,13 +109,21 @@ class PeftConfig:
         config._check_types()
         return config
 
+    @property
+    def use_rslora(self) -> bool:
+        """Whether all modules scale by ``alpha / sqrt(rank)``."""
+        return bool(self.settings.get("use_rslora"))
+
+    @property
+    def use_dora(self) -> bool:
+        """Whether all modules have a magnitude beside their factors."""
+        return bool(self.settings.get("use_dora"))
+
     def strength(self, name: str) -> Strength:
-        """Gives the rank and alpha of a module, alpha such that the scaling is ``alpha / rank``."""
+        """Gives the rank and alpha of a module."""
         rank = self._by_pattern("rank_pattern", name, self.settings["r"])
         alpha = self._by_pattern("alpha_pattern", name, self.settings["lora_alpha"])
-        # Rank-stabilized LoRA scales by alpha / sqrt(rank).
-        rescale = math.sqrt(rank) if self.settings.get("use_rslora") else 1.0
-        return Strength(rank, alpha * rescale)
+        return Strength(rank, float(alpha))
 
     def is_target(self, name: str) -> bool:
         """Whether PEFT would adapt a module of this name."""
@@ -177,6 +187,8 @@ def peft_settings(
     base_model: str | None,
     task_type: str | None,
     dropout: float,
+    use_rslora: bool,
+    use_dora: bool,
 ) -> dict[str, Any]:
     """Writes down an adapter so that PEFT finds these modules, no others, at their strengths.
 
@@ -186,6 +198,8 @@ def peft_settings(
         base_model: Name or path of the base model.
         task_type: PEFT's task.
         dropout: Rate used in training.
+        use_rslora: Whether all of them scale by ``alpha / sqrt(rank)``.
+        use_dora: Whether all of them have a magnitude.
 
     Returns:
         The content of ``adapter_config.json``.
@@ -212,8 +226,8 @@ def peft_settings(
         "revision": None,
         "target_modules": _targets(list(modules), others),
         "task_type": task_type,
-        "use_dora": False,
-        "use_rslora": False,
+        "use_dora": use_dora,
+        "use_rslora": use_rslora,
     }
 
 

@@ -38,6 +38,13 @@ class WeightAxes:
         """Columns of the weight seen as a matrix."""
         return math.prod(self.outs)
 
+    @property
+    def unfold(self) -> str:
+        """Einsum of the weight of one layer of the stack to ``(*batch, *ins, *outs)``."""
+        factors, kernel = self.product.split("->")
+        a, b = factors.split(",")  # (*batch, *ins, rank) and (*batch, rank, *outs)
+        return f"{kernel}->{a[:-1]}{b[len(self.batch) + 1 :]}"
+
     def a_shape(self, rank: int) -> tuple[int, ...]:
         """Gives the shape of factor A."""
         return (*self.stack, *self.batch, *self.ins, rank)

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,20 +14,24 @@ from jax.typing import DTypeLike
 from loft_jax.errors import InputError
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+Init = Literal["kaiming_uniform", "gaussian", "balanced", "pissa"]
 
 ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """What :func:`loft_jax.lora.add_lora` adds: ``W = W0 + (alpha / rank) A B`` on chosen layers.
+    """What :func:`loft_jax.lora.add_lora` adds: ``W = W0 + s A B`` on chosen layers.
+
+    The scaling ``s`` is ``alpha / rank``, or ``alpha / sqrt(rank)`` with ``use_rslora``.
 
     Names and patterns match the dotted path of a module, as in PEFT: a name matches the end of the
     path at a dot (``"q_proj"``, ``"self_attn.q_proj"``), a regular expression the whole path.
 
     Args:
         rank: Inner size r of the factors, at least 1 and at most ``min(in, out)`` of each layer.
-        alpha: Numerator of the scaling; None takes each layer's own rank, so a scaling of 1.
+        alpha: Numerator of the scaling; None takes each layer's own rank, so a scaling of 1, or
+            of sqrt(rank) with ``use_rslora``.
         target_modules: A name, a sequence of names, one regular expression, or ``"all-linear"``:
             every linear layer (``nnx.Linear``, ``LinearGeneral``, ``Einsum``) but the output head,
             which is the module ``lm_head`` at the top of the model. Embeddings must be named.
@@ -38,9 +42,21 @@ class LoRAConfig:
         init: How A starts: ``"kaiming_uniform"`` is uniform in ±1/sqrt(in), ``"gaussian"`` normal
             with standard deviation 1/rank, or a JAX initializer called with shape ``(in, rank)``. B
             starts at zero. An embedding is the other way round: A zero, B standard normal.
+            Two more start with a product that is not zero and is taken off again, so that the layer
+            still starts as the base: ``W = W0 + s (A B - A0 B0)``, with the start A0, B0 kept
+            beside the weight, which does not change. ``"balanced"``: A uniform in ±1/sqrt(in) and B
+            in ±1/sqrt(out), so that AᵀA and BBᵀ are about equal. ``"pissa"``: ``s A B`` is the part
+            of W0 of the rank largest singular values, ``A = U sqrt(S / s)`` and
+            ``B = sqrt(S / s) Vᵀ``, by a full decomposition of every weight. An embedding takes
+            neither.
         rank_pattern: Rank of the layers whose path's end matches a regular expression; the first
             that matches counts.
         alpha_pattern: The same for alpha.
+        use_rslora: Scale by ``alpha / sqrt(rank)``, so that the size of the update does not fall
+            with the rank.
+        use_dora: Train the norm of each column of the weight apart from its direction,
+            ``W = m (W0 + s A B) / ‖W0 + s A B‖``, norms over the inputs of each output and constant
+            to the gradient. m starts as the norms of W0. For ``nnx.Linear`` only.
 
     Raises:
         InputError: A value is out of its range; the message names the field.
@@ -52,7 +68,8 @@ class LoRAConfig:
 
     Source:
         Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685. Field
-        names and matching are those of Hugging Face PEFT.
+        names and matching are those of Hugging Face PEFT. rsLoRA: Kalajdzievski, arXiv 2312.03732.
+        DoRA: Liu et al., arXiv 2402.09353. PiSSA: Meng et al., arXiv 2404.02948.
     """
 
     rank: int = 8
@@ -61,9 +78,11 @@ class LoRAConfig:
     exclude_modules: str | Sequence[str] = ()
     dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
-    init: Literal["kaiming_uniform", "gaussian"] | Initializer = "kaiming_uniform"
+    init: Init | Initializer = "kaiming_uniform"
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    use_dora: bool = False
 
     def __post_init__(self) -> None:
         _check_rank("rank", self.rank)
@@ -77,10 +96,12 @@ class LoRAConfig:
             raise InputError(f"dropout is {self.dropout!r}, expected a number in [0, 1)")
         if not jnp.issubdtype(self.dtype, jnp.floating):
             raise InputError(f"dtype is {self.dtype!r}, expected a floating dtype")
-        if not callable(self.init) and self.init not in ("kaiming_uniform", "gaussian"):
-            raise InputError(
-                f"init is {self.init!r}, expected 'kaiming_uniform', 'gaussian' or an initializer"
-            )
+        if not callable(self.init) and self.init not in get_args(Init):
+            names = ", ".join(map(repr, get_args(Init)))
+            raise InputError(f"init is {self.init!r}, expected {names} or an initializer")
+        for name in ("use_rslora", "use_dora"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} is {getattr(self, name)!r}, expected True or False")
         for key, rank in self.rank_pattern.items():
             _check_pattern("rank_pattern", key)
             _check_rank(f"rank_pattern[{key!r}]", rank)
@@ -99,6 +120,11 @@ class LoRAConfig:
         if key is not None:
             return float(self.alpha_pattern[key])
         return float(self.rank_of(path) if self.alpha is None else self.alpha)
+
+
+def product_scaling(rank: int, alpha: float, use_rslora: bool) -> float:
+    """Gives the factor of the product of two factors."""
+    return alpha / (math.sqrt(rank) if use_rslora else rank)
 
 
 def pattern_key(patterns: Mapping[str, Any], path: str) -> str | None:

@@ -11,11 +11,15 @@ from jax import lax
 
 from loft_jax.errors import InputError
 from loft_jax.lora.axes import WeightAxes
-from loft_jax.lora.config import Initializer, LoRAConfig
-from loft_jax.lora.layers import LoRALayer, lora_class
+from loft_jax.lora.config import Initializer, LoRAConfig, product_scaling
+from loft_jax.lora.dora import magnitude_scale, weight_norms
+from loft_jax.lora.layers import LoRALayer, LoRAStart, lora_class
 from loft_jax.lora.targets import named_modules, select
 
 Model = TypeVar("Model", bound=nnx.Module)
+
+# Starts that are taken off the weight again.
+_PRODUCTS_NOT_ZERO = ("balanced", "pissa")
 
 
 def add_lora(model: Model, config: LoRAConfig, *, rngs: nnx.Rngs) -> Model:
@@ -23,12 +27,14 @@ def add_lora(model: Model, config: LoRAConfig, *, rngs: nnx.Rngs) -> Model:
 
     Each selected layer becomes an instance of a subclass of its own class, with ``lora_a`` and
     ``lora_b`` beside its weights: base parameters keep their paths and their values, and the
-    model computes what it did before, to the bit, until the factors move. Nothing is changed
-    when an error is raised.
+    model computes what it did before, to the bit, until the factors move (to rounding with DoRA).
+    Nothing is changed when an error is raised.
 
-    The factors are ``nnx.LoRAParam``, a subclass of ``nnx.Param``; that filter is all a training
-    step needs to give neither gradients nor optimizer state to the base (see the example). Put
-    it before ``nnx.Param`` when splitting by both.
+    The factors, and ``lora_magnitude`` of DoRA, are ``nnx.LoRAParam``, a subclass of ``nnx.Param``;
+    that filter is all a training step needs to give neither gradients nor optimizer state to the
+    base (see the example). Put it before ``nnx.Param`` when splitting by both. Factors that start
+    with a product other than zero ("balanced", "pissa") have copies of that start beside them,
+    ``lora_start_a`` and ``lora_start_b``, which are :class:`LoRAStart` and no ``nnx.Param``.
 
     A layer made by ``nnx.vmap`` and run by a scan has axes of the stack before its own, found
     from the shape of its weight; every layer of the stack gets its own random A and, with
@@ -44,8 +50,9 @@ def add_lora(model: Model, config: LoRAConfig, *, rngs: nnx.Rngs) -> Model:
         The same model.
 
     Raises:
-        InputError: A target matches nothing or cannot be adapted, a layer has LoRA already, or a
-            rank is above ``min(in, out)`` of a layer; the message names the path.
+        InputError: A target matches nothing or cannot be adapted, a layer has LoRA already, a
+            rank is above ``min(in, out)`` of a layer, DoRA is asked of another layer than
+            ``nnx.Linear`` or "balanced" or "pissa" of an embedding; the message names the path.
 
     Example:
         >>> import optax
@@ -63,15 +70,31 @@ def add_lora(model: Model, config: LoRAConfig, *, rngs: nnx.Rngs) -> Model:
         Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
     """
     planned = [_plan(path, layer, config) for path, layer in select(model, config).items()]
-    ready = [(plan, _factors(plan, config, rngs), _dropout(plan, config, rngs)) for plan in planned]
-    for plan, (a, b), dropout in ready:
-        _set_class(plan.layer, plan.lora_class)
-        plan.layer.lora_a = nnx.LoRAParam(a)
-        plan.layer.lora_b = nnx.LoRAParam(b)
-        plan.layer.lora_rank = plan.rank
-        plan.layer.lora_alpha = plan.alpha
+    ready = [
+        (
+            plan,
+            _factors(plan, config, rngs),
+            _magnitude(plan, config),
+            _dropout(plan, config, rngs),
+        )
+        for plan in planned
+    ]
+    for plan, (a, b), magnitude, dropout in ready:
+        layer = plan.layer
+        _set_class(layer, plan.lora_class)
+        layer.lora_a = nnx.LoRAParam(a)
+        layer.lora_b = nnx.LoRAParam(b)
+        layer.lora_rank = plan.rank
+        layer.lora_alpha = plan.alpha
+        layer.lora_rslora = config.use_rslora
+        if config.init in _PRODUCTS_NOT_ZERO:
+            # Copies: a training step may give the buffers of the factors away.
+            layer.lora_start_a = LoRAStart(jnp.array(a, copy=True))
+            layer.lora_start_b = LoRAStart(jnp.array(b, copy=True))
+        if magnitude is not None:
+            layer.lora_magnitude = nnx.LoRAParam(magnitude)
         if dropout is not None:
-            plan.layer.lora_dropout = dropout
+            layer.lora_dropout = dropout
     return model
 
 
@@ -97,10 +120,11 @@ def lora_layers(model: nnx.Module) -> dict[str, Any]:
 
 
 def merge_lora(model: Model) -> Model:
-    """Folds the factors into the weights, in place: ``W + alpha / rank * A B``.
+    """Folds the factors into the weights, in place: ``W + s A B``.
 
-    The sum is taken in float32 (float64 for float64 weights) and rounded once to the weight's
-    dtype. Layers get their own class back; no trace of LoRA is left.
+    With a start that is ``W + s (A B - A0 B0)``, with DoRA ``m (W + s A B) / ‖W + s A B‖``. It is
+    computed in float32 (float64 for float64 weights) and rounded once to the weight's dtype. Layers
+    get their own class back; no trace of LoRA is left.
 
     Args:
         model: A model with LoRA layers.
@@ -122,10 +146,11 @@ def merge_lora(model: Model) -> Model:
     for layer in layers.values():
         axes = layer.lora_axes(layer)
         weight = getattr(layer, layer.lora_weight)
+        magnitude = layer.lora_magnitude
         folded = _fold(
             weight[...],
-            layer.lora_a[...],
-            layer.lora_b[...],
+            *layer.lora_factors(),
+            None if magnitude is None else magnitude[...],
             layer.lora_scaling,
             product=axes.product,
             stacked=len(axes.stack),
@@ -180,21 +205,71 @@ def _plan(path: str, layer: nnx.Module, config: LoRAConfig) -> _Plan:
             f"{name}: rank {rank} is above {min(axes.fan_in, axes.fan_out)}, "
             f"the smaller side of its weight (in {axes.fan_in}, out {axes.fan_out})"
         )
+    if config.use_dora and not isinstance(layer, nnx.Linear):
+        raise InputError(
+            f"{name}: use_dora is for nnx.Linear, and this is a {type(layer).__name__}"
+        )
+    if config.init in _PRODUCTS_NOT_ZERO and isinstance(layer, nnx.Embed):
+        raise InputError(
+            f"{name}: init {config.init!r} is for linear layers, and this is a "
+            f"{type(layer).__name__}; exclude it, or give it LoRA with another init"
+        )
     return _Plan(layer, cls, axes, rank, config.alpha_of(path))
 
 
 def _factors(plan: _Plan, config: LoRAConfig, rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array]:
-    """A and B with a product of zero."""
+    """A and B as they start."""
     axes, rank = plan.axes, plan.rank
-    key = _stream(rngs, "params")()
+    if config.init == "pissa":
+        return _principal(plan, config)
+    stream = _stream(rngs, "params")
+    key = stream()
     a_shape, b_shape = axes.a_shape(rank), axes.b_shape(rank)
     if isinstance(plan.layer, nnx.Embed):
         return jnp.zeros(a_shape, config.dtype), jax.random.normal(key, b_shape, config.dtype)
-    # One key a matrix: initializers see (in, r), so that they scale by the true number of inputs.
-    keys = jax.random.split(key, (*axes.stack, *axes.batch)).reshape(-1)
     draw = _initializer(config, rank)
-    a = jax.vmap(lambda key: draw(key, (axes.fan_in, rank), config.dtype))(keys)
-    return a.reshape(a_shape), jnp.zeros(b_shape, config.dtype)
+
+    def drawn(key: jax.Array, side: int) -> jax.Array:
+        # One key a matrix: initializers see (side, r), so that they scale by its true size.
+        keys = jax.random.split(key, (*axes.stack, *axes.batch)).reshape(-1)
+        return jax.vmap(lambda key: draw(key, (side, rank), config.dtype))(keys)
+
+    a = drawn(key, axes.fan_in).reshape(a_shape)
+    if config.init != "balanced":
+        return a, jnp.zeros(b_shape, config.dtype)
+    return a, drawn(stream(), axes.fan_out).swapaxes(1, 2).reshape(b_shape)
+
+
+def _principal(plan: _Plan, config: LoRAConfig) -> tuple[jax.Array, jax.Array]:
+    """PiSSA's A and B: ``s A B`` is the nearest matrix of that rank to every weight."""
+    axes, rank = plan.axes, plan.rank
+    scale = product_scaling(rank, plan.alpha, config.use_rslora)
+
+    def factors(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+        dtype = jnp.promote_types(weight.dtype, jnp.float32)
+        matrices = jnp.einsum(axes.unfold, weight).reshape(-1, axes.fan_in, axes.fan_out)
+        u, sigma, vt = jnp.linalg.svd(matrices.astype(dtype), full_matrices=False)
+        root = jnp.sqrt(sigma[:, :rank] / scale)  # (batch, r)
+        a, b = u[..., :rank] * root[:, None], root[..., None] * vt[:, :rank]
+        return a.astype(config.dtype), b.astype(config.dtype)
+
+    a, b = _each_weight(plan, factors)
+    return a.reshape(axes.a_shape(rank)), b.reshape(axes.b_shape(rank))
+
+
+def _magnitude(plan: _Plan, config: LoRAConfig) -> jax.Array | None:
+    if not config.use_dora:
+        return None
+    norms = _each_weight(plan, weight_norms)
+    return norms.reshape(*plan.axes.stack, plan.axes.fan_out).astype(config.dtype)
+
+
+def _each_weight(plan: _Plan, of: Callable[[jax.Array], Any]) -> Any:
+    """A function of every weight of a stack, in turn: one at a time is wide, or not quantized."""
+    weight = getattr(plan.layer, plan.lora_class.lora_weight)
+    stacked = len(plan.axes.stack)
+    layers = jax.tree.map(lambda x: x.reshape(-1, *x.shape[stacked:]), weight.get_value())
+    return lax.map(lambda value: of(weight.replace(value)[...]), layers)
 
 
 def _initializer(config: LoRAConfig, rank: int) -> Initializer:
@@ -252,29 +327,30 @@ def _fold(
     weight: jax.Array,
     a: jax.Array,
     b: jax.Array,
+    magnitude: jax.Array | None,
     scaling: jax.Array | float,
     *,
     product: str,
     stacked: int,
 ) -> jax.Array:
-    """``weight + scaling * a b``, one layer of the stack at a time to hold one update only."""
+    """The adapted weight, one layer of the stack at a time to hold one update only."""
     dtype = jnp.promote_types(weight.dtype, jnp.float32)
 
-    def fold(layer: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        weight, a, b = layer
+    def fold(layer: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
+        weight, a, b, magnitude = layer
         update = jnp.einsum(product, a.astype(dtype), b.astype(dtype), precision="highest")
-        return (weight.astype(dtype) + scaling * update).astype(weight.dtype)
+        folded = weight.astype(dtype) + scaling * update
+        if magnitude is not None:
+            folded *= magnitude_scale(magnitude, weight_norms(folded))
+        return folded.astype(weight.dtype)
 
-    def flat(x: jax.Array) -> jax.Array:
-        return x.reshape(-1, *x.shape[stacked:])
-
-    return lax.map(fold, (flat(weight), flat(a), flat(b))).reshape(weight.shape)
+    layers = jax.tree.map(lambda x: x.reshape(-1, *x.shape[stacked:]), (weight, a, b, magnitude))
+    return lax.map(fold, layers).reshape(weight.shape)
 
 
 def _detach(layer: Any) -> None:
-    for name in ("lora_a", "lora_b", "lora_rank", "lora_alpha", "lora_dropout"):
-        if name in vars(layer):
-            delattr(layer, name)
+    for name in [name for name in LoRALayer.__annotations__ if name in vars(layer)]:
+        delattr(layer, name)
     _set_class(layer, layer.lora_base)
 
 

@@ -1,7 +1,8 @@
 """LoRA subclasses of the Flax NNX layers, which an instance takes on in place.
 
-Every class computes ``base(x) + alpha / rank * dropout(x) A B``. The low-rank branch runs in the
-dtype its layer computes in, whatever dtype the factors are stored in.
+Every class computes ``base(x) + s dropout(x) A B``, with DoRA scaled so that the columns of the
+adapted weight have their magnitudes. The low-rank branch runs in the dtype its layer computes in,
+whatever dtype the factors are stored in.
 """
 
 import copyreg
@@ -24,6 +25,12 @@ from loft_jax.lora.axes import (
     general_axes,
     matrix_axes,
 )
+from loft_jax.lora.config import product_scaling
+from loft_jax.lora.dora import column_norms, magnitude_scale
+
+
+class LoRAStart(nnx.Variable[Any]):
+    """A factor as it started, where the product of the two was not zero; never trained."""
 
 
 # A module, not a plain mixin: instances must be laid out as the base class's to take on the class.
@@ -35,6 +42,10 @@ class LoRALayer(nnx.Module):
         lora_b: ``(*stack, rank, *out)``.
         lora_rank: Inner size of the two.
         lora_alpha: Numerator of the scaling.
+        lora_rslora: Whether the scaling is ``alpha / sqrt(rank)``.
+        lora_start_a: A as it started, None where the product started at zero.
+        lora_start_b: B as it started, likewise.
+        lora_magnitude: ``(*stack, out)`` of DoRA, None without it.
         lora_dropout: Dropout on the input of the branch, None when its rate is zero.
         lora_base: The class without LoRA.
         lora_weight: Name of the parameter the factors stand beside.
@@ -44,29 +55,58 @@ class LoRALayer(nnx.Module):
     lora_b: nnx.LoRAParam
     lora_rank: int
     lora_alpha: float
+    lora_rslora: bool = False
+    lora_start_a: LoRAStart | None = None
+    lora_start_b: LoRAStart | None = None
+    lora_magnitude: nnx.LoRAParam | None = None
     lora_dropout: nnx.Dropout | None = None
     lora_base: ClassVar[type[nnx.Module]]
     lora_weight: ClassVar[str] = "kernel"
 
     @property
     def lora_scaling(self) -> float:
-        """Factor of the low-rank product, ``alpha / rank``."""
-        return self.lora_alpha / self.lora_rank
+        """Factor of the low-rank product, ``alpha / rank`` or ``alpha / sqrt(rank)``."""
+        return product_scaling(self.lora_rank, self.lora_alpha, self.lora_rslora)
 
     @staticmethod
     def lora_axes(layer: Any) -> WeightAxes:
         """Gives the roles of the weight's axes, of a layer with or without LoRA."""
         raise NotImplementedError
 
+    def lora_factors(self) -> tuple[jax.Array, jax.Array]:
+        """Gives the two whose product, times the scaling, is added to the weight.
+
+        These are A and B; with a start also A0 and B0, beside them along the rank:
+        ``A B - A0 B0 = (A - A0) B + A0 (B - B0)``, which is zero at the start to the bit, and takes
+        differences before anything is rounded to the dtype that the layer computes in.
+
+        Returns:
+            ``(*stack, *in, r)`` and ``(*stack, r, *out)``, or with 2r in the place of r.
+        """
+        a, b = self.lora_a[...], self.lora_b[...]
+        if self.lora_start_a is None or self.lora_start_b is None:
+            return a, b
+        start_a, start_b = self.lora_start_a[...], self.lora_start_b[...]
+        rank_axis = -1 - len(self.lora_axes(self).outs)
+        return (
+            jnp.concatenate([a - start_a, start_a], axis=-1),
+            jnp.concatenate([b, b - start_b], axis=rank_axis),
+        )
+
     def _factors(self, dtype: Any) -> tuple[jax.Array, jax.Array]:
-        return self.lora_a[...].astype(dtype), self.lora_b[...].astype(dtype)
+        a, b = self.lora_factors()
+        return a.astype(dtype), b.astype(dtype)
 
     def _dropped(self, x: jax.Array) -> jax.Array:
         return x if self.lora_dropout is None else self.lora_dropout(x)
 
 
 class LoRALinear(LoRALayer, nnx.Linear):
-    """``nnx.Linear`` with factors A ``(*stack, in, r)`` and B ``(*stack, r, out)``."""
+    """``nnx.Linear`` with factors A ``(*stack, in, r)`` and B ``(*stack, r, out)``.
+
+    With DoRA, ``y = x W0 + bias + (c - 1) x' W0 + c s x' A B`` where c is the magnitude over the
+    norm of a column and x' the input, dropped out as in PEFT for both terms.
+    """
 
     lora_base = nnx.Linear
 
@@ -93,7 +133,41 @@ class LoRALinear(LoRALayer, nnx.Linear):
             )
             return up.astype(y.dtype).reshape(y.shape)
 
-        return y + _sharded(branch, out_sharding)(x, *self._factors(x.dtype))
+        if self.lora_magnitude is None:
+            return y + _sharded(branch, out_sharding)(x, *self._factors(x.dtype))
+        dropped = self.lora_dropout is not None and not self.lora_dropout.deterministic
+
+        def rescaled(
+            x: jax.Array,
+            y: jax.Array,
+            a: jax.Array,
+            b: jax.Array,
+            kernel: jax.Array,
+            bias: jax.Array | None,
+            magnitude: jax.Array,
+        ) -> jax.Array:
+            norms = lax.stop_gradient(column_norms(kernel, a, b, self.lora_scaling))
+            scale = magnitude_scale(magnitude, norms)  # (out,)
+            if dropped:
+                base = jnp.dot(
+                    x,
+                    kernel.astype(x.dtype),
+                    precision=self.precision,
+                    preferred_element_type=self.preferred_element_type,
+                )
+            else:
+                base = y if bias is None else y - bias.astype(y.dtype)
+            up = branch(x, a.astype(x.dtype), b.astype(x.dtype))
+            return (y + (scale - 1) * base + scale * up).astype(y.dtype)
+
+        return _sharded(rescaled, out_sharding)(
+            x,
+            y,
+            *self.lora_factors(),
+            self.kernel[...],
+            None if self.bias is None else self.bias[...],
+            self.lora_magnitude[...],
+        )
 
 
 class LoRALinearGeneral(LoRALayer, nnx.LinearGeneral):

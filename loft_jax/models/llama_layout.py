@@ -57,11 +57,11 @@ def logical_axes(path: str) -> tuple[str | None, ...]:
     match parameter:
         case "kernel" | "embedding" | "scale":
             return axes
-        case "bias":
+        case "bias" | "lora_magnitude":
             return (*axes[:-2], axes[-1])
-        case "lora_a":
+        case "lora_a" | "lora_start_a":
             return (*axes[:-1], None)
-        case "lora_b":
+        case "lora_b" | "lora_start_b":
             return (*axes[:-2], None, axes[-1])
         case _:
             raise InputError(f"{path}: not a parameter of a Llama")

@@ -101,7 +101,7 @@ def parameter_spec(
     (heads, MLP features, vocabulary) over tensor. A LoRA factor has one long side and takes the
     mesh axes of both there, so that it has as many shards as the weight it adapts: a factor, and
     with it the optimizer's state, that followed its own side only would be whole on every device
-    of the other axis. Its rank is never split.
+    of the other axis. Its rank is never split. A magnitude of DoRA is split like a bias.
 
     An axis that cannot be split stays whole: one whose size the mesh axis does not divide, and the
     heads (or key heads) of an attention that has no multiple of `tensor` of them, since a head is
@@ -130,12 +130,13 @@ def parameter_spec(
     """
     path = re.sub(r"\.kernel\.(qvalue|scale)$", ".kernel", path)  # of a quantized one
     module, _, name = path.rpartition(".")
-    if name not in ("kernel", "embedding", "bias", "scale", "lora_a", "lora_b"):
+    factors = {"lora_a": -2, "lora_start_a": -2, "lora_b": -1, "lora_start_b": -1}  # its long axis
+    if name not in ("kernel", "embedding", "bias", "scale", "lora_magnitude", *factors):
         return PartitionSpec()
     own = logical_axes(path)
     split = [_mesh_axes(axis) for axis in own]
-    if name in ("lora_a", "lora_b"):
-        long = -2 if name == "lora_a" else -1
+    if name in factors:
+        long = factors[name]
         (other,) = set(logical_axes(f"{module}.kernel")[-2:]) - {own[long]}
         split[long] += _mesh_axes(other)
         heads = {}

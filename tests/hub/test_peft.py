@@ -74,6 +74,8 @@ def randomize(model, seed=3):
     for layer in lora_layers(model).values():
         for factor in (layer.lora_a, layer.lora_b):
             factor[...] = jnp.asarray(rng.normal(size=factor.shape) * 0.2, factor.dtype)
+        if (magnitude := layer.lora_magnitude) is not None:
+            magnitude[...] *= jnp.asarray(rng.uniform(0.5, 1.5, magnitude.shape), magnitude.dtype)
     return model
 
 
@@ -108,6 +110,11 @@ OURS = {
     },
     "embedding and head": {"target_modules": ["embed_tokens", "lm_head", "o_proj"]},
     "dropout": {"dropout": 0.1},
+    "rslora": {"use_rslora": True, "alpha": 5.0, "rank_pattern": {"q_proj": 2}},
+    "dora": {"use_dora": True, "alpha": 6.0},
+    "pissa": {"init": "pissa", "alpha": 3.0, "target_modules": ["q_proj", "up_proj"]},
+    "balanced": {"init": "balanced", "use_rslora": True, "rank_pattern": {"q_proj": 2}},
+    "balanced dora": {"init": "balanced", "use_dora": True, "target_modules": ["q_proj", "o_proj"]},
 }
 
 
@@ -131,6 +138,10 @@ def test_peft_reads_what_we_write(llama_folder, tmp_path, case):
     config = json.loads((tmp_path / CONFIG).read_text())
     assert config["base_model_name_or_path"] == str(llama_folder)
     assert (config["task_type"], config["inference_mode"]) == ("CAUSAL_LM", True)
+    fields = OURS[case]
+    assert config["use_rslora"] == fields.get("use_rslora", False)
+    assert config["use_dora"] == fields.get("use_dora", False)
+    assert config["r"] == (8 if "init" in fields else 4)
     assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
     # And back.
     again = load_peft_adapter(tmp_path, load_pretrained(llama_folder))
@@ -154,6 +165,7 @@ THEIRS = {
     "embedding": {"target_modules": ["embed_tokens", "lm_head", "up_proj"]},
     "excluded": {"target_modules": "all-linear", "exclude_modules": ["gate_proj"]},
     "gaussian": {"target_modules": ["q_proj"], "init_lora_weights": "gaussian"},
+    "dora": {"target_modules": "all-linear", "use_dora": True, "use_rslora": True},
 }
 
 
@@ -216,6 +228,41 @@ def test_filling_a_model_that_has_lora(llama_folder, tmp_path):
         load_peft_adapter(tmp_path, other)
 
 
+def test_filling_a_model_that_has_dora_rslora_or_a_start(llama_folder, tmp_path):
+    fields = {"alpha": 3.0, "target_modules": "q_proj"}
+    features = {"use_dora": True, "use_rslora": True}
+    model = adapted_llama(llama_folder, **fields, **features)
+    save_peft_adapter(tmp_path, model)
+    other = randomize(adapted_llama(llama_folder, **fields, **features), seed=9)
+    load_peft_adapter(tmp_path, other)
+    np.testing.assert_array_equal(our_logits(other), our_logits(model))
+    for wrong, message in (
+        ({"use_dora": True}, "q_proj has rsLoRA in the adapter and not in the model"),
+        ({"use_rslora": True}, "q_proj has DoRA in the adapter and not in the model"),
+        (
+            {**features, "init": "balanced"},
+            r"q_proj: the model's LoRA has a start that is not zero",
+        ),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_peft_adapter(tmp_path, adapted_llama(llama_folder, **fields, **wrong))
+    save_peft_adapter(tmp_path, adapted_llama(llama_folder, **fields, use_rslora=True))
+    with pytest.raises(InputError, match="q_proj has DoRA in the model and not in the adapter"):
+        load_peft_adapter(tmp_path, other)
+
+
+@pytest.mark.parametrize(("name", "field"), [("DoRA", "use_dora"), ("rsLoRA", "use_rslora")])
+def test_what_an_adapter_has_everywhere_or_nowhere(tmp_path, name, field):
+    model = Twin(nnx.Rngs(0))
+    config = LoRAConfig(2, target_modules=["side.out"], **{field: True})
+    add_lora(model, config, rngs=nnx.Rngs(1))
+    add_lora(model, LoRAConfig(2, target_modules=["heads", "blocks"]), rngs=nnx.Rngs(1))
+    message = f"{name} is on 'side.out' and not on 'blocks', 'heads'; expected it on all"
+    with pytest.raises(InputError, match=message):
+        save_peft_adapter(tmp_path / "adapter", model)
+    assert not (tmp_path / "adapter").exists()
+
+
 # --- Files that are damaged, not supported, or for another model
 
 
@@ -266,9 +313,14 @@ def rename(old, new):
         (put(f"{Q1}.lora_A.weight", np.ones((3, 32))), r"is \(3, 32\), expected \(4, 32\)"),
         (put(f"{Q1}.lora_B.weight", np.ones((16, 4))), r"is \(16, 4\), expected \(32, 4\)"),
         (
-            put(f"{Q1}.lora_magnitude_vector", np.ones(4)),
-            "lora_magnitude_vector' is no LoRA factor",
+            put(f"{Q1}.lora_magnitude_vector", np.ones(32)),
+            r"q_proj\.lora_magnitude_vector' is of DoRA, but use_dora in .* is not true",
         ),
+        (
+            put("base_model.model.model.embed_tokens.lora_magnitude_vector", np.ones(32)),
+            r"embed_tokens\.lora_magnitude_vector' does not fit 'model\.embed_tokens', a Embed",
+        ),
+        (put(f"{Q1}.lora_C.weight", np.ones(4)), "lora_C.weight' is no LoRA factor"),
         (put(f"{Q1}.base_layer.weight", np.ones((32, 32))), "base weight other than the model's"),
         (put("base_model.model.lm_head.base_layer.weight", np.ones((64, 32))), "base weight other"),
         (rename("q_proj", "qkv_proj"), r"another base model: .*'model\.layers\.0\.self_attn\.qkv"),
@@ -294,7 +346,9 @@ def test_wrong_tensors_are_named_and_the_model_untouched(
     ("settings", "message"),
     [
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
-        ({"use_dora": True}, "use_dora is True"),
+        ({"use_dora": True}, r"_proj\.lora_magnitude_vector' is missing"),
+        ({"use_dora": 1}, "use_dora is 1, expected true or false"),
+        ({"use_rslora": None, "use_qalora": True}, "use_qalora is True"),
         ({"bias": "all"}, "bias is 'all'"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]"),
         ({"lora_bias": True}, "lora_bias is True"),

@@ -105,6 +105,23 @@ def test_ranks_and_alphas_by_pattern():
     assert model.layers.up_proj.lora_a.shape == (3, 6, 4)
 
 
+def test_rank_stabilized_scaling():
+    fields = {"use_rslora": True, "rank_pattern": {"up_proj": 4}}
+    model = stacked(alpha=3.0, **fields)
+    assert model.layers.up_proj.lora_scaling == 3.0 / 4**0.5
+    assert model.layers.down_proj.lora_scaling == 3.0 / 2**0.5
+    model = stacked(**fields)  # alpha is the rank
+    assert (model.layers.up_proj.lora_alpha, model.layers.up_proj.lora_scaling) == (4.0, 2.0)
+    plain = stacked(
+        alpha_pattern={"down_proj": 2.0 * 2**0.5, "up_proj": 8.0},
+        rank_pattern=fields["rank_pattern"],
+    )
+    np.testing.assert_allclose(
+        run(randomize(model), TOKENS), run(randomize(plain), TOKENS), rtol=1e-5
+    )
+    assert nnx.split(remove_lora(model))[0] == nnx.split(Stacked(rngs=nnx.Rngs(0)))[0]
+
+
 def test_merge_is_the_sum_in_float64_of_every_layer():
     model = randomize(stacked(alpha=5.0, target_modules=["up_proj", "down_proj", "embed"]))
     before, adapted = leaves(model), run(model, TOKENS)

@@ -121,12 +121,12 @@ class Evaluate:
     def __call__(self) -> int:
         """Runs the command."""
         from loft_jax.data import eval_batches, load_examples, tokenize
-        from loft_jax.evaluation.choices import score_choices
+        from loft_jax.evaluation.choices import bring_choices, score_choices
         from loft_jax.evaluation.perplexity import perplexity
 
         rows = load_examples(self.data)
         model, tokenizer = self.source.load()
-        if self.choices or {"choices", "answer"} <= set(rows.column_names):
+        if self.choices or bring_choices(rows):
             scores = score_choices(
                 model, tokenizer, rows, self.data, choices=self.choices, batch_size=self.batch_size
             )

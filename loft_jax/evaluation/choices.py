@@ -111,6 +111,11 @@ def score_choices(
     )
 
 
+def bring_choices(rows: "Dataset | Sequence[Mapping[str, Any]]") -> bool:
+    """Whether each example has answers of its own to compare: `choices` and `answer`."""
+    return set(_OWN_CHOICES) <= set(column_names(rows))
+
+
 @dataclass(frozen=True)
 class _Question:
     prompt: list[int]

@@ -9,7 +9,22 @@ from loft_jax.data import DataConfig
 from loft_jax.errors import InputError
 from loft_jax.models import Quantization, Remat
 
-Method = Literal["loft", "lora", "full"]
+Method = Literal[
+    "loft",
+    "loft-muon",
+    "lora",
+    "lora-plus",
+    "rslora",
+    "dora",
+    "lora-fa",
+    "pissa",
+    "riemannian",
+    "altlora-plus",
+    "reflora",
+    "reflora-s",
+    "full",
+]
+Init = Literal["kaiming_uniform", "gaussian", "balanced"]
 Precision = Literal["auto", "float32", "bfloat16"]
 SecondMoment = Literal["full", "factored", "diagonal"]
 StateDtype = Literal["float32", "bfloat16"]
@@ -73,12 +88,24 @@ class FinetuneConfig:
         eval_split: Their split.
         choices: Answers to compare on the held-out examples: with them, evaluation also reports the
             accuracy of the likeliest answer. For single-answer tasks with a fixed set of labels.
-        method: "loft"; "lora" is AdamW on the factors; "full" is AdamW on all weights.
+        method: "loft"; "loft-muon" is LoFT with Muon's direction; "lora" is AdamW on the factors;
+            "lora-plus" moves B faster; "rslora" scales by alpha / sqrt(rank); "dora" trains
+            magnitudes of the weights' columns besides; "lora-fa" trains B alone; "pissa" starts
+            from the largest singular values of the weights; "riemannian" and "altlora-plus" precondition
+            the factors' gradients; "reflora" and "reflora-s" balance the factors; "full" is AdamW
+            on all weights. docs/methods.md has them all.
         second_moment: LoFT's second moment: "full" is exact, "factored" takes the memory of its
             first moment and no work on whole weights, "diagonal" is Adam's of the factors.
         state_dtype: What LoFT's second moment is stored in.
         balance: Whether LoFT keeps the factors balanced, `AᵀA = B Bᵀ`; their product moves as
             without.
+        lora_plus_ratio: B's learning rate over A's, for method "lora-plus".
+        damping: Added to the Gram matrices that method "riemannian" divides by.
+        reflora_warmup_steps: Steps of plain LoRA before methods "reflora" and "reflora-s" balance:
+            until then B gets its rank.
+        init: How factors start: A uniform ("kaiming_uniform") or normal ("gaussian") and B zero; or
+            both uniform and alike in size ("balanced"), with the start of their product taken off
+            again, as RefLoRA can begin without warmup.
         rank: Rank of the adapters.
         alpha: LoRA's alpha, scaling = alpha / rank; by default the rank, so a scaling of 1. LoFT
             does not depend on it.
@@ -145,6 +172,10 @@ class FinetuneConfig:
     second_moment: SecondMoment = "full"
     state_dtype: StateDtype = "float32"
     balance: bool = False
+    lora_plus_ratio: float = 16.0
+    damping: float = 1e-6
+    reflora_warmup_steps: int = 100
+    init: Init = "kaiming_uniform"
     rank: int = 16
     alpha: float | None = None
     target_modules: tuple[str, ...] = ("all-linear",)
@@ -186,7 +217,7 @@ class FinetuneConfig:
             "warmup_steps": 0, "steps": 0, "batch_size": 1, "accumulation_steps": 1,
             "eval_batch_size": 1, "eval_every": 0, "save_every": 1, "keep_last": 1, "keep_best": 0,
             "log_every": 1, "max_skipped_steps": 1, "seed": 0, "weight_decay": 0,
-            "max_grad_norm": 0, "eps": 0,
+            "max_grad_norm": 0, "eps": 0, "damping": 0, "reflora_warmup_steps": 0,
         }  # fmt: skip
         for name, low in least.items():
             if not getattr(self, name) >= low:
@@ -194,7 +225,7 @@ class FinetuneConfig:
         for name in ("b1", "b2", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, expected a number in [0, 1)")
-        for name in ("learning_rate", "epochs"):
+        for name in ("learning_rate", "epochs", "lora_plus_ratio"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} is {getattr(self, name)}, expected a positive number")
         if self.batch_size % self.accumulation_steps:
@@ -202,12 +233,16 @@ class FinetuneConfig:
                 f"batch_size is {self.batch_size}, not a multiple of accumulation_steps "
                 f"{self.accumulation_steps}"
             )
-        if self.method != "loft":
-            for name, usual in {
-                "second_moment": "full", "state_dtype": "float32", "balance": False,
-            }.items():  # fmt: skip
-                if (given := getattr(self, name)) != usual:
-                    raise InputError(f"{name} is {given!r}, but only method loft has it")
+        for names, methods in _OF_METHODS.items():
+            for name in names if self.method not in methods else ():
+                if (given := getattr(self, name)) != getattr(type(self), name):
+                    raise InputError(
+                        f"{name} is {given!r}, but only method {' or '.join(methods)} has it"
+                    )
+        if self.init != "kaiming_uniform" and self.method in ("pissa", "full"):
+            raise InputError(
+                f"init is {self.init!r}, but method {self.method} has a start of its own"
+            )
         if self.method == "full" and self.quantization != "none":
             raise InputError(
                 f"quantization is {self.quantization!r}, but method full trains the weights; "
@@ -224,3 +259,12 @@ class FinetuneConfig:
             )
         if self.choices and not self.eval_path:
             raise InputError("choices are given without eval_path, the examples to compare them on")
+
+
+_OF_METHODS: dict[tuple[str, ...], tuple[Method, ...]] = {
+    ("second_moment", "state_dtype", "balance"): ("loft",),
+    ("lora_plus_ratio",): ("lora-plus",),
+    ("damping",): ("riemannian",),
+    ("reflora_warmup_steps",): ("reflora", "reflora-s"),
+}
+"""Settings that the other methods would ignore."""

@@ -4,7 +4,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from loft_jax.data import eval_batches, load_examples, tokenize
-from loft_jax.evaluation.choices import score_choices
+from loft_jax.evaluation.choices import bring_choices, score_choices
 from loft_jax.evaluation.perplexity import perplexity
 from loft_jax.models import Llama
 from loft_jax.training.config import FinetuneConfig
@@ -45,9 +45,10 @@ class HeldOut:
             model: With its adapters.
 
         Returns:
-            `loss` a token; or, with choices, `loss` of the right answer and `accuracy`.
+            `loss` a token; or, with choices, `loss` of the right answer and `accuracy`, and where
+            rows bring their own choices also `accuracy_norm`.
         """
-        if not self._config.choices:
+        if not (self._config.choices or bring_choices(self._rows)):
             return {"loss": perplexity(model, self._batches, progress=self._progress).nll}
         scores = score_choices(
             model,
@@ -58,4 +59,10 @@ class HeldOut:
             batch_size=self._config.eval_batch_size,
             progress=self._progress,
         )
-        return {"loss": scores.nll, "accuracy": scores.accuracy}
+        measured = {"loss": scores.nll, "accuracy": scores.accuracy}
+        # Labels of every row are what they are; answers of a row differ in length.
+        return (
+            measured
+            if self._config.choices
+            else {**measured, "accuracy_norm": scores.accuracy_norm}
+        )

@@ -110,6 +110,9 @@ def adapted(model: Llama, config: FinetuneConfig) -> Llama:
             target_modules=targets[0] if len(targets) == 1 else targets,
             exclude_modules=config.exclude_modules,
             dropout=config.dropout,
+            use_rslora=config.method == "rslora",
+            use_dora=config.method == "dora",
+            init="pissa" if config.method == "pissa" else config.init,
             rank_pattern=config.rank_pattern,
             alpha_pattern=config.alpha_pattern,
         )

@@ -2,9 +2,15 @@
 
 import optax
 
+from loft_jax.optim.baselines import alt_lora_plus, lora_fa, lora_plus, riemannian_lora
 from loft_jax.optim.loft import loft
+from loft_jax.optim.muon import loft_muon
 from loft_jax.optim.pairs import Scaling
+from loft_jax.optim.reflora import reflora, reflora_s
 from loft_jax.training.config import FinetuneConfig
+
+# Muon's updates as large as AdamW's (Liu et al., arXiv 2502.16982): one learning rate for both.
+_RMS_OF_ADAMW = 0.2
 
 
 def make_schedule(config: FinetuneConfig, steps: int) -> optax.Schedule:
@@ -35,9 +41,10 @@ def make_optimizer(
     """The optimizer of a method; every method clips by the same max_grad_norm.
 
     Args:
-        config: Its method, Adam's numbers and LoFT's settings are used.
+        config: Its method, Adam's numbers and the settings of the method are used.
         schedule: Learning rate by step.
-        scaling: The s of `W = s A B` by path of a pair; LoFT alone uses it.
+        scaling: The s of `W = s A B` by path of a pair, for methods that project on what A and B
+            span.
 
     Returns:
         A gradient transformation over the trained parameters.
@@ -56,7 +63,37 @@ def make_optimizer(
             balance=config.balance,
             scaling=scaling,
         )
-    adamw = optax.adamw(
-        schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay
-    )
-    return adamw if clip is None else optax.chain(optax.clip_by_global_norm(clip), adamw)
+    if config.method == "loft-muon":
+        return loft_muon(
+            schedule,
+            weight_decay=config.weight_decay,
+            consistent_rms=_RMS_OF_ADAMW,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            max_grad_norm=clip,
+            scaling=scaling,
+        )
+    tx = _on_factors(config, schedule, scaling)
+    return tx if clip is None else optax.chain(optax.clip_by_global_norm(clip), tx)
+
+
+def _on_factors(
+    config: FinetuneConfig, schedule: optax.Schedule, scaling: Scaling
+) -> optax.GradientTransformation:
+    """The optimizer of a method that takes plain gradients of what is trained."""
+    adam = (schedule, config.b1, config.b2, config.eps, config.weight_decay)
+    warmup = config.reflora_warmup_steps
+    match config.method:
+        case "lora-plus":
+            return lora_plus(*adam, ratio=config.lora_plus_ratio)
+        case "lora-fa":
+            return lora_fa(*adam, scaling=scaling)
+        case "riemannian":
+            return riemannian_lora(*adam, damping=config.damping)
+        case "altlora-plus":
+            return alt_lora_plus(*adam, scaling=scaling)
+        case "reflora":
+            return reflora(*adam, warmup_steps=warmup)
+        case "reflora-s":
+            return reflora_s(*adam, warmup_steps=warmup)
+    return optax.adamw(schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay)

@@ -42,7 +42,7 @@ def test_yaml_round_trip(tmp_path):
         ("learning_rate: fast", "field learning_rate is 'fast', expected a number"),
         ("alpha: x", "field alpha is 'x', expected a number"),
         ("eval_path:", "field eval_path is None, expected a text"),
-        ("method: lofft", r"field method is 'lofft', expected one of \['loft', 'lora', 'full'\]"),
+        ("method: lofft", r"field method is 'lofft', expected one of \['loft', 'loft-muon', "),
         ("choices: 3", "field choices is 3, expected a list"),
         ("target_modules: q_proj", "field target_modules is 'q_proj', expected a list"),
         ("choices: [1]", r"field choices\[0\] is 1, expected a text"),

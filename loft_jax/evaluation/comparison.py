@@ -1,0 +1,292 @@
+"""Comparing methods: which runs there are, the log they are kept in, and what they say together.
+
+A comparison is a grid of cells, methods x ranks x learning rates x seeds. Each cell that has run is
+one line of JSON. The best learning rate of a method is chosen by validation, on the seeds that all
+of its rates have run with; what is reported is the test at that rate, over all seeds it has.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from loft_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a comparison.
+
+    Args:
+        task: Name of the task.
+        method: Name of the method.
+        rank: Of the adapters; 0 for a method without.
+        learning_rate: Peak learning rate.
+        seed: Of the start and of the order of the data.
+        eps: Adam's epsilon.
+        alpha: LoRA's alpha; None is the rank.
+    """
+
+    task: str
+    method: str
+    rank: int
+    learning_rate: float
+    seed: int = 0
+    eps: float = 1e-8
+    alpha: float | None = None
+
+    @property
+    def setting(self) -> "Setting":
+        """What it has in common with the cells of other learning rates and seeds."""
+        return Setting(self.task, self.method, self.rank, self.eps, self.alpha)
+
+
+class Setting(NamedTuple):
+    """A method as it is swept: all of a cell but its learning rate and its seed."""
+
+    task: str
+    method: str
+    rank: int
+    eps: float = 1e-8
+    alpha: float | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a cell came to.
+
+    Args:
+        cell: Which one.
+        train: Mean training loss over stretches of the run of one length, in their order.
+        validation: Measures by name, `loss` among them; not finite where the run diverged.
+        test: The same on the test set; empty where it was not measured.
+        cost: Figures of time and memory, by name.
+        made_with: Versions and settings of the run.
+    """
+
+    cell: Cell
+    train: tuple[float, ...]
+    validation: Mapping[str, float]
+    test: Mapping[str, float]
+    cost: Mapping[str, float]
+    made_with: Mapping[str, Any]
+
+
+def grid(
+    task: str,
+    methods: Iterable[str],
+    ranks: Iterable[int],
+    rates: Iterable[float],
+    seeds: Iterable[int],
+    *,
+    without_rank: Iterable[str] = (),
+    eps: float = 1e-8,
+    alpha: float | None = None,
+) -> list[Cell]:
+    """All cells of a sweep, the first seed of everything first.
+
+    Args:
+        task: Name of the task.
+        methods: Names of the methods.
+        ranks: Ranks that each method runs at.
+        rates: Learning rates that each method runs at.
+        seeds: Seeds that each method runs with.
+        without_rank: Methods that run once, at rank 0, whatever the ranks.
+        eps: Adam's epsilon.
+        alpha: LoRA's alpha; None is the rank.
+
+    Returns:
+        The cells, each once.
+
+    Example:
+        >>> cells = grid("toy", ["loft", "full"], [1, 2], [0.1, 0.3], [0], without_rank=["full"])
+        >>> [(c.method, c.rank) for c in cells]
+        [('loft', 1), ('loft', 1), ('loft', 2), ('loft', 2), ('full', 0), ('full', 0)]
+    """
+    plain = set(without_rank)
+    found = {
+        Cell(task, method, 0 if method in plain else rank, rate, seed, eps, alpha): None
+        for seed, method, rank, rate in itertools.product(seeds, methods, ranks, rates)
+    }
+    return list(found)
+
+
+class ResultLog:
+    """Results as lines of JSON, in a file that is added to."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Opens the log.
+
+        Args:
+            path: The file; it need not be there.
+        """
+        self.path = Path(path)
+
+    def read(self) -> list[Result]:
+        """All results; of a cell that is there twice, the one with a test, or else the last.
+
+        Raises:
+            InputError: A line is no result; the message names the file and the line. (A last line
+                without its end is that of a run that was killed while writing, and is left out.)
+        """
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text("utf-8").split("\n")[:-1]
+        found: dict[Cell, Result] = {}
+        for number, line in enumerate(lines, 1):
+            result = self._parsed(line, number)
+            before = found.get(result.cell)
+            if before is None or result.test or not before.test:
+                found[result.cell] = result
+        return list(found.values())
+
+    def append(self, result: Result) -> None:
+        """Adds a result: one write, so that several processes may share the file."""
+        values = dataclasses.asdict(result)
+        line = json.dumps({**values.pop("cell"), **_finite(values)}, allow_nan=False)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab+") as file:
+            if file.tell() and not self.path.read_bytes().endswith(b"\n"):
+                file.truncate(self.path.read_bytes().rfind(b"\n") + 1)
+            file.write(f"{line}\n".encode())
+
+    def _parsed(self, line: str, number: int) -> Result:
+        names = [field.name for field in dataclasses.fields(Cell)]
+        try:
+            values = _restored(json.loads(line))
+            cell = Cell(**{name: values.pop(name) for name in names})
+            return Result(cell, tuple(values.pop("train")), **values)
+        except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+            raise InputError(f"{self.path}: line {number} is no result: {error!r}") from error
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A method at its best learning rate.
+
+    Args:
+        setting: The method.
+        learning_rate: The best one by validation.
+        at_edge: Whether that is the lowest or the highest that was tried.
+        rates: Those that were tried, in order, each with its mean validation loss over the seeds
+            that all of them have.
+        results: The runs at the best rate, in the order of their seeds.
+    """
+
+    setting: Setting
+    learning_rate: float
+    at_edge: bool
+    rates: Mapping[float, float]
+    results: tuple[Result, ...]
+
+    def mean(self, measure: str, of: str = "test") -> float:
+        """The mean of a measure over seeds.
+
+        Args:
+            measure: Its name.
+            of: "test" or "validation".
+        """
+        return statistics.fmean(self.values(measure, of))
+
+    def spread(self, measure: str, of: str = "test") -> float:
+        """The standard deviation over seeds; NaN of one."""
+        values = self.values(measure, of)
+        return statistics.stdev(values) if len(values) > 1 else math.nan
+
+    def values(self, measure: str, of: str = "test") -> list[float]:
+        """A measure for each seed that has it."""
+        measured = [getattr(result, of) for result in self.results]
+        return [values[measure] for values in measured if measure in values] or [math.nan]
+
+    def curve(self) -> list[float]:
+        """The training losses, mean over seeds."""
+        curves = (result.train for result in self.results)
+        return [statistics.fmean(losses) for losses in zip(*curves, strict=True)]
+
+
+def summarize(results: Iterable[Result], measure: str = "loss") -> dict[Setting, Summary]:
+    """Each method at the learning rate that is best by validation.
+
+    Args:
+        results: Of one comparison.
+        measure: What is least at the best rate.
+
+    Returns:
+        Summaries by setting, in the order of the results.
+    """
+    by_setting: dict[Setting, dict[float, dict[int, Result]]] = {}
+    for result in results:
+        rates = by_setting.setdefault(result.cell.setting, {})
+        rates.setdefault(result.cell.learning_rate, {})[result.cell.seed] = result
+    found = {}
+    for setting, rates in by_setting.items():
+        common = set.intersection(*(set(runs) for runs in rates.values()))
+        if not common:
+            continue  # the sweep has only begun
+        losses = {
+            rate: statistics.fmean(_or_infinity(rates[rate][seed], measure) for seed in common)
+            for rate in sorted(rates)
+        }
+        best = min(losses, key=losses.__getitem__)
+        runs = rates[best]
+        found[setting] = Summary(
+            setting,
+            best,
+            best in (min(losses), max(losses)),
+            losses,
+            tuple(runs[seed] for seed in sorted(runs)),
+        )
+    return found
+
+
+def steps_to_reach(curve: Sequence[float], loss: float, steps: int) -> float:
+    """How many steps a run took to come to a training loss.
+
+    Args:
+        curve: Mean losses over stretches of one length, which make up the run.
+        loss: To reach.
+        steps: Of the whole run.
+
+    Returns:
+        The steps done in the middle of the first stretch at that loss or below, between it and the
+        one before by a line; infinite if there is none.
+
+    Example:
+        >>> steps_to_reach([4.0, 2.0, 1.0], 1.5, steps=30)
+        20.0
+    """
+    length = steps / len(curve)
+    for index, value in enumerate(curve):
+        if value <= loss:
+            before = curve[index - 1] if index else value
+            back = 0.0 if before == value else (loss - value) / (before - value)
+            return (index + 0.5 - (back if index else 0.0)) * length
+    return math.inf
+
+
+def _or_infinity(result: Result, measure: str) -> float:
+    value = result.validation.get(measure, math.inf)
+    return value if math.isfinite(value) else math.inf
+
+
+def _finite(value: Any) -> Any:
+    """What JSON has no number for, as text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _restored(value: Any) -> Any:
+    if value in ("nan", "inf", "-inf"):
+        return float(value)
+    if isinstance(value, dict):
+        return {key: _restored(inner) for key, inner in value.items()}
+    return [_restored(inner) for inner in value] if isinstance(value, list) else value

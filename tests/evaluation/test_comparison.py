@@ -1,0 +1,139 @@
+"""The log of a comparison, and what is read from it."""
+
+import dataclasses
+import math
+
+import pytest
+
+from loft_jax.errors import InputError
+from loft_jax.evaluation.comparison import (
+    Cell,
+    Result,
+    ResultLog,
+    Setting,
+    grid,
+    steps_to_reach,
+    summarize,
+)
+
+
+def result(rate=0.1, seed=0, loss=1.0, test=None, **cell):
+    where = {"task": "toy", "method": "loft", "rank": 4, **cell}
+    measured = {} if test is None else {"loss": test, "accuracy": 1 - test}
+    return Result(
+        Cell(**where, learning_rate=rate, seed=seed),
+        train=(3.0, 2.0, loss),
+        validation={"loss": loss},
+        test=measured,
+        cost={"step_seconds": 0.1},
+        made_with={"jax": "1", "steps": 30},
+    )
+
+
+def test_a_grid_is_the_same_for_all_methods():
+    cells = grid("toy", ["loft", "lora", "full"], [1, 4], [0.1, 0.3], [0, 1], without_rank=["full"])
+    rates = {}
+    for cell in cells:
+        rates.setdefault((cell.method, cell.rank), set()).add((cell.learning_rate, cell.seed))
+    everything = {(rate, seed) for rate in (0.1, 0.3) for seed in (0, 1)}
+    assert rates == dict.fromkeys(
+        [("loft", 1), ("loft", 4), ("lora", 1), ("lora", 4), ("full", 0)], everything
+    )
+    assert len(cells) == len(set(cells)) == 5 * 4
+    assert [cell.seed for cell in cells] == [0] * 10 + [1] * 10
+
+
+def test_a_log_gives_back_what_it_was_given(tmp_path):
+    log = ResultLog(tmp_path / "logs" / "toy.jsonl")
+    assert log.read() == []
+    given = [result(seed=0, test=0.5), result(seed=1, loss=math.inf), result(alpha=2.0)]
+    for one in given:
+        log.append(one)
+    assert log.read() == given
+    assert all(line.startswith('{"task": "toy"') for line in log.path.read_text().splitlines())
+
+
+def test_of_a_cell_the_tested_run_counts(tmp_path):
+    log = ResultLog(tmp_path / "toy.jsonl")
+    tested = result(loss=1.0, test=0.5)
+    for one in (result(loss=1.1), tested, result(loss=1.2)):
+        log.append(one)
+    assert log.read() == [tested]
+
+
+def test_a_line_cut_off_by_a_kill_is_left_out_and_made_again(tmp_path):
+    log = ResultLog(tmp_path / "toy.jsonl")
+    log.append(result(seed=0))
+    log.append(result(seed=1))
+    log.path.write_bytes(log.path.read_bytes()[:-20])
+    assert log.read() == [result(seed=0)]
+    log.append(result(seed=1))
+    assert log.read() == [result(seed=0), result(seed=1)]
+
+
+@pytest.mark.parametrize("line", ["no json", "[]", '{"task": "toy"}', '{"train": 3}'])
+def test_a_line_that_is_no_result_is_named(tmp_path, line):
+    log = ResultLog(tmp_path / "toy.jsonl")
+    log.append(result())
+    log.path.write_text(log.path.read_text() + line + "\n")
+    with pytest.raises(InputError, match=r"toy\.jsonl: line 2 is no result"):
+        log.read()
+
+
+def test_the_rate_is_chosen_by_validation_and_never_by_the_test():
+    found = summarize(
+        [
+            result(rate=0.1, loss=1.0, test=0.1),
+            result(rate=0.3, loss=0.8, test=0.9),
+            result(rate=1.0, loss=math.inf),
+        ]
+    )
+    (summary,) = found.values()
+    assert (summary.learning_rate, summary.at_edge) == (0.3, False)
+    assert summary.rates == {0.1: 1.0, 0.3: 0.8, 1.0: math.inf}
+    assert summary.mean("loss") == 0.9
+    assert math.isnan(summary.spread("loss"))
+
+
+def test_rates_are_compared_on_the_seeds_that_all_have():
+    # Seeds 1 and 2 are of the best rate alone: their losses must not take it away again.
+    found = summarize(
+        [
+            result(rate=0.1, seed=0, loss=1.0, test=0.5),
+            result(rate=0.1, seed=1, loss=9.0, test=0.6),
+            result(rate=0.1, seed=2, loss=9.0, test=0.7),
+            result(rate=0.3, seed=0, loss=1.1),
+        ]
+    )
+    (summary,) = found.values()
+    assert summary.learning_rate == 0.1
+    assert summary.at_edge
+    assert summary.mean("loss") == pytest.approx(0.6)
+    assert summary.spread("loss") == pytest.approx(0.1)
+    assert summary.curve() == [3.0, 2.0, pytest.approx(19 / 3)]
+
+
+def test_settings_are_kept_apart():
+    found = summarize([result(), result(eps=1e-4), result(alpha=8.0), result(rank=2)])
+    assert list(found) == [
+        Setting("toy", "loft", 4),
+        Setting("toy", "loft", 4, 1e-4),
+        Setting("toy", "loft", 4, alpha=8.0),
+        Setting("toy", "loft", 2),
+    ]
+
+
+def test_a_sweep_without_a_common_seed_is_not_summarized():
+    assert summarize([result(rate=0.1, seed=0), result(rate=0.3, seed=1)]) == {}
+
+
+@pytest.mark.parametrize(
+    ("curve", "loss", "steps"),
+    [((4, 2, 1), 1.5, 20.0), ((4, 2, 1), 2, 15.0), ((4, 2, 1), 5, 5.0), ((4, 2), 1, math.inf)],
+)
+def test_steps_to_a_loss(curve, loss, steps):
+    assert steps_to_reach(curve, loss, steps=10 * len(curve)) == steps
+
+
+def test_results_are_values():
+    assert dataclasses.replace(result(), cell=result().cell) == result()

@@ -1,0 +1,119 @@
+"""Methods against PEFT's layers and optimizers: the same start and batches, the same losses."""
+
+import numpy as np
+import optax
+import pytest
+import torch
+from peft import PeftModel
+from peft.optimizers import (
+    create_lorafa_optimizer,
+    create_loraplus_optimizer,
+    create_riemannian_optimizer,
+)
+from transformers import LlamaForCausalLM
+
+from loft_jax import save_peft_adapter
+from loft_jax.training.model import load_model, scaling_of, trained_kind
+from loft_jax.training.optimizer import make_optimizer
+from loft_jax.training.parts import split_model
+from loft_jax.training.step import initial_state, make_step, predicted
+
+RANK, ALPHA, RATE, DECAY = 4, 8.0, 3e-3, 0.1
+ROWS, TOKENS, VOCAB = 6, 24, 400
+
+
+def batches():
+    rng = np.random.default_rng(0)
+    first, second = rng.integers(5, VOCAB, (2, ROWS, TOKENS)).astype(np.int32)
+    return [first, second, first, second, first]
+
+
+def adamw(model):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=RATE, weight_decay=DECAY)
+
+
+def lora_plus(model):
+    return create_loraplus_optimizer(
+        model,
+        torch.optim.AdamW,
+        lr=RATE,
+        loraplus_lr_ratio=4.0,
+        weight_decay=DECAY,
+        loraplus_weight_decay=DECAY,
+    )
+
+
+def riemannian(damping):
+    return lambda model: create_riemannian_optimizer(
+        model, torch.optim.AdamW, lr=RATE, reg=damping, weight_decay=DECAY
+    )
+
+
+def lora_fa(model):
+    optimizer = create_lorafa_optimizer(
+        model, r=RANK, lora_alpha=int(ALPHA), lr=RATE, weight_decay=DECAY
+    )
+    for group in optimizer.param_groups:
+        group["eps"] = 1e-12  # it stands beside another root than in AdamW: negligible in both
+    return optimizer
+
+
+CASES = {
+    "lora": ({}, adamw),
+    "rslora": ({}, adamw),
+    "dora": ({}, adamw),
+    "lora-plus": ({"lora_plus_ratio": 4.0}, lora_plus),
+    "riemannian": ({"damping": 1e-2}, riemannian(1e-2)),
+    "riemannian-weakly-damped": ({"damping": 1e-6}, riemannian(1e-6)),
+    "lora-fa": ({}, lora_fa),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_are_those_of_peft(case, make_config, tmp_path, monkeypatch):
+    # It would compute in bfloat16 wherever torch can.
+    monkeypatch.setattr("peft.optimizers.lorafa.is_bf16_available", lambda: False)
+    settings, make_torch_optimizer = CASES[case]
+    config = make_config(
+        method=case.removesuffix("-weakly-damped"),
+        rank=RANK,
+        alpha=ALPHA,
+        target_modules=("q_proj", "v_proj", "down_proj"),
+        learning_rate=RATE,
+        weight_decay=DECAY,
+        max_grad_norm=0.0,
+        **settings,
+    )
+    model = load_model(config)
+    save_peft_adapter(tmp_path, model, base_model=config.model)
+    theirs = PeftModel.from_pretrained(
+        LlamaForCausalLM.from_pretrained(config.model), tmp_path, is_trainable=True
+    )
+    optimizer = make_torch_optimizer(theirs)
+
+    tx = make_optimizer(config, optax.constant_schedule(RATE), scaling_of(model))
+    parts = split_model(model, trained_kind(config.method))
+    state, step = initial_state(parts, tx), make_step(parts, tx)
+    losses = []
+    for tokens in batches():
+        state, metrics = step(state, parts.frozen, batch_of(tokens))
+        ids = torch.from_numpy(tokens).long()
+        loss = theirs(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        assert float(metrics["loss"]) == pytest.approx(losses[-1], abs=1e-4)
+    assert losses[-1] < losses[0] - 0.05  # the same batch again: what was compared has moved
+
+
+def batch_of(tokens):
+    return predicted(
+        {
+            "tokens": tokens,
+            "positions": np.tile(np.arange(TOKENS, dtype=np.int32), (ROWS, 1)),
+            "segment_ids": np.ones((ROWS, TOKENS), np.int32),
+            "loss_mask": np.ones((ROWS, TOKENS), np.float32),
+        }
+    )

@@ -1,0 +1,147 @@
+"""Compares fine-tuning methods: sweeps, then several seeds at each method's best learning rate.
+
+`run` makes the runs that are not in the log yet, and can be stopped and started again at any time;
+`run --best` those at the best learning rates, with a test; `report` writes the page and the plots.
+Data and models come from `prepare_demo.py` and `prepare_experiments.py`.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import tyro
+from comparison.methods import METHODS, WITHOUT_RANK
+from comparison.registry import TASKS, runs_of
+from comparison.report import write_report
+from tqdm import tqdm
+
+from loft_jax.errors import InputError
+from loft_jax.evaluation.comparison import Cell, ResultLog, grid, summarize
+
+
+@dataclass(frozen=True)
+class Run:
+    """Make the runs of a task that are not there yet."""
+
+    task: tyro.conf.Positional[str]
+    """Name of the task."""
+    methods: tuple[str, ...] = ()
+    """Methods; by default those of the task."""
+    ranks: tuple[int, ...] = ()
+    """Ranks; by default those of the task."""
+    rates: tuple[float, ...] = ()
+    """Learning rates; by default those of the task."""
+    seeds: tuple[int, ...] = ()
+    """Seeds; by default those of the task."""
+    eps: float | None = None
+    """Adam's epsilon; by default that of the task."""
+    alpha: float | None = None
+    """LoRA's alpha; by default the rank."""
+    best: bool = False
+    """Run at the best learning rate of each method so far, by validation, and test."""
+    share: str = "1/1"
+    """Which part of the work, of how many processes: "2/2" is the second half."""
+    results: str = "docs/results"
+    """Folder of the logs, one a task."""
+    assets: str = "assets"
+    """Folder of models and data."""
+    cache: str = "runs/compile_cache"
+    """Folder that compiled steps are kept in."""
+
+    def __call__(self) -> None:
+        """Runs the command."""
+        if self.task not in TASKS:
+            raise InputError(f"task is {self.task!r}, expected one of {', '.join(TASKS)}")
+        task = TASKS[self.task]
+        if unknown := sorted(set(self.methods) - set(METHODS)):
+            raise InputError(f"method {unknown[0]!r} is unknown, expected some of {METHODS}")
+        jax.config.update("jax_compilation_cache_dir", str(Path(self.cache).resolve()))
+        log = ResultLog(Path(self.results) / f"{self.task}.jsonl")
+        cells = grid(
+            self.task,
+            self.methods or task.methods,
+            self.ranks or task.ranks,
+            self.rates or task.rates,
+            self.seeds or task.seeds,
+            without_rank=WITHOUT_RANK,
+            eps=task.eps if self.eps is None else self.eps,
+            alpha=self.alpha,
+        )
+        test = self.best or task.always_tests
+        if self.best:
+            cells = self._at_best(log, cells, self.seeds or task.final_seeds)
+        done = {r.cell for r in log.read() if r.test or not test}
+        mine = [cell for cell in self._shared(cells) if cell not in done]
+        make = runs_of(task, Path(self.assets))
+        with tqdm(mine, desc=self.task, unit="run") as bar:
+            for cell in bar:
+                result = make(cell, test=test)
+                log.append(result)
+                bar.write(f"{_named(cell)}: {_measures(result.validation)}", file=sys.stderr)
+
+    def _at_best(self, log: ResultLog, cells: Sequence[Cell], seeds: Sequence[int]) -> list[Cell]:
+        wanted = dict.fromkeys(cell.setting for cell in cells)
+        found = summarize(log.read())
+        return [
+            replace(cell, seed=seed)
+            for seed in seeds
+            for setting, summary in found.items()
+            if setting in wanted
+            for cell in [Cell(*setting[:3], summary.learning_rate, 0, *setting[3:])]
+        ]
+
+    def _shared(self, cells: Sequence[Cell]) -> list[Cell]:
+        """Cells of this process: whole settings, so that each is compiled by one."""
+        part, _, parts = self.share.partition("/")
+        if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
+            raise InputError(f"share is {self.share!r}, expected a form as in 1/2")
+        order = {setting: i for i, setting in enumerate(dict.fromkeys(c.setting for c in cells))}
+        return [cell for cell in cells if order[cell.setting] % int(parts) == int(part) - 1]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write the page and the plots from the logs."""
+
+    results: str = "docs/results"
+    """Folder of the logs, and of the plots."""
+    page: str = "docs/results.md"
+    """The page."""
+
+    def __call__(self) -> None:
+        """Runs the command."""
+        write_report(Path(self.results), Path(self.page))
+
+
+def _named(cell: Cell) -> str:
+    return f"{cell.method} r {cell.rank}, lr {cell.learning_rate:g}, seed {cell.seed}"
+
+
+def _measures(values: object) -> str:
+    assert isinstance(values, dict)
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; mistakes of the user end with a message and exit code 2."""
+    Command = (
+        Annotated[Run, tyro.conf.subcommand("run")]
+        | Annotated[Report, tyro.conf.subcommand("report")]
+    )
+    command = tyro.cli(Command, args=arguments, description=__doc__)
+    try:
+        command()
+    except InputError as error:
+        print(f"compare: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("compare: stopped; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

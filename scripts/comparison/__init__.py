@@ -1,0 +1,1 @@
+"""What `compare.py` runs, and the page it makes of it."""

@@ -1,0 +1,141 @@
+"""What the papers say of LoFT and RefLoRA, as comparisons that the results can bear out or not."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from loft_jax.evaluation.comparison import Setting, Summary
+
+Verdict = Literal["holds", "within the noise", "does not hold"]
+
+# 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom.
+_STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+
+# A method is as good as another if it is less than this share of the measure behind.
+_AS_GOOD = 0.01
+
+HIGHER_IS_BETTER = ("accuracy", "accuracy_norm")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That one method does better than another.
+
+    Args:
+        text: In words.
+        better: The method that should be better.
+        worse: The one that it is compared with.
+        ranks: Ranks of the two; None compares them at every rank that both have.
+        at_least_equal: Whether being as good is enough.
+    """
+
+    text: str
+    better: str
+    worse: str
+    ranks: tuple[int, int] | None = None
+    at_least_equal: bool = False
+
+
+CLAIMS = (
+    Claim("LoFT is better than LoRA at equal rank", "loft", "lora"),
+    Claim("LoFT at rank 4 is better than LoRA at rank 16", "loft", "lora", (4, 16)),
+    Claim("LoFT at rank 1 is better than LoRA at rank 1", "loft", "lora", (1, 1)),
+    Claim("LoFT comes to what full fine-tuning comes to", "loft", "full", at_least_equal=True),
+    Claim(
+        "the factored second moment does as well as the exact one",
+        "loft-factored",
+        "loft",
+        at_least_equal=True,
+    ),
+    Claim(
+        "the diagonal second moment does as well as the exact one",
+        "loft-diagonal",
+        "loft",
+        at_least_equal=True,
+    ),
+    Claim("RefLoRA is better than LoRA at equal rank", "reflora", "lora"),
+    Claim("RefLoRA-S is better than LoRA at equal rank", "reflora-s", "lora"),
+    Claim("LoFT is better than RefLoRA at equal rank", "loft", "reflora"),
+    Claim("LoFT is better than DoRA at equal rank", "loft", "dora"),
+)
+
+
+class Finding(NamedTuple):
+    """A claim at two settings.
+
+    Attributes:
+        claim: Which one.
+        better: Summary of the method that should be better.
+        worse: Summary of the other.
+        gain: By how much it is better, in the measure of the task.
+        error: Half the 95 % interval of that, by Student's t over the seeds that both have.
+        verdict: What it comes to.
+    """
+
+    claim: Claim
+    better: Summary
+    worse: Summary
+    gain: float
+    error: float
+    verdict: Verdict
+
+
+def findings(
+    summaries: Mapping[Setting, Summary], measure: str, claims: tuple[Claim, ...] = CLAIMS
+) -> list[Finding]:
+    """What results say of the claims.
+
+    Runs of one seed see the same batches, and where they can the same start: differences are taken
+    seed by seed.
+
+    Args:
+        summaries: Of one task.
+        measure: Of the test.
+        claims: That are looked at.
+
+    Returns:
+        A finding for each claim and pair of ranks with results; none for a claim without.
+    """
+    usual = {(s.method, s.rank): x for s, x in summaries.items() if is_usual(s, summaries)}
+    found = []
+    for claim in claims:
+        for (method, rank), better in usual.items():
+            other = rank if claim.ranks is None else claim.ranks[1]
+            worse = usual.get((claim.worse, other)) or usual.get((claim.worse, 0))
+            if method != claim.better or worse is None or worse is better:
+                continue
+            if claim.ranks is not None and rank != claim.ranks[0]:
+                continue
+            if (finding := compare(claim, better, worse, measure)) is not None:
+                found.append(finding)
+    return found
+
+
+def compare(claim: Claim, better: Summary, worse: Summary, measure: str) -> Finding | None:
+    """One claim at two settings; None where fewer than two seeds have both."""
+    mine, theirs = ({r.cell.seed: r.test for r in s.results} for s in (better, worse))
+    sign = 1 if measure in HIGHER_IS_BETTER else -1
+    gains = [
+        sign * (mine[seed][measure] - theirs[seed][measure])
+        for seed in mine
+        if measure in mine[seed] and measure in theirs.get(seed, {})
+    ]
+    if len(gains) < 2:
+        return None
+    gain = sum(gains) / len(gains)
+    variance = sum((g - gain) ** 2 for g in gains) / (len(gains) - 1)
+    error = _STUDENT[min(len(gains) - 2, len(_STUDENT) - 1)] * math.sqrt(variance / len(gains))
+    verdict: Verdict = "within the noise"
+    level = abs(sum(theirs[seed][measure] for seed in theirs) / len(theirs))
+    if gain - error > (-_AS_GOOD * level if claim.at_least_equal else 0):
+        verdict = "holds"
+    elif gain < -error:
+        verdict = "does not hold"
+    return Finding(claim, better, worse, gain, error, verdict)
+
+
+def is_usual(setting: Setting, summaries: Mapping[Setting, Summary]) -> bool:
+    """Whether a setting is that of its task: the epsilon that most have, and alpha the rank."""
+    usual = [other.eps for other in summaries]
+    return setting.alpha is None and setting.eps == max(set(usual), key=usual.count)

@@ -1,0 +1,203 @@
+"""The comparison without a language model: a matrix of low rank, fitted from its entries.
+
+The setting is that of LoFT's authors (their notebook on matrix factorization): a target `A B` with
+normal factors, the mean squared error over all entries, a bias besides, and factors that start as
+two linear layers do, so that no product is zero.
+"""
+
+import dataclasses
+import time
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from comparison.methods import configured, optimizer_of
+from comparison.runs import PACKAGES
+from comparison.tasks import Task
+from loft_jax.data import DataConfig
+from loft_jax.evaluation.comparison import Cell, Result
+from loft_jax.optim.state import state_bytes
+from loft_jax.training.config import FinetuneConfig
+
+_STRETCHES = 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MatrixTask(Task):
+    """A matrix to fit.
+
+    Args:
+        shape: Of the matrix.
+        target_rank: Its rank.
+    """
+
+    shape: tuple[int, int]
+    target_rank: int
+
+
+class MatrixRuns:
+    """Runs of one task, all steps of a run in one compiled loop."""
+
+    def __init__(self, task: MatrixTask) -> None:
+        """Compiles nothing yet.
+
+        Args:
+            task: Which one.
+        """
+        self.task = task
+        self._config = FinetuneConfig(
+            "", DataConfig(""), "", schedule="constant", max_grad_norm=0, steps=task.steps
+        )
+        self._loops: dict[Any, Any] = {}
+
+    def __call__(self, cell: Cell, *, test: bool) -> Result:
+        """Fits and measures.
+
+        Args:
+            cell: What to run.
+            test: There is one error, that of all entries; it counts for validation and test.
+
+        Returns:
+            The result: the loss at the end, and the relative `distance` of the weight from that
+            which AdamW on the full weight comes to, from the same start at the same rate.
+        """
+        config = configured(self._config, cell)
+        params, target = _problem(self.task, cell)
+        key = (cell.method, cell.rank, cell.eps, cell.alpha)
+        loop = self._loops.setdefault(key, self._loop(config, cell))
+        began = time.perf_counter()
+        compiled = loop.lower(jnp.float32(1), params, target).compile()
+        compiling = time.perf_counter() - began
+        began = time.perf_counter()
+        weight, losses = jax.block_until_ready(
+            compiled(jnp.float32(cell.learning_rate), params, target)
+        )
+        seconds = time.perf_counter() - began
+        losses = np.asarray(losses, np.float64)
+        full = self._full_weight(cell)
+        distance = float(jnp.linalg.norm(weight - full) / jnp.linalg.norm(full))
+        finite = np.isfinite(losses).all()
+        final = {"loss": float(losses[-1]), "distance": distance} if finite else {"loss": np.inf}
+        found = compiled.memory_analysis()
+        tx = optimizer_of(cell.method)(config, optax.constant_schedule(1.0), 1.0)
+        return Result(
+            cell,
+            train=tuple(
+                float(f"{np.exp(np.log(np.maximum(part, 1e-30)).mean()):.5g}")
+                for part in np.array_split(losses[:-1], _STRETCHES)
+            ),
+            validation=final,
+            test=final if test else {},
+            cost={
+                "step_seconds": round(seconds / self.task.steps, 6),
+                "compile_seconds": round(compiling, 2),
+                "trained_parameters": sum(x.size for x in jax.tree.leaves(params)),
+                "state_bytes": state_bytes(tx, params),
+                "temporary_bytes": found.temp_size_in_bytes if found else 0,
+            },
+            made_with={
+                **{name: version(name) for name in PACKAGES},
+                "steps": self.task.steps,
+            },
+        )
+
+    def _loop(self, config: FinetuneConfig, cell: Cell) -> Any:
+        optimizer = optimizer_of(cell.method)
+
+        @jax.jit
+        def loop(rate: jax.Array, params: Any, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+            tx = optimizer(config, lambda count: rate, 1.0)
+
+            def step(carry: Any, _: None) -> tuple[Any, jax.Array]:
+                params, state = carry
+                loss, grads = jax.value_and_grad(_loss)(params, target)
+                updates, state = tx.update(grads, state, params)
+                return (optax.apply_updates(params, updates), state), loss
+
+            start = params, tx.init(params)
+            (params, _), losses = jax.lax.scan(step, start, length=self.task.steps)
+            return _weight(params), jnp.append(losses, _loss(params, target))
+
+        return loop
+
+    def _full_weight(self, cell: Cell) -> jax.Array:
+        """What AdamW on the full weight comes to."""
+        cell = dataclasses.replace(cell, method="full", rank=0, alpha=None)
+        config = configured(self._config, cell)
+        key = ("full", 0, cell.eps, None)
+        loop = self._loops.setdefault(key, self._loop(config, cell))
+        return loop(jnp.float32(cell.learning_rate), *_problem(self.task, cell))[0]
+
+
+def _problem(task: MatrixTask, cell: Cell) -> tuple[dict[str, jax.Array], jax.Array]:
+    """Start and target; the full weight starts as the product of factors of the target's rank."""
+    m, n = task.shape
+    rank = cell.rank or task.target_rank
+    keys = iter(jax.random.split(jax.random.key(cell.seed), 5))
+
+    def uniform(fan_in: int, *shape: int) -> jax.Array:
+        bound = fan_in**-0.5
+        return jax.random.uniform(next(keys), shape, minval=-bound, maxval=bound)
+
+    target = jax.random.normal(next(keys), (m, task.target_rank)) @ jax.random.normal(
+        next(keys), (task.target_rank, n)
+    )
+    params = {"lora_a": uniform(m, m, rank), "lora_b": uniform(rank, rank, n)}
+    bias = uniform(rank, n)
+    if not cell.rank:
+        params = {"weight": params["lora_a"] @ params["lora_b"]}
+    return {**params, "bias": bias}, target
+
+
+def _loss(params: dict[str, jax.Array], target: jax.Array) -> jax.Array:
+    return jnp.mean(jnp.square(_weight(params) + params["bias"] - target))
+
+
+def _weight(params: dict[str, jax.Array]) -> jax.Array:
+    return params["weight"] if "weight" in params else params["lora_a"] @ params["lora_b"]
+
+
+ON_MATRICES = (
+    "lora", "lora-plus", "lora-fa", "riemannian", "reflora", "reflora-s",
+    "loft", "loft-factored", "loft-diagonal", "loft-muon", "full",
+)  # fmt: skip
+_PARTS = (
+    "loft-without-scaling", "loft-without-alternation", "loft-without-first-calibration",
+    "loft-without-second-calibration",
+)  # fmt: skip
+
+MATRIX_TASKS = {
+    task.name: task
+    for task in (
+        MatrixTask(
+            name="matrix",
+            title="Matrix factorization, 1024 x 512 of rank 8",
+            shape=(1024, 512),
+            target_rank=8,
+            steps=300,
+            methods=(*ON_MATRICES, *_PARTS),
+            ranks=(8,),
+            rates=(0.1, 0.3, 1.0, 3.0, 10.0, 30.0),
+            eps=1e-4,
+            seeds=(0, 1, 2),
+            always_tests=True,
+        ),
+        MatrixTask(
+            name="square",
+            title="Full rank, 13 x 13",
+            shape=(13, 13),
+            target_rank=13,
+            steps=200,
+            methods=(*ON_MATRICES, *_PARTS),
+            ranks=(13,),
+            rates=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+            seeds=(0, 1, 2),
+            always_tests=True,
+        ),
+    )
+}
+"""Tasks by name."""

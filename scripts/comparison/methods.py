@@ -1,0 +1,64 @@
+"""The methods that are compared, by name: a method of a run with its settings, or an ablation."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, get_args
+
+import optax
+
+from comparison.ablations import ABLATIONS
+from loft_jax.evaluation.comparison import Cell
+from loft_jax.optim.pairs import Scaling
+from loft_jax.training.config import FinetuneConfig, Method
+from loft_jax.training.optimizer import make_optimizer
+
+MakeOptimizer = Callable[[FinetuneConfig, optax.Schedule, Scaling], optax.GradientTransformation]
+
+_SETTINGS: dict[str, dict[str, Any]] = {
+    **{method: {"method": method} for method in get_args(Method)},
+    "loft-factored": {"method": "loft", "second_moment": "factored"},
+    "loft-diagonal": {"method": "loft", "second_moment": "diagonal"},
+    "loft-balanced": {"method": "loft", "balance": True},
+    "reflora-balanced": {"method": "reflora", "init": "balanced", "reflora_warmup_steps": 0},
+    **{name: {"method": "loft"} for name in ABLATIONS},
+}
+
+METHODS = tuple(_SETTINGS)
+"""All names."""
+
+WITHOUT_RANK = ("full",)
+"""Methods that train no adapters."""
+
+# Of the steps of a run, those of plain LoRA before RefLoRA balances: runs are shorter here than
+# those that the usual hundred steps are meant for.
+_REFLORA_WARMUP = 6
+
+
+def configured(config: FinetuneConfig, cell: Cell) -> FinetuneConfig:
+    """The run of a cell.
+
+    Args:
+        config: Of the task.
+        cell: Which one.
+
+    Returns:
+        The configuration.
+    """
+    settings = dict(_SETTINGS[cell.method])
+    if settings["method"] in ("reflora", "reflora-s"):
+        settings.setdefault("reflora_warmup_steps", config.steps // _REFLORA_WARMUP)
+    if cell.rank:
+        settings["rank"] = cell.rank
+    return replace(
+        config,
+        **settings,
+        alpha=cell.alpha,
+        learning_rate=cell.learning_rate,
+        eps=cell.eps,
+        seed=cell.seed,
+    )
+
+
+def optimizer_of(method: str) -> MakeOptimizer:
+    """How the optimizer of a method is made."""
+    return ABLATIONS.get(method, make_optimizer)

@@ -1,0 +1,105 @@
+"""Plots of a comparison."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+
+from loft_jax.evaluation.comparison import Setting, Summary
+
+matplotlib.use("agg")
+
+_SHOWN = ("full", "loft", "loft-factored", "lora", "reflora", "dora", "lora-plus", "loft-muon")
+_STYLES = {
+    "full": ("black", "--"),
+    "loft": ("tab:red", "-"),
+    "loft-factored": ("tab:orange", "-"),
+    "lora": ("tab:blue", "-"),
+    "reflora": ("tab:green", "-"),
+    "dora": ("tab:purple", "-"),
+    "lora-plus": ("tab:cyan", "-"),
+    "loft-muon": ("tab:brown", "-"),
+}
+
+
+def plot_task(
+    title: str, summaries: Sequence[Summary], measure: str, steps: int, path: Path
+) -> None:
+    """Loss curves at the best learning rate, and validation loss by learning rate.
+
+    Args:
+        title: Of the task.
+        summaries: Of methods at one rank.
+        measure: What the validation axis shows.
+        steps: Of a run.
+        path: PNG to write.
+    """
+    figure, (curves, rates) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for summary in _ordered(summaries):
+        color, line = _STYLES[summary.setting.method]
+        curve = summary.curve()
+        x = [(i + 0.5) * steps / len(curve) for i in range(len(curve))]
+        label = f"{summary.setting.method}, {summary.learning_rate:g}"
+        curves.plot(x, curve, line, color=color, label=label, lw=1.4)
+        tried = {r: v for r, v in summary.rates.items() if math.isfinite(v)}
+        rates.plot(list(tried), list(tried.values()), f"o{line}", color=color, ms=4, lw=1.4)
+    curves.set(xlabel="step", ylabel="training loss", title=f"{title}: at the best learning rate")
+    curves.legend(fontsize=8)
+    if min(min(s.curve()) for s in summaries) < 1e-3:
+        curves.set_yscale("log")
+        rates.set_yscale("log")
+    best = [min(s.rates.values()) for s in summaries]
+    if rates.get_yscale() != "log":
+        rates.set_ylim(min(best) * 0.98, max(best) * 1.5)
+    rates.set(
+        xscale="log", xlabel="learning rate", ylabel=f"validation {measure}", title="sensitivity"
+    )
+    _save(figure, path)
+
+
+def plot_ranks(title: str, summaries: Mapping[Setting, Summary], measure: str, path: Path) -> None:
+    """The measure of the test by rank, with the spread over seeds.
+
+    Args:
+        title: Of the task.
+        summaries: Of methods at several ranks.
+        measure: That is shown.
+        path: PNG to write.
+    """
+    figure, axes = plt.subplots(figsize=(6, 4.2), layout="constrained")
+    by_method: dict[str, list[Summary]] = {}
+    for setting, summary in summaries.items():
+        if setting.method in _SHOWN:
+            by_method.setdefault(setting.method, []).append(summary)
+    for method in _SHOWN:
+        if method not in by_method:
+            continue
+        found = sorted(by_method[method], key=lambda s: s.setting.rank)
+        color, line = _STYLES[method]
+        means = [s.mean(measure) for s in found]
+        if not found[0].setting.rank:
+            axes.axhline(means[0], color=color, ls=line, label=method)
+            continue
+        spreads = [s.spread(measure) for s in found]
+        ranks = [s.setting.rank for s in found]
+        axes.errorbar(ranks, means, spreads, color=color, label=method, marker="o", ms=4, lw=1.4)
+    axes.set_xscale("log", base=2)
+    ticks = sorted({s.rank for s in summaries if s.rank})
+    axes.set_xticks(ticks, [str(rank) for rank in ticks])
+    axes.set(xlabel="rank", ylabel=f"test {measure}", title=title)
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def _ordered(summaries: Sequence[Summary]) -> list[Summary]:
+    shown = [s for s in summaries if s.setting.method in _SHOWN]
+    return sorted(shown, key=lambda s: _SHOWN.index(s.setting.method))
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Without the date and the version, so that the same results give the same file.
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)

@@ -1,0 +1,151 @@
+"""One run of a comparison on a language model: trained and measured, as a line of the log."""
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from comparison.methods import configured, optimizer_of
+from comparison.tasks import LanguageTask
+from loft_jax.data import load_examples, tokenize, train_stream
+from loft_jax.data.encode import TokenizedData
+from loft_jax.evaluation.comparison import Cell, Result
+from loft_jax.hub import load_tokenizer
+from loft_jax.optim.state import state_bytes
+from loft_jax.training.config import FinetuneConfig
+from loft_jax.training.held_out import HeldOut
+from loft_jax.training.model import load_model, scaling_of, trained_kind
+from loft_jax.training.optimizer import make_schedule
+from loft_jax.training.parts import Parts, split_model
+from loft_jax.training.step import TrainState, initial_state, make_step, predicted
+
+Step = Callable[..., Any]
+
+# Points of a curve that are kept of a run.
+_STRETCHES = 20
+PACKAGES = ("loft-jax", "jax", "flax", "optax")
+
+
+@dataclass
+class _Compiled:
+    """The step of a method for every learning rate and seed, by the shapes of a batch."""
+
+    parts: Parts
+    make: Callable[[jax.Array], Any]
+    by_shape: dict[Any, Step] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+    temporaries: int = 0
+
+    def __call__(self, rate: np.float32, state: TrainState, frozen: Any, batch: Any) -> Any:
+        key = tuple((name, x.shape) for name, x in sorted(batch.items()))
+        if key not in self.by_shape:
+            began = time.perf_counter()
+            step = jax.jit(self._step, donate_argnums=1)
+            compiled = step.lower(rate, state, frozen, batch).compile()
+            self.seconds += time.perf_counter() - began
+            found = compiled.memory_analysis()
+            self.temporaries = max(self.temporaries, found.temp_size_in_bytes if found else 0)
+            self.by_shape[key] = compiled
+        return self.by_shape[key](rate, state, frozen, batch)
+
+    def _step(self, rate: jax.Array, state: TrainState, frozen: Any, batch: Any) -> Any:
+        return make_step(self.parts, self.make(rate))(state, frozen, batch)
+
+
+class LanguageRuns:
+    """Runs of one task; data are read, and steps compiled, once for all of them."""
+
+    def __init__(self, task: LanguageTask, assets: Path) -> None:
+        """Reads the data.
+
+        Args:
+            task: Which one.
+            assets: Where models and data lie.
+        """
+        self.task = task
+        self._config = task.config(assets)
+        self._tokenizer = load_tokenizer(self._config.model)
+        self._steps: dict[Any, _Compiled] = {}
+
+    def __call__(self, cell: Cell, *, test: bool) -> Result:
+        """Trains and measures.
+
+        Args:
+            cell: What to run.
+            test: Whether to measure on the test set too.
+
+        Returns:
+            The result; its validation loss is infinite where the loss stopped being a number.
+        """
+        config = configured(self._config, cell)
+        model = load_model(config)
+        course = make_schedule(dataclasses.replace(config, learning_rate=1.0), config.steps)
+        optimizer, scaling = optimizer_of(cell.method), scaling_of(model)
+        parts = split_model(model, trained_kind(config.method))
+
+        def make(rate: Any) -> Any:
+            return optimizer(config, lambda count: rate * course(count), scaling)
+
+        key = (cell.method, cell.rank, cell.eps, cell.alpha)
+        step = self._steps.setdefault(key, _Compiled(parts, make))
+        state = initial_state(parts, make(cell.learning_rate))
+        stream = train_stream(
+            self._data, config.data, batch_size=config.batch_size, seed=config.seed
+        )
+        rate, losses, seconds = np.float32(cell.learning_rate), [], []
+        with tqdm(range(config.steps), desc=_title(cell), leave=False) as bar:
+            for _ in bar:
+                batch = predicted(next(stream))
+                compiling, began = step.seconds, time.perf_counter()
+                state, metrics = step(rate, state, parts.frozen, batch)
+                losses.append(float(metrics["loss"]))
+                spent = time.perf_counter() - began
+                if step.seconds == compiling:
+                    seconds.append(spent)
+                bar.set_postfix(loss=f"{losses[-1]:.3f}")
+        stream.close()
+        finite = bool(np.isfinite(losses).all())
+        trained = parts.merged(state.params, state.streams)
+        diverged = {"loss": np.inf}
+        return Result(
+            cell,
+            train=tuple(round(float(np.mean(x)), 5) for x in np.array_split(losses, _STRETCHES)),
+            validation=self._held_out(test=False).measure(trained) if finite else diverged,
+            test=(self._held_out(test=True).measure(trained) if finite else diverged)
+            if test
+            else {},
+            cost={
+                "step_seconds": round(statistics.median(seconds), 5),
+                "compile_seconds": round(step.seconds, 2),
+                "trained_parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+                "state_bytes": state_bytes(make(cell.learning_rate), state.params),
+                "temporary_bytes": step.temporaries,
+            },
+            made_with={
+                **{name: version(name) for name in PACKAGES},
+                "steps": config.steps,
+                "batch_size": config.batch_size,
+            },
+        )
+
+    @functools.cached_property
+    def _data(self) -> TokenizedData:
+        return tokenize(load_examples(self._config.data), self._tokenizer, self._config.data)
+
+    @functools.cache  # noqa: B019  # lives as long as the runs of its task
+    def _held_out(self, *, test: bool) -> HeldOut:
+        config: FinetuneConfig = self.task.tested(self._config) if test else self._config
+        return HeldOut(config, self._tokenizer, progress=True)
+
+
+def _title(cell: Cell) -> str:
+    return f"{cell.method} r {cell.rank} lr {cell.learning_rate:g} seed {cell.seed}"

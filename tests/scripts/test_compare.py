@@ -1,0 +1,289 @@
+"""The comparison of methods: its runs, its chains without a part, what it resumes and reports."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from loft_jax import loft
+from loft_jax.data import DataConfig
+from loft_jax.evaluation.comparison import Cell, ResultLog, Setting, summarize
+from loft_jax.training.config import FinetuneConfig
+from tests.tiny import save_tiny_llama, tiny_tokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # as it is for a script
+
+import compare
+from comparison import registry
+from comparison.ablations import ABLATIONS, loft_without
+from comparison.claims import Claim, findings
+from comparison.matrix import MATRIX_TASKS, MatrixRuns
+from comparison.methods import METHODS, configured, optimizer_of
+from comparison.registry import TASKS
+from comparison.tasks import LanguageTask
+
+STEPS, M, N, R = 6, 7, 5, 2
+
+
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory):
+    """A model and texts in the places where the task looks for its own."""
+    folder = tmp_path_factory.mktemp("assets")
+    save_tiny_llama(folder / "model", initializer_range=0.05)
+    tiny_tokenizer().save_pretrained(folder / "model")
+    (folder / "texts").mkdir()
+    rng = np.random.default_rng(0)
+    for name, rows in (("train", 40), ("validation", 6), ("test", 6)):
+        texts = [" ".join(rng.choice(["joy", "plot", "film", "dull"], 12)) for _ in range(rows)]
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (folder / "texts" / f"{name}.jsonl").write_text(lines)
+    return folder
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A small task among the others, and a matrix that is done at once."""
+    task = LanguageTask(
+        name="tiny",
+        title="Tiny",
+        model="model",
+        data="texts",
+        max_length=32,
+        packing=True,
+        steps=20,
+        batch_size=4,
+        methods=("lora", "full"),
+        ranks=(2,),
+        rates=(1e-3, 1e-2),
+        seeds=(0,),
+        final_seeds=(0, 1),
+    )
+    matrix = dataclasses.replace(
+        MATRIX_TASKS["matrix"], shape=(24, 16), target_rank=4, ranks=(4,), steps=40
+    )
+    monkeypatch.setitem(TASKS, "tiny", task)
+    monkeypatch.setitem(TASKS, "matrix", matrix)
+    return task
+
+
+def gradients():
+    """Full gradients and a start, the same for NumPy and for JAX."""
+    rng = np.random.default_rng(3)
+    full = rng.normal(size=(STEPS, M, N))
+    return full, rng.normal(size=(M, R)), rng.normal(size=(R, N))
+
+
+def run(tx, lr=0.1):
+    """The product of the factors behind each step, their gradients being those of fixed G."""
+    full, a, b = gradients()
+    params = {"lora_a": jnp.asarray(a), "lora_b": jnp.asarray(b)}
+    state, products = tx.init(params), []
+    for g in full:
+        grads = {"lora_a": g @ params["lora_b"].T, "lora_b": params["lora_a"].T @ g}
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        products.append(np.asarray(params["lora_a"] @ params["lora_b"]))
+    return np.stack(products)
+
+
+def config(**changes):
+    return FinetuneConfig("", DataConfig(""), "", **{"max_grad_norm": 0, "eps": 1e-3, **changes})
+
+
+def dense_loft(part, lr=0.1, b1=0.9, b2=0.999, eps=1e-3):
+    """LoFT in dense matrices, in coordinates of the factors, as the paper writes it."""
+    full, a, b = gradients()
+    factors, products = {"a": a, "b": b.T}, []
+    m = {k: np.zeros((x.shape[0], R)) for k, x in factors.items()}
+    p = {k: np.zeros((x.shape[0], R, R)) for k, x in factors.items()}
+    old = {k: np.zeros_like(x) for k, x in factors.items()}  # partners at the last step
+    for t, g in enumerate(full, 1):
+        direction = {}
+        for k, other, grad in (("a", "b", g), ("b", "a", g.T)):
+            partner = factors[other]
+            inverse = np.linalg.inv(partner.T @ partner)
+            x = grad @ partner @ (np.eye(R) if part == "scaling" else inverse)
+            c = old[other].T @ partner @ inverse
+            first, second = (np.eye(R) if part == kept else c for kept in ("first", "second"))
+            m[k] = b1 * m[k] @ first + (1 - b1) * x
+            p[k] = b2 * second.T @ p[k] @ second + (1 - b2) * x[:, :, None] * x[:, None, :]
+            v = np.einsum("jr,irs,js->ij", partner, p[k], partner)
+            d = (m[k] @ partner.T / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + eps)
+            direction[k] = d @ partner @ inverse
+        old = {k: x.copy() for k, x in factors.items()}
+        for k in ("a", "b") if part == "alternation" else ("b",) if t % 2 else ("a",):
+            factors[k] = factors[k] - lr * direction[k]
+        products.append(factors["a"] @ factors["b"].T)
+    return np.stack(products)
+
+
+@pytest.mark.parametrize("part", ["none", "scaling", "alternation", "first", "second"])
+def test_a_chain_without_a_part_is_the_paper_without_it(part, float64):
+    if part == "none":
+        tx = loft(0.1, eps=1e-3)
+    else:
+        tx = loft_without(part, config(), optax.constant_schedule(0.1), 1.0)
+    np.testing.assert_allclose(run(tx), dense_loft(part), rtol=1e-9)
+
+
+def test_every_part_matters(float64):
+    whole = dense_loft("none")
+    for part in ("scaling", "alternation", "first", "second"):
+        assert np.abs(dense_loft(part) - whole)[-1].max() > 1e-3, part
+
+
+def test_the_plain_clip_is_of_the_factors_own_gradients(float64):
+    # A norm that clips neither is no clip; one that clips all makes steps of other sizes.
+    schedule = optax.constant_schedule(0.1)
+    loose, tight = (
+        run(loft_without("clip", config(max_grad_norm=norm), schedule, 1.0)) for norm in (1e9, 1e-2)
+    )
+    np.testing.assert_allclose(loose, run(loft(0.1, eps=1e-3)), rtol=1e-9)
+    projected = run(loft(0.1, eps=1e-3, max_grad_norm=1e-2))
+    assert np.abs(tight - projected)[-1].max() > 1e-2
+
+
+def test_every_method_has_a_run_of_its_own():
+    cell = Cell("tiny", "lora", 4, 1e-3, 1, 1e-6, 8.0)
+    task = config(steps=60, max_grad_norm=1.0, eps=1e-8)
+    runs = {m: configured(task, dataclasses.replace(cell, method=m)) for m in METHODS}
+    for name, made in runs.items():
+        assert (made.rank, made.alpha, made.learning_rate) == (4, 8.0, 1e-3), name
+        assert (made.seed, made.eps, made.max_grad_norm) == (1, 1e-6, 1.0), name
+    assert runs["reflora"].reflora_warmup_steps == 10
+    assert runs["reflora-balanced"].reflora_warmup_steps == 0
+    kinds = {
+        (c.method, c.second_moment, c.init, c.balance, name in ABLATIONS and name)
+        for name, c in runs.items()
+    }
+    assert len(kinds) == len(METHODS)
+
+
+def test_rates_of_one_method_share_a_step_and_are_what_they_say(assets, tiny, tmp_path):
+    make = registry.runs_of(tiny, assets)
+    low, high = (make(Cell("tiny", "lora", 2, rate), test=False) for rate in (1e-3, 1e-2))
+    again = registry.runs_of(tiny, assets)(Cell("tiny", "lora", 2, 1e-2), test=True)
+    assert high.validation == again.validation  # alone or behind another, the same run
+    assert high.train == again.train
+    assert low.train[0] == pytest.approx(high.train[0], abs=1e-4)  # the same batch and start
+    assert high.train[-1] < low.train[-1] < low.train[0]
+    assert again.test["loss"] != again.validation["loss"]
+    assert low.cost["trained_parameters"] < 20_000
+
+
+def test_a_run_that_diverges_is_one_of_infinite_loss(assets, tiny):
+    made = registry.runs_of(tiny, assets)(Cell("tiny", "full", 0, 1e30), test=True)
+    assert made.validation == made.test == {"loss": np.inf}
+
+
+def test_the_comparison_resumes_and_reports(assets, tiny, tmp_path, capsys):
+    results, page = tmp_path / "results", tmp_path / "results.md"
+    folders = ["--results", str(results), "--assets", str(assets), "--cache", str(tmp_path / "c")]
+    run = ["run", "tiny", *folders]
+    assert compare.main([*run, "--share", "1/2"]) == 0
+    log = ResultLog(results / "tiny.jsonl")
+    assert {r.cell.method for r in log.read()} == {"lora"}
+    assert compare.main(run) == 0
+    found = log.read()
+    assert [(r.cell.method, r.cell.learning_rate) for r in found] == [
+        ("lora", 1e-3),
+        ("lora", 1e-2),
+        ("full", 1e-3),
+        ("full", 1e-2),
+    ]
+    assert not any(r.test for r in found)
+    before = log.path.read_bytes()
+    assert compare.main(run) == 0  # nothing is left to run
+    assert log.path.read_bytes() == before
+    assert compare.main([*run, "--best"]) == 0
+    best = summarize(log.read())
+    assert [len(s.results) for s in best.values()] == [2, 2]
+    assert all(r.test for s in best.values() for r in s.results)
+    methods = ["loft", "lora", "full", "loft-without-scaling"]
+    assert (
+        compare.main(["run", "matrix", *folders, "--methods", *methods, "--rates", "1", "3"]) == 0
+    )
+    assert compare.main(["report", "--results", str(results), "--page", str(page)]) == 0
+    text = page.read_text()
+    for expected in ("## Tiny", "LoFT is better than LoRA", "loft-without-scaling", "| full | "):
+        assert expected in text
+    assert {p.name for p in results.glob("*.png")} == {"tiny.png", "matrix.png"}
+    assert (
+        compare.main(["report", "--results", str(results), "--page", str(tmp_path / "b.md")]) == 0
+    )
+    assert (tmp_path / "b.md").read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "task is 'nothing'"),
+        (["tiny", "--methods", "lorra"], "method 'lorra' is unknown"),
+        (["tiny", "--share", "3/2"], "share is '3/2'"),
+    ],
+)
+def test_mistakes_are_named(arguments, message, tiny, tmp_path, capsys):
+    assert compare.main(["run", *arguments, "--results", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_all_methods_of_a_task_have_the_same_sweep():
+    for task in TASKS.values():
+        assert len(task.rates) >= 5
+        ratios = np.diff(np.log(sorted(task.rates)))
+        assert (np.exp(ratios) < 4).all(), task.name
+        assert set(task.methods) <= set(METHODS)
+
+
+def test_loft_at_full_rank_is_full_fine_tuning():
+    task = dataclasses.replace(MATRIX_TASKS["square"], steps=60)
+    made = MatrixRuns(task)
+    distance = {
+        method: made(Cell("square", method, 13, 1e-2), test=True).validation["distance"]
+        for method in ("loft", "lora")
+    }
+    assert distance["loft"] < 1e-3 < 0.05 < distance["lora"]
+
+
+def test_a_claim_needs_more_than_the_noise(tmp_path):
+    def summaries(loft_losses, lora_losses):
+        log = ResultLog(tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl")
+        for method, losses in (("loft", loft_losses), ("lora", lora_losses)):
+            for seed, loss in enumerate(losses):
+                row = MatrixRunsResult(method, seed, loss)
+                log.append(row)
+        return summarize(log.read())
+
+    claim = (Claim("it is better", "loft", "lora"),)
+    for losses, verdict in (
+        ([1.0, 1.1, 1.2], "holds"),
+        ([1.0, 3.0, 2.0], "within the noise"),
+        ([3.0, 3.1, 3.2], "does not hold"),
+    ):
+        (finding,) = findings(summaries(losses, [2.0, 2.1, 2.2]), "loss", claim)
+        assert finding.verdict == verdict
+    assert findings(summaries([1.0], [2.0]), "loss", claim) == []
+
+
+def MatrixRunsResult(method, seed, loss):
+    from loft_jax.evaluation.comparison import Result
+
+    measured = {"loss": loss}
+    return Result(Cell("toy", method, 4, 0.1, seed), (loss,), measured, measured, {}, {})
+
+
+def test_ablations_have_the_optimizer_of_their_name():
+    assert {optimizer_of(name) for name in ABLATIONS} == set(ABLATIONS.values())
+    assert Setting("a", "b", 1) == Cell("a", "b", 1, 0.1, 3).setting

@@ -99,6 +99,15 @@ def test_missing_file(tmp_path):
         ),
         ({"method": "full", "state_dtype": "bfloat16"}, "state_dtype is 'bfloat16', but only"),
         ({"method": "lora", "balance": True}, "balance is True, but only"),
+        ({"lora_plus_ratio": 4.0}, "lora_plus_ratio is 4.0, but only method lora-plus has it"),
+        ({"method": "lora-plus", "lora_plus_ratio": 0.0}, "lora_plus_ratio is 0.0, expected a"),
+        ({"method": "lora", "damping": 0.1}, "damping is 0.1, but only method riemannian has it"),
+        ({"method": "riemannian", "damping": -1.0}, "damping is -1.0, expected at least 0"),
+        (
+            {"reflora_warmup_steps": 3},
+            "reflora_warmup_steps is 3, but only method reflora or reflora-s has it",
+        ),
+        ({"method": "pissa", "init": "gaussian"}, "init is 'gaussian', but method pissa has a"),
     ],
 )
 def test_values_out_of_range(changes, message):

@@ -55,6 +55,36 @@ def test_a_run_learns_and_leaves_everything(make_config, workspace, method):
         load_tokenizer(folder / "model")
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        "dora",
+        "pissa",
+        "reflora-s",
+        *(
+            pytest.param(method, marks=pytest.mark.slow)
+            for method in ("loft-muon", "lora-plus", "rslora", "lora-fa", "riemannian")
+        ),
+        *(pytest.param(method, marks=pytest.mark.slow) for method in ("altlora-plus", "reflora")),
+    ],
+)
+def test_every_method_resumes_and_exports(make_config, method):
+    """A run that stopped half way leaves what an undisturbed one does, to the bit."""
+    short = {"reflora_warmup_steps": 2} if method.startswith("reflora") else {}
+    config = make_config(method=method, steps=6, save_every=3, **short)
+    result = finetune(config, progress=False)
+    undisturbed = adapter(config.output), losses(config.output)
+    shutil.rmtree(Path(config.output, "checkpoints", "6"))
+    shutil.rmtree(result.trained)
+    finetune(config, resume=True, progress=False)
+    again = adapter(config.output), losses(config.output)
+    assert again[1] == undisturbed[1]
+    for name, tensor in undisturbed[0].items():
+        np.testing.assert_array_equal(again[0][name], tensor, err_msg=name)
+    assert len({*again[1]}) > 3  # it learns: the losses are not one loss
+    load_peft_adapter(result.trained, load_pretrained(config.model))
+
+
 def test_the_state_is_told_before_training(make_config, caplog):
     """With all that LoFT can be set to, since these settings reach the optimizer here only."""
     config = make_config(

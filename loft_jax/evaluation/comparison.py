@@ -245,28 +245,36 @@ def summarize(results: Iterable[Result], measure: str = "loss") -> dict[Setting,
     return found
 
 
-def steps_to_reach(curve: Sequence[float], loss: float, steps: int) -> float:
-    """How many steps a run took to come to a training loss.
+def steps_to_match(curve: Sequence[float], other: Sequence[float], steps: int) -> float:
+    """How many steps a run took to come to the training loss that another one ends at.
+
+    A loss is the mean over a fifth of the run: of fewer batches it would tell of the batches.
 
     Args:
         curve: Mean losses over stretches of one length, which make up the run.
-        loss: To reach.
-        steps: Of the whole run.
+        other: Those of the other run, on the same batches.
+        steps: Of a whole run.
 
     Returns:
-        The steps done in the middle of the first stretch at that loss or below, between it and the
-        one before by a line; infinite if there is none.
+        The steps behind which the loss is as low, between two stretches by a line; infinite if it
+        never is.
 
     Example:
-        >>> steps_to_reach([4.0, 2.0, 1.0], 1.5, steps=30)
-        20.0
+        >>> steps_to_match([5.0, 4.0, 2.0, 1.0, 1.0], [5.0, 5.0, 4.0, 4.0, 3.0], steps=50)
+        25.0
     """
-    length = steps / len(curve)
-    for index, value in enumerate(curve):
-        if value <= loss:
-            before = curve[index - 1] if index else value
-            back = 0.0 if before == value else (loss - value) / (before - value)
-            return (index + 0.5 - (back if index else 0.0)) * length
+    width = max(1, len(curve) // 5)
+
+    def smooth(values: Sequence[float]) -> list[float]:
+        ends = range(width, len(values) + 1)
+        return [statistics.fmean(values[end - width : end]) for end in ends]
+
+    mine, goal = smooth(curve), smooth(other)[-1]
+    for index, value in enumerate(mine):
+        if value <= goal:
+            before = mine[index - 1] if index else value
+            back = (goal - value) / (before - value) if before > value else 0.0
+            return (index + width - back) * steps / len(curve)
     return math.inf
 
 

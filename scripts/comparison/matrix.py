@@ -52,7 +52,7 @@ class MatrixRuns:
         self._config = FinetuneConfig(
             "", DataConfig(""), "", schedule="constant", max_grad_norm=0, steps=task.steps
         )
-        self._loops: dict[Any, Any] = {}
+        self._loops: dict[Any, tuple[Any, float]] = {}
 
     def __call__(self, cell: Cell, *, test: bool) -> Result:
         """Fits and measures.
@@ -67,14 +67,10 @@ class MatrixRuns:
         """
         config = configured(self._config, cell)
         params, target = _problem(self.task, cell)
-        key = (cell.method, cell.rank, cell.eps, cell.alpha)
-        loop = self._loops.setdefault(key, self._loop(config, cell))
-        began = time.perf_counter()
-        compiled = loop.lower(jnp.float32(1), params, target).compile()
-        compiling = time.perf_counter() - began
+        loop, compiling = self._compiled(config, cell)
         began = time.perf_counter()
         weight, losses = jax.block_until_ready(
-            compiled(jnp.float32(cell.learning_rate), params, target)
+            loop(jnp.float32(cell.learning_rate), params, target)
         )
         seconds = time.perf_counter() - began
         losses = np.asarray(losses, np.float64)
@@ -82,7 +78,7 @@ class MatrixRuns:
         distance = float(jnp.linalg.norm(weight - full) / jnp.linalg.norm(full))
         finite = np.isfinite(losses).all()
         final = {"loss": float(losses[-1]), "distance": distance} if finite else {"loss": np.inf}
-        found = compiled.memory_analysis()
+        found = loop.memory_analysis()
         tx = optimizer_of(cell.method)(config, optax.constant_schedule(1.0), 1.0)
         return Result(
             cell,
@@ -104,6 +100,16 @@ class MatrixRuns:
                 "steps": self.task.steps,
             },
         )
+
+    def _compiled(self, config: FinetuneConfig, cell: Cell) -> tuple[Any, float]:
+        """The loop of a method, for every learning rate and seed, and the seconds it took."""
+        key = (cell.method, cell.rank, cell.eps, cell.alpha)
+        if key not in self._loops:
+            began = time.perf_counter()
+            problem = jax.eval_shape(lambda: _problem(self.task, cell))
+            compiled = self._loop(config, cell).lower(jnp.float32(1), *problem).compile()
+            self._loops[key] = compiled, time.perf_counter() - began
+        return self._loops[key]
 
     def _loop(self, config: FinetuneConfig, cell: Cell) -> Any:
         optimizer = optimizer_of(cell.method)
@@ -127,9 +133,7 @@ class MatrixRuns:
     def _full_weight(self, cell: Cell) -> jax.Array:
         """What AdamW on the full weight comes to."""
         cell = dataclasses.replace(cell, method="full", rank=0, alpha=None)
-        config = configured(self._config, cell)
-        key = ("full", 0, cell.eps, None)
-        loop = self._loops.setdefault(key, self._loop(config, cell))
+        loop, _ = self._compiled(configured(self._config, cell), cell)
         return loop(jnp.float32(cell.learning_rate), *_problem(self.task, cell))[0]
 
 

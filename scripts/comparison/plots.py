@@ -45,7 +45,8 @@ def plot_task(
         curves.plot(x, curve, line, color=color, label=label, lw=1.4)
         tried = {r: v for r, v in summary.rates.items() if math.isfinite(v)}
         rates.plot(list(tried), list(tried.values()), f"o{line}", color=color, ms=4, lw=1.4)
-    curves.set(xlabel="step", ylabel="training loss", title=f"{title}: at the best learning rate")
+    figure.suptitle(title)
+    curves.set(xlabel="step", ylabel="training loss", title="at the best learning rate")
     curves.legend(fontsize=8)
     if min(min(s.curve()) for s in summaries) < 1e-3:
         curves.set_yscale("log")
@@ -54,7 +55,10 @@ def plot_task(
     if rates.get_yscale() != "log":
         rates.set_ylim(min(best) * 0.98, max(best) * 1.5)
     rates.set(
-        xscale="log", xlabel="learning rate", ylabel=f"validation {measure}", title="sensitivity"
+        xscale="log",
+        xlabel="learning rate",
+        ylabel=f"validation {measure}",
+        title="by learning rate",
     )
     _save(figure, path)
 

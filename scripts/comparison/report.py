@@ -16,7 +16,7 @@ from loft_jax.evaluation.comparison import (
     ResultLog,
     Setting,
     Summary,
-    steps_to_reach,
+    steps_to_match,
     summarize,
 )
 
@@ -35,6 +35,10 @@ norm 1, of the projected gradients for LoFT), warmup of a twelfth of the run and
 zero; alpha is the rank. RefLoRA begins behind a sixth of the run. The learning rate of a method is
 the one with the least validation loss; then the test, mean ± standard deviation over seeds. A star
 marks a best rate at an end of the sweep. Adapters are on all linear layers.
+
+"At ⅓, 3 × the rate" is how much more the validation loss is at the neighbours of the best rate.
+"Steps to LoRA's loss" is when the training loss, mean over a fifth of the run, is what LoRA's is at
+the end of its run. Full fine-tuning trains embeddings and norms too.
 
 Times are medians of a step over that of LoRA in the same table, from machines that were busy with
 other work too: a hint, no more; see [optimizer.md](optimizer.md) for measured ones.
@@ -173,8 +177,9 @@ def _at_rank(summaries: Sequence[Summary], steps: int) -> list[str]:
         costs = [r.cost for r in summary.results]
         cost = {name: statistics.median(c[name] for c in costs) for name in costs[0]}
         reached, times = "", ""
+        lower, higher = _beside_best(summary)
         if lora is not None:
-            took = steps_to_reach(summary.curve(), lora.curve()[-1], steps)
+            took = steps_to_match(summary.curve(), lora.curve(), steps)
             reached = f"{took:.0f}" if math.isfinite(took) else "never"
             base = statistics.median(r.cost["step_seconds"] for r in lora.results)
             times = f"{cost['step_seconds'] / base:.2f}"
@@ -183,6 +188,7 @@ def _at_rank(summaries: Sequence[Summary], steps: int) -> list[str]:
                 summary.setting.method,
                 f"{summary.learning_rate:g}{'*' if summary.at_edge else ''}",
                 f"{summary.mean('loss', 'validation'):.4g}",
+                f"{lower}, {higher}",
                 *(_measured(summary, m) for m in measures),
                 str(len(summary.results)),
                 reached,
@@ -191,9 +197,21 @@ def _at_rank(summaries: Sequence[Summary], steps: int) -> list[str]:
                 times,
             )
         )
-    head = ("method", "rate", "validation loss", *(f"test {m}" for m in measures), "seeds")
-    more = ("steps to LoRA's last training loss", "trained, 10³", "state, MB", "time")
+    head = ("method", "rate", "validation loss", "at ⅓, 3 × the rate")
+    head += (*(f"test {m}" for m in measures), "seeds")
+    more = ("steps to LoRA's loss", "trained, 10³", "state, MB", "time")
     return _table((*head, *more), rows)
+
+
+def _beside_best(summary: Summary) -> tuple[str, str]:
+    """How much more the validation loss is at the next lower and the next higher rate."""
+    rates = list(summary.rates)
+    place = rates.index(summary.learning_rate)
+    best = summary.rates[summary.learning_rate]
+    return tuple(  # type: ignore[return-value]  # of two
+        f"{summary.rates[rates[i]] - best:+.3g}" if 0 <= i < len(rates) else "?"
+        for i in (place - 1, place + 1)
+    )
 
 
 def _ablations(summaries: Mapping[Setting, Summary], measure: str) -> list[str]:

@@ -12,7 +12,7 @@ from loft_jax.evaluation.comparison import (
     ResultLog,
     Setting,
     grid,
-    steps_to_reach,
+    steps_to_match,
     summarize,
 )
 
@@ -128,11 +128,18 @@ def test_a_sweep_without_a_common_seed_is_not_summarized():
 
 
 @pytest.mark.parametrize(
-    ("curve", "loss", "steps"),
-    [((4, 2, 1), 1.5, 20.0), ((4, 2, 1), 2, 15.0), ((4, 2, 1), 5, 5.0), ((4, 2), 1, math.inf)],
+    ("curve", "goal", "steps"),
+    [((4, 2, 1), 1.5, 25.0), ((4, 2, 1), 2, 20.0), ((4, 2, 1), 5, 10.0), ((4, 2), 1, math.inf)],
 )
-def test_steps_to_a_loss(curve, loss, steps):
-    assert steps_to_reach(curve, loss, steps=10 * len(curve)) == steps
+def test_steps_to_a_loss(curve, goal, steps):
+    assert steps_to_match(curve, [9.0, goal], steps=10 * len(curve)) == steps
+
+
+def test_an_easy_batch_is_no_progress():
+    even, easy = [3.0] * 20, [3.0] * 20
+    easy[3] = 1.0
+    assert steps_to_match(easy, [3.0] * 16 + [2.4] * 4, steps=100) == math.inf
+    assert steps_to_match(even, even, steps=100) == 20.0
 
 
 def test_results_are_values():

@@ -73,7 +73,11 @@ class Run:
         test = self.best or task.always_tests
         if self.best:
             cells = self._at_best(log, cells, self.seeds or task.final_seeds)
-        done = {r.cell for r in log.read() if r.test or not test}
+        before = log.read()
+        for result in before:
+            if (steps := result.made_with["steps"]) != task.steps:
+                raise InputError(f"{log.path}: has runs of {steps} steps, expected {task.steps}")
+        done = {r.cell for r in before if r.test or not test}
         mine = [cell for cell in self._shared(cells) if cell not in done]
         make = runs_of(task, Path(self.assets))
         with tqdm(mine, desc=self.task, unit="run") as bar:

@@ -91,9 +91,9 @@ class FinetuneConfig:
         method: "loft"; "loft-muon" is LoFT with Muon's direction; "lora" is AdamW on the factors;
             "lora-plus" moves B faster; "rslora" scales by alpha / sqrt(rank); "dora" trains
             magnitudes of the weights' columns besides; "lora-fa" trains B alone; "pissa" starts
-            from the largest singular values of the weights; "riemannian" and "altlora-plus" precondition
-            the factors' gradients; "reflora" and "reflora-s" balance the factors; "full" is AdamW
-            on all weights. docs/methods.md has them all.
+            from the largest singular values of the weights; "riemannian" and "altlora-plus"
+            precondition the factors' gradients; "reflora" and "reflora-s" balance the factors;
+            "full" is AdamW on all weights. docs/methods.md has them all.
         second_moment: LoFT's second moment: "full" is exact, "factored" takes the memory of its
             first moment and no work on whole weights, "diagonal" is Adam's of the factors.
         state_dtype: What LoFT's second moment is stored in.

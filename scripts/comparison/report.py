@@ -197,10 +197,10 @@ def _at_rank(summaries: Sequence[Summary], steps: int) -> list[str]:
                 times,
             )
         )
-    head = ("method", "rate", "validation loss", "at ⅓, 3 × the rate")
-    head += (*(f"test {m}" for m in measures), "seeds")
-    more = ("steps to LoRA's loss", "trained, 10³", "state, MB", "time")
-    return _table((*head, *more), rows)
+    head = ["method", "rate", "validation loss", "at ⅓, 3 × the rate"]
+    head += [*(f"test {m}" for m in measures), "seeds"]
+    head += ["steps to LoRA's loss", "trained, 10³", "state, MB", "time"]
+    return _table(head, rows)
 
 
 def _beside_best(summary: Summary) -> tuple[str, str]:

@@ -13,13 +13,13 @@ from typing import Annotated
 
 import jax
 import tyro
-from comparison.methods import METHODS, WITHOUT_RANK
-from comparison.registry import TASKS, runs_of
+from comparison.registry import TASKS, methods_of, read_results, runs_of
 from comparison.report import write_report
+from comparison.tasks import Sweep, Task
 from tqdm import tqdm
 
 from loft_jax.errors import InputError
-from loft_jax.evaluation.comparison import Cell, ResultLog, grid, summarize
+from loft_jax.evaluation.comparison import Cell, Result, ResultLog, summarize
 
 
 @dataclass(frozen=True)
@@ -56,27 +56,16 @@ class Run:
         if self.task not in TASKS:
             raise InputError(f"task is {self.task!r}, expected one of {', '.join(TASKS)}")
         task = TASKS[self.task]
-        if unknown := sorted(set(self.methods) - set(METHODS)):
-            raise InputError(f"method {unknown[0]!r} is unknown, expected some of {METHODS}")
+        if unknown := sorted(set(self.methods) - set(methods_of(task))):
+            known = ", ".join(methods_of(task))
+            raise InputError(f"{self.task} has no method {unknown[0]!r}, expected some of {known}")
         jax.config.update("jax_compilation_cache_dir", str(Path(self.cache).resolve()))
         log = ResultLog(Path(self.results) / f"{self.task}.jsonl")
-        cells = grid(
-            self.task,
-            self.methods or task.methods,
-            self.ranks or task.ranks,
-            self.rates or task.rates,
-            self.seeds or task.seeds,
-            without_rank=WITHOUT_RANK,
-            eps=task.eps if self.eps is None else self.eps,
-            alpha=self.alpha,
-        )
+        before = read_results(log, task)
+        cells = self._cells(task)
         test = self.best or task.always_tests
         if self.best:
-            cells = self._at_best(log, cells, self.seeds or task.final_seeds)
-        before = log.read()
-        for result in before:
-            if (steps := result.made_with["steps"]) != task.steps:
-                raise InputError(f"{log.path}: has runs of {steps} steps, expected {task.steps}")
+            cells = at_best(before, cells, self.seeds or task.final_seeds)
         done = {r.cell for r in before if r.test or not test}
         mine = [cell for cell in self._shared(cells) if cell not in done]
         make = runs_of(task, Path(self.assets))
@@ -86,16 +75,15 @@ class Run:
                 log.append(result)
                 bar.write(f"{_named(cell)}: {_measures(result.validation)}", file=sys.stderr)
 
-    def _at_best(self, log: ResultLog, cells: Sequence[Cell], seeds: Sequence[int]) -> list[Cell]:
-        wanted = dict.fromkeys(cell.setting for cell in cells)
-        found = summarize(log.read())
-        return [
-            replace(cell, seed=seed)
-            for seed in seeds
-            for setting, summary in found.items()
-            if setting in wanted
-            for cell in [Cell(*setting[:3], summary.learning_rate, 0, *setting[3:])]
-        ]
+    def _cells(self, task: Task) -> list[Cell]:
+        """What is asked for; without any wish, all that is planned."""
+        if self.best and self.rates:
+            raise InputError("rates are given with best, which runs at the best ones")
+        chosen = replace(task, rates=self.rates or task.rates, seeds=self.seeds or task.seeds)
+        if not (self.methods or self.ranks or self.eps or self.alpha):
+            return chosen.cells()
+        sweep = Sweep(self.methods or task.methods, self.ranks or task.ranks, self.eps, self.alpha)
+        return chosen.cells(sweep)
 
     def _shared(self, cells: Sequence[Cell]) -> list[Cell]:
         """Cells of this process: whole settings, so that each is compiled by one."""
@@ -118,6 +106,23 @@ class Report:
     def __call__(self) -> None:
         """Runs the command."""
         write_report(Path(self.results), Path(self.page))
+
+
+def at_best(results: Sequence[Result], cells: Sequence[Cell], seeds: Sequence[int]) -> list[Cell]:
+    """Runs at the best learning rates of the settings of some cells.
+
+    Raises:
+        InputError: Some of these cells have not run, so that the best is not known yet.
+    """
+    done = {result.cell for result in results}
+    if open_ := [cell for cell in cells if cell not in done and cell.seed == cells[0].seed]:
+        raise InputError(
+            f"{len(open_)} runs of the sweep are not there yet, as {_named(open_[0])}; the best "
+            "rates are not known"
+        )
+    wanted = dict.fromkeys(cell.setting for cell in cells)
+    best = summarize(results)
+    return [setting.cell(best[setting].learning_rate, seed) for seed in seeds for setting in wanted]
 
 
 def _named(cell: Cell) -> str:

@@ -74,7 +74,9 @@ def tokenize(
     - `messages`: the tokenizer's chat template; loss on every assistant turn.
     - `prompt` and `completion`: BOS (if the tokenizer has it) + prompt + completion + EOS; loss on
       the completion and EOS. The two are tokenized apart, so the completion's tokens are its own.
-    - `text`: BOS + text + EOS; loss on all of it that has something before it.
+    - `text`: BOS + text + EOS; loss on all of it that has something before it. One that is longer
+      than `max_length` becomes several examples, each beginning with the last token of the one
+      before: every token is predicted once.
 
     Examples with nothing to learn (an empty completion, no assistant turn) are left out with a
     warning that says how many; so are those of which `max_length` leaves nothing to learn.
@@ -231,7 +233,15 @@ def _encode_texts(
 ) -> Iterator[_Encoded]:
     texts = [text_of(row, config.text_field, i) for i, row in numbered]
     for text, ids in zip(texts, _closed(tokenizer, encode_starts(tokenizer, texts)), strict=True):
-        yield ids, [text != ""] * len(ids)
+        for piece in _pieces(ids, config.max_length):
+            yield piece, [text != ""] * len(piece)
+
+
+def _pieces(ids: list[int], max_length: int) -> Iterator[list[int]]:
+    """A text in rows; each begins with the last token of the one before, to predict from."""
+    step = max(1, max_length - 1)
+    for start in range(0, max(1, len(ids) - 1), step):
+        yield ids[start : start + step + 1]
 
 
 def _encode_messages(

@@ -31,7 +31,8 @@ class ChoiceScores:
 
     Args:
         accuracy: Share of rows whose right answer has the highest log-likelihood.
-        accuracy_norm: The same with log-likelihoods divided by the answers' UTF-8 bytes.
+        accuracy_norm: The same with log-likelihoods divided by the answers' characters, without the
+            space before them.
         nll: Mean negative log-likelihood of the right answer over the whole vocabulary, nats.
         count: The number of rows.
     """
@@ -120,7 +121,7 @@ def bring_choices(rows: "Dataset | Sequence[Mapping[str, Any]]") -> bool:
 class _Question:
     prompt: list[int]
     choices: list[list[int]]
-    sizes: np.ndarray  # of the choices in UTF-8 bytes, (c,)
+    sizes: np.ndarray  # of the choices in characters, (c,)
     answer: int
 
 
@@ -165,7 +166,7 @@ def _questions(
         _Question(
             prompt=prompt,
             choices=[encoded[choice] for choice in row_choices],
-            sizes=np.asarray([len(choice.encode()) for choice in row_choices]),
+            sizes=np.asarray([_size(choice) for choice in row_choices]),
             answer=answer,
         )
         for prompt, row_choices, answer in zip(
@@ -175,6 +176,11 @@ def _questions(
 
 
 _OWN_CHOICES = ["choices", "answer"]
+
+
+def _size(choice: str) -> int:
+    """Characters of an answer; the space that only sets it apart from the prompt is none of it."""
+    return max(1, len(choice.removeprefix(" ")))
 
 
 def _own_choices(row: Mapping[str, Any], index: int) -> list[str]:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,6 +56,10 @@ class Setting(NamedTuple):
     eps: float = 1e-8
     alpha: float | None = None
 
+    def cell(self, learning_rate: float, seed: int) -> Cell:
+        """A run of it."""
+        return Cell(self.task, self.method, self.rank, learning_rate, seed, self.eps, self.alpha)
+
 
 @dataclass(frozen=True)
 class Result:
@@ -64,7 +68,7 @@ class Result:
     Args:
         cell: Which one.
         train: Mean training loss over stretches of the run of one length, in their order.
-        validation: Measures by name, `loss` among them; not finite where the run diverged.
+        validation: Measures by name, `loss` among them, which is infinite where the run diverged.
         test: The same on the test set; empty where it was not measured.
         cost: Figures of time and memory, by name.
         made_with: Versions and settings of the run.
@@ -76,6 +80,11 @@ class Result:
     test: Mapping[str, float]
     cost: Mapping[str, float]
     made_with: Mapping[str, Any]
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss stopped being a number."""
+        return not math.isfinite(self.validation["loss"])
 
 
 def grid(
@@ -104,17 +113,27 @@ def grid(
     Returns:
         The cells, each once.
 
+    Raises:
+        InputError: A rank below 1.
+
     Example:
         >>> cells = grid("toy", ["loft", "full"], [1, 2], [0.1, 0.3], [0], without_rank=["full"])
         >>> [(c.method, c.rank) for c in cells]
         [('loft', 1), ('loft', 1), ('loft', 2), ('loft', 2), ('full', 0), ('full', 0)]
     """
-    plain = set(without_rank)
-    found = {
-        Cell(task, method, 0 if method in plain else rank, rate, seed, eps, alpha): None
-        for seed, method, rank, rate in itertools.product(seeds, methods, ranks, rates)
-    }
-    return list(found)
+    plain, ranks = set(without_rank), tuple(ranks)
+    if low := [rank for rank in ranks if rank < 1]:
+        raise InputError(f"rank is {low[0]}, expected 1 or more")
+
+    def cell(method: str, rank: int, rate: float, seed: int) -> Cell:
+        if method in plain:
+            return Cell(task, method, 0, rate, seed, eps)
+        return Cell(task, method, rank, rate, seed, eps, None if alpha == rank else alpha)
+
+    product = itertools.product(seeds, methods, ranks, rates)
+    return list(
+        dict.fromkeys(cell(method, rank, rate, seed) for seed, method, rank, rate in product)
+    )
 
 
 class ResultLog:
@@ -132,12 +151,12 @@ class ResultLog:
         """All results; of a cell that is there twice, the one with a test, or else the last.
 
         Raises:
-            InputError: A line is no result; the message names the file and the line. (A last line
-                without its end is that of a run that was killed while writing, and is left out.)
+            InputError: A line is no result, as one that was cut off; the message names the file and
+                the line.
         """
         if not self.path.exists():
             return []
-        lines = self.path.read_text("utf-8").split("\n")[:-1]
+        lines = self.path.read_text("utf-8").splitlines()
         found: dict[Cell, Result] = {}
         for number, line in enumerate(lines, 1):
             result = self._parsed(line, number)
@@ -151,9 +170,7 @@ class ResultLog:
         values = dataclasses.asdict(result)
         line = json.dumps({**values.pop("cell"), **_finite(values)}, allow_nan=False)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab+") as file:
-            if file.tell() and not self.path.read_bytes().endswith(b"\n"):
-                file.truncate(self.path.read_bytes().rfind(b"\n") + 1)
+        with self.path.open("ab") as file:
             file.write(f"{line}\n".encode())
 
     def _parsed(self, line: str, number: int) -> Result:
@@ -163,7 +180,9 @@ class ResultLog:
             cell = Cell(**{name: values.pop(name) for name in names})
             return Result(cell, tuple(values.pop("train")), **values)
         except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
-            raise InputError(f"{self.path}: line {number} is no result: {error!r}") from error
+            raise InputError(
+                f"{self.path}: line {number} is no result ({error!r}); remove it to run it again"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -185,37 +204,41 @@ class Summary:
     rates: Mapping[float, float]
     results: tuple[Result, ...]
 
-    def mean(self, measure: str, of: str = "test") -> float:
-        """The mean of a measure over seeds.
+    def values(self, measure: str) -> dict[int, float]:
+        """A measure of the test by seed, for those that were tested; NaN where a run diverged."""
+        return {
+            result.cell.seed: math.nan if result.diverged else result.test[measure]
+            for result in self.results
+            if result.diverged or measure in result.test
+        }
+
+    def mean(self, measure: str) -> float:
+        """The mean of a measure of the test over seeds; NaN if one diverged, or none was tested."""
+        values = self.values(measure).values()
+        return statistics.fmean(values) if values else math.nan
+
+    def spread(self, measure: str) -> float:
+        """The standard deviation over seeds; NaN of one."""
+        values = list(self.values(measure).values())
+        if len(values) < 2 or any(map(math.isnan, values)):
+            return math.nan
+        return statistics.stdev(values)
+
+    def curve(self, seeds: Collection[int] | None = None) -> list[float]:
+        """The training losses, mean over seeds.
 
         Args:
-            measure: Its name.
-            of: "test" or "validation".
+            seeds: Those that count; by default all.
         """
-        return statistics.fmean(self.values(measure, of))
-
-    def spread(self, measure: str, of: str = "test") -> float:
-        """The standard deviation over seeds; NaN of one."""
-        values = self.values(measure, of)
-        return statistics.stdev(values) if len(values) > 1 else math.nan
-
-    def values(self, measure: str, of: str = "test") -> list[float]:
-        """A measure for each seed that has it."""
-        measured = [getattr(result, of) for result in self.results]
-        return [values[measure] for values in measured if measure in values] or [math.nan]
-
-    def curve(self) -> list[float]:
-        """The training losses, mean over seeds."""
-        curves = (result.train for result in self.results)
+        curves = [r.train for r in self.results if seeds is None or r.cell.seed in seeds]
         return [statistics.fmean(losses) for losses in zip(*curves, strict=True)]
 
 
-def summarize(results: Iterable[Result], measure: str = "loss") -> dict[Setting, Summary]:
-    """Each method at the learning rate that is best by validation.
+def summarize(results: Iterable[Result]) -> dict[Setting, Summary]:
+    """Each method at the learning rate of the least validation loss.
 
     Args:
         results: Of one comparison.
-        measure: What is least at the best rate.
 
     Returns:
         Summaries by setting, in the order of the results.
@@ -230,7 +253,7 @@ def summarize(results: Iterable[Result], measure: str = "loss") -> dict[Setting,
         if not common:
             continue  # the sweep has only begun
         losses = {
-            rate: statistics.fmean(_or_infinity(rates[rate][seed], measure) for seed in common)
+            rate: statistics.fmean(rates[rate][seed].validation["loss"] for seed in common)
             for rate in sorted(rates)
         }
         best = min(losses, key=losses.__getitem__)
@@ -276,11 +299,6 @@ def steps_to_match(curve: Sequence[float], other: Sequence[float], steps: int) -
             back = (goal - value) / (before - value) if before > value else 0.0
             return (index + width - back) * steps / len(curve)
     return math.inf
-
-
-def _or_infinity(result: Result, measure: str) -> float:
-    value = result.validation.get(measure, math.inf)
-    return value if math.isfinite(value) else math.inf
 
 
 def _finite(value: Any) -> Any:

@@ -76,6 +76,7 @@ def lora_fa(
     eps: Number = 1e-8,
     weight_decay: Number = 0.0,
     *,
+    max_grad_norm: Number | None = None,
     scaling: Scaling = 1.0,
     factors: FactorNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -93,6 +94,8 @@ def lora_fa(
       eps: Added to the root of the second moment. (PEFT's LoRA-FA adds it before the correction of
         the bias.)
       weight_decay: As in `optax.adamw`: decoupled, multiplied by the learning rate.
+      max_grad_norm: Clips the gradients to this global norm, A's not counted; None for no clipping.
+        A clip in front of this transformation would count them.
       scaling: The s of `W = s A B`, or a function of the pair's path.
       factors: Names of the factors; see `find_pairs`.
 
@@ -101,7 +104,7 @@ def lora_fa(
       updates are zero. It needs the parameters.
 
     Raises:
-      ValueError: As `project_gradients`.
+      ValueError: As `project_gradients`; or for a max_grad_norm that is not positive.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -121,8 +124,14 @@ def lora_fa(
         frozen = _has_role(params, factors, "a")
         return jax.tree.map(lambda x: "frozen" if x else "trained", frozen)
 
+    clip = []
+    if max_grad_norm is not None:
+        check(max_grad_norm, "max_grad_norm", lambda x: x > 0, "a positive number")
+        clip.append(optax.clip_by_global_norm(max_grad_norm))
     adamw = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay)
     return optax.chain(
+        optax.masked(optax.set_to_zero(), lambda params: _has_role(params, factors, "a")),
+        *clip,
         project_gradients(scaling=scaling, factors=factors),
         optax.stateless(optax.tree.cast_like),  # AdamW's state takes the dtype of its gradients
         optax.partition({"trained": adamw, "frozen": optax.set_to_zero()}, labels),

@@ -38,6 +38,11 @@ class HeldOut:
         tokens = tokenize(self._rows, tokenizer, self._data)
         self._batches = eval_batches(tokens, self._data, batch_size=config.eval_batch_size)
 
+    @property
+    def count(self) -> int:
+        """How many examples there are."""
+        return len(self._rows)
+
     def measure(self, model: Llama) -> dict[str, float]:
         """The mean loss, in nats, and the accuracy if there are choices.
 

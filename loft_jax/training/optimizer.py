@@ -70,9 +70,13 @@ def make_optimizer(
             consistent_rms=_RMS_OF_ADAMW,
             adam_b1=config.b1,
             adam_b2=config.b2,
+            eps=config.eps,
             max_grad_norm=clip,
             scaling=scaling,
         )
+    adam = (schedule, config.b1, config.b2, config.eps, config.weight_decay)
+    if config.method == "lora-fa":
+        return lora_fa(*adam, max_grad_norm=clip, scaling=scaling)
     tx = _on_factors(config, schedule, scaling)
     return tx if clip is None else optax.chain(optax.clip_by_global_norm(clip), tx)
 
@@ -86,8 +90,6 @@ def _on_factors(
     match config.method:
         case "lora-plus":
             return lora_plus(*adam, ratio=config.lora_plus_ratio)
-        case "lora-fa":
-            return lora_fa(*adam, scaling=scaling)
         case "riemannian":
             return riemannian_lora(*adam, damping=config.damping)
         case "altlora-plus":

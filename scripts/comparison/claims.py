@@ -1,6 +1,7 @@
 """What the papers say of LoFT and RefLoRA, as comparisons that the results can bear out or not."""
 
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -40,7 +41,6 @@ class Claim:
 CLAIMS = (
     Claim("LoFT is better than LoRA at equal rank", "loft", "lora"),
     Claim("LoFT at rank 4 is better than LoRA at rank 16", "loft", "lora", (4, 16)),
-    Claim("LoFT at rank 1 is better than LoRA at rank 1", "loft", "lora", (1, 1)),
     Claim("LoFT comes to what full fine-tuning comes to", "loft", "full", at_least_equal=True),
     Claim(
         "the factored second moment does as well as the exact one",
@@ -68,8 +68,9 @@ class Finding(NamedTuple):
         claim: Which one.
         better: Summary of the method that should be better.
         worse: Summary of the other.
-        gain: By how much it is better, in the measure of the task.
-        error: Half the 95 % interval of that, by Student's t over the seeds that both have.
+        gain: By how much it is better, in the measure of the task; NaN if a run diverged.
+        error: Half the 95 % interval of that, by Student's t over the seeds that both have; for
+            accuracies also of the questions, as if the two had answered different ones.
         verdict: What it comes to.
     """
 
@@ -90,20 +91,20 @@ def findings(
     seed by seed.
 
     Args:
-        summaries: Of one task.
+        summaries: Of one task, at its epsilon and with alpha the rank.
         measure: Of the test.
         claims: That are looked at.
 
     Returns:
         A finding for each claim and pair of ranks with results; none for a claim without.
     """
-    usual = {(s.method, s.rank): x for s, x in summaries.items() if is_usual(s, summaries)}
+    by_method = {(s.method, s.rank): x for s, x in summaries.items()}
     found = []
     for claim in claims:
-        for (method, rank), better in usual.items():
+        for (method, rank), better in by_method.items():
             other = rank if claim.ranks is None else claim.ranks[1]
-            worse = usual.get((claim.worse, other)) or usual.get((claim.worse, 0))
-            if method != claim.better or worse is None or worse is better:
+            worse = by_method.get((claim.worse, other)) or by_method.get((claim.worse, 0))
+            if method != claim.better or worse is None:
                 continue
             if claim.ranks is not None and rank != claim.ranks[0]:
                 continue
@@ -114,28 +115,26 @@ def findings(
 
 def compare(claim: Claim, better: Summary, worse: Summary, measure: str) -> Finding | None:
     """One claim at two settings; None where fewer than two seeds have both."""
-    mine, theirs = ({r.cell.seed: r.test for r in s.results} for s in (better, worse))
-    sign = 1 if measure in HIGHER_IS_BETTER else -1
-    gains = [
-        sign * (mine[seed][measure] - theirs[seed][measure])
-        for seed in mine
-        if measure in mine[seed] and measure in theirs.get(seed, {})
-    ]
-    if len(gains) < 2:
+    mine, theirs = better.values(measure), worse.values(measure)
+    seeds = sorted(set(mine) & set(theirs))
+    if len(seeds) < 2:
         return None
-    gain = sum(gains) / len(gains)
-    variance = sum((g - gain) ** 2 for g in gains) / (len(gains) - 1)
-    error = _STUDENT[min(len(gains) - 2, len(_STUDENT) - 1)] * math.sqrt(variance / len(gains))
+    sign = 1 if measure in HIGHER_IS_BETTER else -1
+    gains = [sign * (mine[seed] - theirs[seed]) for seed in seeds]
+    if any(map(math.isnan, gains)):
+        fell = any(math.isnan(mine[seed]) for seed in seeds)
+        return Finding(
+            claim, better, worse, math.nan, math.nan, "does not hold" if fell else "holds"
+        )
+    gain, level = (statistics.fmean(x) for x in (gains, [theirs[seed] for seed in seeds]))
+    quantile = _STUDENT[min(len(gains) - 2, len(_STUDENT) - 1)]
+    error = quantile * statistics.stdev(gains) / math.sqrt(len(gains))
+    if measure in HIGHER_IS_BETTER:
+        questions = min(r.made_with["test_rows"] for r in worse.results)
+        error = math.hypot(error, 1.96 * math.sqrt(2 * level * (1 - level) / questions))
     verdict: Verdict = "within the noise"
-    level = abs(sum(theirs[seed][measure] for seed in theirs) / len(theirs))
-    if gain - error > (-_AS_GOOD * level if claim.at_least_equal else 0):
+    if gain - error > (-_AS_GOOD * abs(level) if claim.at_least_equal else 0):
         verdict = "holds"
     elif gain < -error:
         verdict = "does not hold"
     return Finding(claim, better, worse, gain, error, verdict)
-
-
-def is_usual(setting: Setting, summaries: Mapping[Setting, Summary]) -> bool:
-    """Whether a setting is that of its task: the epsilon that most have, and alpha the rank."""
-    usual = [other.eps for other in summaries]
-    return setting.alpha is None and setting.eps == max(set(usual), key=usual.count)

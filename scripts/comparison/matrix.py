@@ -17,7 +17,7 @@ import optax
 
 from comparison.methods import configured, optimizer_of
 from comparison.runs import PACKAGES
-from comparison.tasks import Task
+from comparison.tasks import Sweep, Task
 from loft_jax.data import DataConfig
 from loft_jax.evaluation.comparison import Cell, Result
 from loft_jax.optim.state import state_bytes
@@ -79,7 +79,7 @@ class MatrixRuns:
         finite = np.isfinite(losses).all()
         final = {"loss": float(losses[-1]), "distance": distance} if finite else {"loss": np.inf}
         found = loop.memory_analysis()
-        tx = optimizer_of(cell.method)(config, optax.constant_schedule(1.0), 1.0)
+        tx = optimizer_of(cell.method)(config, optax.constant_schedule(1.0), _scaling(cell))
         return Result(
             cell,
             train=tuple(
@@ -97,6 +97,7 @@ class MatrixRuns:
             },
             made_with={
                 **{name: version(name) for name in PACKAGES},
+                "task": self.task.digest,
                 "steps": self.task.steps,
             },
         )
@@ -112,21 +113,21 @@ class MatrixRuns:
         return self._loops[key]
 
     def _loop(self, config: FinetuneConfig, cell: Cell) -> Any:
-        optimizer = optimizer_of(cell.method)
+        optimizer, scaling = optimizer_of(cell.method), _scaling(cell)
 
         @jax.jit
         def loop(rate: jax.Array, params: Any, target: jax.Array) -> tuple[jax.Array, jax.Array]:
-            tx = optimizer(config, lambda count: rate, 1.0)
+            tx = optimizer(config, lambda count: rate, scaling)
 
             def step(carry: Any, _: None) -> tuple[Any, jax.Array]:
                 params, state = carry
-                loss, grads = jax.value_and_grad(_loss)(params, target)
+                loss, grads = jax.value_and_grad(_loss)(params, scaling, target)
                 updates, state = tx.update(grads, state, params)
                 return (optax.apply_updates(params, updates), state), loss
 
             start = params, tx.init(params)
             (params, _), losses = jax.lax.scan(step, start, length=self.task.steps)
-            return _weight(params), jnp.append(losses, _loss(params, target))
+            return _weight(params, scaling), jnp.append(losses, _loss(params, scaling, target))
 
         return loop
 
@@ -157,22 +158,36 @@ def _problem(task: MatrixTask, cell: Cell) -> tuple[dict[str, jax.Array], jax.Ar
     return {**params, "bias": bias}, target
 
 
-def _loss(params: dict[str, jax.Array], target: jax.Array) -> jax.Array:
-    return jnp.mean(jnp.square(_weight(params) + params["bias"] - target))
+def _scaling(cell: Cell) -> float:
+    return 1.0 if cell.alpha is None else cell.alpha / cell.rank
 
 
-def _weight(params: dict[str, jax.Array]) -> jax.Array:
-    return params["weight"] if "weight" in params else params["lora_a"] @ params["lora_b"]
+def _loss(params: dict[str, jax.Array], scaling: float, target: jax.Array) -> jax.Array:
+    return jnp.mean(jnp.square(_weight(params, scaling) + params["bias"] - target))
+
+
+def _weight(params: dict[str, jax.Array], scaling: float) -> jax.Array:
+    if "weight" in params:
+        return params["weight"]
+    return scaling * params["lora_a"] @ params["lora_b"]
 
 
 ON_MATRICES = (
     "lora", "lora-plus", "lora-fa", "riemannian", "reflora", "reflora-s",
     "loft", "loft-factored", "loft-diagonal", "loft-muon", "full",
 )  # fmt: skip
-_PARTS = (
+WITHOUT_PARTS = (
     "loft-without-scaling", "loft-without-alternation", "loft-without-first-calibration",
     "loft-without-second-calibration",
 )  # fmt: skip
+MATRIX_METHODS = (*ON_MATRICES, *WITHOUT_PARTS)
+"""Methods that are optimizers of factors, without a clip."""
+
+_NOTE = (
+    "One error, of all entries: there is nothing held out, and the best rate is that of the number "
+    "reported. No clip, a constant rate; factors start as linear layers do. The distance is that "
+    "of the weight from the one that AdamW on the full weight comes to at the same rate."
+)
 
 MATRIX_TASKS = {
     task.name: task
@@ -183,9 +198,14 @@ MATRIX_TASKS = {
             shape=(1024, 512),
             target_rank=8,
             steps=300,
-            methods=(*ON_MATRICES, *_PARTS),
+            note=_NOTE,
+            methods=ON_MATRICES,
             ranks=(8,),
             rates=(0.1, 0.3, 1.0, 3.0, 10.0, 30.0),
+            more=(
+                Sweep(WITHOUT_PARTS, (8,)),
+                *(Sweep(("lora", "loft", "loft-diagonal"), (8,), alpha=a) for a in (1.0, 64.0)),
+            ),
             eps=1e-4,
             seeds=(0, 1, 2),
             always_tests=True,
@@ -196,9 +216,11 @@ MATRIX_TASKS = {
             shape=(13, 13),
             target_rank=13,
             steps=200,
-            methods=(*ON_MATRICES, *_PARTS),
+            note=_NOTE,
+            methods=ON_MATRICES,
             ranks=(13,),
             rates=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+            more=(Sweep(WITHOUT_PARTS, (13,)),),
             seeds=(0, 1, 2),
             always_tests=True,
         ),

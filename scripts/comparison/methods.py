@@ -7,6 +7,7 @@ from typing import Any, get_args
 import optax
 
 from comparison.ablations import ABLATIONS
+from comparison.tasks import WITHOUT_RANK
 from loft_jax.evaluation.comparison import Cell
 from loft_jax.optim.pairs import Scaling
 from loft_jax.training.config import FinetuneConfig, Method
@@ -26,9 +27,6 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 METHODS = tuple(_SETTINGS)
 """All names."""
 
-WITHOUT_RANK = ("full",)
-"""Methods that train no adapters."""
-
 # Of the steps of a run, those of plain LoRA before RefLoRA balances: runs are shorter here than
 # those that the usual hundred steps are meant for.
 _REFLORA_WARMUP = 6
@@ -47,12 +45,11 @@ def configured(config: FinetuneConfig, cell: Cell) -> FinetuneConfig:
     settings = dict(_SETTINGS[cell.method])
     if settings["method"] in ("reflora", "reflora-s"):
         settings.setdefault("reflora_warmup_steps", config.steps // _REFLORA_WARMUP)
-    if cell.rank:
-        settings["rank"] = cell.rank
+    if cell.method not in WITHOUT_RANK:
+        settings |= {"rank": cell.rank, "alpha": cell.alpha}
     return replace(
         config,
         **settings,
-        alpha=cell.alpha,
         learning_rate=cell.learning_rate,
         eps=cell.eps,
         seed=cell.seed,

@@ -11,7 +11,7 @@ from loft_jax.evaluation.comparison import Setting, Summary
 
 matplotlib.use("agg")
 
-_SHOWN = ("full", "loft", "loft-factored", "lora", "reflora", "dora", "lora-plus", "loft-muon")
+# The methods that are drawn, in their order: with all of them nothing could be told apart.
 _STYLES = {
     "full": ("black", "--"),
     "loft": ("tab:red", "-"),
@@ -24,15 +24,12 @@ _STYLES = {
 }
 
 
-def plot_task(
-    title: str, summaries: Sequence[Summary], measure: str, steps: int, path: Path
-) -> None:
+def plot_task(title: str, summaries: Sequence[Summary], steps: int, path: Path) -> None:
     """Loss curves at the best learning rate, and validation loss by learning rate.
 
     Args:
         title: Of the task.
         summaries: Of methods at one rank.
-        measure: What the validation axis shows.
         steps: Of a run.
         path: PNG to write.
     """
@@ -48,16 +45,17 @@ def plot_task(
     figure.suptitle(title)
     curves.set(xlabel="step", ylabel="training loss", title="at the best learning rate")
     curves.legend(fontsize=8)
-    if min(min(s.curve()) for s in summaries) < 1e-3:
+    if min((min(s.curve()) for s in summaries), default=1.0) < 1e-3:
         curves.set_yscale("log")
         rates.set_yscale("log")
-    best = [min(s.rates.values()) for s in summaries]
-    if rates.get_yscale() != "log":
+    lowest = (min(s.rates.values()) for s in summaries)
+    best = [loss for loss in lowest if math.isfinite(loss)]
+    if best and rates.get_yscale() != "log":
         rates.set_ylim(min(best) * 0.98, max(best) * 1.5)
     rates.set(
         xscale="log",
         xlabel="learning rate",
-        ylabel=f"validation {measure}",
+        ylabel="validation loss",
         title="by learning rate",
     )
     _save(figure, path)
@@ -75,9 +73,9 @@ def plot_ranks(title: str, summaries: Mapping[Setting, Summary], measure: str, p
     figure, axes = plt.subplots(figsize=(6, 4.2), layout="constrained")
     by_method: dict[str, list[Summary]] = {}
     for setting, summary in summaries.items():
-        if setting.method in _SHOWN:
+        if setting.method in _STYLES:
             by_method.setdefault(setting.method, []).append(summary)
-    for method in _SHOWN:
+    for method in _STYLES:
         if method not in by_method:
             continue
         found = sorted(by_method[method], key=lambda s: s.setting.rank)
@@ -98,8 +96,8 @@ def plot_ranks(title: str, summaries: Mapping[Setting, Summary], measure: str, p
 
 
 def _ordered(summaries: Sequence[Summary]) -> list[Summary]:
-    shown = [s for s in summaries if s.setting.method in _SHOWN]
-    return sorted(shown, key=lambda s: _SHOWN.index(s.setting.method))
+    shown = [s for s in summaries if s.setting.method in _STYLES]
+    return sorted(shown, key=lambda s: list(_STYLES).index(s.setting.method))
 
 
 def _save(figure: plt.Figure, path: Path) -> None:

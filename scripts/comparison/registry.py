@@ -3,13 +3,20 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from comparison.matrix import MATRIX_TASKS, MatrixRuns, MatrixTask
+from comparison.matrix import MATRIX_METHODS, MATRIX_TASKS, MatrixRuns, MatrixTask
+from comparison.methods import METHODS
 from comparison.runs import LanguageRuns
 from comparison.tasks import LANGUAGE_TASKS, LanguageTask, Task
-from loft_jax.evaluation.comparison import Result
+from loft_jax.errors import InputError
+from loft_jax.evaluation.comparison import Result, ResultLog
 
 TASKS: dict[str, Task] = {**MATRIX_TASKS, **LANGUAGE_TASKS}
 """Those of matrices first."""
+
+
+def methods_of(task: Task) -> tuple[str, ...]:
+    """Names of the methods that a task can be run with."""
+    return MATRIX_METHODS if isinstance(task, MatrixTask) else METHODS
 
 
 def runs_of(task: Task, assets: Path) -> Callable[..., Result]:
@@ -23,3 +30,26 @@ def runs_of(task: Task, assets: Path) -> Callable[..., Result]:
         return MatrixRuns(task)
     assert isinstance(task, LanguageTask)
     return LanguageRuns(task, assets)
+
+
+def read_results(log: ResultLog, task: Task) -> list[Result]:
+    """The runs of a task that are there.
+
+    Args:
+        log: Of the task.
+        task: As it is now.
+
+    Returns:
+        The results.
+
+    Raises:
+        InputError: Some are of the task as it was before, with other steps or data.
+    """
+    results = log.read()
+    for result in results:
+        if (digest := result.made_with.get("task")) != task.digest:
+            raise InputError(
+                f"{log.path}: has runs of another form of the task ({digest}, now {task.digest}); "
+                "move it away"
+            )
+    return results

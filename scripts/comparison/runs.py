@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -96,7 +97,11 @@ class LanguageRuns:
             return optimizer(config, lambda count: rate * course(count), scaling)
 
         key = (cell.method, cell.rank, cell.eps, cell.alpha)
-        step = self._steps.setdefault(key, _Compiled(parts, make))
+        if key not in self._steps:
+            # Of the model it needs the structure alone: its arrays are those of the run.
+            empty = parts._replace(params=None, streams=None, frozen=None)
+            self._steps[key] = _Compiled(empty, make)
+        step = self._steps[key]
         state = initial_state(parts, make(cell.learning_rate))
         stream = train_stream(
             self._data, config.data, batch_size=config.batch_size, seed=config.seed
@@ -113,7 +118,8 @@ class LanguageRuns:
                     seconds.append(spent)
                 bar.set_postfix(loss=f"{losses[-1]:.3f}")
         stream.close()
-        finite = bool(np.isfinite(losses).all())
+        # A step that is skipped would leave a run that has only stopped early.
+        finite = bool(np.isfinite(losses).all()) and not int(state.skipped[0])
         trained = parts.merged(state.params, state.streams)
         diverged = {"loss": np.inf}
         return Result(
@@ -124,16 +130,18 @@ class LanguageRuns:
             if test
             else {},
             cost={
-                "step_seconds": round(statistics.median(seconds), 5),
+                "step_seconds": round(statistics.median(seconds or [math.nan]), 5),
                 "compile_seconds": round(step.seconds, 2),
-                "trained_parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+                "trained_parameters": _moved(parts.params, state.params),
                 "state_bytes": state_bytes(make(cell.learning_rate), state.params),
                 "temporary_bytes": step.temporaries,
             },
             made_with={
                 **{name: version(name) for name in PACKAGES},
+                "task": self.task.digest,
                 "steps": config.steps,
                 "batch_size": config.batch_size,
+                "test_rows": self._held_out(test=True).count if test else 0,
             },
         )
 
@@ -145,6 +153,12 @@ class LanguageRuns:
     def _held_out(self, *, test: bool) -> HeldOut:
         config: FinetuneConfig = self.task.tested(self._config) if test else self._config
         return HeldOut(config, self._tokenizer, progress=True)
+
+
+def _moved(before: Any, after: Any) -> int:
+    """How many numbers belong to arrays that training has changed."""
+    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    return sum(x.size for x, y in pairs if not np.array_equal(x, y))
 
 
 def _title(cell: Cell) -> str:

@@ -1,12 +1,38 @@
 """The tasks that methods are compared on: data, model, length of a run, and the sweep."""
 
+import dataclasses
+import hashlib
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
+from comparison.ablations import ABLATIONS
 from loft_jax.data import DataConfig
+from loft_jax.evaluation.comparison import Cell, grid
 from loft_jax.training.config import FinetuneConfig
 
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+WITHOUT_RANK = ("full",)
+"""Methods that train no adapters."""
+
+
+class Sweep(NamedTuple):
+    """Methods at every rate and seed of a task, with something else than usual.
+
+    Attributes:
+        methods: That run.
+        ranks: That each runs at.
+        eps: Adam's epsilon; None is that of the task.
+        alpha: LoRA's alpha; None is the rank.
+    """
+
+    methods: tuple[str, ...]
+    ranks: tuple[int, ...]
+    eps: float | None = None
+    alpha: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +46,8 @@ class Task:
         methods: That are compared.
         ranks: That each runs at.
         rates: Learning rates that each runs at.
+        more: What is swept besides: ablations, other values of eps and alpha.
+        note: What the report says of the task.
         eps: Adam's epsilon.
         seeds: Seeds of the sweep.
         final_seeds: Seeds at the best rate.
@@ -33,11 +61,40 @@ class Task:
     methods: tuple[str, ...]
     ranks: tuple[int, ...]
     rates: tuple[float, ...]
+    more: tuple[Sweep, ...] = ()
+    note: str = ""
     eps: float = 1e-8
     seeds: tuple[int, ...] = (0,)
     final_seeds: tuple[int, ...] = (0, 1, 2)
     measure: str = "loss"
     always_tests: bool = False
+
+    def cells(self, sweep: Sweep | None = None) -> list[Cell]:
+        """The runs of one sweep, or of all that are planned."""
+        planned = (sweep,) if sweep else (Sweep(self.methods, self.ranks), *self.more)
+        found = [
+            cell
+            for one in planned
+            for cell in grid(
+                self.name,
+                one.methods,
+                one.ranks,
+                self.rates,
+                self.seeds,
+                without_rank=WITHOUT_RANK,
+                eps=self.eps if one.eps is None else one.eps,
+                alpha=one.alpha,
+            )
+        ]
+        return list(dict.fromkeys(found))
+
+    @property
+    def digest(self) -> str:
+        """Of all that a run depends on: runs of one digest can be compared."""
+        left_out = {"title", "note", "methods", "ranks", "rates", "more", "measure"}
+        left_out |= {"seeds", "final_seeds", "always_tests"}
+        what = {k: v for k, v in dataclasses.asdict(self).items() if k not in left_out}
+        return hashlib.blake2b(json.dumps(what).encode(), digest_size=4).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +164,8 @@ FIVE_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 ON_SMOLLM2 = (
     "lora", "loft", "loft-factored", "full", "reflora", "reflora-s", "lora-plus", "dora",
 )  # fmt: skip
+EPSILONS = (1e-6, 1e-4)
+ALPHAS = (1.0, 16.0, 64.0)
 ALL_METHODS = (
     "lora", "rslora", "lora-plus", "lora-fa", "pissa", "dora", "riemannian",
     "reflora", "reflora-balanced", "reflora-s",
@@ -128,6 +187,11 @@ LANGUAGE_TASKS = {
             methods=ALL_METHODS,
             ranks=(1, 2, 4, 8, 16),
             rates=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+            more=(
+                Sweep(tuple(ABLATIONS), (4,)),
+                *(Sweep(("lora", "loft", "loft-factored", "full"), (4,), eps) for eps in EPSILONS),
+                *(Sweep(("lora", "loft", "loft-diagonal"), (4,), alpha=a) for a in ALPHAS),
+            ),
             seeds=(0, 1, 2),
             always_tests=True,
         ),
@@ -189,8 +253,8 @@ LANGUAGE_TASKS = {
             methods=("lora", "loft", "loft-factored", "full", "reflora"),
             ranks=(8,),
             rates=FIVE_RATES,
-            validation=("validation.jsonl", "train[:20]"),
-            test=("test.jsonl", "train[:20]"),
+            validation=("validation.jsonl", "train[:8]"),
+            test=("test.jsonl", "train[:24]"),
         ),
         LanguageTask(
             name="wikitext",
@@ -204,8 +268,8 @@ LANGUAGE_TASKS = {
             methods=("lora", "loft", "loft-factored", "full", "reflora"),
             ranks=(8,),
             rates=FIVE_RATES,
-            validation=("validation.jsonl", "train[:20]"),
-            test=("test.jsonl", "train[:20]"),
+            validation=("validation.jsonl", "train[:8]"),
+            test=("test.jsonl", "train[:24]"),
         ),
     )
 }

@@ -103,6 +103,18 @@ def test_truncation_never_drops_the_whole_completion(prompt, completion, max_len
     assert kept == [0, *range(prompt - len(kept) + 1, prompt)]
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.text(min_size=1, max_size=60), st.integers(2, 40))
+def test_a_long_text_becomes_rows_that_predict_every_token_once(text, max_length):
+    (whole,) = list(encode([{"text": text}], max_length=1000))
+    pieces = list(encode([{"text": text}], max_length=max_length))
+    assert max(len(piece.tokens) for piece in pieces) <= max_length
+    learned = np.concatenate([piece.tokens[piece.loss_mask] for piece in pieces])
+    np.testing.assert_array_equal(learned, whole.tokens[1:])
+    before = np.concatenate([piece.tokens[:-1] for piece in pieces])
+    np.testing.assert_array_equal(before, whole.tokens[:-1])
+
+
 def test_examples_with_nothing_to_learn_are_left_out_and_counted(caplog):
     rows = [{"prompt": "a", "completion": c} for c in ("", " joy", "")]
     with caplog.at_level(logging.WARNING):
@@ -121,7 +133,8 @@ def test_blank_lines_and_chats_without_assistant_are_left_out(caplog):
 
 def test_shortened_examples_are_counted(caplog):
     with caplog.at_level(logging.WARNING):
-        encode([{"text": "one two three four"}, {"text": "a"}], max_length=5)
+        pairs = (("one two", " three four"), ("a", " b"))
+        encode([{"prompt": a, "completion": b} for a, b in pairs], max_length=5)
     assert "shortened 1 of 2 examples to max_length 5" in caplog.text
 
 

@@ -74,9 +74,9 @@ def torch_scores(model, tokenizer, rows):
     return [[next(found) for _ in row["choices"]] for row in rows]
 
 
-def per_byte(rows, scores):
+def per_character(rows, scores):
     return [
-        [score / len(choice.encode()) for score, choice in zip(found, row["choices"], strict=True)]
+        [score / len(choice[1:]) for score, choice in zip(found, row["choices"], strict=True)]
         for row, found in zip(rows, scores, strict=True)
     ]
 
@@ -117,7 +117,7 @@ def test_accuracies_of_the_command_line_are_those_of_torch(folder, rows, scores,
     answers = np.asarray([row["answer"] for row in rows])
     assert found["count"] == 200
     assert found["accuracy"] == np.mean(best(scores) == answers)
-    assert found["accuracy_norm"] == np.mean(best(per_byte(rows, scores)) == answers)
+    assert found["accuracy_norm"] == np.mean(best(per_character(rows, scores)) == answers)
     assert found["accuracy"] != found["accuracy_norm"]
     nll = -np.mean([score[answer] for score, answer in zip(scores, answers, strict=True)])
     assert found["nll"] == pytest.approx(nll, abs=1e-4)
@@ -129,7 +129,7 @@ def test_every_row_has_the_choice_of_torch(folder, rows, scores):
     config = DataConfig("rows", max_length=256)
     for name, chosen in (
         ("accuracy", best(scores)),
-        ("accuracy_norm", best(per_byte(rows, scores))),
+        ("accuracy_norm", best(per_character(rows, scores))),
     ):
         found = score_choices(model, tokenizer, answered(rows, chosen), config, progress=False)
         assert getattr(found, name) == 1.0
@@ -180,7 +180,7 @@ def test_smollm2_chooses_as_torch_does(smollm2, tmp_path, capsys):
         smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32
     )
     scores = torch_scores(model.eval(), load_tokenizer(smollm2), rows)
-    norm = per_byte(rows, scores)
+    norm = per_character(rows, scores)
     path = write(tmp_path / "rows.jsonl", rows)
     found = evaluate(capsys, smollm2, path)
     answers = np.asarray([row["answer"] for row in rows])

@@ -13,7 +13,7 @@ import pytest
 
 from loft_jax import loft
 from loft_jax.data import DataConfig
-from loft_jax.evaluation.comparison import Cell, ResultLog, Setting, summarize
+from loft_jax.evaluation.comparison import Cell, Result, ResultLog, summarize
 from loft_jax.training.config import FinetuneConfig
 from tests.tiny import save_tiny_llama, tiny_tokenizer
 
@@ -163,9 +163,9 @@ def test_every_method_has_a_run_of_its_own():
     cell = Cell("tiny", "lora", 4, 1e-3, 1, 1e-6, 8.0)
     task = config(steps=60, max_grad_norm=1.0, eps=1e-8)
     runs = {m: configured(task, dataclasses.replace(cell, method=m)) for m in METHODS}
-    for name, made in runs.items():
-        assert (made.rank, made.alpha, made.learning_rate) == (4, 8.0, 1e-3), name
-        assert (made.seed, made.eps, made.max_grad_norm) == (1, 1e-6, 1.0), name
+    for name, one in runs.items():
+        assert (one.learning_rate, one.seed, one.eps, one.max_grad_norm) == (1e-3, 1, 1e-6, 1.0)
+        assert name == "full" or (one.rank, one.alpha) == (4, 8.0), name
     assert runs["reflora"].reflora_warmup_steps == 10
     assert runs["reflora-balanced"].reflora_warmup_steps == 0
     kinds = {
@@ -188,8 +188,9 @@ def test_rates_of_one_method_share_a_step_and_are_what_they_say(assets, tiny, tm
 
 
 def test_a_run_that_diverges_is_one_of_infinite_loss(assets, tiny):
-    made = registry.runs_of(tiny, assets)(Cell("tiny", "full", 0, 1e30), test=True)
-    assert made.validation == made.test == {"loss": np.inf}
+    fell = registry.runs_of(tiny, assets)(Cell("tiny", "full", 0, 1e30), test=True)
+    assert fell.validation == fell.test == {"loss": np.inf}
+    assert fell.diverged
 
 
 def test_the_comparison_resumes_and_reports(assets, tiny, tmp_path, capsys):
@@ -216,14 +217,28 @@ def test_the_comparison_resumes_and_reports(assets, tiny, tmp_path, capsys):
     best = summarize(log.read())
     assert [len(s.results) for s in best.values()] == [2, 2]
     assert all(r.test for s in best.values() for r in s.results)
-    methods = ["loft", "lora", "full", "loft-without-scaling"]
-    assert (
-        compare.main(["run", "matrix", *folders, "--methods", *methods, "--rates", "1", "3"]) == 0
-    )
+    matrix = ["run", "matrix", *folders, "--rates", "1", "3", "--methods"]
+    # Each leaves a log that can be reported on: parts without the whole, one method alone.
+    for methods in (["full"], ["loft-without-scaling"], ["loft", "lora"]):
+        assert compare.main([*matrix, *methods]) == 0
+        assert compare.main(["report", "--results", str(results), "--page", str(page)]) == 0
+    assert compare.main([*matrix, "lora", "loft", "--alpha", "1"]) == 0
     assert compare.main(["report", "--results", str(results), "--page", str(page)]) == 0
     text = page.read_text()
-    for expected in ("## Tiny", "LoFT is better than LoRA", "loft-without-scaling", "| full | "):
+    for expected in (
+        "## Tiny",
+        "The whole sweep has run.",
+        "LoFT is better than LoRA at equal rank | matrix | r 4",
+        "loft-without-scaling",
+        "| full | ",
+        "By alpha:",
+        "That RefLoRA is better than LoRA at equal rank: not tested.",
+    ):
         assert expected in text
+    of_matrix = summarize(ResultLog(results / "matrix.jsonl").read())
+    for method, alike in (("lora", False), ("loft", True)):  # LoFT knows no alpha
+        usual, other = (s.mean("loss") for x, s in of_matrix.items() if x.method == method)
+        assert (usual == pytest.approx(other, rel=1e-2)) == alike
     assert {p.name for p in results.glob("*.png")} == {"tiny.png", "matrix.png"}
     assert (
         compare.main(["report", "--results", str(results), "--page", str(tmp_path / "b.md")]) == 0
@@ -235,8 +250,12 @@ def test_the_comparison_resumes_and_reports(assets, tiny, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["nothing"], "task is 'nothing'"),
-        (["tiny", "--methods", "lorra"], "method 'lorra' is unknown"),
+        (["tiny", "--methods", "lorra"], "tiny has no method 'lorra'"),
+        (["matrix", "--methods", "dora"], "matrix has no method 'dora'"),
         (["tiny", "--share", "3/2"], "share is '3/2'"),
+        (["tiny", "--ranks", "0"], "rank is 0"),
+        (["tiny", "--best", "--rates", "0.1"], "rates are given with best"),
+        (["tiny", "--best"], "4 runs of the sweep are not there yet, as lora r 2, lr 0.001"),
     ],
 )
 def test_mistakes_are_named(arguments, message, tiny, tmp_path, capsys):
@@ -246,49 +265,75 @@ def test_mistakes_are_named(arguments, message, tiny, tmp_path, capsys):
 
 def test_all_methods_of_a_task_have_the_same_sweep():
     for task in TASKS.values():
-        assert len(task.rates) >= 5
-        ratios = np.diff(np.log(sorted(task.rates)))
-        assert (np.exp(ratios) < 4).all(), task.name
-        assert set(task.methods) <= set(METHODS)
+        swept = {}
+        for cell in task.cells():
+            swept.setdefault(cell.setting, set()).add((cell.learning_rate, cell.seed))
+        (sweep,) = {frozenset(cells) for cells in swept.values()}
+        rates = sorted({rate for rate, _ in sweep})
+        assert len(rates) >= 5, task.name
+        assert (np.diff(np.log(rates)) < np.log(4)).all(), task.name
+        assert {s.method for s in swept} <= set(registry.methods_of(task))
+        assert set(task.methods) <= {s.method for s in swept}
 
 
 def test_loft_at_full_rank_is_full_fine_tuning():
     task = dataclasses.replace(MATRIX_TASKS["square"], steps=60)
-    made = MatrixRuns(task)
+    run_of = MatrixRuns(task)
     distance = {
-        method: made(Cell("square", method, 13, 1e-2), test=True).validation["distance"]
+        method: run_of(Cell("square", method, 13, 1e-2), test=True).validation["distance"]
         for method in ("loft", "lora")
     }
     assert distance["loft"] < 1e-3 < 0.05 < distance["lora"]
 
 
-def test_a_claim_needs_more_than_the_noise(tmp_path):
-    def summaries(loft_losses, lora_losses):
-        log = ResultLog(tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl")
-        for method, losses in (("loft", loft_losses), ("lora", lora_losses)):
-            for seed, loss in enumerate(losses):
-                row = MatrixRunsResult(method, seed, loss)
-                log.append(row)
-        return summarize(log.read())
+def made(method, losses, **measures):
+    """A summary of runs at one rate, with a loss for each seed."""
+    results = []
+    for seed, loss in enumerate(losses):
+        values = {"loss": loss} | {name: found[seed] for name, found in measures.items()}
+        cell = Cell("toy", method, 4, 0.1, seed)
+        test = values if np.isfinite(loss) else {"loss": loss}
+        results.append(Result(cell, (loss,), values, test, {}, {"test_rows": 400}))
+    return summarize(results)
 
-    claim = (Claim("it is better", "loft", "lora"),)
-    for losses, verdict in (
+
+@pytest.mark.parametrize(
+    ("losses", "verdict"),
+    [
         ([1.0, 1.1, 1.2], "holds"),
         ([1.0, 3.0, 2.0], "within the noise"),
         ([3.0, 3.1, 3.2], "does not hold"),
-    ):
-        (finding,) = findings(summaries(losses, [2.0, 2.1, 2.2]), "loss", claim)
+        ([1.0, np.inf, 1.0], "does not hold"),
+    ],
+)
+def test_a_claim_needs_more_than_the_noise(losses, verdict):
+    claim = (Claim("it is better", "loft", "lora"),)
+    lora = made("lora", [2.0, 2.1, 2.2])
+    (finding,) = findings({**made("loft", losses), **lora}, "loss", claim)
+    assert finding.verdict == verdict
+    assert findings({**made("loft", losses[:1]), **lora}, "loss", claim) == []
+
+
+def test_one_question_more_is_not_better_however_alike_the_seeds():
+    claim = (Claim("it is better", "loft", "lora"),)
+    for right, verdict in ((0.8025, "within the noise"), (0.9, "holds")):
+        mine = made("loft", [1.0] * 3, accuracy=[right] * 3)
+        theirs = made("lora", [1.0] * 3, accuracy=[0.8] * 3)
+        (finding,) = findings({**mine, **theirs}, "accuracy", claim)
         assert finding.verdict == verdict
-    assert findings(summaries([1.0], [2.0]), "loss", claim) == []
-
-
-def MatrixRunsResult(method, seed, loss):
-    from loft_jax.evaluation.comparison import Result
-
-    measured = {"loss": loss}
-    return Result(Cell("toy", method, 4, 0.1, seed), (loss,), measured, measured, {}, {})
 
 
 def test_ablations_have_the_optimizer_of_their_name():
     assert {optimizer_of(name) for name in ABLATIONS} == set(ABLATIONS.values())
-    assert Setting("a", "b", 1) == Cell("a", "b", 1, 0.1, 3).setting
+
+
+def test_runs_of_another_form_of_the_task_are_not_mixed(
+    assets, tiny, tmp_path, monkeypatch, capsys
+):
+    run = ["run", "tiny", "--results", str(tmp_path), "--assets", str(assets), "--methods", "full"]
+    run += ["--cache", jax.config.jax_compilation_cache_dir, "--rates", "1e-3"]
+    assert compare.main(run) == 0
+    monkeypatch.setitem(TASKS, "tiny", dataclasses.replace(tiny, batch_size=2))
+    for command in (run, ["report", "--results", str(tmp_path), "--page", str(tmp_path / "p.md")]):
+        assert compare.main(command) == 2
+        assert "runs of another form of the task" in capsys.readouterr().err

@@ -58,7 +58,11 @@ class Mask(torch.nn.Module):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("use_bias", "dropout", "use_rslora"),
-    [(False, 0.0, False), (True, 0.0, True), (True, 0.5, False)],
+    [
+        pytest.param(False, 0.0, False, marks=pytest.mark.slow),
+        (True, 0.0, True),
+        (True, 0.5, False),
+    ],
 )
 def test_output_and_gradients_are_pefts(use_bias, dropout, use_rslora):
     layer = randomize(linear(use_bias, alpha=3.0, dropout=dropout, use_rslora=use_rslora))
@@ -163,6 +167,7 @@ def test_a_stack_merges_layer_by_layer_and_is_restored_to_the_bit(init):
     jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(state), nnx.to_pure_dict(expected))
 
 
+@pytest.mark.slow
 def test_on_quantized_kernels_of_a_llama():
     sizes = LlamaConfig(16, 16, 32, 2, 2, 1, 8, initializer_range=0.3)
     model = Llama(sizes, rngs=nnx.Rngs(0))

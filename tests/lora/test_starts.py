@@ -139,7 +139,13 @@ def test_the_balanced_start_has_equal_gram_matrices():
     assert np.abs(np.corrcoef(a[:, 0], b[0, :2000])[0, 1]) < 0.1  # drawn apart
 
 
-@pytest.mark.parametrize(("init", "quantization"), [("pissa", "nf4"), ("balanced", "none")])
+@pytest.mark.parametrize(
+    ("init", "quantization"),
+    [
+        pytest.param("pissa", "nf4", marks=pytest.mark.slow),
+        ("balanced", "none"),
+    ],
+)
 def test_a_llama_starts_as_it_was_trains_and_is_restored_to_the_bit(init, quantization):
     def base():
         model = llama()

@@ -172,7 +172,7 @@ def test_cache_continues_padded_rows(model, side):
         np.testing.assert_allclose(np.stack([x[row] for x in found]), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", [pytest.param("dots", marks=pytest.mark.slow), "full"])
 def test_layers_may_be_swapped_for_lora_with_dropout(folder, remat):
     model = load_pretrained(folder, remat=remat)
     tokens = jnp.asarray(random_tokens((2, 10)))

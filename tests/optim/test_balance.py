@@ -132,8 +132,15 @@ def test_plain_leaves_pass():
     np.testing.assert_array_equal(updates["bias"], params["bias"])
 
 
-@pytest.mark.parametrize("shape", [(13, 13, 13), (12, 9, 4)])
-@pytest.mark.parametrize("from_zero", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "from_zero"),
+    [
+        ((13, 13, 13), True),
+        ((12, 9, 4), False),
+        pytest.param((13, 13, 13), False, marks=pytest.mark.slow),
+        pytest.param((12, 9, 4), True, marks=pytest.mark.slow),
+    ],
+)
 def test_the_path_of_w_is_the_same(shape, from_zero):
     """In float64, with clip, decay and a scaling; B at zero has no balanced factorization."""
     numbers = {"learning_rate": 0.03, "eps": 1e-3, "weight_decay": 0.1, "max_grad_norm": 1.0}

@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import (
     create_lorafa_optimizer,
     create_loraplus_optimizer,
@@ -60,37 +60,44 @@ def lora_fa(model):
 
 
 CASES = {
-    "lora": ({}, adamw),
-    "rslora": ({}, adamw),
-    "dora": ({}, adamw),
-    "lora-plus": ({"lora_plus_ratio": 4.0}, lora_plus),
-    "riemannian": ({"damping": 1e-2}, riemannian(1e-2)),
-    "riemannian-weakly-damped": ({"damping": 1e-6}, riemannian(1e-6)),
-    "lora-fa": ({}, lora_fa),
+    "lora": ("lora", {}, adamw),
+    "lora, clipped": ("lora", {"max_grad_norm": 0.1}, adamw),
+    "rslora": ("rslora", {}, adamw),
+    "dora": ("dora", {}, adamw),
+    "pissa": ("pissa", {}, adamw),
+    "full": ("full", {}, adamw),
+    "lora-plus": ("lora-plus", {"lora_plus_ratio": 4.0}, lora_plus),
+    "riemannian": ("riemannian", {"damping": 1e-2}, riemannian(1e-2)),
+    "riemannian, weakly damped": ("riemannian", {"damping": 1e-6}, riemannian(1e-6)),
+    "lora-fa": ("lora-fa", {}, lora_fa),
+    "lora-fa, clipped": ("lora-fa", {"max_grad_norm": 0.1}, lora_fa),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_losses_are_those_of_peft(case, make_config, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("method", "settings", "make_torch_optimizer"), CASES.values(), ids=CASES.keys()
+)
+def test_losses_are_those_of_peft(
+    method, settings, make_torch_optimizer, make_config, tmp_path, monkeypatch
+):
     # It would compute in bfloat16 wherever torch can.
     monkeypatch.setattr("peft.optimizers.lorafa.is_bf16_available", lambda: False)
-    settings, make_torch_optimizer = CASES[case]
     config = make_config(
-        method=case.removesuffix("-weakly-damped"),
-        rank=RANK,
-        alpha=ALPHA,
-        target_modules=("q_proj", "v_proj", "down_proj"),
-        learning_rate=RATE,
-        weight_decay=DECAY,
-        max_grad_norm=0.0,
-        **settings,
+        **{
+            "method": method,
+            "rank": RANK,
+            "alpha": ALPHA,
+            "target_modules": ("q_proj", "v_proj", "down_proj"),
+            "learning_rate": RATE,
+            "weight_decay": DECAY,
+            "max_grad_norm": 0.0,
+            **settings,
+        }
     )
     model = load_model(config)
-    save_peft_adapter(tmp_path, model, base_model=config.model)
-    theirs = PeftModel.from_pretrained(
-        LlamaForCausalLM.from_pretrained(config.model), tmp_path, is_trainable=True
-    )
+    theirs = torch_model(config, model, tmp_path)
     optimizer = make_torch_optimizer(theirs)
+    trained = [p for p in theirs.parameters() if p.requires_grad]
 
     tx = make_optimizer(config, optax.constant_schedule(RATE), scaling_of(model))
     parts = split_model(model, trained_kind(config.method))
@@ -102,10 +109,33 @@ def test_losses_are_those_of_peft(case, make_config, tmp_path, monkeypatch):
         loss = theirs(input_ids=ids, labels=ids).loss
         optimizer.zero_grad()
         loss.backward()
+        if config.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
         optimizer.step()
         losses.append(loss.item())
         assert float(metrics["loss"]) == pytest.approx(losses[-1], abs=1e-4)
     assert losses[-1] < losses[0] - 0.05  # the same batch again: what was compared has moved
+
+
+def torch_model(config, model, folder):
+    """The same start in torch: our adapter in PEFT, but for those that PEFT starts by itself."""
+    base = LlamaForCausalLM.from_pretrained(config.model)
+    if config.method == "full":
+        return base
+    if config.method == "pissa":
+        settings = LoraConfig(
+            r=RANK,
+            lora_alpha=int(ALPHA),
+            target_modules=list(config.target_modules),
+            init_lora_weights="pissa",
+        )
+        return get_peft_model(base, settings)
+    save_peft_adapter(folder, model, base_model=config.model)
+    adapted = PeftModel.from_pretrained(base, folder, is_trainable=True)
+    for name, parameter in adapted.named_parameters():
+        if config.method == "lora-fa" and "lora_A" in name:
+            parameter.requires_grad = False
+    return adapted
 
 
 def batch_of(tokens):

@@ -29,6 +29,7 @@ def saved_steps(folder):
     return sorted(int(f.name) for f in Path(folder, "checkpoints").iterdir() if f.name.isdigit())
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_is_as_if_never_stopped(make_config, workspace, tmp_path):
     """To the bit, with dropout and packed rows, over ends of epochs, in saves and between them."""
     data = DataConfig(make_config().data.path, max_length=64, packing=True)
@@ -68,6 +69,7 @@ def test_a_signal_saves_before_the_run_leaves(make_config, number):
     assert saved_steps(config.output) == [max(losses(config.output))]
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(make_config, tmp_path):
     """On a file system of its own, in a namespace that ends with the run."""
     mount = ("unshare", "--user", "--map-root-user", "--mount")

@@ -69,6 +69,7 @@ def test_the_parts_add_up_to_the_total(plans):
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_a_quantized_base_and_a_state_on_the_hosts_over_two_slices(plans, config_json):
     base = plans[1].config
     plan = plan_step(

@@ -88,8 +88,9 @@ ALIASES = [
 ROUNDING = {"loft, bfloat16": (2e-2, 2e-2)}
 # Links whose results go on to the moments, in no less than float32.
 PROJECTED_GRADIENTS = ("project_gradients", "clip_by_projected_norm")
-# Chains of links that stand in the others.
+# What stands in others here: in "loft, clipped" the full moments, say.
 SLOW = (
+    "full moments",
     "loft, factored",
     "loft, diagonal",
     "loft, both at once",

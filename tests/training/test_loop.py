@@ -23,7 +23,9 @@ from tests.training.processes import adapter, losses
 CHOICES = (" negative", " positive")
 
 
-@pytest.mark.parametrize("method", ["loft", "lora", "full"])
+@pytest.mark.parametrize(
+    "method", ["loft", *(pytest.param(m, marks=pytest.mark.slow) for m in ("lora", "full"))]
+)
 def test_a_run_learns_and_leaves_everything(make_config, workspace, method):
     config = make_config(
         method=method,

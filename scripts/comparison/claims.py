@@ -43,6 +43,12 @@ CLAIMS = (
     Claim("LoFT at rank 4 is better than LoRA at rank 16", "loft", "lora", (4, 16)),
     Claim("LoFT comes to what full fine-tuning comes to", "loft", "full", at_least_equal=True),
     Claim(
+        "LoFT comes to what full fine-tuning of the linear layers comes to",
+        "loft",
+        "full-linear",
+        at_least_equal=True,
+    ),
+    Claim(
         "the factored second moment does as well as the exact one",
         "loft-factored",
         "loft",

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, get_args
 
+import jax
 import optax
 
 from comparison.ablations import ABLATIONS
@@ -21,6 +22,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "loft-diagonal": {"method": "loft", "second_moment": "diagonal"},
     "loft-balanced": {"method": "loft", "balance": True},
     "reflora-balanced": {"method": "reflora", "init": "balanced", "reflora_warmup_steps": 0},
+    "full-linear": {"method": "full"},
     **{name: {"method": "loft"} for name in ABLATIONS},
 }
 
@@ -58,4 +60,18 @@ def configured(config: FinetuneConfig, cell: Cell) -> FinetuneConfig:
 
 def optimizer_of(method: str) -> MakeOptimizer:
     """How the optimizer of a method is made."""
-    return ABLATIONS.get(method, make_optimizer)
+    return {**ABLATIONS, "full-linear": _of_linear_layers}.get(method, make_optimizer)
+
+
+def _of_linear_layers(
+    config: FinetuneConfig, schedule: optax.Schedule, scaling: Scaling
+) -> optax.GradientTransformation:
+    """Full fine-tuning of what adapters stand on, and of nothing else."""
+
+    def kinds(params: optax.Params) -> Any:
+        return jax.tree.map_with_path(
+            lambda path, _: "linear" if "kernel" in jax.tree_util.keystr(path) else "other", params
+        )
+
+    optimizer = make_optimizer(config, schedule, scaling)
+    return optax.partition({"linear": optimizer, "other": optax.set_to_zero()}, kinds)

@@ -14,6 +14,7 @@ matplotlib.use("agg")
 # The methods that are drawn, in their order: with all of them nothing could be told apart.
 _STYLES = {
     "full": ("black", "--"),
+    "full-linear": ("gray", "--"),
     "loft": ("tab:red", "-"),
     "loft-factored": ("tab:orange", "-"),
     "lora": ("tab:blue", "-"),

@@ -38,8 +38,8 @@ reported: its test, mean ± standard deviation over seeds. A star marks a best r
 sweep. Runs of one seed see the same batches and start from the same factors (but for `pissa` and
 `reflora-balanced`, whose start is their own), on all linear layers, with alpha the rank. Gradients
 are clipped to a global norm of 1, for LoFT that of the projected ones; the learning rate rises over
-a twelfth of the run and falls to zero by a line. RefLoRA begins behind a sixth of the run. Full
-fine-tuning trains embeddings and norms too.
+a twelfth of the run and falls to zero by a line. RefLoRA begins behind a sixth of the run. `full`
+trains embeddings and norms too; `full-linear` the weights that adapters stand on.
 
 "At ⅓, 3 × the rate" is how much more the validation loss is at the neighbours of the best rate.
 "Steps to LoRA's loss" is when the training loss, mean over a fifth of the run, is what LoRA's is at
@@ -137,7 +137,7 @@ def _task(
         lines += ["", f"Test {measure} by rank:", "", *_by_rank(usual, ranks, measure)]
         plot_ranks(task.title, usual, measure, folder / f"{task.name}_ranks.png")
         lines += ["", f"![test {measure} by rank]({folder.name}/{task.name}_ranks.png)"]
-    for rank in ranks[len(ranks) // 2 :][:1]:
+    for rank in ranks[len(task.ranks) // 2 :][:1]:
         at_rank = [s for setting, s in usual.items() if setting.rank in (0, rank)]
         lines += ["", f"At rank {rank}:", "", *_at_rank(at_rank, task.steps)]
         plot_task(task.title, at_rank, task.steps, folder / f"{task.name}.png")

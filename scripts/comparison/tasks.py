@@ -15,7 +15,7 @@ from loft_jax.training.config import FinetuneConfig
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-WITHOUT_RANK = ("full",)
+WITHOUT_RANK = ("full", "full-linear")
 """Methods that train no adapters."""
 
 
@@ -188,6 +188,8 @@ LANGUAGE_TASKS = {
             ranks=(1, 2, 4, 8, 16),
             rates=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
             more=(
+                Sweep(("full-linear",), (0,)),
+                Sweep(("lora", "loft"), (32,)),
                 Sweep(tuple(ABLATIONS), (4,)),
                 *(Sweep(("lora", "loft", "loft-factored", "full"), (4,), eps) for eps in EPSILONS),
                 *(Sweep(("lora", "loft", "loft-diagonal"), (4,), alpha=a) for a in ALPHAS),

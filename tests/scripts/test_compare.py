@@ -26,7 +26,7 @@ from comparison.claims import Claim, findings
 from comparison.matrix import MATRIX_TASKS, MatrixRuns
 from comparison.methods import METHODS, configured, optimizer_of
 from comparison.registry import TASKS
-from comparison.tasks import LanguageTask
+from comparison.tasks import WITHOUT_RANK, LanguageTask
 
 STEPS, M, N, R = 6, 7, 5, 2
 
@@ -165,11 +165,11 @@ def test_every_method_has_a_run_of_its_own():
     runs = {m: configured(task, dataclasses.replace(cell, method=m)) for m in METHODS}
     for name, one in runs.items():
         assert (one.learning_rate, one.seed, one.eps, one.max_grad_norm) == (1e-3, 1, 1e-6, 1.0)
-        assert name == "full" or (one.rank, one.alpha) == (4, 8.0), name
+        assert name in WITHOUT_RANK or (one.rank, one.alpha) == (4, 8.0), name
     assert runs["reflora"].reflora_warmup_steps == 10
     assert runs["reflora-balanced"].reflora_warmup_steps == 0
     kinds = {
-        (c.method, c.second_moment, c.init, c.balance, name in ABLATIONS and name)
+        (c.method, c.second_moment, c.init, c.balance, optimizer_of(name))
         for name, c in runs.items()
     }
     assert len(kinds) == len(METHODS)
@@ -274,6 +274,18 @@ def test_all_methods_of_a_task_have_the_same_sweep():
         assert (np.diff(np.log(rates)) < np.log(4)).all(), task.name
         assert {s.method for s in swept} <= set(registry.methods_of(task))
         assert set(task.methods) <= {s.method for s in swept}
+
+
+def test_full_linear_moves_what_adapters_stand_on():
+    leaf = jnp.linspace(1, 2, 6).reshape(2, 3)
+    params = {"q_proj": {"kernel": leaf}, "embed": {"embedding": leaf}, "norm": {"scale": leaf}}
+    make = optimizer_of("full-linear")
+    tx = make(config(method="full", max_grad_norm=1.0), optax.constant_schedule(0.1), 1.0)
+    updates, _ = tx.update(params, tx.init(params), params)
+    alone = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1, eps=1e-3))
+    expected, _ = alone.update(leaf, alone.init(leaf), leaf)
+    np.testing.assert_allclose(updates.pop("q_proj")["kernel"], expected, rtol=1e-6)
+    assert not any(np.any(x) for x in jax.tree.leaves(updates))
 
 
 def test_loft_at_full_rank_is_full_fine_tuning():

@@ -121,26 +121,45 @@ def findings(
 
 def compare(claim: Claim, better: Summary, worse: Summary, measure: str) -> Finding | None:
     """One claim at two settings; None where fewer than two seeds have both."""
-    mine, theirs = better.values(measure), worse.values(measure)
-    seeds = sorted(set(mine) & set(theirs))
-    if len(seeds) < 2:
+    if (found := gain_over(better, worse, measure)) is None:
         return None
-    sign = 1 if measure in HIGHER_IS_BETTER else -1
-    gains = [sign * (mine[seed] - theirs[seed]) for seed in seeds]
-    if any(map(math.isnan, gains)):
-        fell = any(math.isnan(mine[seed]) for seed in seeds)
-        return Finding(
-            claim, better, worse, math.nan, math.nan, "does not hold" if fell else "holds"
-        )
-    gain, level = (statistics.fmean(x) for x in (gains, [theirs[seed] for seed in seeds]))
-    quantile = _STUDENT[min(len(gains) - 2, len(_STUDENT) - 1)]
-    error = quantile * statistics.stdev(gains) / math.sqrt(len(gains))
-    if measure in HIGHER_IS_BETTER:
-        questions = min(r.made_with["test_rows"] for r in worse.results)
-        error = math.hypot(error, 1.96 * math.sqrt(2 * level * (1 - level) / questions))
+    gain, error = found
+    level = abs(worse.mean(measure))
     verdict: Verdict = "within the noise"
-    if gain - error > (-_AS_GOOD * abs(level) if claim.at_least_equal else 0):
+    if math.isnan(gain):
+        fell = any(map(math.isnan, better.values(measure).values()))
+        verdict = "does not hold" if fell else "holds"
+    elif gain - error > (-_AS_GOOD * level if claim.at_least_equal else 0):
         verdict = "holds"
     elif gain < -error:
         verdict = "does not hold"
     return Finding(claim, better, worse, gain, error, verdict)
+
+
+def gain_over(mine: Summary, other: Summary, measure: str) -> tuple[float, float] | None:
+    """By how much one does better than another, seed by seed.
+
+    Args:
+        mine: The one.
+        other: What it is compared with.
+        measure: Of the test.
+
+    Returns:
+        The gain and half its 95 % interval, as in `Finding`; NaN where a run diverged; None where
+        fewer than two seeds have both.
+    """
+    values, theirs = mine.values(measure), other.values(measure)
+    seeds = sorted(set(values) & set(theirs))
+    if len(seeds) < 2:
+        return None
+    sign = 1 if measure in HIGHER_IS_BETTER else -1
+    gains = [sign * (values[seed] - theirs[seed]) for seed in seeds]
+    if any(map(math.isnan, gains)):
+        return math.nan, math.nan
+    quantile = _STUDENT[min(len(gains) - 2, len(_STUDENT) - 1)]
+    error = quantile * statistics.stdev(gains) / math.sqrt(len(gains))
+    if measure in HIGHER_IS_BETTER:
+        level = statistics.fmean(theirs[seed] for seed in seeds)
+        questions = min(r.made_with["test_rows"] for r in other.results)
+        error = math.hypot(error, 1.96 * math.sqrt(2 * level * (1 - level) / questions))
+    return statistics.fmean(gains), error

@@ -20,19 +20,21 @@ WITHOUT_RANK = ("full", "full-linear")
 
 
 class Sweep(NamedTuple):
-    """Methods at every rate and seed of a task, with something else than usual.
+    """Methods at every seed of a task, with something else than usual.
 
     Attributes:
         methods: That run.
         ranks: That each runs at.
         eps: Adam's epsilon; None is that of the task.
         alpha: LoRA's alpha; None is the rank.
+        rates: Learning rates; None is those of the task.
     """
 
     methods: tuple[str, ...]
     ranks: tuple[int, ...]
     eps: float | None = None
     alpha: float | None = None
+    rates: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,8 @@ class Task:
         methods: That are compared.
         ranks: That each runs at.
         rates: Learning rates that each runs at.
-        more: What is swept besides: ablations, other values of eps and alpha.
+        more: What is swept besides: ablations, other values of eps and alpha, and one more rate
+            where the best was the first or the last.
         note: What the report says of the task.
         eps: Adam's epsilon.
         seeds: Seeds of the sweep.
@@ -79,7 +82,7 @@ class Task:
                 self.name,
                 one.methods,
                 one.ranks,
-                self.rates,
+                self.rates if one.rates is None else one.rates,
                 self.seeds,
                 without_rank=WITHOUT_RANK,
                 eps=self.eps if one.eps is None else one.eps,
@@ -188,11 +191,17 @@ LANGUAGE_TASKS = {
             ranks=(1, 2, 4, 8, 16),
             rates=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
             more=(
-                Sweep(("full-linear",), (0,)),
+                Sweep(("full-linear",), (1,)),
                 Sweep(("lora", "loft"), (32,)),
                 Sweep(tuple(ABLATIONS), (4,)),
                 *(Sweep(("lora", "loft", "loft-factored", "full"), (4,), eps) for eps in EPSILONS),
                 *(Sweep(("lora", "loft", "loft-diagonal"), (4,), alpha=a) for a in ALPHAS),
+                Sweep(("loft-diagonal",), (1, 2, 4), rates=(3e-1,)),
+                Sweep(("loft-diagonal",), (4,), alpha=1.0, rates=(3e-1,)),
+                Sweep(("lora-fa",), (1, 2), rates=(3e-1,)),
+                Sweep(("loft-muon",), (1,), rates=(3e-1,)),
+                Sweep(("lora-plus",), (8, 16), rates=(3e-4,)),
+                Sweep(("loft-without-first-calibration",), (4,), rates=(3e-4,)),
             ),
             seeds=(0, 1, 2),
             always_tests=True,

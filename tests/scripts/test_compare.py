@@ -268,10 +268,15 @@ def test_all_methods_of_a_task_have_the_same_sweep():
         swept = {}
         for cell in task.cells():
             swept.setdefault(cell.setting, set()).add((cell.learning_rate, cell.seed))
-        (sweep,) = {frozenset(cells) for cells in swept.values()}
-        rates = sorted({rate for rate, _ in sweep})
-        assert len(rates) >= 5, task.name
-        assert (np.diff(np.log(rates)) < np.log(4)).all(), task.name
+        assert len(task.rates) >= 5, task.name
+        assert (np.diff(np.log(task.rates)) < np.log(4)).all(), task.name
+        sweep = {(rate, seed) for rate in task.rates for seed in task.seeds}
+        for setting, cells in swept.items():
+            assert sweep <= cells, setting
+            # One more at most, outside.
+            for rate in {rate for rate, _ in cells - sweep}:
+                assert min(abs(np.log(rate / end)) for end in task.rates) > np.log(2.5), setting
+                assert len(cells - sweep) == len(task.seeds), setting
         assert {s.method for s in swept} <= set(registry.methods_of(task))
         assert set(task.methods) <= {s.method for s in swept}
 

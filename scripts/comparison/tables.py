@@ -1,0 +1,181 @@
+"""Markdown tables of a comparison."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+
+from comparison.ablations import ABLATIONS
+from comparison.claims import HIGHER_IS_BETTER, gain_over
+from comparison.tasks import Task
+from loft_jax.evaluation.comparison import Setting, Summary, steps_to_match
+
+_MEASURES = ("loss", "steps", "accuracy", "accuracy_norm", "distance")
+
+
+def by_rank(usual: Mapping[Setting, Summary], ranks: Sequence[int], measure: str) -> list[str]:
+    """The measure of the test of each method at each rank."""
+    by_method: dict[str, dict[int, Summary]] = {}
+    for setting, summary in usual.items():
+        by_method.setdefault(setting.method, {})[setting.rank] = summary
+    rows = [
+        (
+            method,
+            *(_measured(found.get(rank, found.get(0)), measure, starred=True) for rank in ranks),
+        )
+        for method, found in by_method.items()
+    ]
+    return markdown(("method", *(f"r {rank}" for rank in ranks)), rows)
+
+
+def at_rank(task: Task, summaries: Sequence[Summary]) -> list[str]:
+    """All measures of some methods, the best first, and what they cost."""
+    measures = [m for m in _MEASURES if any(m in r.test for s in summaries for r in s.results)]
+    lora = next((s for s in summaries if s.setting.method == "lora"), None)
+    rows = []
+    for summary in sorted(summaries, key=_least):
+        cost = {name: _median_cost(summary, name) for name in summary.results[0].cost}
+        row = {
+            "method": summary.setting.method,
+            "rate": f"{summary.learning_rate:g}{'*' if summary.at_edge else ''}",
+            "validation loss": f"{_least(summary):.4g}",
+            **{f"test {m}": _measured(summary, m) for m in measures},
+            "seeds": str(len(summary.results)),
+        }
+        # Where runs are judged by the steps they took, their ends are at rounding.
+        if task.measure != "steps":
+            row["steps to LoRA's loss"] = _steps_to(lora, summary, task.steps)
+        state, temporary = cost["state_bytes"] / 1e6, cost["temporary_bytes"] / 1e6
+        row["trained, 10³"] = f"{cost['trained_parameters'] / 1e3:,.0f}"
+        row["memory, MB"] = f"{state:,.2f} + {temporary:,.0f}"
+        base = _median_cost(lora, "step_seconds") if lora else math.nan
+        row["time"] = f"{cost['step_seconds'] / base:.2f}" if lora else ""
+        rows.append(row)
+    return markdown(list(rows[0]), [list(row.values()) for row in rows])
+
+
+def _median_cost(summary: Summary, name: str) -> float:
+    return statistics.median(result.cost[name] for result in summary.results)
+
+
+def _steps_to(other: Summary | None, summary: Summary, steps: int) -> str:
+    """When the training loss is what that of another is at its end, over the seeds of both."""
+    seeds = {r.cell.seed for r in summary.results}
+    seeds &= {r.cell.seed for r in other.results} if other else set()
+    if other is None or not seeds:
+        return ""
+    took = steps_to_match(summary.curve(seeds), other.curve(seeds), steps)
+    return f"{took:.0f}" if math.isfinite(took) else "never"
+
+
+def by_rate(task: Task, rank: int, summaries: Mapping[Setting, Summary]) -> list[str]:
+    """The validation loss of all chains, ablations too, at each rate of the task."""
+    found = [
+        summary
+        for setting, summary in summaries.items()
+        if setting.rank in (0, rank) and (setting.eps, setting.alpha) == (task.eps, None)
+    ]
+    rates = sorted({rate for summary in found for rate in summary.rates})
+    rows = [
+        (summary.setting.method, *(_loss_at(summary, rate) for rate in rates)) for summary in found
+    ]
+    return markdown(("method", *(f"{rate:g}" for rate in rates)), rows)
+
+
+def _loss_at(summary: Summary, rate: float) -> str:
+    if rate not in summary.rates:
+        return ""
+    loss = summary.rates[rate]
+    text = f"{loss:.4g}" if math.isfinite(loss) else "diverged"
+    return f"**{text}**" if rate == summary.learning_rate else text
+
+
+def ablations(task: Task, summaries: Mapping[Setting, Summary]) -> list[str]:
+    """LoFT without a part beside the whole; nothing if there are no such runs."""
+    found = {s: x for s, x in summaries.items() if s.method in ABLATIONS}
+    rows = []
+    for rank in sorted({s.rank for s in found}):
+        whole = summaries.get(Setting(task.name, "loft", rank, task.eps))
+        parts = [x for s, x in found.items() if (s.rank, s.eps) == (rank, task.eps)]
+        for summary in [*([whole] if whole else []), *parts]:
+            rows.append(
+                (
+                    summary.setting.method,
+                    str(rank),
+                    f"{summary.learning_rate:g}{'*' if summary.at_edge else ''}",
+                    f"{_least(summary):.4g}",
+                    _measured(summary, task.measure),
+                    _gained(summary, whole, task.measure),
+                    str(len(summary.results)),
+                )
+            )
+    head = ["chain", "rank", "rate", "validation loss", f"test {task.measure}"]
+    head += ["gain over loft", "seeds"]
+    return markdown(head, rows) if rows else []
+
+
+def variants(task: Task, summaries: Mapping[Setting, Summary], field: str) -> list[str]:
+    """Methods that have run with several values of a setting; nothing if there are none."""
+    by_method: dict[tuple[str, int], dict[float, Summary]] = {}
+    for setting, summary in summaries.items():
+        if setting.alpha is None if field == "eps" else setting.eps == task.eps:
+            value = setting.eps if field == "eps" else setting.alpha
+            by_method.setdefault((setting.method, setting.rank), {})[
+                float(setting.rank if value is None else value)
+            ] = summary
+    rows = [
+        (
+            method,
+            str(rank),
+            f"{value:g}",
+            f"{summary.learning_rate:g}{'*' if summary.at_edge else ''}",
+            f"{_least(summary):.4g}",
+            _measured(summary, task.measure),
+            _gained(summary, found[usual], task.measure),
+        )
+        for (method, rank), found in by_method.items()
+        for usual in ([task.eps] if field == "eps" else [float(rank)])
+        if len(found) > 1 and usual in found
+        for value, summary in sorted(found.items())
+    ]
+    head = ["method", "rank", field, "rate", "validation loss", f"test {task.measure}"]
+    head += [f"gain over {field} {f'{task.eps:g}' if field == 'eps' else 'as the rank'}"]
+    return markdown(head, rows) if rows else []
+
+
+def _least(summary: Summary) -> float:
+    """The validation loss at the best rate."""
+    return summary.rates[summary.learning_rate]
+
+
+def _gained(summary: Summary, other: Summary | None, measure: str) -> str:
+    if other is None or summary is other:
+        return ""
+    found = gain_over(summary, other, measure)
+    return "not tested" if found is None else gain(found)
+
+
+def gain(found: tuple[float, float]) -> str:
+    """A gain with half its interval."""
+    return "diverged" if math.isnan(found[0]) else f"{found[0]:+.3g} ± {found[1]:.2g}"
+
+
+def _measured(summary: Summary | None, measure: str, *, starred: bool = False) -> str:
+    """Mean and spread of the test, in as many digits as it has."""
+    if summary is None:
+        return ""
+    if not summary.values(measure):
+        return "not tested"
+    mean, spread = summary.mean(measure), summary.spread(measure)
+    if math.isnan(mean):
+        return "diverged"
+    star = "*" if starred and summary.at_edge else ""
+    if abs(mean) < 0.1 and measure not in HIGHER_IS_BETTER:
+        return f"{mean:.2g}{star}" + ("" if math.isnan(spread) else f" ± {spread:.1g}")
+    digits = {**dict.fromkeys(HIGHER_IS_BETTER, 3), "steps": 1}.get(measure, 4)
+    return f"{mean:.{digits}f}{star}" + ("" if math.isnan(spread) else f" ± {spread:.{digits}f}")
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]

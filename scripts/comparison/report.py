@@ -68,6 +68,7 @@ def write_report(results: Path, page: Path) -> None:
     lines = [_INTRODUCTION, *_made_with(itertools.chain.from_iterable(logs.values()))]
     summaries = {name: summarize(found) for name, found in logs.items()}
     lines += _claims(summaries)
+    lines += _at_rate_of_full(summaries)
     for name, found in logs.items():
         lines += _task(TASKS[name], found, summaries[name], results)
     page.write_text("\n".join(lines).rstrip() + "\n", "utf-8")
@@ -118,6 +119,21 @@ def _claims(summaries: Mapping[str, Mapping[Setting, Summary]]) -> list[str]:
         if parts:
             lines.append(f"- That {claim.text}: {'; '.join(parts)}.")
     return lines
+
+
+def _at_rate_of_full(summaries: Mapping[str, Mapping[Setting, Summary]]) -> list[str]:
+    """Whether a method can be run with what suits full fine-tuning."""
+    rows = [
+        row
+        for task, of_task in summaries.items()
+        for row in tables.at_rate_of_full(TASKS[task], _usual(TASKS[task], of_task))
+    ]
+    if not rows:
+        return []
+    lines = ["", "## At the learning rate of full fine-tuning", ""]
+    lines += ["The validation loss at the best learning rate of `full`, and in parentheses the one"]
+    lines += ["at the method's own best.", ""]
+    return [*lines, *tables.markdown(["task", "rank", "rate", *tables.AT_RATE_OF_FULL], rows)]
 
 
 def _ranks(finding: Finding) -> str:

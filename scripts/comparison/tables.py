@@ -9,6 +9,9 @@ from comparison.claims import HIGHER_IS_BETTER, gain_over
 from comparison.tasks import Task
 from loft_jax.evaluation.comparison import Setting, Summary, steps_to_match
 
+AT_RATE_OF_FULL = ("loft", "loft-factored", "lora", "reflora", "dora")
+"""Methods that are shown at the learning rate of another."""
+
 _MEASURES = ("loss", "steps", "accuracy", "accuracy_norm", "distance")
 
 
@@ -79,6 +82,28 @@ def by_rate(task: Task, rank: int, summaries: Mapping[Setting, Summary]) -> list
         (summary.setting.method, *(_loss_at(summary, rate) for rate in rates)) for summary in found
     ]
     return markdown(("method", *(f"{rate:g}" for rate in rates)), rows)
+
+
+def at_rate_of_full(task: Task, usual: Mapping[Setting, Summary]) -> list[list[str]]:
+    """Rows of the validation loss at the best rate of full fine-tuning, beside the own best.
+
+    Args:
+        task: Of the rows.
+        usual: Summaries of its methods.
+
+    Returns:
+        Task, rank, the best rate of `full`, and what `AT_RATE_OF_FULL` come to, by rank.
+    """
+    by_method = {(s.method, s.rank): x for s, x in usual.items()}
+    if ("full", 0) not in by_method:
+        return []
+    rate = by_method["full", 0].learning_rate
+    rows = []
+    for rank in sorted({rank for _, rank in by_method if rank}):
+        found = [by_method.get((method, rank)) for method in AT_RATE_OF_FULL]
+        cells = [f"{x.rates[rate]:.4g} ({_least(x):.4g})" if x else "" for x in found]
+        rows.append([task.name, f"r {rank}", f"{rate:g}", *cells])
+    return rows
 
 
 def _loss_at(summary: Summary, rate: float) -> str:

@@ -218,6 +218,12 @@ LANGUAGE_TASKS = {
             methods=ON_SMOLLM2,
             ranks=(8,),
             rates=FIVE_RATES,
+            more=(
+                Sweep(("loft",), (4,)),
+                Sweep(("lora",), (16,)),
+                Sweep(("loft", "loft-factored"), (8,), 1e-4),
+                Sweep(tuple(ABLATIONS), (8,)),
+            ),
             train=("train.jsonl", "train[200:]"),
             validation=("train.jsonl", "train[:200]"),
             measure="accuracy",

@@ -73,6 +73,7 @@ def peft_logits(smollm2, adapter):
     return without, torch_logits(model), torch_logits(model.double())
 
 
+@pytest.mark.slow
 def test_peft_gives_our_logits(smollm2, adapter, peft_logits):
     folder, ours = adapter
     without, theirs, exact = peft_logits
@@ -84,6 +85,7 @@ def test_peft_gives_our_logits(smollm2, adapter, peft_logits):
         assert apart(our_logits(load_peft_adapter(folder, model)), exact) < 1e-4
 
 
+@pytest.mark.slow
 def test_merged_model_in_transformers(smollm2, adapter, peft_logits, tmp_path):
     folder, ours = adapter
     _, theirs, exact = peft_logits

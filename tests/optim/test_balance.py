@@ -15,7 +15,7 @@ from tests.optim.problems import adamw_path, factor_path, least_squares, loft_pa
 @jax.jit
 def balanced(params):
     tx = balance_factors()
-    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     return optax.apply_updates(params, updates)
 
 

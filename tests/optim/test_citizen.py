@@ -91,6 +91,9 @@ PROJECTED_GRADIENTS = ("project_gradients", "clip_by_projected_norm")
 # What stands in others here: in "loft, clipped" the full moments, say.
 SLOW = (
     "full moments",
+    "factored moments",
+    "loft, bfloat16",
+    "loft, balanced",
     "loft, factored",
     "loft, diagonal",
     "loft, both at once",

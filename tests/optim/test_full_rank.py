@@ -38,7 +38,7 @@ def learning_rates(schedule):
     return np.full(STEPS, 0.03)
 
 
-@pytest.mark.parametrize("size", [8, 13])
+@pytest.mark.parametrize("size", [pytest.param(8, marks=pytest.mark.slow), 13])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_w_follows_adamw(size, dtype):
     with jax.enable_x64(True):

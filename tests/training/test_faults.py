@@ -98,7 +98,8 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(make_config, tmp_pat
     assert f"resumed at step {complete[-1]} of 2000" in output(process)
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
 def test_a_run_is_handed_from_process_to_process(make_config, tmp_path, count):
     """To other meshes too, by a notice of preemption and by a kill; it ends as if undisturbed."""
     # Of a size that rounding does not turn into another sign, as Adam's first steps else are.
@@ -147,8 +148,7 @@ def test_a_run_is_handed_from_process_to_process(make_config, tmp_path, count):
         np.testing.assert_array_equal(tensor, adapter(folder)[name], err_msg=name)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_two_and_four_processes_evaluate_and_export_as_one(make_config, workspace, tmp_path, count):
     common = {
         "eps": 1e-3,

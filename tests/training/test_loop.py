@@ -61,11 +61,10 @@ def test_a_run_learns_and_leaves_everything(make_config, workspace, method):
     "method",
     [
         "dora",
-        "pissa",
         "reflora-s",
         *(
             pytest.param(method, marks=pytest.mark.slow)
-            for method in ("loft-muon", "lora-plus", "rslora", "lora-fa", "riemannian")
+            for method in ("loft-muon", "lora-plus", "rslora", "lora-fa", "pissa", "riemannian")
         ),
         *(pytest.param(method, marks=pytest.mark.slow) for method in ("altlora-plus", "reflora")),
     ],
@@ -211,6 +210,7 @@ def test_a_trace_of_some_steps(make_config):
     assert traces[0].stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_a_run_on_a_quantized_base(make_config, workspace):
     """With evaluations that no regular checkpoint coincides with: the best is kept all the same."""
     held_out = {"eval_path": str(workspace / "test.jsonl"), "eval_every": 7, "save_every": 100}
@@ -253,6 +253,7 @@ def test_a_step_with_a_loss_that_is_no_number_is_skipped_and_told(make_config, m
     assert saved == ["6"]  # not at step 3: its parameters may be why the loss was none
 
 
+@pytest.mark.slow
 def test_the_optimizers_state_in_the_memory_of_the_host_changes_nothing(make_config, tmp_path):
     plain = make_config(output=str(tmp_path / "plain"), steps=6)
     config = make_config(output=str(tmp_path / "offloaded"), steps=6, offload_optimizer=True)

@@ -21,7 +21,7 @@ from loft_jax.training.shardings import parameter_spec
 from loft_jax.training.topology import load_topology
 from tests.training.eight_devices import LOADED
 
-MESHES = ([8, 1, 1], [1, 8, 1], [2, 2, 2], [1, 4, 2], [2, 4, 1])
+MESHES = ([8, 1, 1], [1, 8, 1], [2, 2, 2], [1, 4, 2])
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is for Linux on x86-64"
 )

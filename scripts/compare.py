@@ -13,13 +13,13 @@ from typing import Annotated
 
 import jax
 import tyro
-from comparison.registry import TASKS, methods_of, read_results, runs_of
+from comparison.registry import TASKS, methods_of, read_results, runs_of, summaries_of
 from comparison.report import write_report
 from comparison.tasks import Sweep, Task
 from tqdm import tqdm
 
 from loft_jax.errors import InputError
-from loft_jax.evaluation.comparison import Cell, Result, ResultLog, summarize
+from loft_jax.evaluation.comparison import Cell, Result, ResultLog
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Run:
         cells = self._cells(task)
         test = self.best or task.always_tests
         if self.best:
-            cells = at_best(before, cells, self.seeds or task.final_seeds)
+            cells = at_best(task, before, cells, self.seeds or task.final_seeds)
         done = {r.cell for r in before if r.test or not test}
         mine = [cell for cell in self._shared(cells) if cell not in done]
         make = runs_of(task, Path(self.assets))
@@ -79,7 +79,8 @@ class Run:
         """What is asked for; without any wish, all that is planned."""
         if self.best and self.rates:
             raise InputError("rates are given with best, which runs at the best ones")
-        chosen = replace(task, rates=self.rates or task.rates, seeds=self.seeds or task.seeds)
+        seeds = (not self.best and self.seeds) or task.seeds
+        chosen = replace(task, rates=self.rates or task.rates, seeds=seeds)
         if not (self.methods or self.ranks or self.eps or self.alpha):
             return chosen.cells()
         sweep = Sweep(self.methods or task.methods, self.ranks or task.ranks, self.eps, self.alpha)
@@ -108,20 +109,22 @@ class Report:
         write_report(Path(self.results), Path(self.page))
 
 
-def at_best(results: Sequence[Result], cells: Sequence[Cell], seeds: Sequence[int]) -> list[Cell]:
+def at_best(
+    task: Task, results: Sequence[Result], cells: Sequence[Cell], seeds: Sequence[int]
+) -> list[Cell]:
     """Runs at the best learning rates of the settings of some cells.
 
     Raises:
         InputError: Some of these cells have not run, so that the best is not known yet.
     """
     done = {result.cell for result in results}
-    if open_ := [cell for cell in cells if cell not in done and cell.seed == cells[0].seed]:
+    if open_ := [cell for cell in cells if cell not in done]:
         raise InputError(
             f"{len(open_)} runs of the sweep are not there yet, as {_named(open_[0])}; the best "
             "rates are not known"
         )
     wanted = dict.fromkeys(cell.setting for cell in cells)
-    best = summarize(results)
+    best = summaries_of(task, results)
     return [setting.cell(best[setting].learning_rate, seed) for seed in seeds for setting in wanted]
 
 

@@ -234,14 +234,19 @@ class Summary:
         return [statistics.fmean(losses) for losses in zip(*curves, strict=True)]
 
 
-def summarize(results: Iterable[Result]) -> dict[Setting, Summary]:
-    """Each method at the learning rate of the least validation loss.
+def summarize(
+    results: Iterable[Result], *, by: str = "loss", seeds: Collection[int] | None = None
+) -> dict[Setting, Summary]:
+    """Each method at its best learning rate.
 
     Args:
         results: Of one comparison.
+        by: The measure of validation that is least at the best rate, in the mean over the seeds.
+        seeds: Of the sweep; a rate that has not run with all of them does not count. By default
+            those that all rates of a method have run with.
 
     Returns:
-        Summaries by setting, in the order of the results.
+        Summaries by setting, in the order of the results; none of a method without a whole rate.
     """
     by_setting: dict[Setting, dict[float, dict[int, Result]]] = {}
     for result in results:
@@ -249,21 +254,25 @@ def summarize(results: Iterable[Result]) -> dict[Setting, Summary]:
         rates.setdefault(result.cell.learning_rate, {})[result.cell.seed] = result
     found = {}
     for setting, rates in by_setting.items():
-        common = set.intersection(*(set(runs) for runs in rates.values()))
-        if not common:
+        common = set(seeds or set.intersection(*(set(runs) for runs in rates.values())))
+        whole = {rate: rates[rate] for rate in sorted(rates) if common <= set(rates[rate])}
+        if not common or not whole:
             continue  # the sweep has only begun
-        losses = {
-            rate: statistics.fmean(rates[rate][seed].validation["loss"] for seed in common)
-            for rate in sorted(rates)
-        }
-        best = min(losses, key=losses.__getitem__)
-        runs = rates[best]
+
+        losses, judged = (
+            {
+                rate: statistics.fmean(runs[s].validation.get(name, math.inf) for s in common)
+                for rate, runs in whole.items()
+            }
+            for name in ("loss", by)
+        )
+        best = min(whole, key=lambda rate: (judged[rate], losses[rate]))
         found[setting] = Summary(
             setting,
             best,
             best in (min(losses), max(losses)),
             losses,
-            tuple(runs[seed] for seed in sorted(runs)),
+            tuple(whole[best][seed] for seed in sorted(whole[best])),
         )
     return found
 

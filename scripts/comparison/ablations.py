@@ -26,7 +26,8 @@ from loft_jax.optim.tall import transpose
 from loft_jax.optim.tree import FactorTree, compute_dtype
 from loft_jax.training.config import FinetuneConfig
 
-Part = Literal["scaling", "alternation", "first", "second", "clip"]
+Kept = Literal["first", "second", "both"]
+Part = Literal["scaling", "alternation", "clip"] | Kept
 
 
 class KeptMomentsState(NamedTuple):
@@ -44,7 +45,7 @@ class KeptMomentsState(NamedTuple):
 
 
 def keep_moments(
-    kept: Literal["first", "second"], b1: float, b2: float, scaling: Scaling
+    kept: Kept, b1: float, b2: float, scaling: Scaling
 ) -> optax.GradientTransformation:
     """As `calibrate_moments`, but with moments that stay what they are when the subspace moves.
 
@@ -52,7 +53,7 @@ def keep_moments(
     `p_i ← b2 p_i + (1 - b2) x_i x_iᵀ`: numbers of the factor, read with today's partner.
 
     Args:
-        kept: Which moment stays; the other is calibrated.
+        kept: Which moment stays, or both; the other is calibrated.
         b1: Decay of the first moment.
         b2: Decay of the second moment.
         scaling: The s of `W = s A B`.
@@ -104,7 +105,8 @@ def keep_moments(
                 )
                 for i, m_, p_, m_seen, p_seen in new:
                     mu[i], nu[i] = m_, p_
-                    changed = {"mu": m_seen} if kept == "first" else {"nu": p_seen}
+                    seen = {"first": {"mu": m_seen}, "second": {"nu": p_seen}}
+                    changed = seen.get(kept) or {"mu": m_seen, "nu": p_seen}
                     # Adam's bound on an element is one of moments that belong together.
                     limit = jnp.full_like(found[i].limit, jnp.inf)
                     found[i] = dataclasses.replace(found[i], **changed, limit=limit)
@@ -141,7 +143,7 @@ def loft_without(
     project = [] if part == "scaling" else [project_gradients(scaling=scaling)]
     # Plain clipping is that of the factors' own gradients, before they are scaled.
     start = [*clip, *project] if part == "clip" else [*project, *clip]
-    if part == "first" or part == "second":
+    if part in ("first", "second", "both"):
         moments = keep_moments(part, config.b1, config.b2, scaling)
     else:
         moments = calibrate_moments(config.b1, config.b2, scaling=scaling)
@@ -168,6 +170,7 @@ ABLATIONS = {
     "loft-without-alternation": _ablation("alternation"),
     "loft-without-first-calibration": _ablation("first"),
     "loft-without-second-calibration": _ablation("second"),
+    "loft-without-calibration": _ablation("both"),
     "loft-without-projected-clip": _ablation("clip"),
 }
 """Optimizers by the name of the ablation."""

@@ -8,12 +8,12 @@ from typing import Literal, NamedTuple
 
 from loft_jax.evaluation.comparison import Setting, Summary
 
-Verdict = Literal["holds", "within the noise", "does not hold"]
+Verdict = Literal["better", "as good", "within the noise", "worse by less than 1 %", "worse"]
 
 # 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom.
 _STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
-# A method is as good as another if it is less than this share of the measure behind.
+# "As good" is less than this share of the measure behind.
 _AS_GOOD = 0.01
 
 HIGHER_IS_BETTER = ("accuracy", "accuracy_norm")
@@ -28,7 +28,7 @@ class Claim:
         better: The method that should be better.
         worse: The one that it is compared with.
         ranks: Ranks of the two; None compares them at every rank that both have.
-        at_least_equal: Whether being as good is enough.
+        at_least_equal: Whether being as good is enough: less than 1 % of the measure behind.
     """
 
     text: str
@@ -59,6 +59,17 @@ CLAIMS = (
         "loft-diagonal",
         "loft",
         at_least_equal=True,
+    ),
+    *(
+        Claim(f"LoFT is better than without {part}", "loft", f"loft-without-{name}")
+        for part, name in (
+            ("the scaling of gradients", "scaling"),
+            ("alternation", "alternation"),
+            ("calibration of the first moment", "first-calibration"),
+            ("calibration of the second moment", "second-calibration"),
+            ("calibration of both", "calibration"),
+            ("the projected clip", "projected-clip"),
+        )
     ),
     Claim("RefLoRA is better than LoRA at equal rank", "reflora", "lora"),
     Claim("RefLoRA-S is better than LoRA at equal rank", "reflora-s", "lora"),
@@ -107,33 +118,32 @@ def findings(
     by_method = {(s.method, s.rank): x for s, x in summaries.items()}
     found = []
     for claim in claims:
-        for (method, rank), better in by_method.items():
+        for (method, rank), better in sorted(by_method.items()):
             other = rank if claim.ranks is None else claim.ranks[1]
             worse = by_method.get((claim.worse, other)) or by_method.get((claim.worse, 0))
             if method != claim.better or worse is None:
                 continue
             if claim.ranks is not None and rank != claim.ranks[0]:
                 continue
-            if (finding := compare(claim, better, worse, measure)) is not None:
-                found.append(finding)
+            if (gain := gain_over(better, worse, measure)) is not None:
+                verdict = _verdict(claim, gain, better, worse, measure)
+                found.append(Finding(claim, better, worse, *gain, verdict))
     return found
 
 
-def compare(claim: Claim, better: Summary, worse: Summary, measure: str) -> Finding | None:
-    """One claim at two settings; None where fewer than two seeds have both."""
-    if (found := gain_over(better, worse, measure)) is None:
-        return None
+def _verdict(
+    claim: Claim, found: tuple[float, float], better: Summary, worse: Summary, measure: str
+) -> Verdict:
     gain, error = found
-    level = abs(worse.mean(measure))
-    verdict: Verdict = "within the noise"
     if math.isnan(gain):
         fell = any(map(math.isnan, better.values(measure).values()))
-        verdict = "does not hold" if fell else "holds"
-    elif gain - error > (-_AS_GOOD * level if claim.at_least_equal else 0):
-        verdict = "holds"
-    elif gain < -error:
-        verdict = "does not hold"
-    return Finding(claim, better, worse, gain, error, verdict)
+        return "worse" if fell else "better"
+    if gain > error:
+        return "better"
+    near = claim.at_least_equal and gain - error > -_AS_GOOD * abs(worse.mean(measure))
+    if gain < -error:
+        return "worse by less than 1 %" if near else "worse"
+    return "as good" if near else "within the noise"
 
 
 def gain_over(mine: Summary, other: Summary, measure: str) -> tuple[float, float] | None:

@@ -189,17 +189,18 @@ ON_MATRICES = (
 )  # fmt: skip
 WITHOUT_PARTS = (
     "loft-without-scaling", "loft-without-alternation", "loft-without-first-calibration",
-    "loft-without-second-calibration",
+    "loft-without-second-calibration", "loft-without-calibration",
 )  # fmt: skip
 MATRIX_METHODS = (*ON_MATRICES, *WITHOUT_PARTS)
 """Methods that are optimizers of factors, without a clip."""
 
 _NOTE = (
-    "One error, of all entries: there is nothing held out. The loss is its geometric mean over the "
-    "run, as at the end all that converges is at rounding; steps are those with an error above a "
-    "millionth of the first. No clip, a constant rate; factors start as linear layers do. The "
-    "distance is that of the weight from the one that AdamW on the full weight comes to at the "
-    "same rate."
+    "One error, of all entries, with nothing held out. The loss is its geometric mean over "
+    "the run, as at the end all that converges is at rounding; steps are those with an error "
+    "above a millionth of the first. No clip, a constant rate; factors start as linear layers "
+    "do, their product not at zero, so that another alpha is another start. The distance is "
+    "that of the weight from the one which AdamW on the full weight comes to at the rate of "
+    "the row: at rates that are too small it is a distance from what has not arrived."
 )
 
 MATRIX_TASKS = {

@@ -8,7 +8,7 @@ import jax
 import optax
 
 from comparison.ablations import ABLATIONS
-from comparison.tasks import WITHOUT_RANK
+from comparison.tasks import UNCLIPPED, WITHOUT_RANK
 from loft_jax.evaluation.comparison import Cell
 from loft_jax.optim.pairs import Scaling
 from loft_jax.training.config import FinetuneConfig, Method
@@ -23,6 +23,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "loft-balanced": {"method": "loft", "balance": True},
     "reflora-balanced": {"method": "reflora", "init": "balanced", "reflora_warmup_steps": 0},
     "full-linear": {"method": "full"},
+    **{f"{method}-unclipped": {"method": method, "max_grad_norm": 0.0} for method in UNCLIPPED},
     **{name: {"method": "loft"} for name in ABLATIONS},
 }
 

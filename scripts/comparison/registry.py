@@ -1,6 +1,6 @@
 """All tasks by name, and what makes the runs of one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from comparison.matrix import MATRIX_METHODS, MATRIX_TASKS, MatrixRuns, MatrixTask
@@ -8,7 +8,7 @@ from comparison.methods import METHODS
 from comparison.runs import LanguageRuns
 from comparison.tasks import LANGUAGE_TASKS, LanguageTask, Task
 from loft_jax.errors import InputError
-from loft_jax.evaluation.comparison import Result, ResultLog
+from loft_jax.evaluation.comparison import Result, ResultLog, Setting, Summary, summarize
 
 TASKS: dict[str, Task] = {**MATRIX_TASKS, **LANGUAGE_TASKS}
 """Those of matrices first."""
@@ -53,3 +53,14 @@ def read_results(log: ResultLog, task: Task) -> list[Result]:
                 "move it away"
             )
     return results
+
+
+def summaries_of(task: Task, results: Iterable[Result]) -> dict[Setting, Summary]:
+    """Each method at its best learning rate, by what the task judges rates by.
+
+    Args:
+        task: Of the results.
+        results: All there are.
+    """
+    by = task.measure if task.measure == "steps" else "loss"
+    return summarize(results, by=by, seeds=task.seeds)

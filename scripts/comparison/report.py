@@ -1,53 +1,92 @@
 """The page of results, from the logs of the comparison: tables, plots, and what they answer."""
 
 import itertools
+import textwrap
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from comparison import tables
-from comparison.ablations import ABLATIONS
-from comparison.claims import CLAIMS, Finding, findings
+from comparison.claims import CLAIMS, Claim, Finding, findings
 from comparison.plots import plot_ranks, plot_task
-from comparison.registry import TASKS, read_results
+from comparison.registry import TASKS, read_results, summaries_of
 from comparison.runs import PACKAGES
-from comparison.tasks import Task
-from loft_jax.evaluation.comparison import (
-    Cell,
-    Result,
-    ResultLog,
-    Setting,
-    Summary,
-    summarize,
-)
+from comparison.tasks import WHOLE, Task
+from loft_jax.evaluation.comparison import Result, ResultLog, Setting, Summary
 
 _INTRODUCTION = """\
 # What the methods come to
 
-Made from the logs in [results/](results) by `python scripts/compare.py report`. Each line of a log
-is one run. `python scripts/compare.py run TASK` makes those that are missing, and
-`python scripts/compare.py run TASK --best` those at the best rates, after
-`python scripts/prepare_demo.py` and `python scripts/prepare_experiments.py`.
+Made by `python scripts/compare.py report` from the logs in [results/](results), one line a run.
+`python scripts/compare.py run TASK` makes the runs that are missing, and with `--best` those at the
+best rates, after `python scripts/prepare_demo.py` and `python scripts/prepare_experiments.py`. The
+methods are described in [methods.md](methods.md).
 
-Every method runs with the same learning rates, and the one with the least validation loss is
-reported: its test, mean ± standard deviation over seeds. Where the best rate was at an end of the
-sweep, a method may have run at one more; a star marks a best rate that is at an end all the same.
+| question | where the answer is |
+| --- | --- |
+| LoFT against LoRA and RefLoRA at equal rank, RefLoRA against LoRA | [claims](#claims) |
+| LoFT at rank 4 against LoRA at rank 16 | [claims](#claims) |
+| how far from full fine-tuning | [claims](#claims), and the tables by rank |
+| rank 1 | the first column of the table by rank of `stories` |
+| how a method depends on the learning rate | [below](#at-the-learning-rate-of-full-fine-tuning), \
+and "Validation loss by learning rate" of each task |
+| on eps and on alpha | "By eps" and "By alpha" of each task |
+| what each part of LoFT does | "Without a part" of each task |
+| steps to LoRA's final loss, memory, time | the table of each task at one rank |
+| what did not hold | [there](#what-did-not-hold) |
+
+## How it was compared
+
+Every method runs with the same learning rates, and the one with the least validation loss (on
+matrices: the fewest steps) is reported: its test, mean ± standard deviation over seeds 0, 1 and 2.
+On SmolLM2 the rate is chosen with seed 0 alone. Where the best rate was at an end of the sweep, a
+method may have run at one more; a star marks a best rate that is at an end all the same.
+
 Runs of one seed see the same batches and start from the same factors (but for `pissa` and
 `reflora-balanced`, whose start is their own), on all linear layers, with alpha the rank. Gradients
-are clipped to a global norm of 1, for LoFT that of the projected ones; the learning rate rises over
-a twelfth of the run and falls to zero by a line. RefLoRA begins behind a sixth of the run. `full`
-trains embeddings and norms too; `full-linear` the weights that adapters stand on.
+are clipped to a global norm of 1, for LoFT that of the projected ones, for the others that of the
+factors' own: not the same clip, and it matters (`lora-unclipped`, `loft-unclipped`). The learning
+rate rises over a twelfth of the run and falls to zero by a line. RefLoRA begins behind a sixth of
+the run. `full` trains embeddings and norms too; `full-linear` the weights that adapters stand on.
 
-"Steps to LoRA's loss" is when the training loss, mean over a fifth of the run, is what LoRA's is at
-the end of its run. Memory is the state of the optimizer, and what the compiler sets aside for a
-step. Times are medians of a step over that of LoRA in the same table, from machines that were busy
-with other work too: a hint, no more; see [optimizer.md](optimizer.md) for measured ones.
+"Steps to LoRA's loss" is when the training loss, mean over a fifth of the run, first is what LoRA's
+is at the end of its run. Memory is the state of the optimizer, and what the compiler sets aside for
+a step. Times are medians of a step over that of LoRA in the same table, on machines that were busy
+with other work too, some more than others: a hint, no more; [optimizer.md](optimizer.md) has
+measured ones.
+
+Left out: `altlora-plus`, which is `loft-diagonal` but for its clip; on SmolLM2 ranks other than 8
+but for two, and most methods; eps and alpha on most tasks. Models, data and runs are small: what
+holds here need not hold at a thousand times the size.
 """
 
-_WITHOUT = (
-    "LoFT with one part off. Without the scaling, gradients are the factors' own, and so is the",
-    "clip; without a calibration, Adam's bound on an element is off too.",
-)
+_CLAIMS = """\
+
+## Claims
+
+Runs of one seed are compared with each other. The error is half the 95 % interval of Student's t
+over seeds; few seeds make it wide. For accuracies the sampling of the questions is in it, as if
+each method had answered others; losses are those of the rows that were tested. "As good" is less
+than 1 % behind. Of so many comparisons some will be out of their interval by chance. The gains
+themselves stand with each task.
+"""
+
+_AT_RATE_OF_FULL = """\
+
+## At the learning rate of full fine-tuning
+
+The validation loss at the best learning rate of `full`, and in parentheses the one at the method's
+own best.
+"""
+
+_GAINS = "Gains (how much lower the {measure}; how much higher, for an accuracy), and what of it:"
+
+_PARTS = """\
+
+Without a part. `without-scaling` clips by its unscaled gradients, which is the norm of nothing in
+particular; only where nothing is clipped is it the scaling alone. Without a calibration, Adam's
+bound on an element is off too.
+"""
 
 
 def write_report(results: Path, page: Path) -> None:
@@ -66,11 +105,15 @@ def write_report(results: Path, page: Path) -> None:
     }
     logs = {name: found for name, found in logs.items() if found}
     lines = [_INTRODUCTION, *_made_with(itertools.chain.from_iterable(logs.values()))]
-    summaries = {name: summarize(found) for name, found in logs.items()}
-    lines += _claims(summaries)
+    summaries = {name: summaries_of(TASKS[name], found) for name, found in logs.items()}
+    found = {
+        name: findings(_as_planned(TASKS[name], of_task), TASKS[name].measure)
+        for name, of_task in summaries.items()
+    }
+    lines += _claims({name: of_task for name, of_task in found.items() if of_task})
     lines += _at_rate_of_full(summaries)
-    for name, found in logs.items():
-        lines += _task(TASKS[name], found, summaries[name], results)
+    for name, of_task in logs.items():
+        lines += _task(TASKS[name], of_task, summaries[name], found[name], results)
     page.write_text("\n".join(lines).rstrip() + "\n", "utf-8")
 
 
@@ -79,46 +122,41 @@ def _made_with(results: Iterable[Result]) -> list[str]:
     return [f"Made with {', '.join(f'{k} {v}' for k, v in kind)}." for kind in sorted(kinds)]
 
 
-def _claims(summaries: Mapping[str, Mapping[Setting, Summary]]) -> list[str]:
-    """The claims, task by task, and apart those that were not borne out."""
-    found: list[tuple[str, Finding]] = [
-        (task, finding)
-        for task, of_task in summaries.items()
-        for finding in findings(_usual(TASKS[task], of_task), TASKS[task].measure)
-    ]
-    lines = ["", "## Claims", ""]
-    lines += ["Gains are of the measure of the task (losses: how much lower), seed by seed, with"]
-    lines += ["the 95 % interval of Student's t; few seeds make it wide. For accuracies the"]
-    lines += ["sampling of the questions is in it, as if each method had answered others. Of so"]
-    lines += ["many comparisons some will be out of their interval by chance.", ""]
-    found.sort(key=lambda one: (list(summaries).index(one[0]), one[1].better.setting.rank))
+def _claims(found: Mapping[str, Sequence[Finding]]) -> list[str]:
+    """What each task says of each claim, and apart what was not borne out."""
     rows = [
-        (
-            claim.text,
-            task,
-            _ranks(f),
-            tables.gain((f.gain, f.error)),
-            "**no**" if f.verdict == "does not hold" else f.verdict,
-        )
+        (claim.text, *("; ".join(_by_verdict(of_task, claim)) for of_task in found.values()))
         for claim in CLAIMS
-        for task, f in found
-        if f.claim is claim
     ]
-    lines += tables.markdown(("claim", "task", "rank", "gain", "verdict"), rows)
-    lines += ["", "## What did not hold", ""]
+    lines = [_CLAIMS, *tables.markdown(("", *found), rows), "", "## What did not hold", ""]
     for claim in CLAIMS:
-        where: dict[str, list[str]] = {}
-        for task, f in found:
-            if f.claim is claim:
-                where.setdefault(f.verdict, []).append(f"{task} {_ranks(f)}")
-        parts = ["not tested"] if not where else []
-        if "does not hold" in where:
-            parts.append(f"it does not hold on {', '.join(where['does not hold'])}")
-        if "within the noise" in where:
-            parts.append(f"the noise decides on {', '.join(where['within the noise'])}")
-        if parts:
-            lines.append(f"- That {claim.text}: {'; '.join(parts)}.")
+        of_claim = [f for of_task in found.values() for f in of_task if f.claim is claim]
+        worse = {
+            task: [_ranks(f) for f in of_task if f.claim is claim and "worse" in f.verdict]
+            for task, of_task in found.items()
+        }
+        where = ", ".join(f"{task} ({', '.join(at)})" for task, at in worse.items() if at)
+        good = sum(f.verdict in ("better", "as good") for f in of_claim)
+        borne = f"borne out in {good} of {len(of_claim)}"
+        if not of_claim:
+            lines.append(f"- {claim.text}: not tested")
+        elif where or 2 * good < len(of_claim):
+            rest = f"; the contrary on {where}" if where else "; the noise decides on the rest"
+            lines += _wrapped(f"- {claim.text}: {borne}{rest}")
     return lines
+
+
+def _by_verdict(found: Sequence[Finding], claim: Claim) -> list[str]:
+    ranks: dict[str, list[str]] = {}
+    for finding in found:
+        if finding.claim is claim:
+            ranks.setdefault(finding.verdict, []).append(_ranks(finding))
+    return [f"{verdict} ({', '.join(at)})" for verdict, at in ranks.items()]
+
+
+def _ranks(finding: Finding) -> str:
+    mine, other = finding.better.setting.rank, finding.worse.setting.rank
+    return f"r {mine}" if mine == other or not other else f"r {mine} / r {other}"
 
 
 def _at_rate_of_full(summaries: Mapping[str, Mapping[Setting, Summary]]) -> list[str]:
@@ -128,26 +166,21 @@ def _at_rate_of_full(summaries: Mapping[str, Mapping[Setting, Summary]]) -> list
         for task, of_task in summaries.items()
         for row in tables.at_rate_of_full(TASKS[task], _usual(TASKS[task], of_task))
     ]
-    if not rows:
-        return []
-    lines = ["", "## At the learning rate of full fine-tuning", ""]
-    lines += ["The validation loss at the best learning rate of `full`, and in parentheses the one"]
-    lines += ["at the method's own best.", ""]
-    return [*lines, *tables.markdown(["task", "rank", "rate", *tables.AT_RATE_OF_FULL], rows)]
-
-
-def _ranks(finding: Finding) -> str:
-    mine, other = finding.better.setting.rank, finding.worse.setting.rank
-    return f"r {mine}" if mine == other or not other else f"r {mine} / r {other}"
+    head = ["task", "rank", "rate", *tables.AT_RATE_OF_FULL]
+    return [_AT_RATE_OF_FULL, *tables.markdown(head, rows)] if rows else []
 
 
 def _task(
-    task: Task, results: Sequence[Result], summaries: Mapping[Setting, Summary], folder: Path
+    task: Task,
+    results: Sequence[Result],
+    summaries: Mapping[Setting, Summary],
+    found: Sequence[Finding],
+    folder: Path,
 ) -> list[str]:
     size = results[0].made_with.get("batch_size")
     lines = ["", f"## {task.title}", ""]
-    lines += [f"`{task.name}`: {task.steps} steps{f' of {size} rows' if size else ''}. {task.note}"]
-    lines += _left_out(task, {r.cell for r in results})
+    length = f"{task.steps} steps{f' of {size} rows' if size else ''}"
+    lines += _wrapped(f"`{task.name}`, {length}. {task.note} {_left_out(task, results)}")
     usual = _usual(task, summaries)
     ranks = sorted({s.rank for s in usual if s.rank})
     measure = task.measure
@@ -155,7 +188,8 @@ def _task(
         lines += ["", f"Test {measure} by rank:", "", *tables.by_rank(usual, ranks, measure)]
         plot_ranks(task.title, usual, measure, folder / f"{task.name}_ranks.png")
         lines += ["", f"![test {measure} by rank]({folder.name}/{task.name}_ranks.png)"]
-    for rank in ranks[len(task.ranks) // 2 :][:1]:
+    middle = task.ranks[len(task.ranks) // 2]
+    for rank in sorted(ranks, key=lambda rank: abs(rank - middle))[:1]:
         of_rank = [s for setting, s in usual.items() if setting.rank in (0, rank)]
         lines += ["", f"At rank {rank}:", "", *tables.at_rank(task, of_rank)]
         plot_task(task.title, of_rank, task.steps, folder / f"{task.name}.png")
@@ -166,28 +200,37 @@ def _task(
             "",
             *tables.by_rate(task, rank, summaries),
         ]
-    if without := tables.ablations(task, summaries):
-        lines += ["", *_WITHOUT, "", *without]
+    if gains := tables.gains(task, found):
+        lines += ["", _GAINS.format(measure=measure), "", *gains]
+    if parts := tables.parts(task, summaries):
+        lines += [_PARTS, *parts]
     for field in ("eps", "alpha"):
-        if found := tables.variants(task, summaries, field):
-            lines += ["", f"By {field}:", "", *found]
+        if variants := tables.variants(task, summaries, field):
+            lines += ["", f"By {field}:", "", *variants]
     return lines
 
 
 def _usual(task: Task, summaries: Mapping[Setting, Summary]) -> dict[Setting, Summary]:
-    """Methods as the task has them: no ablations, no other epsilon or alpha."""
-    return {
-        s: x
-        for s, x in summaries.items()
-        if s.method not in ABLATIONS and (s.eps, s.alpha) == (task.eps, None)
-    }
+    """Whole methods, without another epsilon or alpha."""
+    return {s: x for s, x in _as_planned(task, summaries).items() if s.method not in WHOLE}
 
 
-def _left_out(task: Task, done: Collection[Cell]) -> list[str]:
+def _as_planned(task: Task, summaries: Mapping[Setting, Summary]) -> dict[Setting, Summary]:
+    """Methods with the epsilon and the alpha of the task."""
+    return {s: x for s, x in summaries.items() if (s.eps, s.alpha) == (task.eps, None)}
+
+
+def _left_out(task: Task, results: Sequence[Result]) -> str:
     """How much of the sweep has not run, by method."""
+    done = {result.cell for result in results}
     missing = Counter(cell.method for cell in task.cells() if cell not in done)
     planned = Counter(cell.method for cell in task.cells())
     if not missing:
-        return ["The whole sweep has run."]
+        return "All that was planned of the sweep has run."
     parts = [f"{name} {count} of {planned[name]}" for name, count in missing.items()]
-    return [f"Runs of the sweep that are missing: {', '.join(parts)}."]
+    return f"Runs of the sweep that are missing: {', '.join(parts)}."
+
+
+def _wrapped(text: str) -> list[str]:
+    indent = "  " if text.startswith("- ") else ""
+    return textwrap.wrap(text, 100, subsequent_indent=indent, break_on_hyphens=False)

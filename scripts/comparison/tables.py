@@ -4,12 +4,11 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from comparison.ablations import ABLATIONS
-from comparison.claims import HIGHER_IS_BETTER, gain_over
-from comparison.tasks import Task
+from comparison.claims import CLAIMS, HIGHER_IS_BETTER, Finding, gain_over
+from comparison.tasks import WHOLE, Task
 from loft_jax.evaluation.comparison import Setting, Summary, steps_to_match
 
-AT_RATE_OF_FULL = ("loft", "loft-factored", "lora", "reflora", "dora")
+AT_RATE_OF_FULL = ("loft", "loft-factored", "lora", "lora-plus", "reflora", "dora")
 """Methods that are shown at the learning rate of another."""
 
 _MEASURES = ("loss", "steps", "accuracy", "accuracy_norm", "distance")
@@ -101,41 +100,67 @@ def at_rate_of_full(task: Task, usual: Mapping[Setting, Summary]) -> list[list[s
     rows = []
     for rank in sorted({rank for _, rank in by_method if rank}):
         found = [by_method.get((method, rank)) for method in AT_RATE_OF_FULL]
-        cells = [f"{x.rates[rate]:.4g} ({_least(x):.4g})" if x else "" for x in found]
+        cells = [
+            f"{_loss(x, rate)} ({_least(x):.4g})" if x and rate in x.rates else "" for x in found
+        ]
         rows.append([task.name, f"r {rank}", f"{rate:g}", *cells])
     return rows
 
 
 def _loss_at(summary: Summary, rate: float) -> str:
-    if rate not in summary.rates:
-        return ""
-    loss = summary.rates[rate]
-    text = f"{loss:.4g}" if math.isfinite(loss) else "diverged"
+    text = _loss(summary, rate)
     return f"**{text}**" if rate == summary.learning_rate else text
 
 
-def ablations(task: Task, summaries: Mapping[Setting, Summary]) -> list[str]:
-    """LoFT without a part beside the whole; nothing if there are no such runs."""
-    found = {s: x for s, x in summaries.items() if s.method in ABLATIONS}
+def _loss(summary: Summary, rate: float) -> str:
+    """The validation loss at a rate, if it has run."""
+    loss = summary.rates.get(rate, math.nan)
+    return "" if math.isnan(loss) else f"{loss:.4g}" if math.isfinite(loss) else "diverged"
+
+
+def parts(task: Task, summaries: Mapping[Setting, Summary]) -> list[str]:
+    """Methods without a part beside the whole ones; nothing if there are no such runs."""
+    usual = {
+        (s.method, s.rank): x for s, x in summaries.items() if (s.eps, s.alpha) == (task.eps, None)
+    }
     rows = []
-    for rank in sorted({s.rank for s in found}):
-        whole = summaries.get(Setting(task.name, "loft", rank, task.eps))
-        parts = [x for s, x in found.items() if (s.rank, s.eps) == (rank, task.eps)]
-        for summary in [*([whole] if whole else []), *parts]:
-            rows.append(
-                (
-                    summary.setting.method,
-                    str(rank),
-                    f"{summary.learning_rate:g}{'*' if summary.at_edge else ''}",
-                    f"{_least(summary):.4g}",
-                    _measured(summary, task.measure),
-                    _gained(summary, whole, task.measure),
-                    str(len(summary.results)),
+    for method in dict.fromkeys(WHOLE.values()):
+        left = [name for name, whole in WHOLE.items() if whole == method]
+        for rank in sorted({rank for name, rank in usual if name in left}):
+            whole = usual.get((method, rank))
+            found = [usual[name, rank] for name in left if (name, rank) in usual]
+            for summary in [*([whole] if whole else []), *found]:
+                rows.append(
+                    (
+                        summary.setting.method,
+                        str(rank),
+                        f"{summary.learning_rate:g}{'*' if summary.at_edge else ''}",
+                        f"{_least(summary):.4g}",
+                        _measured(summary, task.measure),
+                        _gained(summary, whole, task.measure),
+                        str(len(summary.results)),
+                    )
                 )
-            )
     head = ["chain", "rank", "rate", "validation loss", f"test {task.measure}"]
-    head += ["gain over loft", "seeds"]
+    head += ["gain over the whole", "seeds"]
     return markdown(head, rows) if rows else []
+
+
+def gains(task: Task, found: Sequence[Finding]) -> list[str]:
+    """What the runs of a task say of each claim, by rank; nothing if they say nothing."""
+    ranks = sorted({f.better.setting.rank for f in found})
+    rows = []
+    for claim in CLAIMS:
+        by_rank = {f.better.setting.rank: f for f in found if f.claim is claim}
+        if by_rank:
+            cells = [
+                f"{gain((by_rank[r].gain, by_rank[r].error))}, {by_rank[r].verdict}"
+                if r in by_rank
+                else ""
+                for r in ranks
+            ]
+            rows.append([claim.text, *cells])
+    return markdown(["", *(f"r {rank}" for rank in ranks)], rows) if rows else []
 
 
 def variants(task: Task, summaries: Mapping[Setting, Summary], field: str) -> list[str]:
@@ -173,7 +198,7 @@ def _least(summary: Summary) -> float:
 
 
 def _gained(summary: Summary, other: Summary | None, measure: str) -> str:
-    if other is None or summary is other:
+    if other is None or summary is other or _measured(summary, measure) == "never":
         return ""
     found = gain_over(summary, other, measure)
     return "not tested" if found is None else gain(found)
@@ -193,6 +218,10 @@ def _measured(summary: Summary | None, measure: str, *, starred: bool = False) -
     mean, spread = summary.mean(measure), summary.spread(measure)
     if math.isnan(mean):
         return "diverged"
+    if measure == "steps" and all(
+        r.test.get("steps", math.inf) > r.made_with["steps"] for r in summary.results
+    ):
+        return "never"
     star = "*" if starred and summary.at_edge else ""
     if abs(mean) < 0.1 and measure not in HIGHER_IS_BETTER:
         return f"{mean:.2g}{star}" + ("" if math.isnan(spread) else f" ± {spread:.1g}")

@@ -103,6 +103,22 @@ def test_rates_are_compared_on_the_seeds_that_all_have():
     assert summary.curve([0, 1]) == [3.0, 2.0, 5.0]
 
 
+def test_rates_that_lack_a_seed_of_the_sweep_do_not_count():
+    runs = [result(rate=0.1, seed=seed, loss=1.0) for seed in (0, 1)]
+    found = summarize([*runs, result(rate=0.3, seed=0, loss=0.1)], seeds=(0, 1))
+    assert [s.rates for s in found.values()] == [{0.1: 1.0}]
+    assert summarize(runs, seeds=(0, 1, 2)) == {}
+
+
+def test_rates_can_be_judged_by_another_measure():
+    runs = [result(rate=0.1, loss=1.0), result(rate=0.3, loss=2.0)]
+    for run, steps in zip(runs, (9.0, 5.0), strict=True):
+        run.validation["steps"] = steps
+    (summary,) = summarize(runs, by="steps").values()
+    assert summary.learning_rate == 0.3
+    assert summary.rates == {0.1: 1.0, 0.3: 2.0}
+
+
 def test_settings_are_kept_apart():
     found = summarize([result(), result(eps=1e-4), result(alpha=8.0), result(rank=2)])
     assert list(found) == [

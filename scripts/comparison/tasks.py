@@ -296,6 +296,7 @@ LANGUAGE_TASKS = {
             methods=("lora", "loft", "loft-factored", "full", "reflora"),
             ranks=(8,),
             rates=FIVE_RATES,
+            more=(Sweep(("lora",), (8,), rates=(1e-2,)),),
             validation=("validation.jsonl", "train[:8]"),
             test=("test.jsonl", "train[:24]"),
         ),

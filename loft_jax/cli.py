@@ -130,7 +130,8 @@ class Evaluate:
             scores = score_choices(
                 model, tokenizer, rows, self.data, choices=self.choices, batch_size=self.batch_size
             )
-            print(json.dumps(dataclasses.asdict(scores)))
+            names = ("accuracy", "accuracy_norm", "nll", "count")
+            print(json.dumps({name: getattr(scores, name) for name in names}))
         else:
             batches = eval_batches(
                 tokenize(rows, tokenizer, self.data), self.data, batch_size=self.batch_size

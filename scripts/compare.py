@@ -15,7 +15,7 @@ import jax
 import tyro
 from comparison.registry import TASKS, methods_of, read_results, runs_of, summaries_of
 from comparison.report import write_report
-from comparison.tasks import Sweep, Task
+from comparison.tasks import BEFORE, Sweep, Task
 from tqdm import tqdm
 
 from loft_jax.errors import InputError
@@ -71,7 +71,7 @@ class Run:
         make = runs_of(task, Path(self.assets))
         with tqdm(mine, desc=self.task, unit="run") as bar:
             for cell in bar:
-                result = make(cell, test=test)
+                result = make(cell, test=test or cell.method == BEFORE)
                 log.append(result)
                 bar.write(f"{_named(cell)}: {_measures(result.validation)}", file=sys.stderr)
 
@@ -123,7 +123,7 @@ def at_best(
             f"{len(open_)} runs of the sweep are not there yet, as {_named(open_[0])}; the best "
             "rates are not known"
         )
-    wanted = dict.fromkeys(cell.setting for cell in cells)
+    wanted = dict.fromkeys(cell.setting for cell in cells if cell.method != BEFORE)
     best = summaries_of(task, results)
     return [setting.cell(best[setting].learning_rate, seed) for seed in seeds for setting in wanted]
 

@@ -30,17 +30,30 @@ class ChoiceScores:
     """What `score_choices` found.
 
     Args:
-        accuracy: Share of rows whose right answer has the highest log-likelihood.
-        accuracy_norm: The same with log-likelihoods divided by the answers' characters, without the
+        right: Of each row, whether its right answer has the highest log-likelihood.
+        right_norm: The same with log-likelihoods divided by the answers' characters, without the
             space before them.
         nll: Mean negative log-likelihood of the right answer over the whole vocabulary, nats.
-        count: The number of rows.
     """
 
-    accuracy: float
-    accuracy_norm: float
+    right: tuple[bool, ...]
+    right_norm: tuple[bool, ...]
     nll: float
-    count: int
+
+    @property
+    def accuracy(self) -> float:
+        """Share of rows that are right."""
+        return sum(self.right) / self.count
+
+    @property
+    def accuracy_norm(self) -> float:
+        """Share of rows that are right by character."""
+        return sum(self.right_norm) / self.count
+
+    @property
+    def count(self) -> int:
+        """The number of rows."""
+        return len(self.right)
 
 
 def score_choices(
@@ -71,7 +84,7 @@ def score_choices(
         progress: Show a bar.
 
     Returns:
-        Accuracies and the mean negative log-likelihood of the right answers.
+        Which rows are right, and the mean negative log-likelihood of the right answers.
 
     Raises:
         InputError: A field is missing or malformed, a completion is none of the choices, or an
@@ -81,7 +94,7 @@ def score_choices(
         >>> rows = [{"prompt": "Review: a joy\\nSentiment:", "completion": " positive"}]
         >>> labels = [" negative", " positive"]
         >>> score_choices(model, tokenizer, rows, config, choices=labels)  # doctest: +SKIP
-        ChoiceScores(accuracy=1.0, accuracy_norm=1.0, nll=0.31, count=1)
+        ChoiceScores(right=(True,), right_norm=(True,), nll=0.31)
 
     Source:
         The conventions of EleutherAI's lm-evaluation-harness: acc and acc_norm.
@@ -99,16 +112,13 @@ def score_choices(
             for one, values in zip(group, found, strict=False):  # the rows behind are padding
                 scores[one.row][one.answers] = values[: max(1, len(one.candidates))]
             bar.update(len(group))
-    right = np.asarray([asked.answer for asked in questions])
-    best = np.asarray([np.argmax(score) for score in scores])
-    best_norm = np.asarray(
-        [np.argmax(score / asked.sizes) for asked, score in zip(questions, scores, strict=True)]
-    )
+    both = list(zip(questions, scores, strict=True))
     return ChoiceScores(
-        accuracy=float(np.mean(best == right)),
-        accuracy_norm=float(np.mean(best_norm == right)),
-        nll=-float(np.mean([score[i] for score, i in zip(scores, right, strict=True)])),
-        count=len(questions),
+        right=tuple(bool(np.argmax(score) == asked.answer) for asked, score in both),
+        right_norm=tuple(
+            bool(np.argmax(score / asked.sizes) == asked.answer) for asked, score in both
+        ),
+        nll=-float(np.mean([score[asked.answer] for asked, score in both])),
     )
 
 

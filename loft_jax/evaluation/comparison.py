@@ -72,6 +72,8 @@ class Result:
         test: The same on the test set; empty where it was not measured.
         cost: Figures of time and memory, by name.
         made_with: Versions and settings of the run.
+        right: Of each row of the test whether it was right, as "1" or "0", by the name of an
+            accuracy.
     """
 
     cell: Cell
@@ -80,6 +82,7 @@ class Result:
     test: Mapping[str, float]
     cost: Mapping[str, float]
     made_with: Mapping[str, Any]
+    right: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def diverged(self) -> bool:

@@ -15,5 +15,6 @@ This package imports jax and optax only. From what is general to what is specifi
   call.
 - `loft`, `muon`: the optimizers, chains of these.
 - `reflora`: RefLoRA and its scalar form; `baselines`: LoRA+, LoRA-FA, Riemannian LoRA, AltLoRA+.
-- `state`: what the state of an optimizer costs, and how it lies on a mesh.
+- `state`: what the state of an optimizer costs, and how it lies on a mesh; `conditioning`: how far
+  factors are from orthogonal ones.
 """

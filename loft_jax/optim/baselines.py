@@ -15,7 +15,7 @@ from loft_jax.optim.loft import loft
 from loft_jax.optim.pairs import FactorNames, Number, Scaling, find_pairs
 from loft_jax.optim.tall import matmul, transpose
 from loft_jax.optim.together import together
-from loft_jax.optim.tree import FactorTree, check
+from loft_jax.optim.tree import FactorTree, check, check_adam
 
 
 def lora_plus(
@@ -46,7 +46,8 @@ def lora_plus(
       `optax.adamw`, with the updates of factors B multiplied by the ratio.
 
     Raises:
-      ValueError: For a ratio that is not positive and finite; at init, for parameters without
+      ValueError: For a ratio that is not positive and finite, or an argument of AdamW out of its
+        range; at init, for parameters without
         proper pairs (see `find_pairs`).
 
     Example:
@@ -62,6 +63,7 @@ def lora_plus(
       Hayou et al., LoRA+: Efficient Low Rank Adaptation of Large Models, ICML 2024
       (arXiv 2402.12354).
     """
+    check_adam(b1, b2, eps, weight_decay)
     check(ratio, "ratio", lambda x: x > 0 and math.isfinite(x), "a positive, finite number")
     return optax.chain(
         optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay),
@@ -85,7 +87,8 @@ def lora_fa(
     .. math::
       g_B \leftarrow \frac{1}{s^2} (A^T A)^+ g_B
 
-    A has no state: moments are kept of B alone.
+    A has no state: moments are kept of B alone. A has to start away from zero, as adapters of
+    embeddings do not.
 
     Args:
       learning_rate: A number or a schedule.
@@ -104,7 +107,8 @@ def lora_fa(
       updates are zero. It needs the parameters.
 
     Raises:
-      ValueError: As `project_gradients`; or for a max_grad_norm that is not positive.
+      ValueError: As `project_gradients`; or for a max_grad_norm that is not positive, or an
+        argument of AdamW out of its range.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -119,6 +123,7 @@ def lora_fa(
       Zhang et al., LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models
       Fine-tuning (arXiv 2308.03303), with the corrected gradient of PEFT's optimizer.
     """
+    check_adam(b1, b2, eps, weight_decay)
 
     def labels(params: optax.Params) -> Any:
         frozen = _has_role(params, factors, "a")
@@ -232,7 +237,7 @@ def riemannian_lora(
       A chain of `precondition_by_gram` and `optax.adamw`. It needs the parameters.
 
     Raises:
-      ValueError: As `precondition_by_gram`.
+      ValueError: As `precondition_by_gram`; or for an argument of AdamW out of its range.
 
     Example:
       >>> import jax.numpy as jnp
@@ -247,6 +252,7 @@ def riemannian_lora(
       Zhang and Pilanci, Riemannian Preconditioned LoRA for Fine-Tuning Foundation Models, ICML 2024
       (arXiv 2402.02347).
     """
+    check_adam(b1, b2, eps, weight_decay)
     return optax.chain(
         precondition_by_gram(damping, factors=factors),
         optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay),
@@ -270,14 +276,17 @@ def alt_lora_plus(
       m \leftarrow \beta_1 m P_{old}^T P (P^T P)^+ + (1 - \beta_1) \tilde g_A, \quad
       v \leftarrow \beta_2 v + (1 - \beta_2) \tilde g_A^2
 
-    This is `loft` with its diagonal second moment, which goes by the same equations. It differs
-    from the paper's algorithm and its code in this:
+    This is `loft` with its diagonal second moment, which goes by these equations. It differs from
+    the authors' code in this:
 
     - The moments of both factors follow the gradient at every step; theirs only when the factor
       moves, so that they see every second gradient.
+    - The aligned momentum is the one that is kept; theirs serves the step, and the one kept is not
+      aligned.
     - The bias of v is corrected as in Adam, and no element of m / √v exceeds Adam's bound.
     - A pseudoinverse through an orthonormal basis takes the place of a damped inverse.
     - s divides the scaled gradients, as it has to.
+    - The defaults are AdamW's; theirs are betas of 0.999 and 0.98 and an epsilon of 1e-6.
 
     (AltLoRA without the plus has no second moment.)
 

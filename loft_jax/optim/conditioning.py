@@ -1,11 +1,11 @@
 """How well the factors of each pair are conditioned: what rounding does to them is told by it."""
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from loft_jax.optim.pairs import FactorNames, find_pairs
 from loft_jax.optim.tall import Tall
+from loft_jax.optim.tree import compute_dtype
 
 
 def factor_grams(
@@ -35,7 +35,7 @@ def factor_grams(
     for pair in find_pairs(params, factors):
         for factor in (pair.a, pair.b):
             leaf = leaves[factor.index]
-            folded = factor.fold(leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)))
+            folded = factor.fold(leaf.astype(compute_dtype(leaf)))
             tall = Tall(folded[None], factor.rank_last)
             grams[factor.path] = tall.inner(tall)[0]
     return grams

@@ -76,8 +76,8 @@ def orthogonalize_momentum(
       alone; it needs the parameters.
 
     Raises:
-      ValueError: As `project_gradients`; for a beta outside [0, 1), or ns_coeffs that are not
-        three; at init, for leaves that belong to no pair.
+      ValueError: As `project_gradients`; for an argument out of its range, or ns_coeffs that are
+        not three; at init, for leaves that belong to no pair.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -98,8 +98,13 @@ def orthogonalize_momentum(
     """
     check_scaling(scaling)
     check(beta, "beta", lambda x: 0 <= x < 1, "a number in [0, 1)")
+    check(eps, "eps", lambda x: x >= 0, "a number >= 0")
     if len(ns_coeffs) != 3:
         raise ValueError(f"ns_coeffs is {ns_coeffs!r}, expected three numbers")
+    if ns_steps < 1:
+        raise ValueError(f"ns_steps is {ns_steps}, expected 1 or more")
+    if consistent_rms is not None:
+        check(consistent_rms, "consistent_rms", lambda x: x > 0, "a positive number")
 
     def init(params: optax.Params) -> OrthogonalizeState:
         leaves = jax.tree.leaves(params)
@@ -223,6 +228,8 @@ def loft_muon(
     References:
       As `orthogonalize_momentum`; named as future work by LoFT's authors.
     """
+    for name, beta_ in (("adam_b1", adam_b1), ("adam_b2", adam_b2)):
+        check(beta_, name, lambda x: 0 <= x < 1, "a number in [0, 1)")
     check(weight_decay, "weight_decay", lambda x: x >= 0, "a number >= 0")
 
     def labels(params: optax.Params) -> Any:
@@ -232,6 +239,7 @@ def loft_muon(
 
     clip = []
     if max_grad_norm is not None:
+        check(max_grad_norm, "max_grad_norm", lambda x: x > 0, "a positive number")
         clip.append(
             clip_by_projected_norm(max_grad_norm, scaling=scaling, first=first, factors=factors)
         )
@@ -266,6 +274,7 @@ def _newton_schulz(x: Tall, coeffs: Sequence[float], steps: int, eps: Number) ->
     a, b, c = coeffs
     gram = x.inner(x)
     norm = jnp.sqrt(jnp.trace(gram, axis1=-2, axis2=-1))[..., None, None] + eps
+    norm = jnp.where(norm > 0, norm, 1)
     gram = gram / (norm * norm)
     eye = jnp.eye(x.rank, dtype=gram.dtype)
     product = jnp.broadcast_to(eye, gram.shape)

@@ -31,7 +31,7 @@ import optax
 from loft_jax.optim.pairs import FactorNames, Number, find_pairs
 from loft_jax.optim.tall import matmul, transpose
 from loft_jax.optim.together import together
-from loft_jax.optim.tree import FactorTree, check, compute_dtype
+from loft_jax.optim.tree import FactorTree, check_adam, check_steps, compute_dtype
 
 # Times the rounding unit: what is left, beside the largest one, of an eigenvalue that is none.
 _NOTHING = 16
@@ -76,8 +76,9 @@ def precondition_by_reflora(
 
     Args:
       warmup_steps: Steps before the first one that is changed: until then B gets its rank.
-      interval: Steps that an S is used for. It is used at every one of them, so that gradients of
-        two scales do not meet in the moments behind this link.
+      interval: Steps that an S is used for: it multiplies the gradients of every one of them. With
+        each new S, and most of all with the first one behind the warmup, gradients have another
+        scale than those that the moments behind this link remember.
       factors: Names of the factors; see `find_pairs`.
 
     Returns:
@@ -85,7 +86,8 @@ def precondition_by_reflora(
       pass.
 
     Raises:
-      ValueError: As `project_gradients`; or for a warmup_steps below 0 or an interval below 1.
+      ValueError: As `project_gradients`; or for a warmup_steps or an interval that is no whole
+        number of steps.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -100,8 +102,8 @@ def precondition_by_reflora(
       Zhang et al., RefLoRA, NeurIPS 2025 (arXiv 2505.18877), the optimal refactorization; computed
       by one eigendecomposition instead of two.
     """
-    check(warmup_steps, "warmup_steps", lambda x: x >= 0, "a number of steps >= 0")
-    check(interval, "interval", lambda x: x >= 1, "a number of steps >= 1")
+    check_steps(warmup_steps, "warmup_steps", 0)
+    check_steps(interval, "interval", 1)
 
     def init(params: optax.Params) -> RefLoRAState:
         leaves, treedef = jax.tree.flatten(params)
@@ -180,7 +182,7 @@ def reflora(
       AdamW.
 
     Raises:
-      ValueError: As `precondition_by_reflora`.
+      ValueError: As `precondition_by_reflora`; or for an argument of AdamW out of its range.
 
     Example:
       >>> import jax.numpy as jnp
@@ -194,6 +196,7 @@ def reflora(
     References:
       Zhang et al., RefLoRA, NeurIPS 2025 (arXiv 2505.18877).
     """
+    check_adam(b1, b2, eps, weight_decay)
     return optax.chain(
         precondition_by_reflora(warmup_steps, interval=interval, factors=factors),
         optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay),
@@ -219,6 +222,8 @@ def balance_norms(
     Args:
       inner: A whole optimizer, with its learning rate and its weight decay: updates of this
         transformation hold the change of factors, so what scales or clips them behind it changes W.
+        Of its state, moments of `optax.scale_by_adam` follow; others, as a trace, or gradients that
+        are accumulated over steps, would stay behind. Factors that it freezes are rescaled too.
       warmup_steps: Steps of the inner optimizer alone, in front.
       factors: Names of the factors; see `find_pairs`.
 
@@ -227,8 +232,8 @@ def balance_norms(
       optimizer's updates.
 
     Raises:
-      ValueError: As `project_gradients`; for a warmup_steps below 0; at init, for an inner
-        optimizer that keeps no `optax.ScaleByAdamState`, whose moments could not follow.
+      ValueError: As `project_gradients`; for a warmup_steps that is no whole number of steps; at
+        init, for an inner optimizer that keeps no `optax.ScaleByAdamState`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -243,7 +248,7 @@ def balance_norms(
     References:
       Zhang et al., RefLoRA, NeurIPS 2025 (arXiv 2505.18877), RefLoRA-S.
     """
-    check(warmup_steps, "warmup_steps", lambda x: x >= 0, "a number of steps >= 0")
+    check_steps(warmup_steps, "warmup_steps", 0)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> BalanceNormsState:
@@ -321,7 +326,7 @@ def reflora_s(
       AdamW.
 
     Raises:
-      ValueError: As `balance_norms`.
+      ValueError: As `balance_norms`; or for an argument of AdamW out of its range.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -336,6 +341,7 @@ def reflora_s(
     References:
       Zhang et al., RefLoRA, NeurIPS 2025 (arXiv 2505.18877), RefLoRA-S.
     """
+    check_adam(b1, b2, eps, weight_decay)
     adamw = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay)
     return balance_norms(adamw, warmup_steps, factors=factors)
 

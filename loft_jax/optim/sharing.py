@@ -51,6 +51,7 @@ def share_bases(
             )
             for batch in tree.batches
         }
-        return inner.update(updates, state, params, **extra, bases=bases)
+        # Around a chain that has shared bases of its own, each level shares those of its scaling.
+        return inner.update(updates, state, params, **(extra | {"bases": bases}))
 
     return optax.GradientTransformationExtraArgs(inner.init, update)

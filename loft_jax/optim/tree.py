@@ -43,7 +43,7 @@ class FactorTree:
     ) -> None:
         if params is None:
             raise ValueError(
-                "LoFT needs the parameters: call `update(updates, state, params)`, not "
+                "the parameters are missing: call `update(updates, state, params)`, not "
                 "`update(updates, state)`"
             )
         self._bases = bases or {}
@@ -126,6 +126,24 @@ def check_role(first: str) -> None:
     """Refuses a factor that is neither A nor B."""
     if first not in get_args(Role):
         raise ValueError(f"first is {first!r}, expected 'a' or 'b'")
+
+
+def check_adam(b1: Number, b2: Number, eps: Number, weight_decay: Number) -> None:
+    """Refuses what is out of the range of AdamW's arguments."""
+    for name, beta in (("b1", b1), ("b2", b2)):
+        check(beta, name, lambda x: 0 <= x < 1, "a number in [0, 1)")
+    for name, size in (("eps", eps), ("weight_decay", weight_decay)):
+        check(size, name, lambda x: x >= 0, "a number >= 0")
+
+
+def check_steps(count: Number, name: str, least: int) -> None:
+    """Refuses what is no number of steps, or too small a one."""
+    check(
+        count,
+        name,
+        lambda x: x >= least and x == math.floor(x),
+        f"a whole number of steps >= {least}",
+    )
 
 
 def check(value: Number, name: str, holds: Callable[[float], bool], expected: str) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from loft_jax.data import DataConfig
 from loft_jax.errors import InputError
@@ -102,7 +102,7 @@ class FinetuneConfig:
         lora_plus_ratio: B's learning rate over A's, for method "lora-plus".
         damping: Added to the Gram matrices that method "riemannian" divides by.
         reflora_warmup_steps: Steps of plain LoRA before methods "reflora" and "reflora-s" balance:
-            until then B gets its rank.
+            until then B gets its rank. By default 100, and none with init "balanced".
         init: How factors start: A uniform ("kaiming_uniform") or normal ("gaussian") and B zero; or
             both uniform and alike in size ("balanced"), with the start of their product taken off
             again, as RefLoRA can begin without warmup.
@@ -174,7 +174,7 @@ class FinetuneConfig:
     balance: bool = False
     lora_plus_ratio: float = 16.0
     damping: float = 1e-6
-    reflora_warmup_steps: int = 100
+    reflora_warmup_steps: int | None = None
     init: Init = "kaiming_uniform"
     rank: int = 16
     alpha: float | None = None
@@ -217,15 +217,18 @@ class FinetuneConfig:
             "warmup_steps": 0, "steps": 0, "batch_size": 1, "accumulation_steps": 1,
             "eval_batch_size": 1, "eval_every": 0, "save_every": 1, "keep_last": 1, "keep_best": 0,
             "log_every": 1, "max_skipped_steps": 1, "seed": 0, "weight_decay": 0,
-            "max_grad_norm": 0, "eps": 0, "damping": 0, "reflora_warmup_steps": 0,
+            "max_grad_norm": 0, "eps": 0, "reflora_warmup_steps": 0,
         }  # fmt: skip
+        for name, known in _NAMED.items():
+            if (given := getattr(self, name)) not in known:
+                raise InputError(f"{name} is {given!r}, expected one of {', '.join(known)}")
         for name, low in least.items():
-            if not getattr(self, name) >= low:
-                raise InputError(f"{name} is {getattr(self, name)}, expected at least {low}")
+            if (given := getattr(self, name)) is not None and not given >= low:
+                raise InputError(f"{name} is {given}, expected at least {low}")
         for name in ("b1", "b2", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, expected a number in [0, 1)")
-        for name in ("learning_rate", "epochs", "lora_plus_ratio"):
+        for name in ("learning_rate", "epochs", "lora_plus_ratio", "damping"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} is {getattr(self, name)}, expected a positive number")
         if self.batch_size % self.accumulation_steps:
@@ -260,6 +263,13 @@ class FinetuneConfig:
         if self.choices and not self.eval_path:
             raise InputError("choices are given without eval_path, the examples to compare them on")
 
+    @property
+    def reflora_warmup(self) -> int:
+        """Steps before RefLoRA balances, as they are or by default."""
+        if self.reflora_warmup_steps is not None:
+            return self.reflora_warmup_steps
+        return 0 if self.init == "balanced" else 100
+
 
 _OF_METHODS: dict[tuple[str, ...], tuple[Method, ...]] = {
     ("second_moment", "state_dtype", "balance"): ("loft",),
@@ -268,3 +278,10 @@ _OF_METHODS: dict[tuple[str, ...], tuple[Method, ...]] = {
     ("reflora_warmup_steps",): ("reflora", "reflora-s"),
 }
 """Settings that the other methods would ignore."""
+
+_NAMED = {
+    name: get_args(kind)
+    for name, kind in get_type_hints(FinetuneConfig).items()
+    if get_origin(kind) is Literal
+}
+"""Settings that are one of some names, and these."""

@@ -53,8 +53,19 @@ class HeldOut:
             `loss` a token; or, with choices, `loss` of the right answer and `accuracy`, and where
             rows bring their own choices also `accuracy_norm`.
         """
+        return self.measure_rows(model)[0]
+
+    def measure_rows(self, model: Llama) -> tuple[dict[str, float], dict[str, tuple[bool, ...]]]:
+        """As `measure`, and of each accuracy whether each row is right.
+
+        Args:
+            model: With its adapters.
+
+        Returns:
+            The measures, and by the names of the accuracies a truth value for each row.
+        """
         if not (self._config.choices or bring_choices(self._rows)):
-            return {"loss": perplexity(model, self._batches, progress=self._progress).nll}
+            return {"loss": perplexity(model, self._batches, progress=self._progress).nll}, {}
         scores = score_choices(
             model,
             self._tokenizer,
@@ -65,9 +76,8 @@ class HeldOut:
             progress=self._progress,
         )
         measured = {"loss": scores.nll, "accuracy": scores.accuracy}
+        if self._config.choices:
+            return measured, {"accuracy": scores.right}
         # Labels of every row are what they are; answers of a row differ in length.
-        return (
-            measured
-            if self._config.choices
-            else {**measured, "accuracy_norm": scores.accuracy_norm}
-        )
+        measured["accuracy_norm"] = scores.accuracy_norm
+        return measured, {"accuracy": scores.right, "accuracy_norm": scores.right_norm}

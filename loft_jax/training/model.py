@@ -10,6 +10,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 
+from loft_jax.errors import InputError
 from loft_jax.hub import load_pretrained, save_peft_adapter, save_pretrained
 from loft_jax.lora import LoRAConfig, add_lora, lora_layers
 from loft_jax.models import Llama, LlamaConfig
@@ -101,6 +102,10 @@ def adapted(model: Llama, config: FinetuneConfig) -> Llama:
 
     Returns:
         The same model, in training mode; without adapters for method "full".
+
+    Raises:
+        InputError: Targets are not what they should be; or an embedding has an adapter of method
+            "lora-fa".
     """
     if config.method != "full":
         targets = config.target_modules
@@ -117,8 +122,20 @@ def adapted(model: Llama, config: FinetuneConfig) -> Llama:
             alpha_pattern=config.alpha_pattern,
         )
         add_lora(model, lora, rngs=nnx.Rngs(config.seed))
+        if config.method == "lora-fa":
+            _refuse_embeddings(model)
     model.train()
     return model
+
+
+def _refuse_embeddings(model: Llama) -> None:
+    """What starts with an A of zero learns nothing from B alone."""
+    for path, layer in lora_layers(model).items():
+        if isinstance(layer, nnx.Embed):
+            raise InputError(
+                f"{path} is an embedding, whose A starts at zero, and method lora-fa trains B "
+                "alone; exclude it"
+            )
 
 
 def trained_kind(method: Method) -> type[nnx.Variable[Any]]:

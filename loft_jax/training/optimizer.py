@@ -1,5 +1,7 @@
 """The Optax chain of a run: method and learning rate schedule by name."""
 
+from typing import assert_never
+
 import optax
 
 from loft_jax.optim.baselines import alt_lora_plus, lora_fa, lora_plus, riemannian_lora
@@ -22,6 +24,12 @@ def make_schedule(config: FinetuneConfig, steps: int) -> optax.Schedule:
 
     Returns:
         An Optax schedule.
+
+    Example:
+        >>> from loft_jax.data import DataConfig
+        >>> config = FinetuneConfig("model", DataConfig("rows.jsonl"), "runs/first", warmup_steps=3)
+        >>> [round(1e4 * float(make_schedule(config, 8)(step)), 2) for step in (0, 1, 2, 8)]
+        [1.0, 2.0, 3.0, 0.0]
     """
     peak, warmup = config.learning_rate, min(config.warmup_steps, steps)
     rest = max(1, steps - warmup)
@@ -48,54 +56,50 @@ def make_optimizer(
 
     Returns:
         A gradient transformation over the trained parameters.
+
+    Example:
+        >>> from loft_jax.data import DataConfig
+        >>> config = FinetuneConfig("model", DataConfig("rows.jsonl"), "runs/first", method="lora")
+        >>> tx = make_optimizer(config, make_schedule(config, steps=10), scaling=1.0)
     """
+    adam = (schedule, config.b1, config.b2, config.eps, config.weight_decay)
     clip = config.max_grad_norm or None
-    if config.method == "loft":
-        return loft(
-            schedule,
-            config.b1,
-            config.b2,
-            config.eps,
-            config.weight_decay,
-            max_grad_norm=clip,
-            second_moment=config.second_moment,
-            state_dtype=config.state_dtype,
-            balance=config.balance,
-            scaling=scaling,
-        )
-    if config.method == "loft-muon":
-        return loft_muon(
-            schedule,
-            weight_decay=config.weight_decay,
-            consistent_rms=_RMS_OF_ADAMW,
-            adam_b1=config.b1,
-            adam_b2=config.b2,
-            eps=config.eps,
-            max_grad_norm=clip,
-            scaling=scaling,
-        )
-    adam = (schedule, config.b1, config.b2, config.eps, config.weight_decay)
-    if config.method == "lora-fa":
-        return lora_fa(*adam, max_grad_norm=clip, scaling=scaling)
-    tx = _on_factors(config, schedule, scaling)
-    return tx if clip is None else optax.chain(optax.clip_by_global_norm(clip), tx)
-
-
-def _on_factors(
-    config: FinetuneConfig, schedule: optax.Schedule, scaling: Scaling
-) -> optax.GradientTransformation:
-    """The optimizer of a method that takes plain gradients of what is trained."""
-    adam = (schedule, config.b1, config.b2, config.eps, config.weight_decay)
-    warmup = config.reflora_warmup_steps
+    tx: optax.GradientTransformation
     match config.method:
+        case "loft":  # the first three clip by themselves
+            return loft(
+                *adam,
+                max_grad_norm=clip,
+                second_moment=config.second_moment,
+                state_dtype=config.state_dtype,
+                balance=config.balance,
+                scaling=scaling,
+            )
+        case "loft-muon":
+            return loft_muon(
+                schedule,
+                weight_decay=config.weight_decay,
+                consistent_rms=_RMS_OF_ADAMW,
+                adam_b1=config.b1,
+                adam_b2=config.b2,
+                eps=config.eps,
+                max_grad_norm=clip,
+                scaling=scaling,
+            )
+        case "lora-fa":
+            return lora_fa(*adam, max_grad_norm=clip, scaling=scaling)
         case "lora-plus":
-            return lora_plus(*adam, ratio=config.lora_plus_ratio)
+            tx = lora_plus(*adam, ratio=config.lora_plus_ratio)
         case "riemannian":
-            return riemannian_lora(*adam, damping=config.damping)
+            tx = riemannian_lora(*adam, damping=config.damping)
         case "altlora-plus":
-            return alt_lora_plus(*adam, scaling=scaling)
+            tx = alt_lora_plus(*adam, scaling=scaling)
         case "reflora":
-            return reflora(*adam, warmup_steps=warmup)
+            tx = reflora(*adam, warmup_steps=config.reflora_warmup)
         case "reflora-s":
-            return reflora_s(*adam, warmup_steps=warmup)
-    return optax.adamw(schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay)
+            tx = reflora_s(*adam, warmup_steps=config.reflora_warmup)
+        case "lora" | "rslora" | "dora" | "pissa" | "full":
+            tx = optax.adamw(*adam[:-1], weight_decay=config.weight_decay)
+        case _:
+            assert_never(config.method)
+    return tx if clip is None else optax.chain(optax.clip_by_global_norm(clip), tx)

@@ -67,6 +67,11 @@ class Run:
         self.steps = config.steps or math.ceil(
             config.epochs * self.stream.rows_per_epoch / config.batch_size
         )
+        if config.method in ("reflora", "reflora-s") and config.reflora_warmup >= self.steps:
+            raise InputError(
+                f"reflora_warmup_steps is {config.reflora_warmup}, and the run has {self.steps} "
+                "steps: it would be plain LoRA; expected fewer"
+            )
         self._held_out = (
             HeldOut(config, self._tokenizer, progress=progress) if config.eval_path else None
         )

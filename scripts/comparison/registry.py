@@ -6,7 +6,7 @@ from pathlib import Path
 from comparison.matrix import MATRIX_METHODS, MATRIX_TASKS, MatrixRuns, MatrixTask
 from comparison.methods import METHODS
 from comparison.runs import LanguageRuns
-from comparison.tasks import LANGUAGE_TASKS, LanguageTask, Task
+from comparison.tasks import BEFORE, LANGUAGE_TASKS, LanguageTask, Task
 from loft_jax.errors import InputError
 from loft_jax.evaluation.comparison import Result, ResultLog, Setting, Summary, summarize
 
@@ -16,7 +16,7 @@ TASKS: dict[str, Task] = {**MATRIX_TASKS, **LANGUAGE_TASKS}
 
 def methods_of(task: Task) -> tuple[str, ...]:
     """Names of the methods that a task can be run with."""
-    return MATRIX_METHODS if isinstance(task, MatrixTask) else METHODS
+    return MATRIX_METHODS if isinstance(task, MatrixTask) else (*METHODS, BEFORE)
 
 
 def runs_of(task: Task, assets: Path) -> Callable[..., Result]:
@@ -63,4 +63,5 @@ def summaries_of(task: Task, results: Iterable[Result]) -> dict[Setting, Summary
         results: All there are.
     """
     by = task.measure if task.measure == "steps" else "loss"
-    return summarize(results, by=by, seeds=task.seeds)
+    trained = (result for result in results if result.cell.method != BEFORE)
+    return summarize(trained, by=by, seeds=task.seeds)

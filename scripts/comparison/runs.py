@@ -5,7 +5,7 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,11 +16,12 @@ import numpy as np
 from tqdm import tqdm
 
 from comparison.methods import configured, optimizer_of
-from comparison.tasks import LanguageTask
+from comparison.tasks import BEFORE, LanguageTask
 from loft_jax.data import load_examples, tokenize, train_stream
 from loft_jax.data.encode import TokenizedData
 from loft_jax.evaluation.comparison import Cell, Result
 from loft_jax.hub import load_tokenizer
+from loft_jax.models import Llama
 from loft_jax.optim.state import state_bytes
 from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.held_out import HeldOut
@@ -87,6 +88,9 @@ class LanguageRuns:
         Returns:
             The result; its validation loss is infinite where the loss stopped being a number.
         """
+        if cell.method == BEFORE:
+            start = load_model(dataclasses.replace(self._config, method="full"))
+            return self._result(cell, start, train=(), cost={}, test=test)
         config = configured(self._config, cell)
         model = load_model(config)
         course = make_schedule(dataclasses.replace(config, learning_rate=1.0), config.steps)
@@ -120,15 +124,10 @@ class LanguageRuns:
         stream.close()
         # A step that is skipped would leave a run that has only stopped early.
         finite = bool(np.isfinite(losses).all()) and not int(state.skipped[0])
-        trained = parts.merged(state.params, state.streams)
-        diverged = {"loss": np.inf}
-        return Result(
+        return self._result(
             cell,
+            parts.merged(state.params, state.streams) if finite else None,
             train=tuple(round(float(np.mean(x)), 5) for x in np.array_split(losses, _STRETCHES)),
-            validation=self._held_out(test=False).measure(trained) if finite else diverged,
-            test=(self._held_out(test=True).measure(trained) if finite else diverged)
-            if test
-            else {},
             cost={
                 "step_seconds": round(statistics.median(seconds or [math.nan]), 5),
                 "compile_seconds": round(step.seconds, 2),
@@ -136,13 +135,42 @@ class LanguageRuns:
                 "state_bytes": state_bytes(make(cell.learning_rate), state.params),
                 "temporary_bytes": step.temporaries,
             },
+            test=test,
+        )
+
+    def _result(
+        self,
+        cell: Cell,
+        model: Llama | None,
+        *,
+        train: tuple[float, ...],
+        cost: Mapping[str, float],
+        test: bool,
+    ) -> Result:
+        """What a model comes to; None is one that has diverged."""
+        validation: dict[str, float] = {"loss": math.inf}
+        tested: dict[str, float] = {}
+        right: dict[str, tuple[bool, ...]] = {}
+        if model is not None:
+            validation = self._held_out(test=False).measure(model)
+        if test:
+            tested = {"loss": math.inf}
+            if model is not None:
+                tested, right = self._held_out(test=True).measure_rows(model)
+        return Result(
+            cell,
+            train=train,
+            validation=validation,
+            test=tested,
+            cost=cost,
             made_with={
                 **{name: version(name) for name in PACKAGES},
                 "task": self.task.digest,
-                "steps": config.steps,
-                "batch_size": config.batch_size,
+                "steps": self.task.steps,
+                "batch_size": self._config.batch_size,
                 "test_rows": self._held_out(test=True).count if test else 0,
             },
+            right={name: "".join("01"[row] for row in rows) for name, rows in right.items()},
         )
 
     @functools.cached_property

@@ -21,6 +21,9 @@ UNCLIPPED = ("lora", "reflora", "loft")
 WHOLE = {**dict.fromkeys(ABLATIONS, "loft"), **{f"{name}-unclipped": name for name in UNCLIPPED}}
 """What is left of a method without a part, and that method."""
 
+BEFORE = "before"
+"""The model as it was before training, in the place of a method."""
+
 WITHOUT_RANK = ("full", "full-linear")
 """Methods that train no adapters."""
 
@@ -81,12 +84,13 @@ class Task:
     def cells(self, sweep: Sweep | None = None) -> list[Cell]:
         """The runs of one sweep, or of all that are planned."""
         planned = (sweep,) if sweep else (Sweep(self.methods, self.ranks), *self.more)
-        found = [
-            cell
-            for one in planned
-            for cell in grid(
+        found = []
+        for one in planned:
+            if BEFORE in one.methods:
+                found.append(Cell(self.name, BEFORE, 0, 0.0, eps=self.eps))
+            found += grid(
                 self.name,
-                one.methods,
+                [method for method in one.methods if method != BEFORE],
                 one.ranks,
                 self.rates if one.rates is None else one.rates,
                 self.seeds,
@@ -94,7 +98,6 @@ class Task:
                 eps=self.eps if one.eps is None else one.eps,
                 alpha=one.alpha,
             )
-        ]
         return list(dict.fromkeys(found))
 
     @property
@@ -202,7 +205,7 @@ LANGUAGE_TASKS = {
             ranks=(1, 2, 4, 8, 16),
             rates=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
             more=(
-                Sweep(("full-linear",), (1,)),
+                Sweep((BEFORE, "full-linear"), (1,)),
                 Sweep(("lora", "loft"), (32,)),
                 Sweep(tuple(WHOLE), (4,)),
                 *(Sweep(("lora", "loft", "loft-factored", "full"), (4,), eps) for eps in EPSILONS),
@@ -235,6 +238,7 @@ LANGUAGE_TASKS = {
             ranks=(8,),
             rates=FIVE_RATES,
             more=(
+                Sweep((BEFORE,), (8,)),
                 Sweep(("loft",), (4,)),
                 Sweep(("lora",), (16,)),
                 Sweep(("loft", "loft-factored"), (8,), 1e-4),
@@ -260,6 +264,7 @@ LANGUAGE_TASKS = {
             methods=("lora", "loft", "loft-factored", "full", "reflora"),
             ranks=(8,),
             rates=FIVE_RATES,
+            more=(Sweep((BEFORE,), (8,)),),
             validation=("validation.jsonl", "train[:100]"),
             test=("test.jsonl", "train[:500]"),
             measure="accuracy_norm",
@@ -276,6 +281,7 @@ LANGUAGE_TASKS = {
             methods=("lora", "loft", "loft-factored", "full", "reflora"),
             ranks=(8,),
             rates=FIVE_RATES,
+            more=(Sweep((BEFORE,), (8,)),),
             validation=("validation.jsonl", "train[:100]"),
             test=("test.jsonl", "train[:500]"),
             measure="accuracy_norm",
@@ -296,7 +302,7 @@ LANGUAGE_TASKS = {
             methods=("lora", "loft", "loft-factored", "full", "reflora"),
             ranks=(8,),
             rates=FIVE_RATES,
-            more=(Sweep(("lora",), (8,), rates=(1e-2,)),),
+            more=(Sweep((BEFORE,), (8,)), Sweep(("lora",), (8,), rates=(1e-2,))),
             validation=("validation.jsonl", "train[:8]"),
             test=("test.jsonl", "train[:24]"),
         ),
@@ -316,6 +322,7 @@ LANGUAGE_TASKS = {
             methods=("lora", "loft", "loft-factored", "full", "reflora"),
             ranks=(8,),
             rates=FIVE_RATES,
+            more=(Sweep((BEFORE,), (8,)),),
             validation=("validation.jsonl", "train[:8]"),
             test=("test.jsonl", "train[:24]"),
         ),

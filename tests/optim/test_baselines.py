@@ -207,6 +207,9 @@ def test_alt_lora_plus():
     ("make", "message"),
     [
         (lambda: lora_plus(1e-3, ratio=0.0), r"ratio is 0\.0, expected a positive, finite number"),
+        (lambda: lora_plus(1e-3, weight_decay=-1.0), r"weight_decay is -1\.0"),
+        (lambda: lora_fa(1e-3, eps=-1.0), r"eps is -1\.0"),
+        (lambda: riemannian_lora(1e-3, b1=1.0), r"b1 is 1\.0"),
         (lambda: lora_fa(1e-3, scaling=0.0), r"scaling is 0\.0, expected a finite number, not 0"),
         (lambda: riemannian_lora(1e-3, damping=0.0), r"damping is 0\.0, expected a positive"),
         (lambda: alt_lora_plus(1e-3, scaling=0.0), r"scaling is 0\.0"),

@@ -329,6 +329,15 @@ def test_adapters_of_one_module_do_not_share_bases():
         np.testing.assert_allclose(updates["q"]["lora_B"][key], expected["lora_b"], rtol=1e-5)
 
 
+def test_bases_are_shared_around_a_chain_that_shares_its_own():
+    params, grads = pair(0), pair(1)
+    links = loft(0.1), loft_jax.clip_by_projected_norm(1e-2)
+    apart, around = optax.chain(*links), loft_jax.share_bases(optax.chain(*links))
+    expected, _ = jax.jit(apart.update)(grads, apart.init(params), params)
+    updates, _ = jax.jit(around.update)(grads, around.init(params), params)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), updates, expected)
+
+
 @pytest.mark.parametrize("second_moment", ["full", "factored", "diagonal"])
 def test_no_gradient_without_an_epsilon_is_no_step(second_moment):
     params = pair(0)

@@ -143,13 +143,25 @@ def test_no_second_moment_is_kept():
         ({"weight_decay": -1.0}, r"weight_decay is -1\.0"),
         ({"ns_coeffs": (1.0, 2.0)}, "expected three numbers"),
         ({"first": "c"}, "first is 'c'"),
-        ({"max_grad_norm": 0.0}, r"max_norm is 0\.0"),
+        ({"max_grad_norm": 0.0}, r"max_grad_norm is 0\.0"),
+        ({"eps": -1.0}, r"eps is -1\.0"),
+        ({"ns_steps": 0}, "ns_steps is 0, expected 1 or more"),
+        ({"consistent_rms": 0.0}, r"consistent_rms is 0\.0"),
+        ({"adam_b1": 1.0}, r"adam_b1 is 1\.0"),
         ({"scaling": 0.0}, r"scaling is 0\.0"),
     ],
 )
 def test_arguments_out_of_range(arguments, message):
     with pytest.raises(ValueError, match=message):
         loft_muon(0.1, **arguments)
+
+
+def test_no_gradient_without_an_epsilon_is_no_step():
+    params = {"lora_a": jnp.ones((4, 2)), "lora_b": jnp.ones((2, 3))}
+    tx = loft_muon(0.1, eps=0.0)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = jax.jit(tx.update)(zeros, tx.init(params), params)
+    assert all(bool((x == 0).all()) for x in jax.tree.leaves(updates))
 
 
 def test_orthogonalize_momentum_is_for_pairs_alone():

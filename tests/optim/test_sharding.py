@@ -39,6 +39,8 @@ OPTIMIZERS = {
     "diagonal": lambda: loft_jax.loft(0.05, eps=1e-2, second_moment="diagonal"),
     "balanced": lambda: loft_jax.loft(0.05, eps=1e-2, balance=True),
     "muon": lambda: loft_jax.loft_muon(0.05),
+    "reflora": lambda: loft_jax.reflora(0.05, eps=1e-2, warmup_steps=0),
+    "riemannian": lambda: loft_jax.riemannian_lora(0.05, eps=1e-2, damping=1e-2),
 }
 # Optimizer, mesh, and whether the full second moment works in small tiles or in large ones.
 RUNS = {
@@ -241,7 +243,7 @@ def test_states_are_split_like_their_factors(probes, run):
             states = {k: v for k, v in kept.items() if k.endswith(f".{name}.{factor}")}
             assert states
             for key, found in states.items():
-                if ".gram." in key:
+                if ".gram." in key or ".metrics." in key:
                     assert found == [*split[:-2], RANK, RANK]
                     continue
                 rank = len(split) - (1 if factor == "lora_a" else 2)
@@ -257,7 +259,8 @@ def test_a_state_is_restored_where_it_was(probes, run):
 @every_run
 def test_no_long_axis_moves(probes, run):
     """What moves are (r, r) matrices, and sums over the devices of what is of a factor's size."""
-    exchanges = ("all-to-all", "collective-permute") if run.startswith("balanced") else ()
+    decomposed = run.startswith(("balanced", "reflora", "riemannian"))
+    exchanges = ("all-to-all", "collective-permute") if decomposed else ()
     for operation, shapes, line in probes[run]["moved"]:
         for shape in shapes:
             long = [d for d in shape if d > LONG]

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from loft_jax import loft, state_bytes, state_shardings
+from loft_jax import loft, reflora, reflora_s, state_bytes, state_shardings
 
 MESH = Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), ("x", "y", "z"))
 STACK, IN, HEADS, OUT, RANK = 3, 64, 4, 8, 2
@@ -27,6 +27,7 @@ def transforms():
     moments = ({}, {"second_moment": "factored"}, {"second_moment": "diagonal"})
     for arguments in (*moments, {"state_dtype": jnp.bfloat16, "mu_dtype": jnp.bfloat16}):
         yield loft(1e-3, max_grad_norm=1.0, **arguments)
+    yield from (reflora(1e-3), reflora_s(1e-3))
     yield optax.inject_hyperparams(loft)(1e-3)
     yield optax.MultiSteps(loft(1e-3), 2)
     yield optax.masked(loft(1e-3), {"q": True, "head": False})

@@ -102,7 +102,10 @@ def test_missing_file(tmp_path):
         ({"lora_plus_ratio": 4.0}, "lora_plus_ratio is 4.0, but only method lora-plus has it"),
         ({"method": "lora-plus", "lora_plus_ratio": 0.0}, "lora_plus_ratio is 0.0, expected a"),
         ({"method": "lora", "damping": 0.1}, "damping is 0.1, but only method riemannian has it"),
-        ({"method": "riemannian", "damping": -1.0}, "damping is -1.0, expected at least 0"),
+        ({"method": "riemannian", "damping": 0.0}, "damping is 0.0, expected a positive number"),
+        ({"method": "reflora_s"}, "method is 'reflora_s', expected one of loft, loft-muon"),
+        ({"schedule": "step"}, "schedule is 'step', expected one of cosine, linear, constant"),
+        ({"method": "reflora", "reflora_warmup_steps": -1}, "reflora_warmup_steps is -1"),
         (
             {"reflora_warmup_steps": 3},
             "reflora_warmup_steps is 3, but only method reflora or reflora-s has it",
@@ -113,6 +116,12 @@ def test_missing_file(tmp_path):
 def test_values_out_of_range(changes, message):
     with pytest.raises(InputError, match=message):
         config(**changes)
+
+
+def test_reflora_begins_at_once_where_it_can():
+    assert config(method="reflora").reflora_warmup == 100
+    assert config(method="reflora", init="balanced").reflora_warmup == 0
+    assert config(method="reflora", reflora_warmup_steps=7).reflora_warmup == 7
 
 
 def test_what_a_resumed_run_may_change():

@@ -1,10 +1,16 @@
+"""From the configuration of a run to its learning rates and its optimizer."""
+
+from typing import get_args
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+import loft_jax
 from loft_jax.data import DataConfig
-from loft_jax.training.config import FinetuneConfig
+from loft_jax.training.config import FinetuneConfig, Method
 from loft_jax.training.optimizer import make_optimizer, make_schedule
 
 
@@ -29,18 +35,71 @@ def test_warmup_of_one_step_and_of_all():
     np.testing.assert_allclose([whole(0), whole(9)], [0.1, 1.0], rtol=1e-6)
 
 
-def test_methods_clip_alike():
-    params = {"w": jnp.zeros(2)}
-    grads = {"w": jnp.asarray([30.0, 40.0])}
-    for method in ("lora", "full"):
-        ours = make_optimizer(
-            config(method=method, max_grad_norm=0.5, eps=1.0),
-            optax.constant_schedule(1.0),
-            lambda path: 1.0,
-        )
-        updates, _ = ours.update(grads, ours.init(params), params)
-        # Clipped to (0.3, 0.4); with eps 1, the first step of Adam is g / (|g| + 1).
-        np.testing.assert_allclose(updates["w"], [-0.3 / 1.3, -0.4 / 1.4], rtol=1e-5)
+RATE, SCALING = 1e-2, 2.0
+ADAM = (RATE, 0.8, 0.95, 1e-3, 0.1)
+CLIP = 0.5
+
+
+def clipped(tx):
+    return optax.chain(optax.clip_by_global_norm(CLIP), tx)
+
+
+def adamw():
+    return clipped(optax.adamw(*ADAM[:-1], weight_decay=0.1))
+
+
+EXPECTED = {
+    "loft": lambda: loft_jax.loft(*ADAM, max_grad_norm=CLIP, scaling=SCALING),
+    "loft-muon": lambda: loft_jax.loft_muon(
+        RATE,
+        weight_decay=0.1,
+        consistent_rms=0.2,
+        adam_b1=0.8,
+        adam_b2=0.95,
+        eps=1e-3,
+        max_grad_norm=CLIP,
+        scaling=SCALING,
+    ),
+    "lora-fa": lambda: loft_jax.lora_fa(*ADAM, max_grad_norm=CLIP, scaling=SCALING),
+    "lora-plus": lambda: clipped(loft_jax.lora_plus(*ADAM, ratio=4.0)),
+    "riemannian": lambda: clipped(loft_jax.riemannian_lora(*ADAM, damping=0.1)),
+    "altlora-plus": lambda: clipped(loft_jax.alt_lora_plus(*ADAM, scaling=SCALING)),
+    "reflora": lambda: clipped(loft_jax.reflora(*ADAM, warmup_steps=1)),
+    "reflora-s": lambda: clipped(loft_jax.reflora_s(*ADAM, warmup_steps=1)),
+    **dict.fromkeys(("lora", "rslora", "dora", "pissa", "full"), adamw),
+}
+OWN = {
+    "lora-plus": {"lora_plus_ratio": 4.0},
+    "riemannian": {"damping": 0.1},
+    "reflora": {"reflora_warmup_steps": 1},
+    "reflora-s": {"reflora_warmup_steps": 1},
+}
+
+
+def walk(tx):
+    """Parameters behind some steps, whose gradients are above the norm that is clipped to."""
+    rng = np.random.default_rng(0)
+    shapes = {"lora_a": (6, 2), "lora_b": (2, 5), "bias": (5,)}
+    params = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
+    state, update = tx.init(params), jax.jit(tx.update)
+    for _ in range(4):
+        grads = jax.tree.map(lambda x: jnp.cos(3 * x), params)
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def test_every_method_has_an_optimizer():
+    assert set(EXPECTED) == set(get_args(Method))
+
+
+@pytest.mark.parametrize("method", EXPECTED)
+def test_a_method_is_the_optimizer_of_its_name(method):
+    numbers = {"b1": 0.8, "b2": 0.95, "eps": 1e-3, "weight_decay": 0.1, "max_grad_norm": CLIP}
+    run = config(method=method, **numbers, **OWN.get(method, {}))
+    found = walk(make_optimizer(run, optax.constant_schedule(RATE), SCALING))
+    for name, expected in walk(EXPECTED[method]()).items():
+        np.testing.assert_allclose(found[name], expected, rtol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize(

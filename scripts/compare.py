@@ -5,6 +5,7 @@
 Data and models come from `prepare_demo.py` and `prepare_experiments.py`.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -79,9 +80,11 @@ class Run:
         """What is asked for; without any wish, all that is planned."""
         if self.best and self.rates:
             raise InputError("rates are given with best, which runs at the best ones")
+        if low := [rate for rate in self.rates if not 0 < rate < math.inf]:
+            raise InputError(f"rate is {low[0]:g}, expected a positive number")
         seeds = (not self.best and self.seeds) or task.seeds
         chosen = replace(task, rates=self.rates or task.rates, seeds=seeds)
-        if not (self.methods or self.ranks or self.eps or self.alpha):
+        if not self.methods and not self.ranks and self.eps is None and self.alpha is None:
             return chosen.cells()
         sweep = Sweep(self.methods or task.methods, self.ranks or task.ranks, self.eps, self.alpha)
         return chosen.cells(sweep)

@@ -8,6 +8,7 @@ of its rates have run with; what is reported is the test at that rate, over all 
 import dataclasses
 import itertools
 import json
+import logging
 import math
 import os
 import statistics
@@ -16,7 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from scipy.optimize import isotonic_regression
+
 from loft_jax.errors import InputError
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -153,16 +159,18 @@ class ResultLog:
     def read(self) -> list[Result]:
         """All results; of a cell that is there twice, the one with a test, or else the last.
 
+        A line that a killed process has left unfinished does not count, and is told.
+
         Raises:
-            InputError: A line is no result, as one that was cut off; the message names the file and
-                the line.
+            InputError: A line is no result; the message names the file and the line.
         """
         if not self.path.exists():
             return []
         lines = self.path.read_text("utf-8").splitlines()
         found: dict[Cell, Result] = {}
         for number, line in enumerate(lines, 1):
-            result = self._parsed(line, number)
+            if (result := self._parsed(line, number)) is None:
+                continue
             before = found.get(result.cell)
             if before is None or result.test or not before.test:
                 found[result.cell] = result
@@ -173,16 +181,23 @@ class ResultLog:
         values = dataclasses.asdict(result)
         line = json.dumps({**values.pop("cell"), **_finite(values)}, allow_nan=False)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as file:
-            file.write(f"{line}\n".encode())
+        with self.path.open("ab+") as file:
+            # Behind a line that was cut off, one of its own.
+            cut_off = file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+            file.write(f"{chr(10) if cut_off else ''}{line}\n".encode())
 
-    def _parsed(self, line: str, number: int) -> Result:
+    def _parsed(self, line: str, number: int) -> Result | None:
         names = [field.name for field in dataclasses.fields(Cell)]
         try:
-            values = _restored(json.loads(line))
+            read = json.loads(line)
+        except json.JSONDecodeError:
+            _log.warning("%s: line %d is unfinished; its run does not count", self.path, number)
+            return None
+        try:
+            values = _restored(read)
             cell = Cell(**{name: values.pop(name) for name in names})
             return Result(cell, tuple(values.pop("train")), **values)
-        except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise InputError(
                 f"{self.path}: line {number} is no result ({error!r}); remove it to run it again"
             ) from error
@@ -199,6 +214,7 @@ class Summary:
         rates: Those that were tried, in order, each with its mean validation loss over the seeds
             that all of them have.
         results: The runs at the best rate, in the order of their seeds.
+        step_seconds: The least that a step took in a run, at any rate: the least disturbed one.
     """
 
     setting: Setting
@@ -206,6 +222,7 @@ class Summary:
     at_edge: bool
     rates: Mapping[float, float]
     results: tuple[Result, ...]
+    step_seconds: float
 
     def values(self, measure: str) -> dict[int, float]:
         """A measure of the test by seed, for those that were tested; NaN where a run diverged."""
@@ -221,9 +238,9 @@ class Summary:
         return statistics.fmean(values) if values else math.nan
 
     def spread(self, measure: str) -> float:
-        """The standard deviation over seeds; NaN of one."""
+        """The standard deviation over seeds; NaN of one, or where a value is not finite."""
         values = list(self.values(measure).values())
-        if len(values) < 2 or any(map(math.isnan, values)):
+        if len(values) < 2 or not all(map(math.isfinite, values)):
             return math.nan
         return statistics.stdev(values)
 
@@ -264,7 +281,7 @@ def summarize(
 
         losses, judged = (
             {
-                rate: statistics.fmean(runs[s].validation.get(name, math.inf) for s in common)
+                rate: statistics.fmean(_known(runs[s].validation, name) for s in common)
                 for rate, runs in whole.items()
             }
             for name in ("loss", by)
@@ -276,6 +293,11 @@ def summarize(
             best in (min(losses), max(losses)),
             losses,
             tuple(whole[best][seed] for seed in sorted(whole[best])),
+            min(
+                run.cost.get("step_seconds", math.inf)
+                for runs in rates.values()
+                for run in runs.values()
+            ),
         )
     return found
 
@@ -283,7 +305,9 @@ def summarize(
 def steps_to_match(curve: Sequence[float], other: Sequence[float], steps: int) -> float:
     """How many steps a run took to come to the training loss that another one ends at.
 
-    A loss is the mean over a fifth of the run: of fewer batches it would tell of the batches.
+    Both have seen the same batches, and some are harder than others: by as much as the other run's
+    losses are off the falling course that is nearest to them. That is taken off, and a loss is the
+    mean over a fifth of the run.
 
     Args:
         curve: Mean losses over stretches of one length, which make up the run.
@@ -292,25 +316,32 @@ def steps_to_match(curve: Sequence[float], other: Sequence[float], steps: int) -
 
     Returns:
         The steps behind which the loss is as low, between two stretches by a line; infinite if it
-        never is.
+        never is. Of a run and itself: when it stopped to fall.
 
     Example:
-        >>> steps_to_match([5.0, 4.0, 2.0, 1.0, 1.0], [5.0, 5.0, 4.0, 4.0, 3.0], steps=50)
-        25.0
+        >>> round(steps_to_match([3.0, 2.0, 1.0, 1.0, 1.0], [5.0, 4.0, 3.0, 2.0, 1.0], steps=50))
+        30
     """
+    course = isotonic_regression(other, increasing=False).x
+    harder = np.asarray(other) - course
     width = max(1, len(curve) // 5)
+    mine, theirs = (
+        np.convolve(losses, np.full(width, 1 / width), mode="valid")
+        for losses in (np.asarray(curve) - harder, course)
+    )
+    goal = theirs[-1] + 1e-9  # rounding
+    if not (there := np.flatnonzero(mine <= goal)).size:
+        return math.inf
+    index = int(there[0])
+    before = mine[index - 1] if index else mine[index]
+    back = (goal - mine[index]) / (before - mine[index]) if before > mine[index] else 0.0
+    return float((index + width - back) * steps / len(curve))
 
-    def smooth(values: Sequence[float]) -> list[float]:
-        ends = range(width, len(values) + 1)
-        return [statistics.fmean(values[end - width : end]) for end in ends]
 
-    mine, goal = smooth(curve), smooth(other)[-1]
-    for index, value in enumerate(mine):
-        if value <= goal:
-            before = mine[index - 1] if index else value
-            back = (goal - value) / (before - value) if before > value else 0.0
-            return (index + width - back) * steps / len(curve)
-    return math.inf
+def _known(measures: Mapping[str, float], name: str) -> float:
+    """A measure; infinite where there is none."""
+    value = measures.get(name, math.inf)
+    return math.inf if math.isnan(value) else value
 
 
 def _finite(value: Any) -> Any:

@@ -1,7 +1,7 @@
-"""LoFT with one of its five parts off, each a chain of the links that `loft` is made of.
+"""LoFT with parts of it off, each a chain of the links that `loft` is made of.
 
 For the two calibrations there is one link more, which keeps moments as they are while the subspace
-moves under them.
+moves under them. What is off with them too, Adam's bound on an element, has a chain of its own.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from loft_jax.optim.tree import FactorTree, compute_dtype
 from loft_jax.training.config import FinetuneConfig
 
 Kept = Literal["first", "second", "both"]
-Part = Literal["scaling", "alternation", "clip"] | Kept
+Part = Literal["scaling", "alternation", "clip", "bound"] | Kept
 
 
 class KeptMomentsState(NamedTuple):
@@ -108,8 +108,7 @@ def keep_moments(
                     seen = {"first": {"mu": m_seen}, "second": {"nu": p_seen}}
                     changed = seen.get(kept) or {"mu": m_seen, "nu": p_seen}
                     # Adam's bound on an element is one of moments that belong together.
-                    limit = jnp.full_like(found[i].limit, jnp.inf)
-                    found[i] = dataclasses.replace(found[i], **changed, limit=limit)
+                    found[i] = _without_bound(dataclasses.replace(found[i], **changed))
         kept_state = KeptMomentsState(
             optax.safe_increment(state[1].count),
             jax.tree.unflatten(jax.tree.structure(state[1].mu), mu),
@@ -118,6 +117,19 @@ def keep_moments(
         return jax.tree.unflatten(treedef, found), (calibrated_state, kept_state)
 
     return optax.GradientTransformation(init, update)
+
+
+def _without_bound(moments: Moments) -> Moments:
+    return dataclasses.replace(moments, limit=jnp.full_like(moments.limit, jnp.inf))
+
+
+def _drop_bounds(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
+    """`Moments` that bound no element, and other leaves as they are."""
+
+    def changed(x: Any) -> Any:
+        return _without_bound(x) if isinstance(x, Moments) else x
+
+    return jax.tree.map(changed, updates, is_leaf=lambda x: isinstance(x, Moments))
 
 
 def loft_without(
@@ -147,9 +159,11 @@ def loft_without(
         moments = keep_moments(part, config.b1, config.b2, scaling)
     else:
         moments = calibrate_moments(config.b1, config.b2, scaling=scaling)
+    unbound = [optax.stateless(_drop_bounds)] if part == "bound" else []
     return optax.chain(
         *start,
         moments,
+        *unbound,
         project_updates(config.eps, scaling=scaling, alternate=alternate),
         *([alternate_factors()] if alternate else []),
         optax.scale_by_learning_rate(schedule),
@@ -171,6 +185,7 @@ ABLATIONS = {
     "loft-without-first-calibration": _ablation("first"),
     "loft-without-second-calibration": _ablation("second"),
     "loft-without-calibration": _ablation("both"),
+    "loft-without-bound": _ablation("bound"),
     "loft-without-projected-clip": _ablation("clip"),
 }
 """Optimizers by the name of the ablation."""

@@ -6,17 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import numpy as np
+from scipy.stats import t as student
+
 from loft_jax.evaluation.comparison import Setting, Summary
 
 Verdict = Literal["better", "as good", "within the noise", "worse by less than 1 %", "worse"]
-
-# 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom.
-_STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 # "As good" is less than this share of the measure behind.
 _AS_GOOD = 0.01
 
 HIGHER_IS_BETTER = ("accuracy", "accuracy_norm")
+
+# What a measure cannot tell apart.
+_RESOLUTION = {"steps": 1.0}
 
 
 @dataclass(frozen=True)
@@ -68,13 +71,19 @@ CLAIMS = (
             ("calibration of the first moment", "first-calibration"),
             ("calibration of the second moment", "second-calibration"),
             ("calibration of both", "calibration"),
-            ("the projected clip", "projected-clip"),
+            ("Adam's bound on an element", "bound"),
         )
+    ),
+    Claim(
+        "LoFT is better than with LoRA's clip in the place of its own",
+        "loft",
+        "loft-without-projected-clip",
     ),
     Claim("RefLoRA is better than LoRA at equal rank", "reflora", "lora"),
     Claim("RefLoRA-S is better than LoRA at equal rank", "reflora-s", "lora"),
     Claim("LoFT is better than RefLoRA at equal rank", "loft", "reflora"),
     Claim("LoFT is better than DoRA at equal rank", "loft", "dora"),
+    Claim("LoFT is better than rsLoRA at equal rank", "loft", "rslora"),
 )
 
 
@@ -85,9 +94,8 @@ class Finding(NamedTuple):
         claim: Which one.
         better: Summary of the method that should be better.
         worse: Summary of the other.
-        gain: By how much it is better, in the measure of the task; NaN if a run diverged.
-        error: Half the 95 % interval of that, by Student's t over the seeds that both have; for
-            accuracies also of the questions, as if the two had answered different ones.
+        gain: By how much it is better, in the measure of the task; see `gain_over`.
+        error: Half the 95 % interval of that.
         verdict: What it comes to.
     """
 
@@ -138,12 +146,22 @@ def _verdict(
     if math.isnan(gain):
         fell = any(map(math.isnan, better.values(measure).values()))
         return "worse" if fell else "better"
+    if math.isinf(gain):
+        alone = arrived(better, measure) == 1 and arrived(worse, measure) == 0
+        never = arrived(better, measure) == 0 and arrived(worse, measure) == 1
+        return "better" if alone else "worse" if never else "within the noise"
     if gain > error:
         return "better"
-    near = claim.at_least_equal and gain - error > -_AS_GOOD * abs(worse.mean(measure))
+    margin = _AS_GOOD * abs(worse.mean(measure)) if claim.at_least_equal else 0.0
     if gain < -error:
-        return "worse by less than 1 %" if near else "worse"
-    return "as good" if near else "within the noise"
+        return "worse by less than 1 %" if gain > -margin else "worse"
+    return "as good" if gain - error > -margin else "within the noise"
+
+
+def arrived(summary: Summary, measure: str) -> float:
+    """The share of the seeds whose measure is finite."""
+    values = summary.values(measure).values()
+    return sum(map(math.isfinite, values)) / len(values)
 
 
 def gain_over(mine: Summary, other: Summary, measure: str) -> tuple[float, float] | None:
@@ -155,21 +173,45 @@ def gain_over(mine: Summary, other: Summary, measure: str) -> tuple[float, float
         measure: Of the test.
 
     Returns:
-        The gain and half its 95 % interval, as in `Finding`; NaN where a run diverged; None where
-        fewer than two seeds have both.
+        The gain and half its 95 % interval, by Student's t over the seeds that both have; for
+        accuracies also of the sampling of the questions. NaN where a run diverged, infinite where
+        the measure of one is; None where fewer than two seeds have both.
     """
     values, theirs = mine.values(measure), other.values(measure)
     seeds = sorted(set(values) & set(theirs))
     if len(seeds) < 2:
         return None
     sign = 1 if measure in HIGHER_IS_BETTER else -1
-    gains = [sign * (values[seed] - theirs[seed]) for seed in seeds]
-    if any(map(math.isnan, gains)):
+    if any(map(math.isnan, (*values.values(), *theirs.values()))):
         return math.nan, math.nan
-    quantile = _STUDENT[min(len(gains) - 2, len(_STUDENT) - 1)]
-    error = quantile * statistics.stdev(gains) / math.sqrt(len(gains))
+    if arrived(mine, measure) < 1 or arrived(other, measure) < 1:
+        return math.inf, math.nan
+    gains = [sign * (values[seed] - theirs[seed]) for seed in seeds]
+    quantile = student.ppf(0.975, len(gains) - 1)
+    error = max(
+        quantile * statistics.stdev(gains) / math.sqrt(len(gains)), _RESOLUTION.get(measure, 0.0)
+    )
     if measure in HIGHER_IS_BETTER:
-        level = statistics.fmean(theirs[seed] for seed in seeds)
-        questions = min(r.made_with["test_rows"] for r in other.results)
-        error = math.hypot(error, 1.96 * math.sqrt(2 * level * (1 - level) / questions))
+        error = math.hypot(error, 1.96 * _of_questions(mine, other, measure, seeds))
     return statistics.fmean(gains), error
+
+
+def _of_questions(mine: Summary, other: Summary, measure: str, seeds: list[int]) -> float:
+    """The standard error of a difference of accuracies that is due to the questions.
+
+    Where it is known which ones were right, of the differences question by question; else as if the
+    two had answered different ones.
+    """
+    right = [_right(summary, measure, seeds) for summary in (mine, other)]
+    if right[0] is not None and right[1] is not None:
+        differences = (right[0] - right[1]).mean(axis=0)  # (questions,)
+        return float(differences.std(ddof=1) / math.sqrt(differences.size))
+    level = statistics.fmean(other.values(measure)[seed] for seed in seeds)
+    questions = min(r.made_with["test_rows"] for r in other.results)
+    return math.sqrt(2 * level * (1 - level) / questions)
+
+
+def _right(summary: Summary, measure: str, seeds: list[int]) -> np.ndarray | None:
+    """Whether questions were right, (seeds, questions), if that is known of all."""
+    found = [r.right.get(measure) for r in summary.results if r.cell.seed in seeds]
+    return np.array([[int(x) for x in one] for one in found if one]) if all(found) else None

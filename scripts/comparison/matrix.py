@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from comparison.methods import configured, optimizer_of
-from comparison.runs import PACKAGES
+from comparison.runs import PACKAGES, moved
 from comparison.tasks import Sweep, Task
 from loft_jax.data import DataConfig
 from loft_jax.evaluation.comparison import Cell, Result
@@ -70,16 +70,16 @@ class MatrixRuns:
             and the relative `distance` of the weight from that which AdamW on the full weight
             comes to, from the same start at the same rate.
         """
-        config = configured(self._config, cell)
+        config = configured(self._config, cell, reflora_warmup_steps=0)
         params, target = _problem(self.task, cell)
         loop, compiling = self._compiled(config, cell)
         began = time.perf_counter()
-        weight, losses = jax.block_until_ready(
+        trained, losses = jax.block_until_ready(
             loop(jnp.float32(cell.learning_rate), params, target)
         )
         seconds = time.perf_counter() - began
         losses = np.maximum(np.asarray(losses, np.float64), 1e-30)
-        full = self._full_weight(cell)
+        weight, full = _weight(trained, _scaling(cell)), self._full_weight(cell)
         distance = float(jnp.linalg.norm(weight - full) / jnp.linalg.norm(full))
         measures = {"loss": np.inf}
         if np.isfinite(losses).all():
@@ -97,7 +97,7 @@ class MatrixRuns:
             cost={
                 "step_seconds": round(seconds / self.task.steps, 6),
                 "compile_seconds": round(compiling, 2),
-                "trained_parameters": sum(x.size for x in jax.tree.leaves(params)),
+                "trained_parameters": moved(params, trained),
                 "state_bytes": state_bytes(tx, params),
                 "temporary_bytes": found.temp_size_in_bytes if found else 0,
             },
@@ -122,7 +122,7 @@ class MatrixRuns:
         optimizer, scaling = optimizer_of(cell.method), _scaling(cell)
 
         @jax.jit
-        def loop(rate: jax.Array, params: Any, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def loop(rate: jax.Array, params: Any, target: jax.Array) -> tuple[Any, jax.Array]:
             tx = optimizer(config, lambda count: rate, scaling)
 
             def step(carry: Any, _: None) -> tuple[Any, jax.Array]:
@@ -133,7 +133,7 @@ class MatrixRuns:
 
             start = params, tx.init(params)
             (params, _), losses = jax.lax.scan(step, start, length=self.task.steps)
-            return _weight(params, scaling), jnp.append(losses, _loss(params, scaling, target))
+            return params, jnp.append(losses, _loss(params, scaling, target))
 
         return loop
 
@@ -141,7 +141,8 @@ class MatrixRuns:
         """What AdamW on the full weight comes to."""
         cell = dataclasses.replace(cell, method="full", rank=0, alpha=None)
         loop, _ = self._compiled(configured(self._config, cell), cell)
-        return loop(jnp.float32(cell.learning_rate), *_problem(self.task, cell))[0]
+        trained, _ = loop(jnp.float32(cell.learning_rate), *_problem(self.task, cell))
+        return _weight(trained, 1.0)
 
 
 def _problem(task: MatrixTask, cell: Cell) -> tuple[dict[str, jax.Array], jax.Array]:
@@ -185,11 +186,11 @@ def _weight(params: dict[str, jax.Array], scaling: float) -> jax.Array:
 
 ON_MATRICES = (
     "lora", "lora-plus", "lora-fa", "riemannian", "reflora", "reflora-s",
-    "loft", "loft-factored", "loft-diagonal", "loft-muon", "full",
+    "loft", "loft-factored", "loft-diagonal", "loft-balanced", "loft-muon", "full",
 )  # fmt: skip
 WITHOUT_PARTS = (
     "loft-without-scaling", "loft-without-alternation", "loft-without-first-calibration",
-    "loft-without-second-calibration", "loft-without-calibration",
+    "loft-without-second-calibration", "loft-without-calibration", "loft-without-bound",
 )  # fmt: skip
 MATRIX_METHODS = (*ON_MATRICES, *WITHOUT_PARTS)
 """Methods that are optimizers of factors, without a clip."""

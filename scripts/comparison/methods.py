@@ -21,7 +21,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "loft-factored": {"method": "loft", "second_moment": "factored"},
     "loft-diagonal": {"method": "loft", "second_moment": "diagonal"},
     "loft-balanced": {"method": "loft", "balance": True},
-    "reflora-balanced": {"method": "reflora", "init": "balanced", "reflora_warmup_steps": 0},
+    "reflora-balanced": {"method": "reflora", "init": "balanced"},
     "full-linear": {"method": "full"},
     **{f"{method}-unclipped": {"method": method, "max_grad_norm": 0.0} for method in UNCLIPPED},
     **{name: {"method": "loft"} for name in ABLATIONS},
@@ -35,19 +35,26 @@ METHODS = tuple(_SETTINGS)
 _REFLORA_WARMUP = 6
 
 
-def configured(config: FinetuneConfig, cell: Cell) -> FinetuneConfig:
+def configured(
+    config: FinetuneConfig, cell: Cell, *, reflora_warmup_steps: int | None = None
+) -> FinetuneConfig:
     """The run of a cell.
 
     Args:
         config: Of the task.
         cell: Which one.
+        reflora_warmup_steps: Steps before RefLoRA balances; by default a sixth of the run, and none
+            where both factors are drawn.
 
     Returns:
         The configuration.
     """
     settings = dict(_SETTINGS[cell.method])
-    if settings["method"] in ("reflora", "reflora-s"):
-        settings.setdefault("reflora_warmup_steps", config.steps // _REFLORA_WARMUP)
+    if settings["method"] in ("reflora", "reflora-s") and "init" not in settings:
+        sixth = config.steps // _REFLORA_WARMUP
+        settings["reflora_warmup_steps"] = (
+            sixth if reflora_warmup_steps is None else reflora_warmup_steps
+        )
     if cell.method not in WITHOUT_RANK:
         settings |= {"rank": cell.rank, "alpha": cell.alpha}
     return replace(

@@ -39,7 +39,7 @@ def plot_task(title: str, summaries: Sequence[Summary], steps: int, path: Path) 
         color, line = _STYLES[summary.setting.method]
         curve = summary.curve()
         x = [(i + 0.5) * steps / len(curve) for i in range(len(curve))]
-        label = f"{summary.setting.method}, {summary.learning_rate:g}"
+        label = f"{summary.setting.method}, rate {summary.learning_rate:g}"
         curves.plot(x, curve, line, color=color, label=label, lw=1.4)
         tried = {r: v for r, v in summary.rates.items() if math.isfinite(v)}
         rates.plot(list(tried), list(tried.values()), f"o{line}", color=color, ms=4, lw=1.4)
@@ -49,15 +49,17 @@ def plot_task(title: str, summaries: Sequence[Summary], steps: int, path: Path) 
     if min((min(s.curve()) for s in summaries), default=1.0) < 1e-3:
         curves.set_yscale("log")
         rates.set_yscale("log")
-    lowest = (min(s.rates.values()) for s in summaries)
-    best = [loss for loss in lowest if math.isfinite(loss)]
-    if best and rates.get_yscale() != "log":
-        rates.set_ylim(min(best) * 0.98, max(best) * 1.5)
+    if valleys := [loss for s in summaries for loss in _valley(s)]:
+        low, high = min(valleys), max(valleys)
+        log = rates.get_yscale() == "log"
+        rates.set_ylim(
+            *((low / 2, high * 2) if log else (low - 0.05 * (high - low), high)),
+        )
     rates.set(
         xscale="log",
         xlabel="learning rate",
         ylabel="validation loss",
-        title="by learning rate",
+        title="by learning rate; losses above the frame are not drawn",
     )
     _save(figure, path)
 
@@ -94,6 +96,13 @@ def plot_ranks(title: str, summaries: Mapping[Setting, Summary], measure: str, p
     axes.set(xlabel="rank", ylabel=f"test {measure}", title=title)
     axes.legend(fontsize=8)
     _save(figure, path)
+
+
+def _valley(summary: Summary) -> list[float]:
+    """The losses at the best rate and at those beside it."""
+    losses = list(summary.rates.values())
+    best = list(summary.rates).index(summary.learning_rate)
+    return [loss for loss in losses[max(0, best - 1) : best + 2] if math.isfinite(loss)]
 
 
 def _ordered(summaries: Sequence[Summary]) -> list[Summary]:

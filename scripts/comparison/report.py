@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from comparison import tables
-from comparison.claims import CLAIMS, Claim, Finding, findings
+from comparison.claims import CLAIMS, HIGHER_IS_BETTER, Claim, Finding, findings
 from comparison.plots import plot_ranks, plot_task
 from comparison.registry import TASKS, read_results, summaries_of
 from comparison.runs import PACKAGES
-from comparison.tasks import WHOLE, Task
+from comparison.tasks import BEFORE, WHOLE, Task
 from loft_jax.evaluation.comparison import Result, ResultLog, Setting, Summary
 
 _INTRODUCTION = """\
@@ -38,26 +38,29 @@ and "Validation loss by learning rate" of each task |
 ## How it was compared
 
 Every method runs with the same learning rates, and the one with the least validation loss (on
-matrices: the fewest steps) is reported: its test, mean ± standard deviation over seeds 0, 1 and 2.
-On SmolLM2 the rate is chosen with seed 0 alone. Where the best rate was at an end of the sweep, a
-method may have run at one more; a star marks a best rate that is at an end all the same.
+matrices: the fewest steps) is reported: its test, mean ± standard deviation over seeds. On SmolLM2
+the rate is chosen with seed 0 alone, elsewhere with seeds 0, 1 and 2. Where the best rate was at an
+end of the sweep, a method may have run at one more; a star marks what comes of a best rate that is
+at an end all the same.
 
 Runs of one seed see the same batches and start from the same factors (but for `pissa` and
 `reflora-balanced`, whose start is their own), on all linear layers, with alpha the rank. Gradients
 are clipped to a global norm of 1, for LoFT that of the projected ones, for the others that of the
 factors' own: not the same clip, and it matters (`lora-unclipped`, `loft-unclipped`). The learning
-rate rises over a twelfth of the run and falls to zero by a line. RefLoRA begins behind a sixth of
-the run. `full` trains embeddings and norms too; `full-linear` the weights that adapters stand on.
+rate rises over a twelfth of the run and falls to zero by a line. RefLoRA is plain LoRA for a sixth
+of the run, where B starts at zero. `full` trains embeddings and norms too; `full-linear` the
+weights that adapters stand on.
 
 "Steps to LoRA's loss" is when the training loss, mean over a fifth of the run, first is what LoRA's
-is at the end of its run. Memory is the state of the optimizer, and what the compiler sets aside for
-a step. Times are medians of a step over that of LoRA in the same table, on machines that were busy
-with other work too, some more than others: a hint, no more; [optimizer.md](optimizer.md) has
-measured ones.
+of the same seed is at the end of its run; how hard each batch is, as LoRA's losses tell, is taken
+off. Memory is the state of the optimizer, and what the compiler sets aside for a step. Times are
+those of a step over LoRA's in the same table, each the least disturbed one of its runs, on machines
+that were busy with other work too: a hint, no more; [optimizer.md](optimizer.md) has measured ones.
 
 Left out: `altlora-plus`, which is `loft-diagonal` but for its clip; on SmolLM2 ranks other than 8
-but for two, and most methods; eps and alpha on most tasks. Models, data and runs are small: what
-holds here need not hold at a thousand times the size.
+but for two, and most methods; eps and alpha on most tasks. Rates are a factor of three apart: what
+a method would gain between them is not known. Models, data and runs are small: what holds here need
+not hold at a thousand times the size.
 """
 
 _CLAIMS = """\
@@ -65,10 +68,10 @@ _CLAIMS = """\
 ## Claims
 
 Runs of one seed are compared with each other. The error is half the 95 % interval of Student's t
-over seeds; few seeds make it wide. For accuracies the sampling of the questions is in it, as if
-each method had answered others; losses are those of the rows that were tested. "As good" is less
-than 1 % behind. Of so many comparisons some will be out of their interval by chance. The gains
-themselves stand with each task.
+over seeds; few seeds make it wide. For accuracies the sampling of the questions is in it; losses
+are those of the rows that were tested. "As good" is less than 1 % behind. "Within the noise" says
+that these runs do not tell, not that there is nothing. Intervals are of one comparison each: of so
+many, one in twenty is out of its interval by chance. The gains themselves stand with each task.
 """
 
 _AT_RATE_OF_FULL = """\
@@ -79,14 +82,19 @@ The validation loss at the best learning rate of `full`, and in parentheses the 
 own best.
 """
 
-_GAINS = "Gains (how much lower the {measure}; how much higher, for an accuracy), and what of it:"
+_GAINS = "Gains in {measure}, of which {better} is better, and what they say:"
 
 _PARTS = """\
 
 Without a part. `without-scaling` clips by its unscaled gradients, which is the norm of nothing in
 particular; only where nothing is clipped is it the scaling alone. Without a calibration, Adam's
-bound on an element is off too.
+bound on an element is off too: `without-bound` is that alone. `without-projected-clip` has LoRA's
+clip in its place; `loft-unclipped` has none.
 """
+
+
+# "Worse by less than 1 %" is a verdict on claims to be as good, which is less than that behind.
+_BORNE_OUT = ("better", "as good", "worse by less than 1 %")
 
 
 def write_report(results: Path, page: Path) -> None:
@@ -132,11 +140,11 @@ def _claims(found: Mapping[str, Sequence[Finding]]) -> list[str]:
     for claim in CLAIMS:
         of_claim = [f for of_task in found.values() for f in of_task if f.claim is claim]
         worse = {
-            task: [_ranks(f) for f in of_task if f.claim is claim and "worse" in f.verdict]
+            task: [_ranks(f) for f in of_task if f.claim is claim and f.verdict == "worse"]
             for task, of_task in found.items()
         }
         where = ", ".join(f"{task} ({', '.join(at)})" for task, at in worse.items() if at)
-        good = sum(f.verdict in ("better", "as good") for f in of_claim)
+        good = sum(f.verdict in _BORNE_OUT for f in of_claim)
         borne = f"borne out in {good} of {len(of_claim)}"
         if not of_claim:
             lines.append(f"- {claim.text}: not tested")
@@ -177,37 +185,78 @@ def _task(
     found: Sequence[Finding],
     folder: Path,
 ) -> list[str]:
-    size = results[0].made_with.get("batch_size")
+    sizes = [r.made_with["batch_size"] for r in results if "batch_size" in r.made_with]
+    length = f"{task.steps} steps{f' of {sizes[0]} rows' if sizes else ''}"
     lines = ["", f"## {task.title}", ""]
-    length = f"{task.steps} steps{f' of {size} rows' if size else ''}"
-    lines += _wrapped(f"`{task.name}`, {length}. {task.note} {_left_out(task, results)}")
+    text = f"`{task.name}`, {length}. {task.note} {_before(results)}{_left_out(task, results)}"
+    lines += _wrapped(text)
     usual = _usual(task, summaries)
-    ranks = sorted({s.rank for s in usual if s.rank})
-    measure = task.measure
-    if len(ranks) > 1:
-        lines += ["", f"Test {measure} by rank:", "", *tables.by_rank(usual, ranks, measure)]
-        plot_ranks(task.title, usual, measure, folder / f"{task.name}_ranks.png")
-        lines += ["", f"![test {measure} by rank]({folder.name}/{task.name}_ranks.png)"]
-    middle = task.ranks[len(task.ranks) // 2]
-    for rank in sorted(ranks, key=lambda rank: abs(rank - middle))[:1]:
-        of_rank = [s for setting, s in usual.items() if setting.rank in (0, rank)]
-        lines += ["", f"At rank {rank}:", "", *tables.at_rank(task, of_rank)]
-        plot_task(task.title, of_rank, task.steps, folder / f"{task.name}.png")
-        lines += ["", f"![loss curves, and loss by learning rate]({folder.name}/{task.name}.png)"]
-        lines += [
-            "",
-            "Validation loss by learning rate:",
-            "",
-            *tables.by_rate(task, rank, summaries),
-        ]
+    lines += _by_rank(task, usual, folder)
+    lines += _at_one_rank(task, usual, summaries, folder)
     if gains := tables.gains(task, found):
-        lines += ["", _GAINS.format(measure=measure), "", *gains]
+        better = "higher" if task.measure in HIGHER_IS_BETTER else "lower"
+        lines += ["", _GAINS.format(measure=task.measure, better=better), "", *gains]
     if parts := tables.parts(task, summaries):
         lines += [_PARTS, *parts]
     for field in ("eps", "alpha"):
         if variants := tables.variants(task, summaries, field):
             lines += ["", f"By {field}:", "", *variants]
     return lines
+
+
+def _by_rank(task: Task, usual: Mapping[Setting, Summary], folder: Path) -> list[str]:
+    """The test at each rank, if there are several."""
+    ranks = sorted({s.rank for s in usual if s.rank})
+    if len(ranks) < 2:
+        return []
+    plot = f"{task.name}_ranks.png"
+    plot_ranks(task.title, usual, task.measure, folder / plot)
+    table = tables.by_rank(usual, ranks, task.measure)
+    return [
+        "",
+        f"Test {task.measure} by rank:",
+        "",
+        *table,
+        "",
+        f"![test {task.measure} by rank]({folder.name}/{plot})",
+    ]
+
+
+def _at_one_rank(
+    task: Task,
+    usual: Mapping[Setting, Summary],
+    summaries: Mapping[Setting, Summary],
+    folder: Path,
+) -> list[str]:
+    """All measures at the middle rank, curves, and the loss by learning rate."""
+    middle = task.ranks[len(task.ranks) // 2]
+    ranks = sorted({s.rank for s in usual if s.rank}, key=lambda rank: abs(rank - middle))
+    if not ranks:
+        return []
+    rank = ranks[0]
+    of_rank = [s for setting, s in usual.items() if setting.rank in (0, rank)]
+    plot_task(task.title, of_rank, task.steps, folder / f"{task.name}.png")
+    return [
+        "",
+        f"At rank {rank}:",
+        "",
+        *tables.at_rank(task, of_rank),
+        "",
+        f"![loss curves, and loss by learning rate]({folder.name}/{task.name}.png)",
+        "",
+        "Validation loss by learning rate; bold is the one that is reported:",
+        "",
+        *tables.by_rate(task, rank, summaries),
+    ]
+
+
+def _before(results: Sequence[Result]) -> str:
+    """What the model did before training."""
+    for result in results:
+        if result.cell.method == BEFORE:
+            measures = [f"{name} {value:.4g}" for name, value in result.test.items()]
+            return f"Before training, test {', '.join(measures)}. "
+    return ""
 
 
 def _usual(task: Task, summaries: Mapping[Setting, Summary]) -> dict[Setting, Summary]:

@@ -131,7 +131,7 @@ class LanguageRuns:
             cost={
                 "step_seconds": round(statistics.median(seconds or [math.nan]), 5),
                 "compile_seconds": round(step.seconds, 2),
-                "trained_parameters": _moved(parts.params, state.params),
+                "trained_parameters": moved(parts.params, state.params),
                 "state_bytes": state_bytes(make(cell.learning_rate), state.params),
                 "temporary_bytes": step.temporaries,
             },
@@ -183,7 +183,7 @@ class LanguageRuns:
         return HeldOut(config, self._tokenizer, progress=True)
 
 
-def _moved(before: Any, after: Any) -> int:
+def moved(before: Any, after: Any) -> int:
     """How many numbers belong to arrays that training has changed."""
     pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
     return sum(x.size for x, y in pairs if not np.array_equal(x, y))

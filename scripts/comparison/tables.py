@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from comparison.claims import CLAIMS, HIGHER_IS_BETTER, Finding, gain_over
+from comparison.claims import CLAIMS, HIGHER_IS_BETTER, Finding, arrived, gain_over
 from comparison.tasks import WHOLE, Task
 from loft_jax.evaluation.comparison import Setting, Summary, steps_to_match
 
@@ -38,21 +38,34 @@ def at_rank(task: Task, summaries: Sequence[Summary]) -> list[str]:
         cost = {name: _median_cost(summary, name) for name in summary.results[0].cost}
         row = {
             "method": summary.setting.method,
-            "rate": f"{summary.learning_rate:g}{'*' if summary.at_edge else ''}",
+            "rate": _rate(summary),
             "validation loss": f"{_least(summary):.4g}",
             **{f"test {m}": _measured(summary, m) for m in measures},
             "seeds": str(len(summary.results)),
         }
-        # Where runs are judged by the steps they took, their ends are at rounding.
-        if task.measure != "steps":
+        row["trained"] = f"{cost['trained_parameters']:,.0f}"
+        row["memory, MB"] = f"{_size(cost['state_bytes'])} + {_size(cost['temporary_bytes'])}"
+        if task.measure == "steps":  # a step takes microseconds, of which most are the loop's
+            row["error at the end"] = f"{_at_end(summary):.1g}"
+        else:
             row["steps to LoRA's loss"] = _steps_to(lora, summary, task.steps)
-        state, temporary = cost["state_bytes"] / 1e6, cost["temporary_bytes"] / 1e6
-        row["trained, 10³"] = f"{cost['trained_parameters'] / 1e3:,.0f}"
-        row["memory, MB"] = f"{state:,.2f} + {temporary:,.0f}"
-        base = _median_cost(lora, "step_seconds") if lora else math.nan
-        row["time"] = f"{cost['step_seconds'] / base:.2f}" if lora else ""
+            row["time"] = f"{summary.step_seconds / lora.step_seconds:.2f}" if lora else ""
         rows.append(row)
     return markdown(list(rows[0]), [list(row.values()) for row in rows])
+
+
+def _rate(summary: Summary) -> str:
+    """The best learning rate, with a star where it is at an end of those tried."""
+    return f"{summary.learning_rate:g}{'*' if summary.at_edge else ''}"
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e6:,.0f}" if count >= 1e7 else f"{count / 1e6:.2g}"
+
+
+def _at_end(summary: Summary) -> float:
+    """The training loss over the last twentieth of the run, in the geometric mean over seeds."""
+    return statistics.geometric_mean(result.train[-1] for result in summary.results)
 
 
 def _median_cost(summary: Summary, name: str) -> float:
@@ -61,26 +74,37 @@ def _median_cost(summary: Summary, name: str) -> float:
 
 def _steps_to(other: Summary | None, summary: Summary, steps: int) -> str:
     """When the training loss is what that of another is at its end, over the seeds of both."""
-    seeds = {r.cell.seed for r in summary.results}
-    seeds &= {r.cell.seed for r in other.results} if other else set()
-    if other is None or not seeds:
-        return ""
-    took = steps_to_match(summary.curve(seeds), other.curve(seeds), steps)
-    return f"{took:.0f}" if math.isfinite(took) else "never"
+    theirs = {r.cell.seed: r.train for r in other.results} if other else {}
+    took = [
+        steps_to_match(result.train, theirs[result.cell.seed], steps)
+        for result in summary.results
+        if result.cell.seed in theirs and not result.diverged
+    ]
+    arrived = [steps for steps in took if math.isfinite(steps)]
+    if not took or not arrived:
+        return "never" if took else ""
+    text = f"{statistics.fmean(arrived):.0f}"
+    if len(arrived) < len(took):
+        return f"{text} ({len(arrived)} of {len(took)} seeds)"
+    return text + (f" ± {statistics.stdev(arrived):.0f}" if len(arrived) > 1 else "")
 
 
 def by_rate(task: Task, rank: int, summaries: Mapping[Setting, Summary]) -> list[str]:
     """The validation loss of all chains, ablations too, at each rate of the task."""
-    found = [
-        summary
-        for setting, summary in summaries.items()
-        if setting.rank in (0, rank) and (setting.eps, setting.alpha) == (task.eps, None)
-    ]
+    found = [summary for setting, summary in summaries.items() if setting.rank in (0, rank)]
     rates = sorted({rate for summary in found for rate in summary.rates})
     rows = [
-        (summary.setting.method, *(_loss_at(summary, rate) for rate in rates)) for summary in found
+        (_name(task, summary.setting), *(_loss_at(summary, rate) for rate in rates))
+        for summary in found
     ]
     return markdown(("method", *(f"{rate:g}" for rate in rates)), rows)
+
+
+def _name(task: Task, setting: Setting) -> str:
+    """The method, and what is not as usual."""
+    eps = "" if setting.eps == task.eps else f", eps {setting.eps:g}"
+    alpha = "" if setting.alpha is None else f", alpha {setting.alpha:g}"
+    return setting.method + eps + alpha
 
 
 def at_rate_of_full(task: Task, usual: Mapping[Setting, Summary]) -> list[list[str]]:
@@ -134,7 +158,7 @@ def parts(task: Task, summaries: Mapping[Setting, Summary]) -> list[str]:
                     (
                         summary.setting.method,
                         str(rank),
-                        f"{summary.learning_rate:g}{'*' if summary.at_edge else ''}",
+                        _rate(summary),
                         f"{_least(summary):.4g}",
                         _measured(summary, task.measure),
                         _gained(summary, whole, task.measure),
@@ -154,7 +178,7 @@ def gains(task: Task, found: Sequence[Finding]) -> list[str]:
         by_rank = {f.better.setting.rank: f for f in found if f.claim is claim}
         if by_rank:
             cells = [
-                f"{gain((by_rank[r].gain, by_rank[r].error))}, {by_rank[r].verdict}"
+                f"{gain(by_rank[r].better, by_rank[r].worse, task.measure)}, {by_rank[r].verdict}"
                 if r in by_rank
                 else ""
                 for r in ranks
@@ -177,7 +201,7 @@ def variants(task: Task, summaries: Mapping[Setting, Summary], field: str) -> li
             method,
             str(rank),
             f"{value:g}",
-            f"{summary.learning_rate:g}{'*' if summary.at_edge else ''}",
+            _rate(summary),
             f"{_least(summary):.4g}",
             _measured(summary, task.measure),
             _gained(summary, found[usual], task.measure),
@@ -198,15 +222,21 @@ def _least(summary: Summary) -> float:
 
 
 def _gained(summary: Summary, other: Summary | None, measure: str) -> str:
-    if other is None or summary is other or _measured(summary, measure) == "never":
-        return ""
-    found = gain_over(summary, other, measure)
-    return "not tested" if found is None else gain(found)
+    return "" if other is None or summary is other else gain(summary, other, measure)
 
 
-def gain(found: tuple[float, float]) -> str:
-    """A gain with half its interval."""
-    return "diverged" if math.isnan(found[0]) else f"{found[0]:+.3g} ± {found[1]:.2g}"
+def gain(mine: Summary, other: Summary, measure: str) -> str:
+    """A gain with half its interval; a star where a rate of the two is at an end of the sweep."""
+    found = gain_over(mine, other, measure)
+    if found is None:
+        return "not tested"
+    if math.isnan(found[0]):
+        return "diverged"
+    if math.isinf(found[0]):
+        both = (len(x.results) * arrived(x, measure) for x in (mine, other))
+        return " against ".join(f"{count:.0f}" for count in both) + " seeds arrive"
+    star = "*" if mine.at_edge or other.at_edge else ""
+    return f"{found[0]:+.3g}{star} ± {found[1]:.2g}"
 
 
 def _measured(summary: Summary | None, measure: str, *, starred: bool = False) -> str:
@@ -218,10 +248,10 @@ def _measured(summary: Summary | None, measure: str, *, starred: bool = False) -
     mean, spread = summary.mean(measure), summary.spread(measure)
     if math.isnan(mean):
         return "diverged"
-    if measure == "steps" and all(
-        r.test.get("steps", math.inf) > r.made_with["steps"] for r in summary.results
-    ):
-        return "never"
+    if math.isinf(mean):
+        finite = [x for x in summary.values(measure).values() if math.isfinite(x)]
+        share = f" ({len(finite)} of {len(summary.results)} seeds)"
+        return f"{statistics.fmean(finite):.1f}{share}" if finite else "never"
     star = "*" if starred and summary.at_edge else ""
     if abs(mean) < 0.1 and measure not in HIGHER_IS_BETTER:
         return f"{mean:.2g}{star}" + ("" if math.isnan(spread) else f" ± {spread:.1g}")

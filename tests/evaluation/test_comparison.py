@@ -1,7 +1,9 @@
 """The log of a comparison, and what is read from it."""
 
+import logging
 import math
 
+import numpy as np
 import pytest
 
 from loft_jax.errors import InputError
@@ -60,7 +62,19 @@ def test_of_a_cell_the_tested_run_counts(tmp_path):
     assert log.read() == [tested]
 
 
-@pytest.mark.parametrize("line", ["no json", "[]", '{"task": "toy"}', '{"train": 3}', '{"tas'])
+def test_a_line_that_was_cut_off_does_not_count(tmp_path, caplog):
+    log = ResultLog(tmp_path / "toy.jsonl")
+    for seed in (0, 1):
+        log.append(result(seed=seed))
+    log.path.write_bytes(log.path.read_bytes()[:-40])
+    with caplog.at_level(logging.WARNING, logger="loft_jax"):
+        assert log.read() == [result(seed=0)]
+    assert "toy.jsonl: line 2 is unfinished" in caplog.text
+    log.append(result(seed=2))
+    assert log.read() == [result(seed=0), result(seed=2)]
+
+
+@pytest.mark.parametrize("line", ["[]", '{"task": "toy"}', '{"train": 3}', "3"])
 def test_a_line_that_is_no_result_is_named(tmp_path, line):
     log = ResultLog(tmp_path / "toy.jsonl")
     log.append(result())
@@ -156,19 +170,33 @@ def test_a_sweep_without_a_common_seed_is_not_summarized():
     assert summarize([result(rate=0.1, seed=0), result(rate=0.3, seed=1)]) == {}
 
 
+FALLING = np.linspace(4.0, 2.0, 20)
+
+
 @pytest.mark.parametrize(
-    ("curve", "goal", "steps"),
-    [((4, 2, 1), 1.5, 25.0), ((4, 2, 1), 2, 20.0), ((4, 2, 1), 5, 10.0), ((4, 2), 1, math.inf)],
+    ("curve", "steps"),
+    [
+        (FALLING, 100.0),
+        (FALLING - 1.0, 50.0),  # a stretch is 5 steps: half of the fall is behind 10 of them
+        (FALLING + 0.1, math.inf),
+        (np.full(20, 1.0), 20.0),  # at once: a fifth of the run is what is looked at
+    ],
 )
-def test_steps_to_a_loss(curve, goal, steps):
-    assert steps_to_match(curve, [9.0, goal], steps=10 * len(curve)) == steps
+def test_steps_to_a_loss(curve, steps):
+    assert steps_to_match(curve, FALLING, steps=100) == pytest.approx(steps, abs=5)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_how_hard_a_batch_is_makes_no_difference(seed):
+    hard = np.random.default_rng(seed).normal(scale=0.1, size=20)
+    took = steps_to_match(FALLING - 1.0 + hard, FALLING + hard, steps=100)
+    assert took == pytest.approx(50, abs=10)
 
 
 def test_an_easy_batch_is_no_progress():
-    even, easy = [3.0] * 20, [3.0] * 20
-    easy[3] = 1.0
-    assert steps_to_match(easy, [3.0] * 16 + [2.4] * 4, steps=100) == math.inf
-    assert steps_to_match(even, even, steps=100) == 20.0
+    easy = np.full(20, 3.0)
+    easy[3] = 1.5
+    assert steps_to_match(easy, np.linspace(4.0, 2.4, 20), steps=100) == math.inf
 
 
 def test_a_setting_gives_back_its_cells():

@@ -26,7 +26,7 @@ from comparison.claims import Claim, findings
 from comparison.matrix import MATRIX_TASKS, MatrixRuns
 from comparison.methods import METHODS, configured, optimizer_of
 from comparison.registry import TASKS
-from comparison.tasks import WITHOUT_RANK, LanguageTask
+from comparison.tasks import BEFORE, WITHOUT_RANK, LanguageTask, Sweep
 
 STEPS, M, N, R = 6, 7, 5, 2
 
@@ -132,7 +132,7 @@ def dense_loft(part, lr=0.1, b1=0.9, b2=0.999, eps=1e-3):
     return np.stack(products)
 
 
-@pytest.mark.parametrize("part", ["none", "scaling", "alternation", "first", "second"])
+@pytest.mark.parametrize("part", ["none", "scaling", "alternation", "first", "second", "bound"])
 def test_a_chain_without_a_part_is_the_paper_without_it(part, float64):
     if part == "none":
         tx = loft(0.1, eps=1e-3)
@@ -168,7 +168,7 @@ def test_every_method_has_a_run_of_its_own():
         assert one.max_grad_norm == (not name.endswith("-unclipped"))
         assert name in WITHOUT_RANK or (one.rank, one.alpha) == (4, 8.0), name
     assert runs["reflora"].reflora_warmup_steps == 10
-    assert runs["reflora-balanced"].reflora_warmup_steps == 0
+    assert runs["reflora-balanced"].reflora_warmup == 0
     kinds = {
         (c.method, c.second_moment, c.init, c.balance, c.max_grad_norm, optimizer_of(name))
         for name, c in runs.items()
@@ -214,8 +214,10 @@ def test_the_comparison_resumes_and_reports(assets, tiny, tmp_path, capsys):
     before = log.path.read_bytes()
     assert compare.main(run) == 0  # nothing is left to run
     assert log.path.read_bytes() == before
+    assert compare.main([*run, "--methods", "before"]) == 0
+    assert log.read()[-1].test["loss"] > 2
     assert compare.main([*run, "--best"]) == 0
-    best = summarize(log.read())
+    best = registry.summaries_of(tiny, log.read())
     assert [len(s.results) for s in best.values()] == [2, 2]
     assert all(r.test for s in best.values() for r in s.results)
     matrix = ["run", "matrix", *folders, "--rates", "1", "3", "--methods"]
@@ -229,13 +231,14 @@ def test_the_comparison_resumes_and_reports(assets, tiny, tmp_path, capsys):
     for expected in (
         "## Tiny",
         "All that was planned of the sweep has run.",
+        "Before training, test loss ",
         "| LoFT is better than LoRA at equal rank |",
         "loft-without-scaling",
         "| full | ",
         "By alpha:",
         "- RefLoRA is better than LoRA at equal rank: not tested",
     ):
-        assert expected in text
+        assert expected in " ".join(text.split("\n"))
     of_matrix = summarize(ResultLog(results / "matrix.jsonl").read())
     for method, alike in (("lora", False), ("loft", True)):  # LoFT knows no alpha
         usual, other = (s.mean("loss") for x, s in of_matrix.items() if x.method == method)
@@ -255,6 +258,7 @@ def test_the_comparison_resumes_and_reports(assets, tiny, tmp_path, capsys):
         (["matrix", "--methods", "dora"], "matrix has no method 'dora'"),
         (["tiny", "--share", "3/2"], "share is '3/2'"),
         (["tiny", "--ranks", "0"], "rank is 0"),
+        (["tiny", "--rates", "0.1", "-1"], "rate is -1, expected a positive number"),
         (["tiny", "--best", "--rates", "0.1"], "rates are given with best"),
         (["tiny", "--best"], "4 runs of the sweep are not there yet, as lora r 2, lr 0.001"),
     ],
@@ -268,6 +272,9 @@ def test_all_methods_of_a_task_have_the_same_sweep():
     for task in TASKS.values():
         swept = {}
         for cell in task.cells():
+            if cell.method == BEFORE:
+                assert (cell.learning_rate, cell.seed) == (0.0, 0)
+                continue
             swept.setdefault(cell.setting, set()).add((cell.learning_rate, cell.seed))
         assert len(task.rates) >= 5, task.name
         assert (np.diff(np.log(task.rates)) < np.log(4)).all(), task.name
@@ -381,6 +388,72 @@ def test_one_question_more_is_not_better_however_alike_the_seeds():
         theirs = made("lora", [1.0] * 3, accuracy=[0.8] * 3)
         (finding,) = findings({**mine, **theirs}, "accuracy", claim)
         assert finding.verdict == verdict
+
+
+def test_questions_are_compared_one_by_one_where_they_are_known():
+    """Two that differ in few questions differ in them alone, however many all get wrong."""
+    rng = np.random.default_rng(0)
+    base = rng.random(400) < 0.6
+    better = base | (np.arange(400) < 20)
+
+    def answered(method, right, known):
+        text = "".join("01"[int(x)] for x in right)
+        of_method = made(method, [1.0] * 3, accuracy=[right.mean()] * 3)
+        return {
+            setting: dataclasses.replace(
+                summary,
+                results=tuple(
+                    dataclasses.replace(r, right={"accuracy": text} if known else {})
+                    for r in summary.results
+                ),
+            )
+            for setting, summary in of_method.items()
+        }
+
+    claim = (Claim("it is better", "loft", "lora"),)
+    found = {}
+    for known in (True, False):
+        runs = {**answered("loft", better, known), **answered("lora", base, known)}
+        (finding,) = findings(runs, "accuracy", claim)
+        found[known] = finding
+    gained = better.sum() - base.sum()
+    assert found[True].gain == found[False].gain == pytest.approx(gained / 400)
+    share = gained / 400
+    assert found[True].error == pytest.approx(1.96 * (share * (1 - share) / 400) ** 0.5, rel=1e-2)
+    assert found[True].verdict == "better"
+    assert found[False].verdict == "within the noise"
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "verdict"),
+    [
+        ((120.0, 121.0, 119.0), (np.inf, np.inf, np.inf), "better"),
+        ((120.0, 121.0, 119.0), (np.inf, 130.0, np.inf), "within the noise"),
+        ((np.inf, np.inf, np.inf), (120.0, 121.0, 119.0), "worse"),
+        ((120.0, 120.0, 120.0), (121.0, 121.0, 121.0), "within the noise"),  # it counts in steps
+    ],
+)
+def test_runs_that_never_arrive_have_no_number_of_steps(mine, theirs, verdict):
+    claim = (Claim("it is better", "loft", "lora"),)
+    runs = {**made("loft", [1.0] * 3, steps=mine), **made("lora", [1.0] * 3, steps=theirs)}
+    (finding,) = findings(runs, "steps", claim)
+    assert finding.verdict == verdict
+
+
+def test_a_rate_beyond_the_plan_does_not_count(tiny):
+    task = dataclasses.replace(tiny, more=(Sweep(("lora",), (2,), rates=(3e-2,)),))
+    losses = {1e-3: 3.0, 1e-2: 2.0, 3e-2: 1.0}
+
+    def chosen(task, alpha=None):
+        runs = [
+            Result(Cell("tiny", "lora", 2, rate, 0, alpha=alpha), (), {"loss": x}, {}, {}, {})
+            for rate, x in losses.items()
+        ]
+        return [s.learning_rate for s in registry.summaries_of(task, runs).values()]
+
+    assert chosen(tiny) == [1e-2]
+    assert chosen(task) == [3e-2]
+    assert chosen(tiny, alpha=8.0) == [3e-2]  # no part of the plan
 
 
 def test_ablations_have_the_optimizer_of_their_name():

@@ -11,18 +11,22 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from loft_jax.data import Batch, DataConfig, Example
-from loft_jax.data.batches import bucket_lengths, pad_batch, smallest_bucket
+from loft_jax.data import DataConfig, Example
+from loft_jax.data.batches import bucket_lengths, smallest_bucket
 from loft_jax.data.encode import column_names, pad_id, text_of, truncate
 from loft_jax.data.text import encode_continuations, encode_starts
 from loft_jax.errors import InputError
-from loft_jax.evaluation._inference import batch_logits, inference_state
+from loft_jax.evaluation._inference import inference_state
+from loft_jax.models import Llama
 from loft_jax.models.activations import gathered
-from loft_jax.models.loss import Arrays, token_losses
+from loft_jax.models.loss import Arrays
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+# Predicted tokens of a row are padded to a multiple of this.
+_MULTIPLE = 8
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class ChoiceScores:
 
 
 def score_choices(
-    model: nnx.Module,
+    model: Llama,
     tokenizer: "PreTrainedTokenizerBase",
     rows: "Dataset | Sequence[Mapping[str, Any]]",
     config: DataConfig,
@@ -70,17 +74,18 @@ def score_choices(
 
     A row is `{"prompt", "choices", "answer"}`, the answer an index; or, with `choices` given for
     all rows, `{"prompt", "completion"}`, the completion one of them. Answers are tokenized as
-    completions are in training, without EOS. A row whose answers are single tokens costs one
-    forward pass of its prompt, whatever their number; any other costs one an answer. Of answers
-    equally likely the first is taken.
+    completions are in training, without EOS. A row goes through the model once: its prompt, and
+    behind it the answers, as branches that do not see each other. The head is applied where a token
+    of an answer is predicted, and nowhere else. Of answers equally likely the first is taken.
 
     Args:
-        model: `model(tokens, positions=, segment_ids=)` gives logits (b, t, vocab).
+        model: With its adapters.
         tokenizer: The model's.
         rows: Examples, as `load_examples` gives them or as plain dicts.
-        config: Its `prompt_field`, `completion_field`, `max_length` and `buckets` are used.
+        config: Its `prompt_field`, `completion_field` and `max_length` are used: a prompt that is
+            too long with the longest of its answers loses its left.
         choices: The answers of every row; empty if each row brings its own.
-        batch_size: Forward passes of one sequence done together.
+        batch_size: Rows computed at once.
         progress: Show a bar.
 
     Returns:
@@ -102,16 +107,15 @@ def score_choices(
     if batch_size < 1:
         raise InputError(f"batch size is {batch_size}; expected at least 1")
     questions = _questions(tokenizer, rows, config, choices)
-    passes = [one for row, asked in enumerate(questions) for one in _passes(row, asked, config)]
-    scores = [np.zeros(len(asked.choices)) for asked in questions]  # log-likelihoods
+    encoded = [_row(index, asked, config) for index, asked in enumerate(questions)]
+    scores = [np.zeros(0)] * len(questions)  # log-likelihoods of the answers of each
     graphdef, state = inference_state(model)
-    with tqdm(total=len(passes), desc="choices", leave=False, disable=not progress) as bar:
-        for group, batch in _batches(passes, config, batch_size, pad_id(tokenizer)):
-            score = _next_token_scores if group[0].candidates else _answer_scores
-            found = np.asarray(score(graphdef, state, batch), np.float64)
-            for one, values in zip(group, found, strict=False):  # the rows behind are padding
-                scores[one.row][one.answers] = values[: max(1, len(one.candidates))]
-            bar.update(len(group))
+    with tqdm(total=len(encoded), desc="choices", leave=False, disable=not progress) as bar:
+        for indices, batch in _batches(encoded, batch_size, pad_id(tokenizer)):
+            found = np.asarray(_answer_scores(graphdef, state, batch), np.float64)  # (b, c)
+            for index, values in zip(indices, found, strict=False):  # the rows behind are padding
+                scores[index] = values[: len(questions[index].choices)]
+            bar.update(len(indices))
     both = list(zip(questions, scores, strict=True))
     return ChoiceScores(
         right=tuple(bool(np.argmax(score) == asked.answer) for asked, score in both),
@@ -136,13 +140,14 @@ class _Question:
 
 
 @dataclass(frozen=True)
-class _Pass:
-    """One row of a forward pass."""
+class _Row:
+    """A prompt and its answers behind it, but for the last token of each: none follows it."""
 
-    row: int
-    answers: slice  # those of the row that it scores
-    example: Example
-    candidates: list[int]  # tokens to score behind the example; empty: the answer stands in it
+    tokens: list[int]
+    branches: list[int]  # 0 in the prompt, 1 and on in the answers
+    places: list[int]  # where a token of an answer is predicted, (n,)
+    targets: list[int]  # these tokens, (n,)
+    answers: list[int]  # that they belong to, (n,)
 
 
 def _questions(
@@ -215,72 +220,82 @@ def _position(completion: str, choices: Sequence[str], index: int) -> int:
     return list(choices).index(completion)
 
 
-def _passes(row: int, asked: _Question, config: DataConfig) -> Iterator[_Pass]:
+def _row(index: int, asked: _Question, config: DataConfig) -> _Row:
     if not asked.prompt:
         raise InputError(
-            f"row {row}: the prompt has no token, and the tokenizer adds no BOS; expected some text"
+            f"row {index}: the prompt has no token, and the tokenizer adds no BOS; expected some "
+            "text"
         )
-    examples = [_answered(row, asked.prompt, choice, config) for choice in asked.choices]
-    if all(len(choice) == 1 for choice in asked.choices):
-        prompt = Example(*(array[:-1] for array in examples[0]))
-        yield _Pass(row, slice(None), prompt, [choice[0] for choice in asked.choices])
-    else:
-        for index, example in enumerate(examples):
-            yield _Pass(row, slice(index, index + 1), example, [])
+    tokens = _prompt_beside(max(asked.choices, key=len), index, asked.prompt, config)
+    row = _Row(tokens, [0] * len(tokens), [], [], [])
+    last = len(tokens) - 1
+    for answer, choice in enumerate(asked.choices):
+        row.places.extend([last, *range(len(tokens), len(tokens) + len(choice) - 1)])
+        row.targets.extend(choice)
+        row.answers.extend([answer] * len(choice))
+        row.branches.extend([answer + 1] * (len(choice) - 1))
+        tokens.extend(choice[:-1])
+    return row
 
 
-def _answered(row: int, prompt: list[int], choice: list[int], config: DataConfig) -> Example:
-    """The prompt, cut on its left if need be, with an answer behind it."""
-    tokens = np.asarray(prompt + choice, np.int32)
+def _prompt_beside(
+    longest: list[int], index: int, prompt: list[int], config: DataConfig
+) -> list[int]:
+    """The prompt, cut on its left if it is too long with an answer behind it."""
+    tokens = np.asarray(prompt + longest, np.int32)
     mask = np.arange(len(tokens)) >= len(prompt)
     example = truncate(Example(tokens, mask), config.max_length)
-    if example.loss_mask.sum() < len(choice):
+    if example.loss_mask.sum() < len(longest):
         raise InputError(
-            f"row {row}: max_length is {config.max_length}; an answer of {len(choice)} tokens "
-            f"needs {len(choice) + 1}"
+            f"row {index}: max_length is {config.max_length}; an answer of {len(longest)} tokens "
+            f"needs {len(longest) + 1}"
         )
-    return example
+    return example.tokens[: -len(longest)].tolist()
 
 
 def _batches(
-    passes: Sequence[_Pass], config: DataConfig, batch_size: int, pad: int
-) -> Iterator[tuple[list[_Pass], Batch]]:
-    """Passes of one kind and of alike lengths together; all batches have `batch_size` rows."""
-    for single in (True, False):
-        alike = [one for one in passes if bool(one.candidates) == single]
-        alike.sort(key=lambda one: len(one.example.tokens))
-        groups = [alike[i : i + batch_size] for i in range(0, len(alike), batch_size)]
-        if not groups:
-            continue
-        longest = np.asarray([len(group[-1].example.tokens) for group in groups])
-        buckets = config.buckets or bucket_lengths(longest, batch_size=1)
-        width = max(len(one.candidates) for one in alike)
-        for group, length in zip(groups, longest, strict=True):
-            batch = pad_batch(
-                [[one.example] for one in group],
-                batch_size=batch_size,
-                length=smallest_bucket(buckets, length),
-                pad_id=pad,
-            )
-            if single:
-                batch["candidates"] = np.zeros((batch_size, width), np.int32)
-                for index, one in enumerate(group):
-                    batch["candidates"][index, : len(one.candidates)] = one.candidates
-            yield group, batch
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _next_token_scores(graphdef: nnx.GraphDef, state: nnx.State, batch: Arrays) -> jax.Array:
-    """Log-probabilities of `candidates` (b, c) as the token behind each row, (b, c)."""
-    logits = batch_logits(graphdef, state, batch)  # (b, t, vocab)
-    last = jnp.maximum(jnp.sum(batch["segment_ids"] > 0, axis=1) - 1, 0)  # (b,)
-    scores = jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0]  # (b, vocab)
-    scores = jax.nn.log_softmax(scores.astype(jnp.float32))
-    return gathered(jnp.take_along_axis(scores, batch["candidates"], axis=1))
+    rows: Sequence[_Row], batch_size: int, pad: int
+) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
+    """Indices of rows of alike lengths, and arrays of them, of `batch_size` rows and few shapes."""
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index].tokens))
+    groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    longest = np.asarray([len(rows[group[-1]].tokens) for group in groups])
+    buckets = bucket_lengths(longest, batch_size=1)
+    lengths = [smallest_bucket(buckets, length) for length in longest]
+    answers = max(row.answers[-1] + 1 for row in rows)
+    predicted = dict.fromkeys(lengths, 0)
+    for group, length in zip(groups, lengths, strict=True):
+        predicted[length] = max(predicted[length], *(len(rows[i].places) for i in group))
+    for group, length in zip(groups, lengths, strict=True):
+        places = -(-predicted[length] // _MULTIPLE) * _MULTIPLE
+        batch = {
+            "tokens": np.full((batch_size, length), pad, np.int32),
+            "segment_ids": np.zeros((batch_size, length), np.int32),
+            "branch_ids": np.zeros((batch_size, length), np.int32),
+            "places": np.zeros((batch_size, places), np.int32),
+            "targets": np.zeros((batch_size, places), np.int32),
+            "belongs": np.zeros((batch_size, places, answers), bool),
+        }
+        for slot, index in enumerate(group):
+            row, count = rows[index], len(rows[index].places)
+            batch["tokens"][slot, : len(row.tokens)] = row.tokens
+            batch["segment_ids"][slot, : len(row.tokens)] = 1
+            batch["branch_ids"][slot, : len(row.tokens)] = row.branches
+            batch["places"][slot, :count] = row.places
+            batch["targets"][slot, :count] = row.targets
+            batch["belongs"][slot, range(count), row.answers] = True
+        yield group, batch
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _answer_scores(graphdef: nnx.GraphDef, state: nnx.State, batch: Arrays) -> jax.Array:
-    """Log-probability of what carries the loss in each row, (b, 1)."""
-    losses = token_losses(batch_logits(graphdef, state, batch), batch)  # (b, t)
-    return gathered(-losses.sum(axis=1, keepdims=True))
+    """Log-likelihoods of the answers of each row, (b, c)."""
+    model = nnx.merge(graphdef, state)
+    ids = {name: jnp.asarray(batch[name]) for name in ("segment_ids", "branch_ids")}
+    hidden, _ = model.hidden_states(jnp.asarray(batch["tokens"]), **ids)  # (b, t, hidden)
+    places, targets = (jnp.asarray(batch[name])[..., None] for name in ("places", "targets"))
+    logits = model.logits(jnp.take_along_axis(hidden, places, axis=1))  # (b, n, vocab)
+    scores = logits.astype(jnp.float32)
+    chosen = jnp.take_along_axis(scores, targets, axis=-1)[..., 0]
+    found = chosen - jax.nn.logsumexp(scores, axis=-1)  # (b, n)
+    return gathered(jnp.where(batch["belongs"], found[..., None], 0.0).sum(axis=1))

@@ -47,7 +47,11 @@ class KVCache:
 
 
 def visibility(
-    batch: int, length: int, segment_ids: jax.Array | None, cache: KVCache | None
+    batch: int,
+    length: int,
+    segment_ids: jax.Array | None,
+    cache: KVCache | None,
+    branch_ids: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache | None]:
     """Which keys each query may attend to: not later, of the same segment, not padding.
 
@@ -56,17 +60,24 @@ def visibility(
         length: New tokens a row, ``t``.
         segment_ids: ``(b, t)``, 0 for padding; None when every row is one unpadded text.
         cache: What was seen before; its segment ids are extended by the new ones.
+        branch_ids: ``(b, t)``, 0 for what all branches of a text see; branches do not see each
+            other. None when texts have none.
 
     Returns:
         Mask ``(b or 1, t, s)``, with ``s = t`` without a cache and the cache's length with one; and
         the cache with its segment ids extended (its ``length`` still that of before).
     """
     if cache is None:
-        causal = jnp.tril(jnp.ones((length, length), bool))[None]  # (1, t, t)
-        if segment_ids is None:
-            return causal, None
-        same = segment_ids[:, :, None] == segment_ids[:, None, :]  # (b, t, t)
-        return causal & same & (segment_ids != 0)[:, None, :], None
+        visible = jnp.tril(jnp.ones((length, length), bool))[None]  # (1, t, t)
+        if segment_ids is not None:
+            same = segment_ids[:, :, None] == segment_ids[:, None, :]  # (b, t, t)
+            visible = visible & same & (segment_ids != 0)[:, None, :]
+        if branch_ids is not None:
+            own = branch_ids[:, :, None] == branch_ids[:, None, :]  # (b, t, t)
+            visible = visible & (own | (branch_ids == 0)[:, None, :])
+        return visible, None
+    if branch_ids is not None:
+        raise ValueError("branch_ids are given with a cache, which keeps none; expected either")
     if segment_ids is None:
         segment_ids = jnp.ones((batch, length), jnp.int32)
     seen = lax.dynamic_update_slice(

@@ -249,6 +249,7 @@ class Llama(nnx.Module):
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        branch_ids: jax.Array | None = None,
         cache: KVCache | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Gives what the head reads, for callers that want logits of a few tokens only.
@@ -257,13 +258,19 @@ class Llama(nnx.Module):
             tokens: As for :meth:`__call__`, and so are the others.
             positions: ``(b, t)`` int32.
             segment_ids: ``(b, t)`` int32.
+            branch_ids: ``(b, t)`` int32: several ways to go on with one text, in one row. 0 for
+                what all of them see, equal numbers for the tokens of one; branches do not see each
+                other, and each is at the positions behind what all see. Not with a cache.
             cache: What came before.
 
         Returns:
             ``(b, t, hidden)`` in the compute dtype, and the extended cache (None without one).
+
+        Raises:
+            ValueError: Branches are given with a cache.
         """
         batch, length = tokens.shape
-        visible, cache = visibility(batch, length, segment_ids, cache)
+        visible, cache = visibility(batch, length, segment_ids, cache, branch_ids)
         if positions is None:
             positions = positions_from(visible)
         cos, sin = rotation(self.config, positions)

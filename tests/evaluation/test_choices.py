@@ -36,8 +36,9 @@ def torch_choices(folder, rows, max_length=10**6):
     for row in rows:
         (prompt,) = encode_starts(TOKENIZER, [row["prompt"]])
         scores.append([])
-        for answer in encode_continuations(TOKENIZER, row["choices"]):
-            room = max_length - 1 - len(answer)
+        answers = encode_continuations(TOKENIZER, row["choices"])
+        room = max_length - 1 - max(map(len, answers))
+        for answer in answers:
             ids = torch.tensor([prompt[:1] + prompt[max(1, len(prompt) - room) :] + answer])
             with torch.no_grad():
                 logp = model(ids).logits[0, :-1].double().log_softmax(-1)
@@ -98,24 +99,24 @@ class Counting(nnx.Module):
 
     rows = 0
 
-    def __call__(self, tokens, *, positions, segment_ids):
+    def hidden_states(self, tokens, *, segment_ids, branch_ids):
         jax.debug.callback(Counting.count, segment_ids)
-        return jax.nn.one_hot(tokens, len(TOKENIZER)) * 0.0
+        return jax.nn.one_hot(tokens, len(TOKENIZER)) * 0.0, None
+
+    def logits(self, hidden):
+        return hidden
 
     @staticmethod
     def count(segment_ids):
         Counting.rows += int((np.asarray(segment_ids).max(axis=1) > 0).sum())
 
 
-def test_single_token_answers_cost_one_pass_a_row_and_others_one_an_answer():
+@pytest.mark.parametrize(("rows", "choices"), [(REVIEWS, LABELS), (QUESTIONS, [])])
+def test_a_row_goes_through_the_model_once(rows, choices):
     Counting.rows = 0
-    score_choices(Counting(), TOKENIZER, REVIEWS, CONFIG, choices=LABELS, progress=False)
+    score_choices(Counting(), TOKENIZER, rows, CONFIG, choices=choices, progress=False)
     jax.effects_barrier()
-    assert Counting.rows == len(REVIEWS)
-    Counting.rows = 0
-    score_choices(Counting(), TOKENIZER, QUESTIONS, CONFIG, progress=False)
-    jax.effects_barrier()
-    assert Counting.rows == 3 + 2 + 1 + 3
+    assert Counting.rows == len(rows)
 
 
 def test_uniform_model_has_the_nll_of_the_whole_vocabulary_and_ties_go_to_the_first():
@@ -136,12 +137,12 @@ def test_normalisation_is_by_characters_without_the_space_before():
 
 
 def test_compiled_once_a_shape_over_several_evaluations():
-    before = module._next_token_scores._cache_size()
+    before = module._answer_scores._cache_size()
     for _ in range(2):
         score_choices(
             Counting(), TOKENIZER, REVIEWS, CONFIG, choices=LABELS, batch_size=7, progress=False
         )
-    assert module._next_token_scores._cache_size() - before == 1
+    assert module._answer_scores._cache_size() - before == 1
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 
 from loft_jax.models.attention import KVCache, attend, positions_from, visibility
@@ -14,6 +15,23 @@ def test_visibility_of_packed_and_padded_rows():
         expected[row, query, key] = key <= query and ids[query] == ids[key] != 0
     np.testing.assert_array_equal(visible, expected)
     np.testing.assert_array_equal(positions_from(visible), [[0, 1, 0, 1, 0], [0, 0, 0, 1, 2]])
+
+
+def test_branches_of_a_text_see_it_and_themselves():
+    branch_ids = jnp.array([[0, 0, 1, 1, 2, 3, 0]])
+    segment_ids = jnp.array([[1, 1, 1, 1, 1, 1, 0]])
+    visible, _ = visibility(1, 7, segment_ids, None, branch_ids)
+    seen = [np.flatnonzero(row).tolist() for row in np.asarray(visible[0])]
+    assert seen == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4], [0, 1, 5], []]
+    np.testing.assert_array_equal(positions_from(visible), [[0, 1, 2, 3, 2, 2, 0]])
+    unpadded, _ = visibility(1, 6, None, None, branch_ids[:, :6])
+    np.testing.assert_array_equal(unpadded, visible[:, :6, :6])
+
+
+def test_branches_are_not_for_a_cache():
+    cache = KVCache.empty(layers=1, batch=1, length=8, kv_heads=1, head_dim=2, dtype=jnp.float32)
+    with pytest.raises(ValueError, match="branch_ids are given with a cache"):
+        visibility(1, 2, None, cache, jnp.zeros((1, 2), jnp.int32))
 
 
 def test_visibility_with_a_cache_is_a_window_of_the_whole():

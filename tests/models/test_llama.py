@@ -93,6 +93,16 @@ def test_bfloat16_compute_loses_no_more_than_in_transformers(folder, model):
     assert 1e-3 < lost < 1.1 * lost_there
 
 
+def test_a_branch_is_the_text_alone_with_it_behind(model):
+    prompt, *branches = (random_tokens((1, size)) for size in (6, 3, 1, 4))
+    tokens = np.concatenate([prompt, *branches], axis=1)
+    ids = np.concatenate([np.full(x.shape, i) for i, x in enumerate([prompt, *branches])], axis=1)
+    hidden, _ = model.hidden_states(jnp.asarray(tokens), branch_ids=jnp.asarray(ids))
+    for i, branch in enumerate(branches, 1):
+        alone, _ = model.hidden_states(jnp.asarray(np.concatenate([prompt, branch], axis=1)))
+        np.testing.assert_allclose(hidden[ids == i], alone[0, 6:], atol=1e-5)
+
+
 def gradients(model, tokens):
     graphdef, state = nnx.split(model)
 

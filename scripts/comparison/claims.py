@@ -63,6 +63,12 @@ CLAIMS = (
         "loft",
         at_least_equal=True,
     ),
+    Claim(
+        "LoFT with balanced factors does as well as without",
+        "loft-balanced",
+        "loft",
+        at_least_equal=True,
+    ),
     *(
         Claim(f"LoFT is better than without {part}", "loft", f"loft-without-{name}")
         for part, name in (

@@ -21,6 +21,7 @@ _STYLES = {
     "reflora": ("tab:green", "-"),
     "dora": ("tab:purple", "-"),
     "lora-plus": ("tab:cyan", "-"),
+    "loft-balanced": ("tab:pink", "-"),
     "loft-muon": ("tab:brown", "-"),
 }
 

@@ -74,6 +74,8 @@ that these runs do not tell, not that there is nothing. Intervals are of one com
 many, one in twenty is out of its interval by chance. The gains themselves stand with each task.
 """
 
+_VARIANTS = {"eps": "", "alpha": " (a scaling that is a power of two rounds nothing)"}
+
 _AT_RATE_OF_FULL = """\
 
 ## At the learning rate of full fine-tuning
@@ -198,9 +200,9 @@ def _task(
         lines += ["", _GAINS.format(measure=task.measure, better=better), "", *gains]
     if parts := tables.parts(task, summaries):
         lines += [_PARTS, *parts]
-    for field in ("eps", "alpha"):
+    for field, note in _VARIANTS.items():
         if variants := tables.variants(task, summaries, field):
-            lines += ["", f"By {field}:", "", *variants]
+            lines += ["", f"By {field}{note}:", "", *variants]
     return lines
 
 

@@ -236,7 +236,7 @@ def gain(mine: Summary, other: Summary, measure: str) -> str:
         both = (len(x.results) * arrived(x, measure) for x in (mine, other))
         return " against ".join(f"{count:.0f}" for count in both) + " seeds arrive"
     star = "*" if mine.at_edge or other.at_edge else ""
-    return f"{found[0]:+.3g}{star} ± {found[1]:.2g}"
+    return f"{round(found[0], 12) + 0.0:+.3g}{star} ± {found[1]:.2g}"
 
 
 def _measured(summary: Summary | None, measure: str, *, starred: bool = False) -> str:

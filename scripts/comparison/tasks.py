@@ -207,6 +207,7 @@ LANGUAGE_TASKS = {
             more=(
                 Sweep((BEFORE, "full-linear"), (1,)),
                 Sweep(("lora", "loft"), (32,)),
+                Sweep(("loft-balanced",), (4,)),
                 Sweep(tuple(WHOLE), (4,)),
                 *(Sweep(("lora", "loft", "loft-factored", "full"), (4,), eps) for eps in EPSILONS),
                 *(Sweep(("lora", "loft", "loft-diagonal"), (4,), alpha=a) for a in ALPHAS),
@@ -265,7 +266,7 @@ LANGUAGE_TASKS = {
             methods=("lora", "loft", "loft-factored", "full", "reflora"),
             ranks=(8,),
             rates=FIVE_RATES,
-            more=(Sweep((BEFORE,), (8,)),),
+            more=(Sweep((BEFORE,), (8,)), Sweep(("lora",), (8,), rates=(1e-2,))),
             validation=("validation.jsonl", "train[:100]"),
             test=("test.jsonl", "train[:500]"),
             measure="accuracy_norm",

@@ -235,7 +235,7 @@ def test_the_comparison_resumes_and_reports(assets, tiny, tmp_path, capsys):
         "| LoFT is better than LoRA at equal rank |",
         "loft-without-scaling",
         "| full | ",
-        "By alpha:",
+        "By alpha (a scaling that",
         "- RefLoRA is better than LoRA at equal rank: not tested",
     ):
         assert expected in " ".join(text.split("\n"))

@@ -49,6 +49,10 @@ def weight_norms(weight: jax.Array) -> jax.Array:
 
     Returns:
         ``(out,)``, float32 or wider.
+
+    Example:
+        >>> weight_norms(jnp.array([[3.0, 0.0], [4.0, 2.0]])).tolist()
+        [5.0, 2.0]
     """
     dtype = jnp.promote_types(weight.dtype, jnp.float32)
     return jnp.sqrt(jnp.sum(jnp.square(weight.astype(dtype)), axis=0))
@@ -65,5 +69,9 @@ def magnitude_scale(magnitude: jax.Array, norms: jax.Array) -> jax.Array:
 
     Returns:
         ``(out,)``.
+
+    Example:
+        >>> magnitude_scale(jnp.array([10.0, 7.0]), jnp.array([5.0, 0.0])).tolist()
+        [2.0, 7.0]
     """
     return magnitude.astype(norms.dtype) / jnp.where(norms > 0, norms, 1)

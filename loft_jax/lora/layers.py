@@ -298,6 +298,10 @@ def lora_class(base: type[nnx.Module]) -> type[LoRALayer]:
     Raises:
         InputError: The subclass computes its output without calling ``super()``, so that factors
             beside its weight would have no effect.
+
+    Example:
+        >>> lora_class(nnx.Linear).__name__
+        'LoRALinear'
     """
     if base in _LORA_CLASSES:
         return _LORA_CLASSES[base]
@@ -329,6 +333,11 @@ def weight_axes(layer: nnx.Module) -> WeightAxes:
 
     Raises:
         InputError: LoRA cannot be added to this layer.
+
+    Example:
+        >>> axes = weight_axes(nnx.Linear(4, 6, rngs=nnx.Rngs(0)))
+        >>> axes.a_shape(2), axes.b_shape(2)
+        ((4, 2), (2, 6))
     """
     cls = type(layer) if isinstance(layer, LoRALayer) else lora_class(type(layer))
     return cls.lora_axes(layer)

@@ -39,6 +39,11 @@ def select(model: nnx.Module, config: LoRAConfig) -> dict[str, nnx.Module]:
     Raises:
         InputError: A name or pattern matches no layer (near names are listed) or a module that
             holds parameters and takes no LoRA; or nothing is left.
+
+    Example:
+        >>> model = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), nnx.relu)
+        >>> list(select(model, LoRAConfig(rank=1)))
+        ['layers.0']
     """
     modules = named_modules(model)
     layers = {path: module for path, module in modules.items() if is_adaptable(module)}

@@ -36,6 +36,11 @@ def symmetric_product(x: jax.Array, y: jax.Array, axis: int = -1) -> jax.Array:
     Returns:
       Like x with q = r (r + 1) / 2 in the place of r, such that the dot product of two packed
       matrices is the sum of the elementwise products of the whole ones.
+
+    Example:
+      >>> x, y = jnp.array([1.0, 2.0]), jnp.array([3.0, 5.0])
+      >>> [round(value.item(), 3) for value in symmetric_product(x, y)]  # of [[3, 5.5], [5.5, 10]]
+      [3.0, 7.778, 10.0]
     """
     rows, columns = _upper_half(x.shape[axis])
     weight = jnp.where(rows == columns, 0.5, math.sqrt(0.5)).astype(x.dtype)
@@ -61,6 +66,12 @@ def congruent(p: Tall, c: jax.Array) -> Tall:
 
     Returns:
       (..., n, q).
+
+    Example:
+      >>> squares = symmetric_squares(Tall(jnp.array([[1.0, 2.0]]), rank_last=True))
+      >>> found = congruent(squares, jnp.diag(jnp.array([2.0, 3.0]))).array[0]
+      >>> [round(value.item(), 3) for value in found]  # the square of (2, 6)
+      [4.0, 16.971, 36.0]
     """
     r = c.shape[-1]
     if r < _MANY:

@@ -159,6 +159,12 @@ def batch_pairs(pairs: Sequence[Pair], params: Sequence[Any]) -> list[PairBatch]
 
     Returns:
       The batches, in the order of their first pairs.
+
+    Example:
+      >>> factors = {"lora_a": jnp.ones((4, 2)), "lora_b": jnp.ones((2, 3))}
+      >>> params = {"layers": {"0": factors, "1": factors}}
+      >>> [len(batch.pairs) for batch in batch_pairs(find_pairs(params), jax.tree.leaves(params))]
+      [2]
     """
     batches: dict[Any, list[Pair]] = {}
     for pair in pairs:

@@ -26,6 +26,7 @@ def factor_grams(
       ValueError: As `find_pairs`.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> params = {"lora_a": jnp.ones((4, 1)), "lora_b": jnp.zeros((1, 3))}
       >>> {path: gram.tolist() for path, gram in factor_grams(params).items()}
       {'lora_a': [[[4.0]]], 'lora_b': [[[0.0]]]}

@@ -259,7 +259,7 @@ def test_layers_apart_are_compiled_as_one():
 def test_update_without_parameters():
     params = {"q": pair(0)}
     tx = loft(0.1)
-    with pytest.raises(ValueError, match="needs the parameters"):
+    with pytest.raises(ValueError, match="the parameters are missing"):
         tx.update(params, tx.init(params))
 
 

@@ -19,8 +19,10 @@ _INTRODUCTION = """\
 
 Made by `python scripts/compare.py report` from the logs in [results/](results), one line a run.
 `python scripts/compare.py run TASK` makes the runs that are missing, and with `--best` those at the
-best rates, after `python scripts/prepare_demo.py` and `python scripts/prepare_experiments.py`. The
-methods are described in [methods.md](methods.md).
+best rates, after `python scripts/prepare_demo.py` and `python scripts/prepare_experiments.py`; one
+run again, as of a cell of a table, is `python scripts/compare.py run stories --methods loft --ranks
+4 --rates 1e-2 --seeds 0 --results runs/again`. The methods are described in
+[methods.md](methods.md).
 
 | question | where the answer is |
 | --- | --- |

@@ -18,8 +18,9 @@ from loft_jax.errors import InputError
 from loft_jax.hub.host_arrays import whole
 from loft_jax.hub.peft_config import PeftConfig, Strength, peft_settings
 from loft_jax.hub.safetensors_io import Safetensors, write_safetensors
-from loft_jax.lora import LoRAConfig, add_lora, lora_layers
+from loft_jax.lora import LoRAConfig, lora_layers
 from loft_jax.lora.axes import WeightAxes
+from loft_jax.lora.inject import insert_lora
 from loft_jax.lora.layers import weight_axes
 from loft_jax.lora.targets import is_adaptable, named_modules
 
@@ -76,6 +77,7 @@ def save_peft_adapter(
 
     Example:
         >>> import tempfile
+        >>> from loft_jax import add_lora
         >>> folder = Path(tempfile.mkdtemp())
         >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
         >>> model = add_lora(model, LoRAConfig(rank=2), rngs=nnx.Rngs(1))
@@ -163,6 +165,7 @@ def load_peft_adapter(
 
     Example:
         >>> import tempfile
+        >>> from loft_jax import add_lora
         >>> folder = Path(tempfile.mkdtemp())
         >>> base = lambda: nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
         >>> save_peft_adapter(folder, add_lora(base(), LoRAConfig(rank=2), rngs=nnx.Rngs(1)))
@@ -173,8 +176,7 @@ def load_peft_adapter(
         PEFT's checkpoint format, https://huggingface.co/docs/peft/developer_guides/checkpoint.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder, expected a PEFT adapter")
+    _check_folder(folder)
     config = PeftConfig.read(folder / CONFIG_NAME)
     if not (folder / WEIGHTS_NAME).exists() and (folder / "adapter_model.bin").exists():
         raise InputError(f"{folder}: holds adapter_model.bin, expected {WEIGHTS_NAME}")
@@ -188,7 +190,7 @@ def load_peft_adapter(
         _check_same_layers(file, config, existing, filled)
     values = {path: _values(file, existing.get(path), f, dtype) for path, f in filled.items()}
     if not existing:
-        add_lora(model, _lora_config(config, filled), rngs=nnx.Rngs(0))
+        insert_lora(model, _lora_config(config, filled), rngs=nnx.Rngs(0))
     layers = lora_layers(model)
     for path, arrays in values.items():
         for name, array in arrays.items():
@@ -208,11 +210,17 @@ def base_model_of(folder: str | os.PathLike[str]) -> str:
     Raises:
         InputError: The configuration is missing or damaged, or names no base model.
     """
+    _check_folder(Path(folder))
     path = Path(folder) / CONFIG_NAME
     name = PeftConfig.read(path).settings.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise InputError(f"{path}: base_model_name_or_path is {name!r}; name the base model")
     return name
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder, expected a PEFT adapter")
 
 
 class _Slot(NamedTuple):

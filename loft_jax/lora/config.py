@@ -39,6 +39,7 @@ class LoRAConfig:
         dropout: Probability in [0, 1) of dropping an input of the low-rank branch in training.
             An embedding has no input to drop, and takes none.
         dtype: Dtype the factors are stored in; they are cast to the layer's own dtype to compute.
+            DoRA's magnitudes are in float32 at the least.
         init: How A starts: ``"kaiming_uniform"`` is uniform in ±1/sqrt(in), ``"gaussian"`` normal
             with standard deviation 1/rank, or a JAX initializer called with shape ``(in, rank)``. B
             starts at zero. An embedding is the other way round: A zero, B standard normal.

@@ -69,7 +69,38 @@ def add_lora(model: Model, config: LoRAConfig, *, rngs: nnx.Rngs) -> Model:
     Source:
         Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
     """
-    planned = [_plan(path, layer, config) for path, layer in select(model, config).items()]
+    for plan in _planned(model, config):
+        if plan.rank > min(plan.axes.fan_in, plan.axes.fan_out):
+            raise InputError(
+                f"{plan.name}: rank {plan.rank} is above "
+                f"{min(plan.axes.fan_in, plan.axes.fan_out)}, the smaller side of its weight "
+                f"(in {plan.axes.fan_in}, out {plan.axes.fan_out})"
+            )
+    return insert_lora(model, config, rngs=rngs)
+
+
+def insert_lora(model: Model, config: LoRAConfig, *, rngs: nnx.Rngs) -> Model:
+    """As :func:`add_lora`, at any rank.
+
+    To train a rank above the smaller side of a weight is a mistake; to read an adapter of such a
+    rank is none: PEFT makes them, and one with a start is written at twice its rank.
+
+    Args:
+        model: As for :func:`add_lora`.
+        config: As for :func:`add_lora`.
+        rngs: As for :func:`add_lora`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        InputError: As for :func:`add_lora`, but for ranks.
+
+    Example:
+        >>> linear = nnx.Linear(4, 8, rngs=nnx.Rngs(0))
+        >>> insert_lora(linear, LoRAConfig(rank=6), rngs=nnx.Rngs(1)).lora_a.shape
+        (4, 6)
+    """
     ready = [
         (
             plan,
@@ -77,7 +108,7 @@ def add_lora(model: Model, config: LoRAConfig, *, rngs: nnx.Rngs) -> Model:
             _magnitude(plan, config),
             _dropout(plan, config, rngs),
         )
-        for plan in planned
+        for plan in _planned(model, config)
     ]
     for plan, (a, b), magnitude, dropout in ready:
         layer = plan.layer
@@ -183,11 +214,16 @@ def remove_lora(model: Model) -> Model:
 
 
 class _Plan(NamedTuple):
+    name: str
     layer: Any
     lora_class: type[LoRALayer]
     axes: WeightAxes
     rank: int
     alpha: float
+
+
+def _planned(model: nnx.Module, config: LoRAConfig) -> list[_Plan]:
+    return [_plan(path, layer, config) for path, layer in select(model, config).items()]
 
 
 def _plan(path: str, layer: nnx.Module, config: LoRAConfig) -> _Plan:
@@ -199,12 +235,6 @@ def _plan(path: str, layer: nnx.Module, config: LoRAConfig) -> _Plan:
         axes = cls.lora_axes(layer)
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
-    rank = config.rank_of(path)
-    if rank > min(axes.fan_in, axes.fan_out):
-        raise InputError(
-            f"{name}: rank {rank} is above {min(axes.fan_in, axes.fan_out)}, "
-            f"the smaller side of its weight (in {axes.fan_in}, out {axes.fan_out})"
-        )
     if config.use_dora and not isinstance(layer, nnx.Linear):
         raise InputError(
             f"{name}: use_dora is for nnx.Linear, and this is a {type(layer).__name__}"
@@ -214,7 +244,7 @@ def _plan(path: str, layer: nnx.Module, config: LoRAConfig) -> _Plan:
             f"{name}: init {config.init!r} is for linear layers, and this is a "
             f"{type(layer).__name__}; exclude it, or give it LoRA with another init"
         )
-    return _Plan(layer, cls, axes, rank, config.alpha_of(path))
+    return _Plan(name, layer, cls, axes, config.rank_of(path), config.alpha_of(path))
 
 
 def _factors(plan: _Plan, config: LoRAConfig, rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array]:
@@ -261,7 +291,9 @@ def _magnitude(plan: _Plan, config: LoRAConfig) -> jax.Array | None:
     if not config.use_dora:
         return None
     norms = _each_weight(plan, weight_norms)
-    return norms.reshape(*plan.axes.stack, plan.axes.fan_out).astype(config.dtype)
+    # In half precision norms would be rounded, and the model would not start where it was.
+    dtype = jnp.promote_types(config.dtype, jnp.float32)
+    return norms.reshape(*plan.axes.stack, plan.axes.fan_out).astype(dtype)
 
 
 def _each_weight(plan: _Plan, of: Callable[[jax.Array], Any]) -> Any:

@@ -101,6 +101,8 @@ def assert_same_files(left: Path, right: Path):
         np.testing.assert_array_equal(ours[name], tensor, err_msg=name)
 
 
+WIDE = 12  # k_proj is 32 to 16
+
 OURS = {
     "all linear": {},
     "alpha": {"alpha": 12.0, "target_modules": ["q_proj", "v_proj"]},
@@ -115,6 +117,8 @@ OURS = {
     "pissa": {"init": "pissa", "alpha": 3.0, "target_modules": ["q_proj", "up_proj"]},
     "balanced": {"init": "balanced", "use_rslora": True, "rank_pattern": {"q_proj": 2}},
     "balanced dora": {"init": "balanced", "use_dora": True, "target_modules": ["q_proj", "o_proj"]},
+    # Written at twice the rank, which is above the smaller side of the weight.
+    "wide": {"init": "pissa", "rank": WIDE, "target_modules": ["k_proj"]},
 }
 
 
@@ -141,7 +145,7 @@ def test_peft_reads_what_we_write(llama_folder, tmp_path, case):
     fields = OURS[case]
     assert config["use_rslora"] == fields.get("use_rslora", False)
     assert config["use_dora"] == fields.get("use_dora", False)
-    assert config["r"] == (8 if "init" in fields else 4)
+    assert config["r"] == fields.get("rank", 4) * (2 if "init" in fields else 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
     # And back.
     again = load_peft_adapter(tmp_path, load_pretrained(llama_folder))
@@ -166,6 +170,7 @@ THEIRS = {
     "excluded": {"target_modules": "all-linear", "exclude_modules": ["gate_proj"]},
     "gaussian": {"target_modules": ["q_proj"], "init_lora_weights": "gaussian"},
     "dora": {"target_modules": "all-linear", "use_dora": True, "use_rslora": True},
+    "wide": {"target_modules": ["k_proj"], "r": 2 * WIDE},
 }
 
 

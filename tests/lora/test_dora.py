@@ -220,3 +220,13 @@ def test_other_layers_are_refused_by_path(layer, kind):
     message = rf"layers\.0: use_dora is for nnx\.Linear, and this is a {kind}"
     with pytest.raises(InputError, match=message):
         add_lora(nnx.Sequential(layer()), config, rngs=nnx.Rngs(1))
+
+
+def test_magnitudes_are_not_rounded_with_the_factors():
+    base = nnx.Linear(16, 8, rngs=nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(size=(4, 16)).astype(np.float32)
+    expected = base(x)
+    config = LoRAConfig(rank=2, use_dora=True, dtype=jnp.bfloat16)
+    model = add_lora(base, config, rngs=nnx.Rngs(1))
+    assert (model.lora_a.dtype, model.lora_magnitude.dtype) == (jnp.bfloat16, jnp.float32)
+    np.testing.assert_allclose(model(x), expected, atol=1e-6)

@@ -24,7 +24,8 @@ class DataConfig:
             tokenized apart from the prompt, so a space between the two belongs to the completion.
         text_field: Holds plain text; the loss is on all of it.
         max_length: The longest row, in tokens. A longer text becomes several rows; a longer example
-            of another kind loses the left of its prompt first (never BOS), then its end.
+            of another kind loses the left of its prompt first (never BOS), then its end. Of a
+            question with answers to compare, the prompt with the longest of them.
         packing: Put several examples into one row; attention and positions do not cross.
         buckets: The lengths to pad to, increasing; empty means a few lengths fitted to the data.
 

@@ -1,6 +1,7 @@
 """Multiple choice: which of the given answers does a model find most likely."""
 
 import functools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ from loft_jax.models.loss import Arrays
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
 
 # Predicted tokens of a row are padded to a multiple of this.
 _MULTIPLE = 8
@@ -76,14 +79,18 @@ def score_choices(
     all rows, `{"prompt", "completion"}`, the completion one of them. Answers are tokenized as
     completions are in training, without EOS. A row goes through the model once: its prompt, and
     behind it the answers, as branches that do not see each other. The head is applied where a token
-    of an answer is predicted, and nowhere else. Of answers equally likely the first is taken.
+    of an answer is predicted, and nowhere else. Of answers equally likely the first is taken, and
+    of answers that the model has no number for none.
+
+    Nothing is put between a prompt and its answers: where words are to be apart, answers begin with
+    the space, and prompts do not end with it.
 
     Args:
         model: With its adapters.
         tokenizer: The model's.
         rows: Examples, as `load_examples` gives them or as plain dicts.
         config: Its `prompt_field`, `completion_field` and `max_length` are used: a prompt that is
-            too long with the longest of its answers loses its left.
+            too long with the longest of its answers loses its left, and a warning says how many.
         choices: The answers of every row; empty if each row brings its own.
         batch_size: Rows computed at once.
         progress: Show a bar.
@@ -108,20 +115,27 @@ def score_choices(
         raise InputError(f"batch size is {batch_size}; expected at least 1")
     questions = _questions(tokenizer, rows, config, choices)
     encoded = [_row(index, asked, config) for index, asked in enumerate(questions)]
+    cut = sum(
+        row.branches.count(0) < len(asked.prompt)
+        for row, asked in zip(encoded, questions, strict=True)
+    )
+    if cut:
+        _log.warning(
+            "shortened the prompts of %d of %d questions to max_length %d",
+            *(cut, len(questions), config.max_length),
+        )
     scores = [np.zeros(0)] * len(questions)  # log-likelihoods of the answers of each
     graphdef, state = inference_state(model)
     with tqdm(total=len(encoded), desc="choices", leave=False, disable=not progress) as bar:
         for indices, batch in _batches(encoded, batch_size, pad_id(tokenizer)):
             found = np.asarray(_answer_scores(graphdef, state, batch), np.float64)  # (b, c)
             for index, values in zip(indices, found, strict=False):  # the rows behind are padding
-                scores[index] = values[: len(questions[index].choices)]
+                scores[index] = values[questions[index].which]
             bar.update(len(indices))
     both = list(zip(questions, scores, strict=True))
     return ChoiceScores(
-        right=tuple(bool(np.argmax(score) == asked.answer) for asked, score in both),
-        right_norm=tuple(
-            bool(np.argmax(score / asked.sizes) == asked.answer) for asked, score in both
-        ),
+        right=tuple(_likeliest(score) == asked.answer for asked, score in both),
+        right_norm=tuple(_likeliest(score / asked.sizes) == asked.answer for asked, score in both),
         nll=-float(np.mean([score[asked.answer] for asked, score in both])),
     )
 
@@ -134,8 +148,9 @@ def bring_choices(rows: "Dataset | Sequence[Mapping[str, Any]]") -> bool:
 @dataclass(frozen=True)
 class _Question:
     prompt: list[int]
-    choices: list[list[int]]
-    sizes: np.ndarray  # of the choices in characters, (c,)
+    choices: list[list[int]]  # each once: of two that are the same, rounding must not choose
+    which: list[int]  # of these is each choice of the row, (c,)
+    sizes: np.ndarray  # of the choices of the row in characters, (c,)
     answer: int
 
 
@@ -177,20 +192,29 @@ def _questions(
     encoded = dict(zip(known, encode_continuations(tokenizer, known), strict=True))
     if untold := [choice for choice, ids in encoded.items() if not ids]:
         raise InputError(f"choice {untold[0]!r} has no token; expected some text")
-    return [
-        _Question(
-            prompt=prompt,
-            choices=[encoded[choice] for choice in row_choices],
-            sizes=np.asarray([_size(choice) for choice in row_choices]),
-            answer=answer,
+    questions = []
+    for prompt, row_choices, answer in zip(
+        encode_starts(tokenizer, prompts), offered, answers, strict=True
+    ):
+        distinct = list(dict.fromkeys(row_choices))
+        questions.append(
+            _Question(
+                prompt=prompt,
+                choices=[encoded[choice] for choice in distinct],
+                which=[distinct.index(choice) for choice in row_choices],
+                sizes=np.asarray([_size(choice) for choice in row_choices]),
+                answer=answer,
+            )
         )
-        for prompt, row_choices, answer in zip(
-            encode_starts(tokenizer, prompts), offered, answers, strict=True
-        )
-    ]
+    return questions
 
 
 _OWN_CHOICES = ["choices", "answer"]
+
+
+def _likeliest(scores: np.ndarray) -> int:
+    """The first of the largest; -1 if one is no number."""
+    return -1 if np.isnan(scores).any() else int(np.argmax(scores))
 
 
 def _size(choice: str) -> int:
@@ -208,7 +232,9 @@ def _own_choices(row: Mapping[str, Any], index: int) -> list[str]:
 def _own_answer(row: Mapping[str, Any], index: int) -> int:
     found, count = row.get("answer"), len(row["choices"])
     if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found < count:
-        raise InputError(f"row {index}: field 'answer' is {found!r}; expected 0 to {count - 1}")
+        raise InputError(
+            f"row {index}: field 'answer' is {found!r}; expected a whole number, 0 to {count - 1}"
+        )
     return found
 
 

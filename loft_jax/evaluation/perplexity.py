@@ -31,7 +31,7 @@ class Perplexity:
     @property
     def perplexity(self) -> float:
         """`exp(nll)`; infinite where that overflows."""
-        return math.exp(self.nll) if self.nll < 700 else math.inf
+        return math.inf if self.nll >= 700 else math.exp(self.nll)
 
 
 def perplexity(model: nnx.Module, batches: Sequence[Batch], *, progress: bool = True) -> Perplexity:

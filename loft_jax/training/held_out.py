@@ -1,9 +1,10 @@
 """The held-out examples of a run, and what a model does on them."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from loft_jax.data import eval_batches, load_examples, tokenize
+from loft_jax.data import Batch, eval_batches, load_examples, tokenize
 from loft_jax.evaluation.choices import bring_choices, score_choices
 from loft_jax.evaluation.perplexity import perplexity
 from loft_jax.models import Llama
@@ -35,13 +36,19 @@ class HeldOut:
             config.data, path=config.eval_path, split=config.eval_split
         )
         self._rows = load_examples(self._data)
-        tokens = tokenize(self._rows, tokenizer, self._data)
-        self._batches = eval_batches(tokens, self._data, batch_size=config.eval_batch_size)
+        self._batches: Sequence[Batch] = ()
+        if not self._has_choices:
+            tokens = tokenize(self._rows, tokenizer, self._data)
+            self._batches = eval_batches(tokens, self._data, batch_size=config.eval_batch_size)
 
     @property
     def count(self) -> int:
         """How many examples there are."""
         return len(self._rows)
+
+    @property
+    def _has_choices(self) -> bool:
+        return bool(self._config.choices) or bring_choices(self._rows)
 
     def measure(self, model: Llama) -> dict[str, float]:
         """The mean loss, in nats, and the accuracy if there are choices.
@@ -64,7 +71,7 @@ class HeldOut:
         Returns:
             The measures, and by the names of the accuracies a truth value for each row.
         """
-        if not (self._config.choices or bring_choices(self._rows)):
+        if not self._has_choices:
             return {"loss": perplexity(model, self._batches, progress=self._progress).nll}, {}
         scores = score_choices(
             model,

@@ -86,12 +86,16 @@ def test_answers_of_several_tokens_are_scored_as_torch_does(tiny_llama):
         assert_scores(found, rows, scores)
 
 
-def test_long_prompt_loses_its_left(tiny_llama):
+def test_long_prompt_loses_its_left(tiny_llama, caplog):
     folder, model = tiny_llama
     rows = [{**row, "prompt": "far too long, " * 9 + row["prompt"]} for row in QUESTIONS]
     config = DataConfig("rows", max_length=20)
     found = score_choices(model, TOKENIZER, rows, config, batch_size=3, progress=False)
     assert_scores(found, rows, torch_choices(folder, rows, max_length=20))
+    assert "shortened the prompts of 4 of 4 questions to max_length 20" in caplog.text
+    caplog.clear()
+    score_choices(model, TOKENIZER, QUESTIONS, CONFIG, progress=False)
+    assert not caplog.text
 
 
 class Counting(nnx.Module):
@@ -125,6 +129,31 @@ def test_uniform_model_has_the_nll_of_the_whole_vocabulary_and_ties_go_to_the_fi
     assert found.accuracy == 3 / 5
 
 
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_of_answers_that_are_the_same_the_first_is_taken(tiny_llama, batch_size):
+    texts = [f"question {i}:" for i in range(12)]
+    rows = [{"prompt": text, "choices": [" a joy"] * 3, "answer": 0} for text in texts]
+    _, model = tiny_llama
+    found = score_choices(model, TOKENIZER, rows, CONFIG, batch_size=batch_size, progress=False)
+    assert (found.accuracy, found.accuracy_norm) == (1, 1)
+    rows = [
+        {**row, "choices": [" worse", *row["choices"]], "answer": answer}
+        for row in QUESTIONS
+        for answer in range(1 + len(row["choices"]))
+    ]
+    rows += [{**row, "choices": [*row["choices"], " worse"]} for row in QUESTIONS]
+    found = score_choices(model, TOKENIZER, rows, CONFIG, batch_size=batch_size, progress=False)
+    assert_scores(found, rows, torch_choices(tiny_llama[0], rows))
+
+
+def test_answers_without_a_number_are_never_right(tiny_llama):
+    model = nnx.clone(tiny_llama[1])
+    model.norm.scale[...] = model.norm.scale[...].at[0].set(np.nan)
+    found = score_choices(model, TOKENIZER, QUESTIONS, CONFIG, progress=False)
+    assert (found.accuracy, found.accuracy_norm) == (0, 0)
+    assert np.isnan(found.nll)
+
+
 def test_normalisation_is_by_characters_without_the_space_before():
     # A uniform model: the sum prefers fewer tokens, the mean a character more of them a token.
     choices = [" a", "four", " é"]
@@ -156,7 +185,7 @@ def test_compiled_once_a_shape_over_several_evaluations():
          r"row 0: the completion 'neutral' is none of the choices \[' negative'"),
         ([{**QUESTIONS[0], "choices": []}], {}, r"row 0: field 'choices' is \[\]"),
         ([{**QUESTIONS[0], "choices": "ab"}], {}, "expected a list of texts"),
-        ([{**QUESTIONS[0], "answer": 3}], {}, "row 0: field 'answer' is 3; expected 0 to 2"),
+        ([{**QUESTIONS[0], "answer": 3}], {}, "row 0: field 'answer' is 3; .*whole .*to 2"),
         ([{**QUESTIONS[0], "answer": "a"}], {}, "row 0: field 'answer' is 'a'"),
         ([{**QUESTIONS[0], "choices": [" a", ""]}], {}, "choice '' has no token"),
         ([], {}, "the dataset is empty"),

@@ -13,7 +13,6 @@ def test_rows_with_answers_of_their_own_are_compared(make_config, workspace, tmp
     rows = [
         {
             "prompt": f"Question: {question}\nAnswer:",
-            "completion": choices[answer],
             "choices": choices,
             "answer": answer,
         }

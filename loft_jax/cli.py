@@ -4,12 +4,13 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import jax
 import tyro
@@ -92,15 +93,23 @@ class Source:
     adapter: str = ""
     """Folder of a PEFT adapter."""
 
-    def load(self) -> tuple["Llama", Any]:
-        """The model, with the adapter on it, and its tokenizer."""
-        from loft_jax.hub import load_peft_adapter, load_pretrained, load_tokenizer
+    @property
+    def base(self) -> str:
+        """The base model, as it is given or as the adapter names it."""
         from loft_jax.hub.peft import base_model_of
 
         if not (self.model or self.adapter):
             raise InputError("neither model nor adapter is given; expected one at least")
-        base = self.model or base_model_of(self.adapter)
-        model = load_pretrained(base)
+        return self.model or base_model_of(self.adapter)
+
+    def load(
+        self, *, param_dtype: str = "float32", quantization: Quantization = "none"
+    ) -> tuple["Llama", Any]:
+        """The model, with the adapter on it, and its tokenizer."""
+        from loft_jax.hub import load_peft_adapter, load_pretrained, load_tokenizer
+
+        base = self.base
+        model = load_pretrained(base, param_dtype=param_dtype, quantization=quantization)
         if self.adapter:
             load_peft_adapter(self.adapter, model)
         model.eval()
@@ -117,6 +126,8 @@ class Evaluate:
     """Answers to compare on every example, for accuracy; an example may bring its own instead."""
     batch_size: int = 16
     """Rows computed at once."""
+    quantization: Quantization = "none"
+    """What the base model's kernels are stored in; an adapter goes with what it was trained on."""
 
     def __call__(self) -> int:
         """Runs the command."""
@@ -125,19 +136,24 @@ class Evaluate:
         from loft_jax.evaluation.perplexity import perplexity
 
         rows = load_examples(self.data)
-        model, tokenizer = self.source.load()
+        model, tokenizer = self.source.load(quantization=self.quantization)
         if self.choices or bring_choices(rows):
             scores = score_choices(
                 model, tokenizer, rows, self.data, choices=self.choices, batch_size=self.batch_size
             )
             names = ("accuracy", "accuracy_norm", "nll", "count")
-            print(json.dumps({name: getattr(scores, name) for name in names}))
+            found = {name: getattr(scores, name) for name in names}
         else:
             batches = eval_batches(
                 tokenize(rows, tokenizer, self.data), self.data, batch_size=self.batch_size
             )
-            found = perplexity(model, batches)
-            print(json.dumps({**dataclasses.asdict(found), "perplexity": found.perplexity}))
+            measured = perplexity(model, batches)
+            found = {**dataclasses.asdict(measured), "perplexity": measured.perplexity}
+        if math.isnan(found["nll"]):
+            raise InputError(
+                "the loss is no number; expected finite weights, in the model and in the adapter"
+            )
+        print(json.dumps(found))
         return 0
 
 
@@ -156,12 +172,14 @@ class Generate:
     """Sample among the likeliest tokens of this much probability."""
     seed: int = 0
     """Of the sampling."""
+    quantization: Quantization = "none"
+    """What the base model's kernels are stored in; an adapter goes with what it was trained on."""
 
     def __call__(self) -> int:
         """Runs the command."""
         from loft_jax.evaluation.generation import generate_text
 
-        model, tokenizer = self.source.load()
+        model, tokenizer = self.source.load(quantization=self.quantization)
         prompts = [prompt.replace("\\n", "\n") for prompt in self.prompt]
         texts = generate_text(
             model,
@@ -226,16 +244,21 @@ class Merge:
     source: Annotated[Source, tyro.conf.arg(name="")]
     output: str
     """Folder to write; must be empty or absent."""
+    dtype: Literal["base", "float32", "bfloat16", "float16"] = "base"
+    """What weights are stored in; "base" is what those of the base model are."""
 
     def __call__(self) -> int:
         """Runs the command."""
         from loft_jax.hub import save_pretrained
+        from loft_jax.hub.pretrained import stored_dtype
         from loft_jax.lora import merge_lora
 
         if not self.source.adapter:
             raise InputError("adapter is not given; expected the folder of a PEFT adapter to merge")
-        model, tokenizer = self.source.load()
-        save_pretrained(self.output, merge_lora(model), tokenizer)
+        base = self.source.base
+        dtype = str(stored_dtype(base)) if self.dtype == "base" else self.dtype
+        model, tokenizer = self.source.load(param_dtype=dtype)
+        save_pretrained(self.output, merge_lora(model), tokenizer, base_model=base)
         print(self.output)
         return 0
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
@@ -11,6 +12,9 @@ from safetensors.numpy import load_file, save_file
 
 from loft_jax import LoRAConfig, add_lora, load_pretrained, save_peft_adapter
 from loft_jax.cli import main
+from loft_jax.data import DataConfig, eval_batches, load_examples, tokenize
+from loft_jax.evaluation.perplexity import perplexity
+from loft_jax.hub import load_tokenizer
 from tests.tiny import save_tiny_llama
 from tests.training.conftest import make_config, workspace  # noqa: F401
 
@@ -55,6 +59,54 @@ def test_finetune_export_evaluate_generate_merge(workspace, tmp_path, flags, cap
 
     assert main(["generate", "--model", merged, "--prompt", "a\\nb", "--max-new-tokens", "3"]) == 0
     assert capsys.readouterr().out.startswith("a\nb")
+
+
+def test_merged_weights_are_stored_as_those_of_the_base(workspace, tmp_path, capsys):  # noqa: F811
+    base = tmp_path / "base"
+    shutil.copytree(workspace / "model", base)
+    weights = load_file(base / "model.safetensors")
+    save_file(
+        {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in weights.items()},
+        base / "model.safetensors",
+    )
+    model = add_lora(load_pretrained(base), LoRAConfig(rank=2), rngs=nnx.Rngs(0))
+    save_peft_adapter(tmp_path / "adapter", model, base_model=str(base))
+    merge = ["merge", "--adapter", str(tmp_path / "adapter"), "--output"]
+    for flags, dtype in (([], ml_dtypes.bfloat16), (["--dtype", "float32"], np.float32)):
+        merged = tmp_path / np.dtype(dtype).name
+        assert main([*merge, str(merged), *flags]) == 0
+        found = load_file(merged / "model.safetensors")
+        assert {tensor.dtype for tensor in found.values()} == {np.dtype(dtype)}
+        for name, tensor in found.items():  # B is zero
+            np.testing.assert_array_equal(
+                tensor.astype(np.float32),
+                weights[name].astype(ml_dtypes.bfloat16).astype(np.float32),
+            )
+
+
+def test_evaluating_on_a_quantized_base(workspace, capsys):  # noqa: F811
+    path = str(workspace / "test.jsonl")
+    evaluate = ["evaluate", "--model", str(workspace / "model"), "--data.path", path]
+    assert main([*evaluate, "--quantization", "nf4"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    config = DataConfig(path)
+    tokens = tokenize(load_examples(config), load_tokenizer(workspace / "model"), config)
+    for quantization, same in (("nf4", True), ("none", False)):
+        model = load_pretrained(workspace / "model", quantization=quantization)
+        expected = perplexity(model, eval_batches(tokens, config, batch_size=16), progress=False)
+        assert (found["nll"] == pytest.approx(expected.nll, rel=1e-6)) == same
+
+
+def test_weights_that_are_no_numbers_are_told(workspace, tmp_path, capsys):  # noqa: F811
+    shutil.copytree(workspace / "model", tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.norm.weight"][0] = np.nan
+    save_file(weights, tmp_path / "model" / "model.safetensors")
+    evaluate = ["evaluate", "--model", str(tmp_path / "model")]
+    assert main([*evaluate, "--data.path", str(workspace / "test.jsonl")]) == 2
+    out = capsys.readouterr()
+    assert "the loss is no number" in out.err
+    assert not out.out
 
 
 def test_flags_go_before_the_config_file(tmp_path, flags, capsys):
@@ -162,7 +214,7 @@ def test_a_config_file_with_a_wrong_value(flags, yaml, message, tmp_path, capsys
 
 
 def test_a_second_interrupt_is_no_traceback(monkeypatch, capsys):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("loft_jax.cli.Source.load", interrupted)
@@ -196,7 +248,7 @@ def test_help(capsys):
         (["evaluate", "--data.path", "x.jsonl"], "x.jsonl"),
         (["generate", "--prompt", "a"], "neither model nor adapter"),
         (["merge", "--model", "m", "--output", "o"], "adapter is not given"),
-        (["merge", "--adapter", "nowhere", "--output", "o"], "nowhere"),
+        (["merge", "--adapter", "nowhere", "--output", "o"], "nowhere: no such folder"),
         (["export", "nowhere", "--output", "o"], "nowhere"),
     ],
 )

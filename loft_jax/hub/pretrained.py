@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CONFIG_NAME = "config.json"
-_WEIGHT_PATTERNS = (_CONFIG_NAME, "model*.safetensors", INDEX_NAME)
+_GENERATION_NAME = "generation_config.json"
+_WEIGHT_PATTERNS = (_CONFIG_NAME, _GENERATION_NAME, "model*.safetensors", INDEX_NAME)
 _TOKENIZER_PATTERNS = (
     _CONFIG_NAME,
     "tokenizer*",
@@ -47,6 +48,7 @@ _TOKENIZER_PATTERNS = (
     "merges.txt",
     "chat_template*",
 )
+_EMBEDDING = "model.embed_tokens.weight"
 _MAX_SHARD_BYTES = 5 * 10**9
 
 # Older checkpoints carry the rotary frequencies, which the configuration already gives.
@@ -144,6 +146,22 @@ def load_model_config(path_or_hub_id: str | os.PathLike[str]) -> LlamaConfig:
     return _read_config(path)
 
 
+def stored_dtype(path_or_hub_id: str | os.PathLike[str]) -> np.dtype:
+    """What a model's weights are stored in, as its embeddings tell.
+
+    Args:
+        path_or_hub_id: As for :func:`load_pretrained`.
+
+    Returns:
+        Their dtype; float32 for a GGUF file, whose weights are computed when they are read.
+
+    Raises:
+        InputError: No such model, or a file that cannot be read.
+    """
+    source = _open(_resolve(path_or_hub_id, _WEIGHT_PATTERNS))[1]
+    return source.read(_EMBEDDING, (slice(0, 1), slice(0, 1))).dtype
+
+
 def load_tokenizer(path_or_hub_id: str | os.PathLike[str]) -> "PreTrainedTokenizerBase":
     """Loads the tokenizer that belongs to a model.
 
@@ -171,6 +189,8 @@ def save_pretrained(
     folder: str | os.PathLike[str],
     model: Llama,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
+    *,
+    base_model: str | os.PathLike[str] | None = None,
 ) -> None:
     """Writes a model folder that transformers loads: configuration, safetensors, tokenizer.
 
@@ -181,9 +201,12 @@ def save_pretrained(
         folder: Where to; must not exist, or be empty.
         model: A model without LoRA layers; parameters are stored in the dtype they have.
         tokenizer: Written beside the weights.
+        base_model: What the model was made from, as for :func:`load_pretrained`: its settings of
+            generation, stop tokens among them, are taken over where it has a file of them.
 
     Raises:
-        InputError: The folder holds something, or the model still carries LoRA layers.
+        InputError: The folder holds something, the model still carries LoRA layers, or there is no
+            such base model.
     """
     folder = Path(folder)
     parameters = {
@@ -214,6 +237,10 @@ def save_pretrained(
         write_checkpoint(
             temporary, shapes, _hf_tensors(parameters), max_shard_bytes=_MAX_SHARD_BYTES
         )
+        if base_model is not None:
+            generation = _resolve(base_model, _WEIGHT_PATTERNS) / _GENERATION_NAME
+            if generation.is_file():
+                shutil.copy(generation, temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(temporary))
         temporary.chmod(folder.parent.stat().st_mode & 0o777)  # mkdtemp's are private
@@ -305,7 +332,7 @@ def _check(parameters: Mapping[str, Any], source: _Source, config: LlamaConfig) 
         if _RECOMPUTED.fullmatch(name):
             continue
         if name == "lm_head.weight" and config.tie_word_embeddings:
-            if not np.array_equal(source.read(name), source.read("model.embed_tokens.weight")):
+            if not np.array_equal(source.read(name), source.read(_EMBEDDING)):
                 raise InputError(
                     f"{source.path}: tensor {name!r} differs from the embedding, but the "
                     "configuration ties the two (tie_word_embeddings)"

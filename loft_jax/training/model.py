@@ -193,7 +193,7 @@ def export_trained(
         tokenizer: Goes with a whole model.
         method: Of the run.
         folder: Where `adapter/` or `model/` goes.
-        base_model: What the adapter is for, as users name it.
+        base_model: What the run began with, as users name it.
 
     Returns:
         The folder that was written.
@@ -201,5 +201,5 @@ def export_trained(
     if method != "full":
         save_peft_adapter(Path(folder) / "adapter", model, base_model=base_model)
         return Path(folder) / "adapter"
-    save_pretrained(Path(folder) / "model", model, tokenizer)
+    save_pretrained(Path(folder) / "model", model, tokenizer, base_model=base_model)
     return Path(folder) / "model"

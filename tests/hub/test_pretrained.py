@@ -9,11 +9,16 @@ import pytest
 import torch
 from flax import nnx
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from loft_jax.errors import InputError
 from loft_jax.hub import pretrained as module
-from loft_jax.hub.pretrained import load_pretrained, load_tokenizer, save_pretrained
+from loft_jax.hub.pretrained import (
+    load_pretrained,
+    load_tokenizer,
+    save_pretrained,
+    stored_dtype,
+)
 from loft_jax.lora import LoRAConfig, add_lora
 from tests.tiny import save_tiny_llama, tiny_tokenizer
 
@@ -50,6 +55,7 @@ def test_bfloat16_storage(tmp_path, tiny_llama):
     kept = load_pretrained(folder, param_dtype=jnp.bfloat16)
     assert kept.layers.self_attn.k_proj.kernel.dtype == jnp.bfloat16
     np.testing.assert_allclose(kept(TOKENS), logits, atol=1e-6)
+    assert (stored_dtype(folder), stored_dtype(tiny_llama)) == (jnp.bfloat16, jnp.float32)
 
 
 @pytest.mark.parametrize("kind", ["untied", "tied", "sharded", "bfloat16"])
@@ -73,6 +79,18 @@ def test_what_is_saved_is_what_was_loaded(tmp_path, monkeypatch, kind):
     text = "question: two plus two"
     assert load_tokenizer(tmp_path / "saved")(text) == tiny_tokenizer()(text)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_settings_of_generation_are_those_of_the_base(tmp_path):
+    base = save_tiny_llama(tmp_path / "base")
+    GenerationConfig(eos_token_id=[2, 4]).save_pretrained(base)
+    model = load_pretrained(base)
+    save_pretrained(tmp_path / "saved", model, base_model=base)
+    kept = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert kept.generation_config.eos_token_id == [2, 4]
+    (base / "generation_config.json").unlink()
+    save_pretrained(tmp_path / "without", model, base_model=base)
+    assert not (tmp_path / "without" / "generation_config.json").exists()
 
 
 def test_saving_refuses_a_folder_with_something_in_it(tmp_path, tiny_llama):

@@ -241,7 +241,16 @@ LANGUAGE_TASKS = {
             more=(
                 Sweep((BEFORE,), (8,)),
                 Sweep(tuple(name for name in ABLATIONS if name != "loft-without-bound"), (8,)),
-                Sweep(("loft-without-alternation",), (8,), rates=(1e-5,)),
+                Sweep(
+                    (
+                        "loft-without-alternation",
+                        "loft-without-scaling",
+                        "loft-without-first-calibration",
+                        "loft-without-calibration",
+                    ),
+                    (8,),
+                    rates=(1e-5,),
+                ),
             ),
             train=("train.jsonl", "train[200:]"),
             validation=("train.jsonl", "train[:200]"),

@@ -313,8 +313,9 @@ LANGUAGE_TASKS = {
             rates=FIVE_RATES,
             more=(
                 Sweep((BEFORE,), (8,)),
-                Sweep(("lora",), (8,), rates=(1e-2,)),
                 Sweep(("lora", "loft"), (4, 16)),
+                Sweep(("lora",), (4, 8, 16), rates=(1e-2,)),
+                Sweep(("reflora",), (8,), rates=(1e-2,)),
                 Sweep(("loft",), (8,), 1e-4),
             ),
             validation=("validation.jsonl", "train[:8]"),
@@ -338,9 +339,10 @@ LANGUAGE_TASKS = {
             rates=FIVE_RATES,
             more=(
                 Sweep((BEFORE,), (8,)),
-                Sweep(("lora",), (8,), rates=(1e-2,)),
                 Sweep(("loft",), (4,)),
                 Sweep(("lora",), (16,)),
+                Sweep(("lora",), (8, 16), rates=(1e-2,)),
+                Sweep(("reflora",), (8,), rates=(1e-2,)),
             ),
             validation=("validation.jsonl", "train[:8]"),
             test=("test.jsonl", "train[:24]"),

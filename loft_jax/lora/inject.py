@@ -69,14 +69,16 @@ def add_lora(model: Model, config: LoRAConfig, *, rngs: nnx.Rngs) -> Model:
     Source:
         Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
     """
-    for plan in _planned(model, config):
+    planned = _planned(model, config)
+    for plan in planned:
         if plan.rank > min(plan.axes.fan_in, plan.axes.fan_out):
             raise InputError(
                 f"{plan.name}: rank {plan.rank} is above "
                 f"{min(plan.axes.fan_in, plan.axes.fan_out)}, the smaller side of its weight "
                 f"(in {plan.axes.fan_in}, out {plan.axes.fan_out})"
             )
-    return insert_lora(model, config, rngs=rngs)
+    _insert(planned, config, rngs)
+    return model
 
 
 def insert_lora(model: Model, config: LoRAConfig, *, rngs: nnx.Rngs) -> Model:
@@ -101,31 +103,7 @@ def insert_lora(model: Model, config: LoRAConfig, *, rngs: nnx.Rngs) -> Model:
         >>> insert_lora(linear, LoRAConfig(rank=6), rngs=nnx.Rngs(1)).lora_a.shape
         (4, 6)
     """
-    ready = [
-        (
-            plan,
-            _factors(plan, config, rngs),
-            _magnitude(plan, config),
-            _dropout(plan, config, rngs),
-        )
-        for plan in _planned(model, config)
-    ]
-    for plan, (a, b), magnitude, dropout in ready:
-        layer = plan.layer
-        _set_class(layer, plan.lora_class)
-        layer.lora_a = nnx.LoRAParam(a)
-        layer.lora_b = nnx.LoRAParam(b)
-        layer.lora_rank = plan.rank
-        layer.lora_alpha = plan.alpha
-        layer.lora_rslora = config.use_rslora
-        if config.init in _PRODUCTS_NOT_ZERO:
-            # Copies: a training step may give the buffers of the factors away.
-            layer.lora_start_a = LoRAStart(jnp.array(a, copy=True))
-            layer.lora_start_b = LoRAStart(jnp.array(b, copy=True))
-        if magnitude is not None:
-            layer.lora_magnitude = nnx.LoRAParam(magnitude)
-        if dropout is not None:
-            layer.lora_dropout = dropout
+    _insert(_planned(model, config), config, rngs)
     return model
 
 
@@ -245,6 +223,35 @@ def _plan(path: str, layer: nnx.Module, config: LoRAConfig) -> _Plan:
             f"{type(layer).__name__}; exclude it, or give it LoRA with another init"
         )
     return _Plan(name, layer, cls, axes, config.rank_of(path), config.alpha_of(path))
+
+
+def _insert(planned: list[_Plan], config: LoRAConfig, rngs: nnx.Rngs) -> None:
+    """Makes all that is new before the first layer is touched."""
+    ready = [
+        (
+            plan,
+            _factors(plan, config, rngs),
+            _magnitude(plan, config),
+            _dropout(plan, config, rngs),
+        )
+        for plan in planned
+    ]
+    for plan, (a, b), magnitude, dropout in ready:
+        layer = plan.layer
+        _set_class(layer, plan.lora_class)
+        layer.lora_a = nnx.LoRAParam(a)
+        layer.lora_b = nnx.LoRAParam(b)
+        layer.lora_rank = plan.rank
+        layer.lora_alpha = plan.alpha
+        layer.lora_rslora = config.use_rslora
+        if config.init in _PRODUCTS_NOT_ZERO:
+            # Copies: a training step may give the buffers of the factors away.
+            layer.lora_start_a = LoRAStart(jnp.array(a, copy=True))
+            layer.lora_start_b = LoRAStart(jnp.array(b, copy=True))
+        if magnitude is not None:
+            layer.lora_magnitude = nnx.LoRAParam(magnitude)
+        if dropout is not None:
+            layer.lora_dropout = dropout
 
 
 def _factors(plan: _Plan, config: LoRAConfig, rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array]:

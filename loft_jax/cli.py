@@ -96,7 +96,7 @@ class Source:
     @property
     def base(self) -> str:
         """The base model, as it is given or as the adapter names it."""
-        from loft_jax.hub.peft import base_model_of
+        from loft_jax.hub.peft_load import base_model_of
 
         if not (self.model or self.adapter):
             raise InputError("neither model nor adapter is given; expected one at least")

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from loft_jax.errors import InputError
-from loft_jax.hub.peft import load_peft_adapter, save_peft_adapter
+from loft_jax.hub import load_peft_adapter, save_peft_adapter
 from loft_jax.hub.pretrained import load_pretrained
 from loft_jax.lora import LoRAConfig, add_lora, lora_layers, merge_lora
 

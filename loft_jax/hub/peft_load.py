@@ -1,10 +1,7 @@
-"""LoRA adapters as folders of Hugging Face PEFT, written and read."""
+"""LoRA adapters, read from folders of Hugging Face PEFT."""
 
-import json
-import math
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,121 +12,30 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from loft_jax.errors import InputError
-from loft_jax.hub.host_arrays import whole
-from loft_jax.hub.peft_config import PeftConfig, Strength, peft_settings
-from loft_jax.hub.safetensors_io import Safetensors, write_safetensors
+from loft_jax.hub.peft_config import PeftConfig, Strength
+from loft_jax.hub.peft_names import (
+    CONFIG_NAME,
+    PREFIX,
+    WEIGHTS_NAME,
+    NameRule,
+    listed,
+    module_names,
+    tensor_name,
+)
+from loft_jax.hub.safetensors_io import Safetensors
 from loft_jax.lora import LoRAConfig, lora_layers
 from loft_jax.lora.axes import WeightAxes
 from loft_jax.lora.inject import insert_lora
 from loft_jax.lora.layers import weight_axes
 from loft_jax.lora.targets import is_adaptable, named_modules
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-
 Model = TypeVar("Model", bound=nnx.Module)
-NameRule = Callable[[str, int | None], str]
 
-_PREFIX = "base_model.model."
 _FACTOR = re.compile(
-    rf"(?:{re.escape(_PREFIX)})?(?P<module>.+)\."
+    rf"(?:{re.escape(PREFIX)})?(?P<module>.+)\."
     r"(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<embed>[AB])|lora_(?P<dora>magnitude)_vector)"
 )
-_BASE = re.compile(rf"(?:{re.escape(_PREFIX)})?(?P<module>.+)\.base_layer\.weight")
-_SHOWN = 5
-
-
-def save_peft_adapter(
-    folder: str | os.PathLike[str],
-    model: nnx.Module,
-    *,
-    base_model: str | None = None,
-    hf_name: NameRule | None = None,
-    task_type: str | None = "CAUSAL_LM",
-) -> None:
-    """Writes the LoRA factors of a model as an adapter that PEFT loads.
-
-    Stacked layers are written one by one, weights of more than two axes as matrices: A as
-    ``lora_A.weight (rank, in)``, B as ``lora_B.weight (out, rank)``, in the dtype they have, and
-    DoRA's magnitude as ``lora_magnitude_vector (out,)``. ``adapter_config.json`` comes last, so
-    that a folder without it is no adapter.
-
-    A layer that started with a product other than zero ("balanced", "pissa") is written as plain
-    LoRA of twice its rank, ``A B - A0 B0 = (A - A0) B + A0 (B - B0)``, with an alpha that keeps
-    the scaling: any reader computes the same with the base weights as they are. Loaded again, it
-    is that plain LoRA.
-
-    Args:
-        folder: Where to; made if missing. An adapter already there is replaced.
-        model: A model with LoRA layers.
-        base_model: Name or path of the base model, for PEFT to find it.
-        hf_name: Name in PyTorch of the module at a dotted path, given the number of the layer in
-            its stack or None. By default ``model.hf_name`` where the model has it, and else the
-            path itself.
-        task_type: PEFT's task, None for a base model that is no transformer.
-
-    Of several processes all call this, and the first one writes.
-
-    Raises:
-        InputError: The model has no LoRA layer, or one that PEFT has no place for (a stack without
-            ``hf_name``, a batch axis); DoRA or rsLoRA on some of its LoRA layers only; or the
-            folder cannot be written.
-
-    Example:
-        >>> import tempfile
-        >>> from loft_jax import add_lora
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
-        >>> model = add_lora(model, LoRAConfig(rank=2), rngs=nnx.Rngs(1))
-        >>> save_peft_adapter(folder, model, base_model="my/base")
-        >>> sorted(path.name for path in folder.iterdir())
-        ['adapter_config.json', 'adapter_model.safetensors']
-
-    Source:
-        PEFT's checkpoint format, https://huggingface.co/docs/peft/developer_guides/checkpoint.
-    """
-    layers = lora_layers(model)
-    if not layers:
-        raise InputError("the model has no LoRA layer to save")
-    use_dora = _on_all(layers, "DoRA", lambda layer: layer.lora_magnitude is not None)
-    use_rslora = _on_all(layers, "rsLoRA", lambda layer: layer.lora_rslora)
-    tensors: dict[str, np.ndarray] = {}
-    modules: dict[str, Strength] = {}
-    for path, layer in layers.items():
-        axes = layer.lora_axes(layer)
-        names = _names(model, path, axes, hf_name)
-        factors = layer.lora_factors()
-        strength = _strength(layer, factors[0].shape[-1])
-        a = whole(factors[0]).reshape(len(names), axes.fan_in, strength.rank)
-        b = whole(factors[1]).reshape(len(names), strength.rank, axes.fan_out)
-        if use_dora:
-            magnitude = whole(layer.lora_magnitude[...]).reshape(len(names), axes.fan_out)
-        for index, name in enumerate(names):
-            if name in modules:
-                raise InputError(f"{path}: its name {name!r} is another layer's too")
-            modules[name] = strength
-            for factor, matrix in (("A", a[index].T), ("B", b[index].T)):
-                tensors[_tensor_name(name, factor, layer)] = np.ascontiguousarray(matrix)
-            if use_dora:
-                tensors[_tensor_name(name, "magnitude", layer)] = magnitude[index]
-    adapted = {id(layer) for layer in layers.values()}
-    others = [
-        name
-        for path, module in named_modules(model).items()
-        if id(module) not in adapted
-        for name in _names_or_path(model, path, module, hf_name)
-    ]
-    settings = peft_settings(
-        modules,
-        others,
-        base_model=base_model,
-        task_type=task_type,
-        dropout=max(_dropout_rate(layer) for layer in layers.values()),
-        use_rslora=use_rslora,
-        use_dora=use_dora,
-    )
-    if jax.process_index() == 0:
-        _write(Path(folder), settings, tensors)
+_BASE = re.compile(rf"(?:{re.escape(PREFIX)})?(?P<module>.+)\.base_layer\.weight")
 
 
 def load_peft_adapter(
@@ -165,7 +71,7 @@ def load_peft_adapter(
 
     Example:
         >>> import tempfile
-        >>> from loft_jax import add_lora
+        >>> from loft_jax import add_lora, save_peft_adapter
         >>> folder = Path(tempfile.mkdtemp())
         >>> base = lambda: nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
         >>> save_peft_adapter(folder, add_lora(base(), LoRAConfig(rank=2), rngs=nnx.Rngs(1)))
@@ -243,85 +149,6 @@ class _Filled(NamedTuple):
     arrays: dict[str, np.ndarray]
 
 
-def _names(
-    model: nnx.Module, path: str, axes: WeightAxes, hf_name: NameRule | None
-) -> tuple[str, ...]:
-    """PyTorch's names of the modules that one layer of the model stands for."""
-    rule = hf_name or getattr(model, "hf_name", None)
-    if axes.batch:
-        raise InputError(f"{path}: has a batch axis, which PEFT has no place for")
-    if len(axes.stack) > 1:
-        raise InputError(f"{path}: is a stack of stacks {axes.stack}, which has no layer numbers")
-    names: tuple[str, ...]
-    if not axes.stack:
-        names = (rule(path, None) if rule else path,)
-    elif rule is None:
-        raise InputError(f"{path}: is a stack of {axes.stack[0]} layers, pass hf_name to name them")
-    else:
-        names = tuple(rule(path, index) for index in range(axes.stack[0]))
-    if not all(names):
-        raise InputError("the layer is the whole model: PEFT adapts modules inside one")
-    return names
-
-
-def _names_or_path(
-    model: nnx.Module, path: str, module: nnx.Module, hf_name: NameRule | None
-) -> tuple[str, ...]:
-    """Names of a module without LoRA; its path if it is no layer or has no other name."""
-    if is_adaptable(module):
-        try:
-            return _names(model, path, weight_axes(module), hf_name)
-        except InputError:
-            pass
-    return (path,)
-
-
-def _on_all(layers: dict[str, Any], feature: str, has: Callable[[Any], bool]) -> bool:
-    """Whether the layers have something that an adapter has on all of its modules or on none."""
-    having = [path for path, layer in layers.items() if has(layer)]
-    without = [path for path in layers if path not in having]
-    if having and without:
-        raise InputError(
-            f"{feature} is on {_listed(having)} and not on {_listed(without)}; "
-            f"expected it on all LoRA layers or on none, which is all that PEFT's format can say"
-        )
-    return bool(having)
-
-
-def _strength(layer: Any, rank: int) -> Strength:
-    """Rank and alpha as written: twice the rank, where there is a start, at the same scaling."""
-    more = rank // layer.lora_rank
-    return Strength(rank, layer.lora_alpha * (math.sqrt(more) if layer.lora_rslora else more))
-
-
-def _tensor_name(name: str, factor: str, layer: nnx.Module) -> str:
-    if factor == "magnitude":
-        return f"{_PREFIX}{name}.lora_magnitude_vector"
-    if isinstance(layer, nnx.Embed):
-        return f"{_PREFIX}{name}.lora_embedding_{factor}"
-    return f"{_PREFIX}{name}.lora_{factor}.weight"
-
-
-def _dropout_rate(layer: Any) -> float:
-    return 0.0 if layer.lora_dropout is None else layer.lora_dropout.rate
-
-
-def _write(folder: Path, settings: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
-    config, temporary = folder / CONFIG_NAME, folder / f".{CONFIG_NAME}.{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # An old configuration must not stand beside new weights, should this be interrupted.
-        config.unlink(missing_ok=True)
-        write_safetensors(folder / WEIGHTS_NAME, tensors)
-        try:
-            temporary.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
-            os.replace(temporary, config)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot write the adapter: {error}") from error
-
-
 def _slots(model: nnx.Module, hf_name: NameRule | None) -> dict[str, _Slot]:
     """Every module an adapter of this model could be for, by name."""
     slots: dict[str, _Slot] = {}
@@ -332,7 +159,7 @@ def _slots(model: nnx.Module, hf_name: NameRule | None) -> dict[str, _Slot]:
         seen.add(id(layer))
         try:
             axes = weight_axes(layer)
-            names = _names(model, path, axes, hf_name)
+            names = module_names(model, path, axes, hf_name)
         except InputError:
             continue  # has no name in PyTorch, so no adapter can be for it
         for index, name in enumerate(names):
@@ -367,7 +194,7 @@ def _by_module(file: Safetensors, slots: dict[str, _Slot]) -> dict[str, dict[str
     if unknown:
         raise InputError(
             f"{file.path}: the adapter is for another base model: "
-            f"this one has no {_listed(dict.fromkeys(unknown))}"
+            f"this one has no {listed(dict.fromkeys(unknown))}"
         )
     return by_module
 
@@ -395,7 +222,7 @@ def _check_complete(
     wanted = {"A", "B", "magnitude"} if config.use_dora else {"A", "B"}
     for module, tensors in by_module.items():
         for factor in sorted(wanted - set(tensors)):
-            name = _tensor_name(module, factor, slots[module].layer)
+            name = tensor_name(module, factor, slots[module].layer)
             raise InputError(f"{file.path}: tensor {name!r} is missing")
         for factor in sorted(set(tensors) - wanted):
             raise InputError(
@@ -405,7 +232,7 @@ def _check_complete(
     missing = [name for name in slots if config.is_target(name) and name not in by_module]
     if missing:
         raise InputError(
-            f"{file.path}: has no factors for {_listed(missing)}, "
+            f"{file.path}: has no factors for {listed(missing)}, "
             f"which target_modules of {CONFIG_NAME} names: damaged, or for another base model"
         )
 
@@ -465,7 +292,7 @@ def _stacked(file: Safetensors, tensors: list[str], shape: tuple[int, ...]) -> n
             )
     matrices = [file.read(tensor).T for tensor in tensors]
     if len({matrix.dtype for matrix in matrices}) > 1:
-        raise InputError(f"{file.path}: dtypes of {_listed(tensors)} differ, expected one")
+        raise InputError(f"{file.path}: dtypes of {listed(tensors)} differ, expected one")
     return np.stack(matrices)
 
 
@@ -477,7 +304,7 @@ def _check_same_layers(
         ("also adapts", [path for path in filled if path not in existing]),
     ):
         if paths:
-            raise InputError(f"{file.path}: {verb} {_listed(paths)}, unlike the model's LoRA")
+            raise InputError(f"{file.path}: {verb} {listed(paths)}, unlike the model's LoRA")
     for path, layer in existing.items():
         if layer.lora_start_a is not None:
             raise InputError(
@@ -533,9 +360,3 @@ def _lora_config(config: PeftConfig, filled: dict[str, _Filled]) -> LoRAConfig:
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
     )
-
-
-def _listed(names: Any) -> str:
-    names = list(names)
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(repr(name) for name in names[:_SHOWN]) + more

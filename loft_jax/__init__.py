@@ -16,7 +16,12 @@ from loft_jax.optim.baselines import (
     precondition_by_gram,
     riemannian_lora,
 )
-from loft_jax.optim.links import alternate_factors, clip_by_projected_norm, project_gradients
+from loft_jax.optim.links import (
+    alternate_factors,
+    assign_overlap,
+    clip_by_projected_norm,
+    project_gradients,
+)
 from loft_jax.optim.loft import loft
 from loft_jax.optim.moments import calibrate_moments, project_updates
 from loft_jax.optim.muon import loft_muon, orthogonalize_momentum
@@ -29,6 +34,7 @@ __all__ = [
     "add_lora",
     "alt_lora_plus",
     "alternate_factors",
+    "assign_overlap",
     "balance_factors",
     "balance_norms",
     "calibrate_moments",

@@ -279,7 +279,7 @@ class Plan:
     """Rows of a step, over all chips, and tokens of a row."""
     target_modules: tuple[str, ...] = ("all-linear",)
     """Modules that get an adapter, as for finetune."""
-    second_moment: SecondMoment = "full"
+    second_moment: SecondMoment = "factored"
     """LoFT's second moment."""
     state_dtype: StateDtype = "float32"
     """What LoFT's second moment is stored in."""

@@ -7,7 +7,7 @@ Three groups of cases:
 - `compile`: the same update for all adapters of Llama-2-7B at rank 16, as 224 separate pairs and
   as 7 stacks of 32, and for one 4096x11008 pair: traced and compiled from shapes alone, nothing
   allocated. Dense LoFT, which is written for separate pairs, is left out of the stacked one.
-- `train`: the whole training step of SmolLM2-135M (rank 16 on all linear layers, batch 8x128).
+- `train`: the whole training step of SmolLM2-135M (rank 16 on all linear layers), by batch.
   Dense LoFT is left out here too, since the layers are stacked.
 
 All optimizers clip by the global norm as `loft-jax finetune` does. Times are compared within one
@@ -83,6 +83,8 @@ class Bench:
     """Turns of each contestant at most."""
     seconds: float = 30.0
     """Time for the turns of an update case; they end early, but not before three rounds."""
+    batches: tuple[str, ...] = ("8x128", "16x128")
+    """Batches of the train group: ROWSxTOKENS."""
     train_rounds: int = 12
     """Steps of each contestant in the train group, after two to warm up."""
     memory_gib: float = 8.0
@@ -161,8 +163,9 @@ def make_optimizer(name: Contestant) -> optax.GradientTransformation:
     Args:
         name: "adamw" is Optax's on the factors, "dense" the paper's formulas as written,
             "dense-einsum" these with the second moment's product in the order of least work, the
-            others are `loft_jax.loft` by its second moment ("loft" is the exact one in float32),
-            the exact one with balanced factors, and `loft_jax.loft_muon`.
+            others are `loft_jax.loft` by its second moment and its move ("loft" is the exact
+            moment in float32, along the tangent space), the exact one with balanced factors, and
+            `loft_jax.loft_muon`.
 
     Returns:
         The transformation.
@@ -173,15 +176,16 @@ def make_optimizer(name: Contestant) -> optax.GradientTransformation:
         return dense_loft(_RATE, max_grad_norm=_CLIP, from_the_left=name == "dense")
     if name == "loft-muon":
         return loft_jax.loft_muon(_RATE, max_grad_norm=_CLIP)
-    if name == "loft-balanced":
-        return loft(_RATE, max_grad_norm=_CLIP, balance=True)
-    if name == "loft-bf16":
-        return loft(_RATE, max_grad_norm=_CLIP, state_dtype=jnp.bfloat16)
-    if name == "loft-factored":
-        return loft(_RATE, max_grad_norm=_CLIP, second_moment="factored")
-    if name == "loft-diagonal":
-        return loft(_RATE, max_grad_norm=_CLIP, second_moment="diagonal")
-    return loft(_RATE, max_grad_norm=_CLIP)
+    settings: dict[str, dict[str, Any]] = {
+        "loft": {},
+        "loft-factored": {"second_moment": "factored"},
+        "loft-alternate": {"move": "alternate"},
+        "loft-alternate-factored": {"second_moment": "factored", "move": "alternate"},
+        "loft-balanced": {"balance": True},
+        "loft-bf16": {"state_dtype": jnp.bfloat16},
+        "loft-diagonal": {"second_moment": "diagonal"},
+    }
+    return loft(_RATE, max_grad_norm=_CLIP, **{"second_moment": "full", **settings[name]})
 
 
 # --- update: one shape, many contestants ---
@@ -495,16 +499,31 @@ def train_rows(bench: Bench) -> Iterator[Row]:
     """Measures whole training steps with each optimizer.
 
     Args:
-        bench: Its model, train_rounds, optimizers and quick are used.
+        bench: Its model, batches, train_rounds, optimizers and quick are used.
 
     Yields:
-        A row for each contestant.
+        A row for each batch and contestant.
+
+    Raises:
+        InputError: A batch that is not ROWSxTOKENS.
     """
+    batches = ("2x16",) if bench.quick else bench.batches
+    for text in batches:
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+            raise InputError(f"batches holds {text!r}, expected ROWSxTOKENS: 8x128")
     model, weights = load_model(bench)
     add_lora(model, LoRAConfig(rank=4 if bench.quick else _RANK), rngs=nnx.Rngs(0))
     model.train()
     parts = split_model(model, nnx.LoRAParam)
-    rows, length = (2, 16) if bench.quick else (8, 128)
+    for text in batches:
+        rows, length = map(int, text.split("x"))
+        yield from _train_case(bench, model, weights, parts, (rows, length))
+
+
+def _train_case(
+    bench: Bench, model: Llama, weights: str, parts: Any, shape: tuple[int, int]
+) -> Iterator[Row]:
+    rows, length = shape
     batch = random_batch(rows, length, model.config.vocab_size)
     names = [name for name in bench.optimizers if name not in DENSE]
     case = {"case": f"{weights}, batch {rows}x{length}", "rank": rank_of(parts.params)}

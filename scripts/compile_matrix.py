@@ -36,8 +36,12 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora"},
     "loft": {"method": "loft"},
-    "loft bfloat16": {"method": "loft", "state_dtype": "bfloat16"},
-    "loft factored": {"method": "loft", "second_moment": "factored"},
+    "loft full": {"method": "loft", "second_moment": "full"},
+    "loft full bfloat16": {
+        "method": "loft",
+        "second_moment": "full",
+        "state_dtype": "bfloat16",
+    },
 }
 
 

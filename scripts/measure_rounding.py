@@ -82,7 +82,7 @@ def path(shape: tuple[int, int, int], steps: int, dtype: DTypeLike, **numbers: A
         "lora_a": jnp.asarray(rng.normal(size=(m, r)) / np.sqrt(m), dtype),
         "lora_b": jnp.asarray(rng.normal(size=(r, n)) / np.sqrt(r), dtype),
     }
-    tx = loft(**numbers)
+    tx = loft(second_moment="full", **numbers)
 
     def loss(params: Any) -> jax.Array:
         residual = data @ (params["lora_a"] @ params["lora_b"] - target)

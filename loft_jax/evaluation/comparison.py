@@ -224,6 +224,11 @@ class Summary:
     results: tuple[Result, ...]
     step_seconds: float
 
+    @property
+    def best_loss(self) -> float:
+        """The mean validation loss at the best rate."""
+        return self.rates[self.learning_rate]
+
     def values(self, measure: str) -> dict[int, float]:
         """A measure of the test by seed, for those that were tested; NaN where a run diverged."""
         return {

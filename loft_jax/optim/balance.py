@@ -125,12 +125,11 @@ def _corrections(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
         # than what the loop ends at, so that it can end.
         counted = sums > 4 * eps
         d = jnp.where(counted, rotated / jnp.where(counted, sums, 1.0), 0.0)
-        d = matmul(matmul(u, d), transpose(u))
-        # (I + d)⁻¹ = (I - d) (I + d²) (I + d⁴) ..., up to 2⁻⁶⁴ for a norm of a half.
-        inverse, power = eye - d, matmul(d, d)
-        for _ in range(5):
-            inverse, power = inverse + matmul(power, inverse), matmul(power, power)
-        e = -matmul(d, inverse)
+        # Rounding of what is nearly singular may leave the bounds that make the step invertible.
+        values, v = jnp.linalg.eigh(matmul(matmul(u, d), transpose(u)))
+        values = jnp.clip(values, -0.5, 0.5)[:, None, :]
+        d = matmul(v * values, transpose(v))
+        e = matmul(v * (-values / (1 + values)), transpose(v))
         step, back = eye + d, eye + e
         return _Progress(
             now.steps + 1,

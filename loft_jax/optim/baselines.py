@@ -325,6 +325,7 @@ def alt_lora_plus(
         eps,
         weight_decay,
         second_moment="diagonal",
+        move="alternate",
         scaling=scaling,
         factors=factors,
     )

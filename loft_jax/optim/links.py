@@ -15,16 +15,21 @@ import jax.numpy as jnp
 import optax
 
 from loft_jax.optim.pairs import FactorNames, Number, Scaling, find_pairs
+from loft_jax.optim.subspace import Basis
+from loft_jax.optim.tall import Tall, matmul
 from loft_jax.optim.tree import (
     Bases,
     FactorTree,
+    Move,
     Role,
     absolute_square,
     check,
+    check_move,
     check_role,
     check_scaling,
     compute_dtype,
-    moves,
+    has_turn,
+    keeps_overlap,
 )
 
 
@@ -116,29 +121,31 @@ def clip_by_projected_norm(
     max_norm: Number,
     *,
     scaling: Scaling = 1.0,
+    move: Move = "tangent",
     first: Role = "b",
-    alternate: bool = True,
     factors: FactorNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips by the global norm of the full matrices that the leaves stand for.
 
     .. math::
-      \Big( \sum_{\mathrm{pairs}} \| X P^T \|_F^2 + \sum_{\mathrm{others}} \| x \|^2 \Big)^{1/2}
+      \Big( \sum_{\mathrm{pairs}} \| X_A P^T + R X_B^T - \mathrm{overlap} \|_F^2
+        + \sum_{\mathrm{others}} \| x \|^2 \Big)^{1/2}
 
-    X being the leaf of the factor that moves at this step (of both, without alternation). No dense
-    matrix is made: the norm is that of X in an orthonormal basis of P's columns. Before the
-    moments this clips the gradient, as full fine-tuning does; behind `project_updates`, or behind
-    a whole `loft(...)`, it clips the update.
+    For gradients the first sum is that of their projection on the tangent space,
+    `‖G Π_P‖² + ‖Π_R G‖² - ‖Π_R G Π_P‖²`. With move "alternate" it is the norm of what one factor,
+    whose turn it is, does to W. No dense matrix is made: norms are those of coordinates in
+    orthonormal bases. Before the moments this clips the gradient, as full fine-tuning does; after
+    `project_updates`, or after a whole `loft(...)`, it clips the update.
 
     Args:
       max_norm: The largest norm that passes unchanged.
       scaling: The s of `W = s A B`, or a function of the pair's path.
-      first: The factor that moves at the first step.
-      alternate: Whether one factor moves a step.
+      move: As in `loft`.
+      first: As in `loft`.
       factors: Names of the factors; see `find_pairs`.
 
     Returns:
-      A transformation that needs the parameters, and stands anywhere behind `project_gradients`.
+      A transformation that needs the parameters, and stands anywhere after `project_gradients`.
       Its state is a step counter, and the norm that it found at the last step, for those who log.
 
     Raises:
@@ -158,6 +165,7 @@ def clip_by_projected_norm(
       Tastan et al., LoFT, ICLR 2026 (arXiv 2505.21289), gradient clipping.
     """
     check_scaling(scaling)
+    check_move(move)
     check_role(first)
     check(max_norm, "max_norm", lambda x: x > 0, "a positive number")
 
@@ -180,8 +188,13 @@ def clip_by_projected_norm(
         for batch in tree.batches:
             for own, partners in batch.both():
                 c = tree.basis(batch, partners, scaling).coordinates(tree.folded(own))
-                counts = moves(own, state.count, first) if alternate else True
-                total += jnp.where(counts, jnp.sum(jnp.square(c.array)), 0.0)
+                if move == "tangent":
+                    keeps = keeps_overlap(batch, own, state.count, first)
+                    c = _without_overlap(c, tree.basis(batch, own, scaling), keeps)
+                square = jnp.sum(jnp.square(c.array))
+                if move == "alternate":
+                    square = jnp.where(has_turn(own, state.count, first), square, 0.0)
+                total += square
         for index in tree.plain:
             leaf = tree.leaves[index]
             total += jnp.sum(absolute_square(leaf.astype(compute_dtype(leaf))))
@@ -192,6 +205,121 @@ def clip_by_projected_norm(
         return tree.rebuilt(), ClipState(count, norm.astype(state.projected_norm.dtype))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def assign_overlap(
+    first: Role = "b", *, scaling: Scaling = 1.0, factors: FactorNames | None = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""Leaves what both factors of a pair can do to W to one of them, so that W moves by it once.
+
+    The updates of A and of B move W by `D_A Π_P` and by `Π_R D_B`, where Π_P and Π_R project on
+    what the rows of B and the columns of A span. Their sum counts the overlap `Π_R D Π_P` twice.
+    One factor keeps it, and the update of the other becomes
+
+    .. math::
+      X \leftarrow X - Q Q^T X
+
+    with Q an orthonormal basis of *its own* columns. To first order W then moves by the orthogonal
+    projection of D on the tangent space of the matrices of rank r at W. Weight decay is all
+    overlap: where it is added before this link, W shrinks by it once.
+
+    The factors take turns in keeping the overlap. If the columns of just one can span their whole
+    side (r = in or r = out), its partner always keeps it: it moves W by all of D.
+
+    W also moves by the product of both updates, a term of the squared learning rate. Next to a W
+    that has hardly any rank yet it could be of any size; where it would move W further than the
+    rest does, the factor without the overlap moves less.
+
+    Args:
+      first: The factor that keeps the overlap at the first step. While B is zero, there is no
+        overlap, and nothing to keep.
+      scaling: The s of `W = s A B`, or a function of the pair's path.
+      factors: Names of the factors; see `find_pairs`.
+
+    Returns:
+      A transformation of final updates, to stand after the learning rate. Its state is a step
+      counter; it needs the parameters. Leaves that belong to no pair pass.
+
+    Raises:
+      ValueError: As `project_gradients`; or for a first that is neither "a" nor "b".
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from loft_jax import assign_overlap
+      >>> params = {"lora_a": jnp.eye(3, 2), "lora_b": jnp.eye(2)}
+      >>> updates = {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 2))}
+      >>> tx = assign_overlap()
+      >>> updates, _ = tx.update(updates, tx.init(params), params)
+      >>> (updates["lora_a"] @ params["lora_b"] + params["lora_a"] @ updates["lora_b"]).tolist()
+      [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
+
+    References:
+      LoRA-Pro (Wang et al., ICLR 2025, arXiv 2407.18242) and Riemannion (Bogachev et al., ICLR
+      2026, arXiv 2507.12142) project gradients on this tangent space.
+    """
+    check_role(first)
+    check_scaling(scaling)
+
+    def init(params: optax.Params) -> StepState:
+        find_pairs(params, factors)
+        return StepState(jnp.zeros([], jnp.int32))
+
+    def update(
+        updates: optax.Updates,
+        state: StepState,
+        params: optax.Params | None = None,
+        *,
+        bases: Bases | None = None,
+        **extra: Any,
+    ) -> tuple[optax.Updates, StepState]:
+        tree = FactorTree(updates, params, factors, bases)
+        for batch in tree.batches:
+            moved = []
+            for own, _ in batch.both():
+                keeps = keeps_overlap(batch, own, state.count, first)
+                x = _without_overlap(tree.folded(own), tree.basis(batch, own, scaling), keeps)
+                moved.append((own, keeps, x))
+            share = _share_of_other(
+                (moved[0][2], tree.basis(batch, batch.b, scaling)),
+                (moved[1][2], tree.basis(batch, batch.a, scaling)),
+                tree.scalings(batch, scaling),
+            )
+            for own, keeps, x in moved:
+                x = x.like(x.array * jnp.where(keeps, 1.0, share).astype(x.array.dtype))
+                for index, leaf in zip(own.indices, own.unfold(x), strict=True):
+                    tree.finish(index, leaf)
+        return tree.rebuilt(), StepState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _without_overlap(x: Tall, own: Basis, keeps: jax.Array | bool) -> Tall:
+    """`X - Q Qᵀ X` for the columns Q of the factor itself; X of the factor that keeps all."""
+    inside = own.q.inner(x)  # (..., r, r)
+    return x.like(x.array - own.q.times(jnp.where(keeps, 0.0, inside)).array)
+
+
+def _share_of_other(a: tuple[Tall, Basis], b: tuple[Tall, Basis], s: jax.Array) -> jax.Array:
+    """How much of the other factor's update is left, (..., 1, 1), for a product that is bounded.
+
+    That is 1 unless `s X_A X_Bᵀ` is larger than `X_A Pᵀ + R X_Bᵀ`, whose two parts are orthogonal
+    once the overlap has one owner. Each update comes with the basis of its partner.
+    """
+
+    def norm(x: jax.Array) -> jax.Array:
+        return jnp.sqrt(jnp.maximum(jnp.sum(x, axis=(-2, -1), keepdims=True), 0.0))
+
+    sizes, grams, moves = [], [], []
+    for x, partner in (a, b):
+        # By the largest element before squares, which would overflow next to a tiny partner.
+        largest = jnp.max(jnp.abs(x.array), axis=(-2, -1), keepdims=True)
+        unit = x.like(x.array / jnp.where(largest > 0, largest, 1.0))
+        sizes.append(largest)
+        grams.append(unit.inner(unit))  # (..., r, r)
+        moves.append(largest * norm(matmul(partner.s, grams[-1]) * partner.s))
+    product = jnp.abs(s) * sizes[0] * sizes[1] * norm(grams[0] * grams[1])
+    moved = jnp.hypot(moves[0], moves[1])
+    return jnp.where(product > moved, moved / jnp.where(product > 0, product, 1.0), 1.0)
 
 
 def alternate_factors(
@@ -239,7 +367,7 @@ def alternate_factors(
                 for index in own.indices:
                     leaf = tree.leaves[index]
                     tree.leaves[index] = jnp.where(
-                        moves(own, state.count, first), leaf, jnp.zeros_like(leaf)
+                        has_turn(own, state.count, first), leaf, jnp.zeros_like(leaf)
                     )
         return tree.rebuilt(), StepState(optax.safe_increment(state.count))
 

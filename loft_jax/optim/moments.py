@@ -24,13 +24,15 @@ from loft_jax.optim.second_moment import (
 from loft_jax.optim.tree import (
     Bases,
     FactorTree,
+    Move,
     Role,
     absolute_square,
     check,
+    check_move,
     check_role,
     check_scaling,
     compute_dtype,
-    moves,
+    has_turn,
 )
 
 SecondMoment = Literal["full", "factored", "diagonal"]
@@ -100,7 +102,7 @@ def calibrate_moments(
     b1: Number = 0.9,
     b2: Number = 0.999,
     *,
-    second_moment: SecondMoment = "full",
+    second_moment: SecondMoment = "factored",
     state_dtype: DTypeLike | None = None,
     mu_dtype: DTypeLike | None = None,
     scaling: Scaling = 1.0,
@@ -125,9 +127,8 @@ def calibrate_moments(
     Args:
       b1: Decay of the first moment.
       b2: Decay of the second moment.
-      second_moment: "full": exact, one symmetric (r, r) matrix a row. "factored": a weight a row
-        and one (r, r) matrix. "diagonal": a number for each of the factor's, which is not
-        invariant.
+      second_moment: "factored": a weight a row and one (r, r) matrix. "full": exact, one symmetric
+        (r, r) matrix a row. "diagonal": a number for each of the factor's, which is not invariant.
       state_dtype: Dtype of the second moments; by default that of the computation, float32 at
         least. In bfloat16 they are rounded stochastically.
       mu_dtype: Dtype of the first moments, as in `optax.adamw`.
@@ -145,7 +146,8 @@ def calibrate_moments(
     Example:
       >>> import jax.numpy as jnp, optax
       >>> from loft_jax import calibrate_moments, project_gradients, project_updates
-      >>> tx = optax.chain(project_gradients(), calibrate_moments(0.9, 0.99), project_updates())
+      >>> calibrate = calibrate_moments(0.9, 0.99, second_moment="full")
+      >>> tx = optax.chain(project_gradients(), calibrate, project_updates())
       >>> state = tx.init({"lora_a": jnp.ones((64, 4)), "lora_b": jnp.zeros((4, 32))})
       >>> state[1].nu["lora_a"].shape, state[1].nu["lora_b"].shape
       ((64, 10), (10, 32))
@@ -268,8 +270,8 @@ def project_updates(
     eps: Number = 1e-8,
     *,
     scaling: Scaling = 1.0,
+    move: Move = "tangent",
     first: Role = "b",
-    alternate: bool = True,
     factors: FactorNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rebuilds Adam's direction of the full weight and projects it on what the factor can hold.
@@ -285,9 +287,9 @@ def project_updates(
     Args:
       eps: Adam's epsilon, beside the root of the second moment of the full gradient.
       scaling: The s of `W = s A B`, or a function of the pair's path.
-      first: The factor that moves at the first step.
-      alternate: Whether one factor moves a step; the direction of the other is then not computed
-        and its update is zero.
+      move: "tangent" makes the updates of both factors, for `assign_overlap`; with "alternate" the
+        direction of the one whose turn it is not is not computed, and its update is zero.
+      first: The factor that moves first, with "alternate".
       factors: Names of the factors; see `find_pairs`.
 
     Returns:
@@ -305,7 +307,7 @@ def project_updates(
       >>> params = {"lora_a": jnp.eye(2), "lora_b": 3 * jnp.eye(2)}
       >>> full = jnp.array([[1.0, -2.0], [0.5, 4.0]])  # gradient of W
       >>> grads = {"lora_a": full @ params["lora_b"].T, "lora_b": params["lora_a"].T @ full}
-      >>> tx = optax.chain(project_gradients(), calibrate_moments(), project_updates(first="a"))
+      >>> tx = optax.chain(project_gradients(), calibrate_moments(), project_updates())
       >>> updates, _ = tx.update(grads, tx.init(params), params)
       >>> (updates["lora_a"] @ params["lora_b"]).round(3).tolist()  # Adam's first step on W
       [[1.0, -1.0], [1.0, 1.0]]
@@ -314,6 +316,7 @@ def project_updates(
       Tastan et al., LoFT, ICLR 2026 (arXiv 2505.21289), projected full update.
     """
     check_scaling(scaling)
+    check_move(move)
     check_role(first)
     check(eps, "eps", lambda x: x >= 0, "a number >= 0")
 
@@ -357,9 +360,9 @@ def project_updates(
                         moments[0].limit.astype(dtype),
                     ),
                 )
-                if alternate:
+                if move == "alternate":
                     rest = functools.partial(jax.tree.map, jnp.zeros_like, mu)
-                    x = jax.lax.cond(moves(own, state.count, first), direction, rest)
+                    x = jax.lax.cond(has_turn(own, state.count, first), direction, rest)
                 else:
                     x = direction()
                 for i, leaf in zip(own.indices, own.unfold(x), strict=True):

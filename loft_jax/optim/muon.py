@@ -15,11 +15,25 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from loft_jax.optim.links import alternate_factors, clip_by_projected_norm, project_gradients
+from loft_jax.optim.links import (
+    alternate_factors,
+    assign_overlap,
+    clip_by_projected_norm,
+    project_gradients,
+)
 from loft_jax.optim.pairs import FactorNames, Number, Scaling, find_pairs, paired_leaves
 from loft_jax.optim.sharing import share_bases
 from loft_jax.optim.tall import Tall, matmul
-from loft_jax.optim.tree import Bases, FactorTree, Role, check, check_scaling, compute_dtype
+from loft_jax.optim.tree import (
+    Bases,
+    FactorTree,
+    Move,
+    Role,
+    check,
+    check_move,
+    check_scaling,
+    compute_dtype,
+)
 
 _NS_COEFFS = (3.4445, -4.7750, 2.0315)  # of Jordan's Muon, and of Optax's
 
@@ -179,16 +193,17 @@ def loft_muon(
     mu_dtype: DTypeLike | None = None,
     max_grad_norm: Number | None = None,
     scaling: Scaling = 1.0,
+    move: Move = "tangent",
     first: Role = "b",
     factors: FactorNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""LoFT with Muon: the factors move so that W moves as Muon on W would, projected.
 
     The momentum of the projected full gradient is calibrated as in LoFT, and orthogonalized exactly
-    through its (m, r) coordinates. One factor moves a step. At square full rank W follows
-    `optax.contrib.muon` on W; at every rank its path depends neither on how W is factorized nor on
-    s. There is no second moment: the state is 2 (m + n) r numbers a pair. Leaves that belong to no
-    pair take Adam, as in Optax's Muon.
+    through its (m, r) coordinates. Both factors move, and W by what they do together, as in `loft`.
+    At r = min(in, out) W follows `optax.contrib.muon` on W; at every rank its path depends neither
+    on how W is factorized nor on s. There is no second moment: the state is 2 (m + n) r numbers a
+    pair. Leaves that belong to no pair take Adam, as in Optax's Muon.
 
     Args:
       learning_rate: Step size, or an Optax schedule of the step: Muon's, far larger than Adam's
@@ -206,7 +221,8 @@ def loft_muon(
       mu_dtype: Dtype of first moments.
       max_grad_norm: Clips to this global norm of the projected full gradients; None for none.
       scaling: The s of `W = s A B`, or a function of the pair's path.
-      first: The factor that moves at the first step.
+      move: As in `loft`.
+      first: As in `loft`.
       factors: Endings of the paths of the factors; see `find_pairs`.
 
     Returns:
@@ -231,6 +247,7 @@ def loft_muon(
     for name, beta_ in (("adam_b1", adam_b1), ("adam_b2", adam_b2)):
         check(beta_, name, lambda x: 0 <= x < 1, "a number in [0, 1)")
     check(weight_decay, "weight_decay", lambda x: x >= 0, "a number >= 0")
+    check_move(move)
 
     def labels(params: optax.Params) -> Any:
         return jax.tree.map(
@@ -241,7 +258,9 @@ def loft_muon(
     if max_grad_norm is not None:
         check(max_grad_norm, "max_grad_norm", lambda x: x > 0, "a positive number")
         clip.append(
-            clip_by_projected_norm(max_grad_norm, scaling=scaling, first=first, factors=factors)
+            clip_by_projected_norm(
+                max_grad_norm, scaling=scaling, move=move, first=first, factors=factors
+            )
         )
     orthogonalize = orthogonalize_momentum(
         beta,
@@ -254,17 +273,18 @@ def loft_muon(
         scaling=scaling,
         factors=factors,
     )
-    pairs = optax.chain(
-        orthogonalize,
-        optax.add_decayed_weights(weight_decay),
-        alternate_factors(first, factors=factors),
-    )
+    if move == "tangent":
+        turns = assign_overlap(first, scaling=scaling, factors=factors)
+    else:
+        turns = alternate_factors(first, factors=factors)
+    pairs = optax.chain(orthogonalize, optax.add_decayed_weights(weight_decay))
     adam = optax.scale_by_adam(adam_b1, adam_b2, eps, mu_dtype=mu_dtype, nesterov=nesterov)
     chain = optax.chain(
         project_gradients(scaling=scaling, factors=factors),
         *clip,
         optax.partition({"muon": pairs, "adam": adam}, labels),
         optax.scale_by_learning_rate(learning_rate),
+        turns,
     )
     return share_bases(chain, scaling=scaling, factors=factors)
 

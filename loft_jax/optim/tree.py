@@ -20,6 +20,7 @@ from loft_jax.optim.subspace import Basis, orthonormal_basis
 from loft_jax.optim.tall import Tall
 
 Role = Literal["a", "b"]
+Move = Literal["tangent", "alternate"]
 Bases = Mapping[tuple[str, ...], tuple[Basis, Basis]]
 """Of what the factors B, and the factors A, of a batch span, by the batch's key."""
 
@@ -76,12 +77,16 @@ class FactorTree:
         """Bases of what partners span: q (batch, stack, n, r) of `P = s Bᵀ` or `P = s A`."""
         if found := self._bases.get(batch.key):
             return found[partners.rank_last]
+        folded = self.param(partners)
+        return orthonormal_basis(folded.like(folded.array * self.scalings(batch, scaling)))
+
+    def scalings(self, batch: PairBatch, scaling: Scaling) -> jax.Array:
+        """The s of each pair of a batch, (batch, 1, 1, 1)."""
         scalings = [pair.scaling(scaling) for pair in batch.pairs]
         for pair, s in zip(batch.pairs, scalings, strict=True):
             check_scaling(s, f"scaling of {pair.path!r}")
-        folded = self.param(partners)
-        s = jnp.stack([jnp.asarray(s, folded.array.dtype) for s in scalings])
-        return orthonormal_basis(folded.like(folded.array * s[:, None, None, None]))
+        dtype = compute_dtype(self._params[batch.pairs[0].a.index])
+        return jnp.stack([jnp.asarray(s, dtype) for s in scalings])[:, None, None, None]
 
     def put(self, factors: FactorBatch, x: Tall) -> None:
         """Replaces the updates of some factors by x (batch, stack, m, r)."""
@@ -111,9 +116,23 @@ def absolute_square(x: jax.Array) -> jax.Array:
     return jnp.real(x * jnp.conj(x))
 
 
-def moves(factors: FactorBatch, count: jax.Array, first: Role) -> jax.Array:
-    """Whether factors move at the step after `count` updates."""
+def has_turn(factors: FactorBatch, count: jax.Array, first: Role) -> jax.Array:
+    """Whether it is the turn of these factors at the step after `count` updates."""
     return (count % 2 == 0) == ((first == "a") == factors.rank_last)
+
+
+def keeps_overlap(
+    batch: PairBatch, factors: FactorBatch, count: jax.Array, first: Role
+) -> jax.Array | bool:
+    """Whether factors of a batch keep the overlap at the step after `count` updates.
+
+    The two take turns, unless the columns of just one can span their whole side (r = in or
+    r = out): its partner then moves W without any projection, and always keeps the overlap.
+    """
+    a_spans, b_spans = (batch.rank == math.prod(x.factors[0].features) for x in (batch.a, batch.b))
+    if a_spans == b_spans:
+        return has_turn(factors, count, first)
+    return factors.rank_last == b_spans
 
 
 def check_scaling(scaling: Scaling, name: str = "scaling") -> None:
@@ -126,6 +145,12 @@ def check_role(first: str) -> None:
     """Refuses a factor that is neither A nor B."""
     if first not in get_args(Role):
         raise ValueError(f"first is {first!r}, expected 'a' or 'b'")
+
+
+def check_move(move: str) -> None:
+    """Refuses a way of moving that does not exist."""
+    if move not in get_args(Move):
+        raise ValueError(f"move is {move!r}, expected one of {get_args(Move)}")
 
 
 def check_adam(b1: Number, b2: Number, eps: Number, weight_decay: Number) -> None:

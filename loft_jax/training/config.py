@@ -27,6 +27,7 @@ Method = Literal[
 Init = Literal["kaiming_uniform", "gaussian", "balanced"]
 Precision = Literal["auto", "float32", "bfloat16"]
 SecondMoment = Literal["full", "factored", "diagonal"]
+Move = Literal["tangent", "alternate"]
 StateDtype = Literal["float32", "bfloat16"]
 
 
@@ -94,8 +95,10 @@ class FinetuneConfig:
             from the largest singular values of the weights; "riemannian" and "altlora-plus"
             precondition the factors' gradients; "reflora" and "reflora-s" balance the factors;
             "full" is AdamW on all weights. docs/methods.md has them all.
-        second_moment: LoFT's second moment: "full" is exact, "factored" takes the memory of its
-            first moment and no work on whole weights, "diagonal" is Adam's of the factors.
+        second_moment: LoFT's second moment: "factored" costs next to nothing, in memory and in
+            time; "full" is Adam's own, exactly; "diagonal" is Adam's of the factors.
+        move: How LoFT's factors move: "tangent" moves both, and W by the projection of AdamW's
+            direction on all that they can do together; "alternate" moves one a step.
         state_dtype: What LoFT's second moment is stored in.
         balance: Whether LoFT keeps the factors balanced, `AᵀA = B Bᵀ`; their product moves as
             without.
@@ -169,7 +172,8 @@ class FinetuneConfig:
     eval_split: str = "train"
     choices: tuple[str, ...] = ()
     method: Method = "loft"
-    second_moment: SecondMoment = "full"
+    second_moment: SecondMoment = "factored"
+    move: Move = "tangent"
     state_dtype: StateDtype = "float32"
     balance: bool = False
     lora_plus_ratio: float = 16.0
@@ -273,6 +277,7 @@ class FinetuneConfig:
 
 _OF_METHODS: dict[tuple[str, ...], tuple[Method, ...]] = {
     ("second_moment", "state_dtype", "balance"): ("loft",),
+    ("move",): ("loft", "loft-muon"),
     ("lora_plus_ratio",): ("lora-plus",),
     ("damping",): ("riemannian",),
     ("reflora_warmup_steps",): ("reflora", "reflora-s"),

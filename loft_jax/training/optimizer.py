@@ -71,6 +71,7 @@ def make_optimizer(
                 *adam,
                 max_grad_norm=clip,
                 second_moment=config.second_moment,
+                move=config.move,
                 state_dtype=config.state_dtype,
                 balance=config.balance,
                 scaling=scaling,
@@ -84,6 +85,7 @@ def make_optimizer(
                 adam_b2=config.b2,
                 eps=config.eps,
                 max_grad_norm=clip,
+                move=config.move,
                 scaling=scaling,
             )
         case "lora-fa":

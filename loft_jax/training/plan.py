@@ -65,7 +65,7 @@ class PlanConfig:
     rank: int = 16
     batch: str = "16x256"
     target_modules: tuple[str, ...] = ("all-linear",)
-    second_moment: SecondMoment = "full"
+    second_moment: SecondMoment = "factored"
     state_dtype: StateDtype = "float32"
     quantization: Quantization = "none"
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -325,8 +325,8 @@ def _kinds(collectives: Sequence[Collective] | None) -> str:
 
 
 def plan_method(config: PlanConfig) -> str:
-    """A method as tables name it: with LoFT's second moment where it is not the exact one."""
-    usual = {"second_moment": "full", "state_dtype": "float32"}
+    """A method as tables name it: with LoFT's second moment where it is not the usual one."""
+    usual = {"second_moment": PlanConfig.second_moment, "state_dtype": PlanConfig.state_dtype}
     settings = [v for name, v in _loft_settings(config).items() if v != usual[name]]
     return " ".join([config.method, *settings])
 

@@ -1,19 +1,21 @@
-"""LoFT with parts of it off, each a chain of the links that `loft` is made of.
+"""LoFT with parts of it off or other ones in their place, each a chain of the links of `loft`.
 
 For the two calibrations there is one link more, which keeps moments as they are while the subspace
-moves under them. What is off with them too, Adam's bound on an element, has a chain of its own.
+moves under them. What is off with them too, Adam's bound on an element, has a chain of its own. For
+the overlap of the two projections there is a link that divides it in other ways, and for the cross
+term of both updates one that retracts W to its best approximation of rank r.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from loft_jax import (
-    alternate_factors,
+    assign_overlap,
     calibrate_moments,
     clip_by_projected_norm,
     project_gradients,
@@ -22,12 +24,15 @@ from loft_jax import (
 from loft_jax.optim.moments import Moments
 from loft_jax.optim.packed import congruent, packed_size, symmetric_squares
 from loft_jax.optim.pairs import Scaling, find_pairs
-from loft_jax.optim.tall import transpose
+from loft_jax.optim.subspace import orthonormal_basis
+from loft_jax.optim.tall import Tall, matmul, transpose
+from loft_jax.optim.together import together
 from loft_jax.optim.tree import FactorTree, compute_dtype
 from loft_jax.training.config import FinetuneConfig
 
 Kept = Literal["first", "second", "both"]
-Part = Literal["scaling", "alternation", "clip", "bound"] | Kept
+Overlap = Literal["twice", "halved", "longer"]
+Part = Literal["scaling", "clip", "bound", "retraction"] | Kept | Overlap
 
 
 class KeptMomentsState(NamedTuple):
@@ -132,10 +137,72 @@ def _drop_bounds(updates: optax.Updates, params: optax.Params | None) -> optax.U
     return jax.tree.map(changed, updates, is_leaf=lambda x: isinstance(x, Moments))
 
 
-def loft_without(
+def divide_overlap(overlap: Overlap, scaling: Scaling) -> optax.GradientTransformation:
+    """As `assign_overlap`, with another rule.
+
+    Args:
+        overlap: "twice" leaves it to both factors, "halved" gives each a half, "longer" all of it
+            to the factor of the longer side of the weight.
+        scaling: The s of `W = s A B`.
+
+    Returns:
+        A transformation without state.
+    """
+
+    def divided(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
+        tree = FactorTree(updates, params, None)
+        for batch in tree.batches:
+            a_keeps = tree.param(batch.a).length >= tree.param(batch.b).length
+            for own, _ in batch.both():
+                taken = {"twice": 0.0, "halved": 0.5, "longer": float(own.rank_last != a_keeps)}
+                x, q = tree.folded(own), tree.basis(batch, own, scaling).q
+                tree.put(own, x.like(x.array - taken[overlap] * q.times(q.inner(x)).array))
+        return tree.rebuilt()
+
+    return optax.stateless(divided)
+
+
+def retract(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
+    """Final updates to the balanced factors of the best approximation of `W + u_A B + A u_B`.
+
+    That matrix is `[A u_A] [B + u_B; B]`, of rank 2 r. With orthonormal bases of both, its singular
+    values are those of a (2r, 2r) matrix, of which the r largest are kept. Without this link W goes
+    to `(A + u_A) (B + u_B)`: to first order the same.
+    """
+    tree = FactorTree(updates, params, None)
+    wide: list[tuple[Any, Any]] = []
+    for batch in tree.batches:
+        a, u_a = tree.param(batch.a), tree.folded(batch.a)
+        b, u_b = tree.param(batch.b), tree.folded(batch.b)
+        left = Tall(jnp.concatenate([a.tall(), u_a.tall()], axis=-1))
+        right = Tall(jnp.concatenate([(b.like(b.array + u_b.array)).tall(), b.tall()], axis=-1))
+        wide.append((orthonormal_basis(left), orthonormal_basis(right)))
+    cores = [(matmul(left.s, transpose(right.s)),) for left, right in wide]
+    parts = together(_factors_of_core, cores)
+    for batch, (left, right), (of_left, of_right) in zip(tree.batches, wide, parts, strict=True):
+        for own, basis, part in ((batch.a, left, of_left), (batch.b, right, of_right)):
+            new = basis.q.times(part[..., : batch.rank])
+            now = tree.param(own)
+            moved = new if own.rank_last else Tall(new.wide(), rank_last=False)
+            # Where B is zero yet, there is nothing to balance: its first move has no cross term.
+            kept = jnp.where(
+                jnp.any(tree.param(batch.b).array != 0),
+                moved.array - now.array,
+                tree.folded(own).array,
+            )
+            tree.put(own, now.like(kept))
+    return tree.rebuilt()
+
+
+def _factors_of_core(core: jax.Array) -> tuple[jax.Array, jax.Array]:
+    u, sigma, v = jnp.linalg.svd(core, full_matrices=False)
+    return u * jnp.sqrt(sigma)[:, None], transpose(v) * jnp.sqrt(sigma)[:, None]
+
+
+def loft_with(
     part: Part, config: FinetuneConfig, schedule: optax.Schedule, scaling: Scaling
 ) -> optax.GradientTransformation:
-    """The chain of `loft` without one part; without weight decay.
+    """The chain of `loft` without one part, or with another in its place; without weight decay.
 
     Args:
         part: Which one.
@@ -146,27 +213,30 @@ def loft_without(
     Returns:
         The optimizer.
     """
-    alternate = part != "alternation"
     clip: list[Any] = []
     if config.max_grad_norm and part == "clip":
         clip = [optax.clip_by_global_norm(config.max_grad_norm)]
     elif config.max_grad_norm:
-        clip = [clip_by_projected_norm(config.max_grad_norm, scaling=scaling, alternate=alternate)]
+        clip = [clip_by_projected_norm(config.max_grad_norm, scaling=scaling)]
     project = [] if part == "scaling" else [project_gradients(scaling=scaling)]
     # Plain clipping is that of the factors' own gradients, before they are scaled.
     start = [*clip, *project] if part == "clip" else [*project, *clip]
-    if part in ("first", "second", "both"):
-        moments = keep_moments(part, config.b1, config.b2, scaling)
+    if part in get_args(Kept):
+        moments = keep_moments(part, config.b1, config.b2, scaling)  # type: ignore[arg-type]
     else:
         moments = calibrate_moments(config.b1, config.b2, scaling=scaling)
-    unbound = [optax.stateless(_drop_bounds)] if part == "bound" else []
+    if part in get_args(Overlap):
+        overlap = divide_overlap(part, scaling)  # type: ignore[arg-type]
+    else:
+        overlap = assign_overlap(scaling=scaling)
     return optax.chain(
         *start,
         moments,
-        *unbound,
-        project_updates(config.eps, scaling=scaling, alternate=alternate),
-        *([alternate_factors()] if alternate else []),
+        *([optax.stateless(_drop_bounds)] if part == "bound" else []),
+        project_updates(config.eps, scaling=scaling),
         optax.scale_by_learning_rate(schedule),
+        overlap,
+        *([optax.stateless(retract)] if part == "retraction" else []),
     )
 
 
@@ -174,18 +244,21 @@ def _ablation(part: Part) -> Callable[..., optax.GradientTransformation]:
     def make(
         config: FinetuneConfig, schedule: optax.Schedule, scaling: Scaling
     ) -> optax.GradientTransformation:
-        return loft_without(part, config, schedule, scaling)
+        return loft_with(part, config, schedule, scaling)
 
     return make
 
 
 ABLATIONS = {
     "loft-without-scaling": _ablation("scaling"),
-    "loft-without-alternation": _ablation("alternation"),
     "loft-without-first-calibration": _ablation("first"),
     "loft-without-second-calibration": _ablation("second"),
     "loft-without-calibration": _ablation("both"),
     "loft-without-bound": _ablation("bound"),
     "loft-without-projected-clip": _ablation("clip"),
+    "loft-overlap-twice": _ablation("twice"),
+    "loft-overlap-halved": _ablation("halved"),
+    "loft-overlap-longer": _ablation("longer"),
+    "loft-retracted": _ablation("retraction"),
 }
 """Optimizers by the name of the ablation."""

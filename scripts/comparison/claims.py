@@ -41,19 +41,34 @@ class Claim:
     at_least_equal: bool = False
 
 
+# What `loft` does by default: along the tangent space, with the factored second moment.
+_LOFT = "loft-factored"
+
 CLAIMS = (
-    Claim("LoFT is better than LoRA at equal rank", "loft", "lora"),
-    Claim("LoFT at rank 4 is better than LoRA at rank 16", "loft", "lora", (4, 16)),
-    Claim("LoFT comes to what full fine-tuning comes to", "loft", "full", at_least_equal=True),
+    *(
+        Claim(f"LoFT is better than {name} at equal rank", _LOFT, method)
+        for name, method in (
+            ("LoRA", "lora"),
+            ("rsLoRA", "rslora"),
+            ("DoRA", "dora"),
+            ("RefLoRA", "reflora"),
+            ("LoRA-Pro", "lora-pro"),
+            ("LoRA-RITE", "lora-rite"),
+            ("Riemannion", "riemannion"),
+            ("AdaPreLoRA", "adapre-lora"),
+        )
+    ),
+    Claim("LoFT at rank 4 is better than LoRA at rank 16", _LOFT, "lora", (4, 16)),
+    Claim("LoFT comes to what full fine-tuning comes to", _LOFT, "full", at_least_equal=True),
     Claim(
         "LoFT comes to what full fine-tuning of the linear layers comes to",
-        "loft",
+        _LOFT,
         "full-linear",
         at_least_equal=True,
     ),
     Claim(
         "the factored second moment does as well as the exact one",
-        "loft-factored",
+        _LOFT,
         "loft",
         at_least_equal=True,
     ),
@@ -63,6 +78,12 @@ CLAIMS = (
         "loft",
         at_least_equal=True,
     ),
+    Claim("along the tangent space is better than alternating", "loft", "loft-alternate"),
+    Claim(
+        "along the tangent space is better than alternating, both factored",
+        _LOFT,
+        "loft-alternate-factored",
+    ),
     Claim(
         "LoFT with balanced factors does as well as without",
         "loft-balanced",
@@ -70,26 +91,22 @@ CLAIMS = (
         at_least_equal=True,
     ),
     *(
-        Claim(f"LoFT is better than without {part}", "loft", f"loft-without-{name}")
+        Claim(f"exact LoFT is better than {part}", "loft", f"loft-{name}")
         for part, name in (
-            ("the scaling of gradients", "scaling"),
-            ("alternation", "alternation"),
-            ("calibration of the first moment", "first-calibration"),
-            ("calibration of the second moment", "second-calibration"),
-            ("calibration of both", "calibration"),
-            ("Adam's bound on an element", "bound"),
+            ("without the scaling of gradients", "without-scaling"),
+            ("without calibration of the first moment", "without-first-calibration"),
+            ("without calibration of the second moment", "without-second-calibration"),
+            ("without calibration of both", "without-calibration"),
+            ("without Adam's bound on an element", "without-bound"),
+            ("with LoRA's clip in the place of its own", "without-projected-clip"),
+            ("with the overlap counted twice", "overlap-twice"),
+            ("with half of the overlap for each factor", "overlap-halved"),
+            ("with the overlap for the longer side", "overlap-longer"),
+            ("with a retraction", "retracted"),
         )
-    ),
-    Claim(
-        "LoFT is better than with LoRA's clip in the place of its own",
-        "loft",
-        "loft-without-projected-clip",
     ),
     Claim("RefLoRA is better than LoRA at equal rank", "reflora", "lora"),
     Claim("RefLoRA-S is better than LoRA at equal rank", "reflora-s", "lora"),
-    Claim("LoFT is better than RefLoRA at equal rank", "loft", "reflora"),
-    Claim("LoFT is better than DoRA at equal rank", "loft", "dora"),
-    Claim("LoFT is better than rsLoRA at equal rank", "loft", "rslora"),
 )
 
 

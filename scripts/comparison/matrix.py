@@ -186,11 +186,13 @@ def _weight(params: dict[str, jax.Array], scaling: float) -> jax.Array:
 
 ON_MATRICES = (
     "lora", "lora-plus", "lora-fa", "riemannian", "reflora", "reflora-s",
-    "loft", "loft-factored", "loft-diagonal", "loft-balanced", "loft-muon", "full",
+    "loft", "loft-factored", "loft-diagonal", "loft-balanced", "loft-muon",
+    "loft-alternate", "loft-alternate-factored", "full",
 )  # fmt: skip
 WITHOUT_PARTS = (
-    "loft-without-scaling", "loft-without-alternation", "loft-without-first-calibration",
+    "loft-without-scaling", "loft-without-first-calibration",
     "loft-without-second-calibration", "loft-without-calibration", "loft-without-bound",
+    "loft-overlap-twice", "loft-overlap-halved", "loft-overlap-longer", "loft-retracted",
 )  # fmt: skip
 MATRIX_METHODS = (*ON_MATRICES, *WITHOUT_PARTS)
 """Methods that are optimizers of factors, without a clip."""

@@ -8,6 +8,7 @@ import jax
 import optax
 
 from comparison.ablations import ABLATIONS
+from comparison.peers import adapre_lora, lora_pro, lora_rite, riemannion
 from comparison.tasks import UNCLIPPED, WITHOUT_RANK
 from loft_jax.evaluation.comparison import Cell
 from loft_jax.optim.pairs import Scaling
@@ -16,15 +17,69 @@ from loft_jax.training.optimizer import make_optimizer
 
 MakeOptimizer = Callable[[FinetuneConfig, optax.Schedule, Scaling], optax.GradientTransformation]
 
+# With this, one learning rate fits Muon and AdamW (Liu et al., arXiv 2502.16982).
+_RMS_OF_ADAMW = 0.2
+
+
+def _adamw_like(peer: Callable[..., optax.GradientTransformation]) -> MakeOptimizer:
+    def make(
+        config: FinetuneConfig, schedule: optax.Schedule, scaling: Scaling
+    ) -> optax.GradientTransformation:
+        adam = (config.b1, config.b2, config.eps, config.weight_decay)
+        return _clipped(peer(schedule, *adam, scaling=scaling), config)
+
+    return make
+
+
+def _riemannion(
+    config: FinetuneConfig, schedule: optax.Schedule, scaling: Scaling
+) -> optax.GradientTransformation:
+    tx = riemannion(
+        schedule,
+        weight_decay=config.weight_decay,
+        consistent_rms=_RMS_OF_ADAMW,
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        eps=config.eps,
+        scaling=scaling,
+    )
+    return _clipped(tx, config)
+
+
+def _clipped(
+    tx: optax.GradientTransformation, config: FinetuneConfig
+) -> optax.GradientTransformation:
+    if not config.max_grad_norm:
+        return tx
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), tx)
+
+
+PEERS: dict[str, MakeOptimizer] = {
+    "lora-pro": _adamw_like(lora_pro),
+    "riemannion": _riemannion,
+    "adapre-lora": _adamw_like(adapre_lora),
+    "lora-rite": _adamw_like(lora_rite),
+}
+"""Optimizers of published methods that the package has not."""
+
 _SETTINGS: dict[str, dict[str, Any]] = {
     **{method: {"method": method} for method in get_args(Method)},
+    "loft": {"method": "loft", "second_moment": "full"},
     "loft-factored": {"method": "loft", "second_moment": "factored"},
     "loft-diagonal": {"method": "loft", "second_moment": "diagonal"},
-    "loft-balanced": {"method": "loft", "balance": True},
+    "loft-balanced": {"method": "loft", "second_moment": "full", "balance": True},
+    "loft-alternate": {"method": "loft", "second_moment": "full", "move": "alternate"},
+    "loft-alternate-factored": {
+        "method": "loft",
+        "second_moment": "factored",
+        "move": "alternate",
+    },
     "reflora-balanced": {"method": "reflora", "init": "balanced"},
     "full-linear": {"method": "full"},
     **{f"{method}-unclipped": {"method": method, "max_grad_norm": 0.0} for method in UNCLIPPED},
+    "loft-unclipped": {"method": "loft", "second_moment": "full", "max_grad_norm": 0.0},
     **{name: {"method": "loft"} for name in ABLATIONS},
+    **{name: {"method": "lora"} for name in PEERS},
 }
 
 METHODS = tuple(_SETTINGS)
@@ -68,7 +123,8 @@ def configured(
 
 def optimizer_of(method: str) -> MakeOptimizer:
     """How the optimizer of a method is made."""
-    return {**ABLATIONS, "full-linear": _of_linear_layers}.get(method, make_optimizer)
+    own = {**ABLATIONS, **PEERS, "full-linear": _of_linear_layers}
+    return own.get(method, make_optimizer)
 
 
 def _of_linear_layers(

@@ -15,15 +15,57 @@ matplotlib.use("agg")
 _STYLES = {
     "full": ("black", "--"),
     "full-linear": ("gray", "--"),
-    "loft": ("tab:red", "-"),
-    "loft-factored": ("tab:orange", "-"),
+    "loft-factored": ("tab:red", "-"),
+    "loft": ("tab:orange", "-"),
+    "loft-alternate": ("tab:pink", "-"),
     "lora": ("tab:blue", "-"),
     "reflora": ("tab:green", "-"),
     "dora": ("tab:purple", "-"),
-    "lora-plus": ("tab:cyan", "-"),
-    "loft-balanced": ("tab:pink", "-"),
+    "rslora": ("tab:cyan", "-"),
     "loft-muon": ("tab:brown", "-"),
+    "lora-rite": ("tab:olive", "-"),
 }
+
+_HEADLINE = ("full-linear", "loft-factored", "loft-alternate", "lora")
+
+
+def plot_headline(summaries: Mapping[Setting, Summary], rank: int, path: Path) -> None:
+    """What carries the page: loss by learning rate at one rank, and loss by rank.
+
+    Args:
+        summaries: Of methods at several ranks.
+        rank: Of the left panel.
+        path: PNG to write.
+    """
+    figure, (rates, ranks) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for method in _HEADLINE:
+        color, line = _STYLES[method]
+        of_method = {s.rank: x for s, x in summaries.items() if s.method == method}
+        if not of_method:
+            continue
+        if found := of_method.get(rank, of_method.get(0)):
+            tried = {r: v for r, v in found.rates.items() if math.isfinite(v)}
+            rates.plot(list(tried), list(tried.values()), f"o{line}", color=color, label=method)
+        if 0 in of_method:
+            ranks.axhline(of_method[0].best_loss, color=color, ls=line, label=method)
+            continue
+        known = sorted(of_method)
+        ranks.plot(known, [of_method[r].best_loss for r in known], "o-", color=color, label=method)
+    low = min(x.best_loss for s, x in summaries.items() if s.method in _HEADLINE)
+    rates.set(
+        xscale="log",
+        ylim=(low - 0.03, low + 0.6),
+        xlabel="learning rate",
+        ylabel="validation loss",
+        title=f"by learning rate, rank {rank}; above the frame not drawn",
+    )
+    ranks.set_xscale("log", base=2)
+    ticks = sorted({s.rank for s in summaries if s.rank and s.method in _HEADLINE})
+    ranks.set_xticks(ticks, [str(tick) for tick in ticks])
+    ranks.set(xlabel="rank", title="by rank, each at its best learning rate")
+    for axes in (rates, ranks):
+        axes.legend(fontsize=8)
+    _save(figure, path)
 
 
 def plot_task(title: str, summaries: Sequence[Summary], steps: int, path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from comparison import tables
 from comparison.claims import CLAIMS, HIGHER_IS_BETTER, Claim, Finding, findings
-from comparison.plots import plot_ranks, plot_task
+from comparison.plots import plot_headline, plot_ranks, plot_task
 from comparison.registry import TASKS, read_results, summaries_of
 from comparison.runs import PACKAGES
 from comparison.tasks import BEFORE, WHOLE, Task
@@ -26,14 +26,14 @@ run again, as of a cell of a table, is `python scripts/compare.py run stories --
 
 | question | where the answer is |
 | --- | --- |
-| LoFT against LoRA and RefLoRA at equal rank, RefLoRA against LoRA | [claims](#claims) |
+| LoFT against LoRA, DoRA, rsLoRA, RefLoRA and its kin at equal rank | [claims](#claims) |
 | LoFT at rank 4 against LoRA at rank 16 | [claims](#claims) |
 | how far from full fine-tuning | [claims](#claims), and the tables by rank |
-| rank 1 | the first column of the table by rank of `stories` |
+| how much is speed, and how much stays after five times the steps | `stories-long` |
 | how a method depends on the learning rate | [below](#at-the-learning-rate-of-full-fine-tuning), \
 and "Validation loss by learning rate" of each task |
 | on eps and on alpha | "By eps" and "By alpha" of each task |
-| what each part of LoFT does | "Without a part" of each task |
+| what each part of LoFT does, and how to divide the overlap | "Without a part" of each task |
 | steps to LoRA's final loss, memory, time | the table of each task at one rank |
 | what did not hold | [there](#what-did-not-hold) |
 
@@ -54,16 +54,21 @@ rate rises over a twelfth of the run and falls to zero by a line. RefLoRA is pla
 of the run, where B starts at zero. `full` trains embeddings and norms too; `full-linear` the
 weights that adapters stand on.
 
+`loft-factored` is what `loft` is by default: along the tangent space, with the factored second
+moment. `loft` is the same with the exact one, and `loft-alternate` moves one factor a step, as the
+authors of LoFT have it. `lora-pro`, `riemannion`, `adapre-lora` and `lora-rite` are published
+methods in the form with states of the factors' size; where that is not the paper's own, the files
+of `scripts/comparison/peers` say so.
+
 "Steps to LoRA's loss" is when the training loss, mean over a fifth of the run, first is what LoRA's
 of the same seed is at the end of its run; how hard each batch is, as LoRA's losses tell, is taken
 off. Memory is the state of the optimizer, and what the compiler sets aside for a step. Times are
 those of a step over LoRA's in the same table, each the least disturbed one of its runs, on machines
 that were busy with other work too: a hint, no more; [optimizer.md](optimizer.md) has measured ones.
 
-Left out: `altlora-plus`, which is `loft-diagonal` but for its clip; on SmolLM2 ranks other than 8
-but for two, and most methods; eps and alpha on most tasks. Rates are a factor of three apart: what
-a method would gain between them is not known. Models, data and runs are small: what holds here need
-not hold at a thousand times the size.
+Left out: `altlora-plus`; on SmolLM2 most ranks but 8 and most methods; eps and alpha on most tasks.
+Rates are a factor of three apart: what a method would gain between them is not known. Models, data
+and runs are small: what holds here need not hold at a thousand times the size.
 """
 
 _CLAIMS = """\
@@ -79,6 +84,13 @@ many, one in twenty is out of its interval by chance. The gains themselves stand
 
 _VARIANTS = {"eps": "", "alpha": " (a scaling that is a power of two rounds nothing)"}
 
+_HEADLINE = """\
+
+![loss by learning rate and by rank](results/headline.png)
+
+On `stories`: each method at every learning rate, and at its best one by rank.
+"""
+
 _AT_RATE_OF_FULL = """\
 
 ## At the learning rate of full fine-tuning
@@ -91,10 +103,13 @@ _GAINS = "Gains in {measure}, of which {better} is better, and what they say:"
 
 _PARTS = """\
 
-Without a part. `without-scaling` clips by its unscaled gradients, which is the norm of nothing in
-particular; only where nothing is clipped is it the scaling alone. Without a calibration, Adam's
-bound on an element is off too: `without-bound` is that alone. `without-projected-clip` has LoRA's
-clip in its place; `loft-unclipped` has none.
+Without a part, or with another in its place. `without-scaling` clips by its unscaled gradients,
+which is the norm of nothing in particular; only where nothing is clipped is it the scaling alone.
+Without a calibration, Adam's bound on an element is off too: `without-bound` is that alone.
+`without-projected-clip` has LoRA's clip in its place; `loft-unclipped` has none. Of the overlap of both projections `overlap-twice`
+leaves all to both factors, `overlap-halved` a half to each, `overlap-longer` all to the factor of
+the longer side. `retracted` takes W to the best approximation of rank r of what the projection asks
+for, in place of the product of the moved factors.
 """
 
 
@@ -123,6 +138,10 @@ def write_report(results: Path, page: Path) -> None:
         name: findings(_as_planned(TASKS[name], of_task), TASKS[name].measure)
         for name, of_task in summaries.items()
     }
+    if "stories" in summaries:
+        usual = _usual(TASKS["stories"], summaries["stories"])
+        plot_headline(usual, 4, results / "headline.png")
+        lines.append(_HEADLINE.replace("](results/", f"]({results.name}/"))
     lines += _claims({name: of_task for name, of_task in found.items() if of_task})
     lines += _at_rate_of_full(summaries)
     for name, of_task in logs.items():

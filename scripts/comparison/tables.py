@@ -8,7 +8,7 @@ from comparison.claims import CLAIMS, HIGHER_IS_BETTER, Finding, arrived, gain_o
 from comparison.tasks import WHOLE, Task
 from loft_jax.evaluation.comparison import Setting, Summary, steps_to_match
 
-AT_RATE_OF_FULL = ("loft", "loft-factored", "lora", "lora-plus", "reflora", "dora")
+AT_RATE_OF_FULL = ("loft-factored", "loft", "loft-alternate", "lora", "rslora", "reflora", "dora")
 """Methods that are shown at the learning rate of another."""
 
 _MEASURES = ("loss", "steps", "accuracy", "accuracy_norm", "distance")
@@ -34,12 +34,12 @@ def at_rank(task: Task, summaries: Sequence[Summary]) -> list[str]:
     measures = [m for m in _MEASURES if any(m in r.test for s in summaries for r in s.results)]
     lora = next((s for s in summaries if s.setting.method == "lora"), None)
     rows = []
-    for summary in sorted(summaries, key=_least):
+    for summary in sorted(summaries, key=lambda s: s.best_loss):
         cost = {name: _median_cost(summary, name) for name in summary.results[0].cost}
         row = {
             "method": summary.setting.method,
             "rate": _rate(summary),
-            "validation loss": f"{_least(summary):.4g}",
+            "validation loss": f"{summary.best_loss:.4g}",
             **{f"test {m}": _measured(summary, m) for m in measures},
             "seeds": str(len(summary.results)),
         }
@@ -125,7 +125,7 @@ def at_rate_of_full(task: Task, usual: Mapping[Setting, Summary]) -> list[list[s
     for rank in sorted({rank for _, rank in by_method if rank}):
         found = [by_method.get((method, rank)) for method in AT_RATE_OF_FULL]
         cells = [
-            f"{_loss(x, rate)} ({_least(x):.4g})" if x and rate in x.rates else "" for x in found
+            f"{_loss(x, rate)} ({x.best_loss:.4g})" if x and rate in x.rates else "" for x in found
         ]
         rows.append([task.name, f"r {rank}", f"{rate:g}", *cells])
     return rows
@@ -159,7 +159,7 @@ def parts(task: Task, summaries: Mapping[Setting, Summary]) -> list[str]:
                         summary.setting.method,
                         str(rank),
                         _rate(summary),
-                        f"{_least(summary):.4g}",
+                        f"{summary.best_loss:.4g}",
                         _measured(summary, task.measure),
                         _gained(summary, whole, task.measure),
                         str(len(summary.results)),
@@ -202,7 +202,7 @@ def variants(task: Task, summaries: Mapping[Setting, Summary], field: str) -> li
             str(rank),
             f"{value:g}",
             _rate(summary),
-            f"{_least(summary):.4g}",
+            f"{summary.best_loss:.4g}",
             _measured(summary, task.measure),
             _gained(summary, found[usual], task.measure),
         )
@@ -214,11 +214,6 @@ def variants(task: Task, summaries: Mapping[Setting, Summary], field: str) -> li
     head = ["method", "rank", field, "rate", "validation loss", f"test {task.measure}"]
     head += [f"gain over {field} {f'{task.eps:g}' if field == 'eps' else 'as the rank'}"]
     return markdown(head, rows) if rows else []
-
-
-def _least(summary: Summary) -> float:
-    """The validation loss at the best rate."""
-    return summary.rates[summary.learning_rate]
 
 
 def _gained(summary: Summary, other: Summary | None, measure: str) -> str:

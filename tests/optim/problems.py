@@ -26,9 +26,9 @@ def gradient(problem, w):
     return jnp.matmul(x.T, product, precision="highest")
 
 
-def loft_path(problem, steps, dtype, *, scaling=1.0, **hyperparameters):
+def loft_path(problem, steps, dtype, *, scaling=1.0, second_moment="full", **hyperparameters):
     """W after each of the steps (steps, m, n), from float factors moved by loft in one scan."""
-    tx = loft(scaling=scaling, **hyperparameters)
+    tx = loft(scaling=scaling, second_moment=second_moment, **hyperparameters)
     return factor_path(problem, steps, dtype, tx, scaling)[0]
 
 

@@ -150,7 +150,7 @@ def test_the_path_of_w_is_the_same(shape, from_zero):
             problem["b"] = np.zeros_like(problem["b"])
 
         def path(balance):
-            tx = loft(**numbers, scaling=2.0, balance=balance)
+            tx = loft(**numbers, scaling=2.0, second_moment="full", balance=balance)
             return jax.jit(lambda: factor_path(problem, 200, "float64", tx, 2.0))()
 
         w, moved = path(True)

@@ -28,7 +28,7 @@ def clipped(max_norm, first):
     return optax.chain(loft_jax.project_gradients(), clip)
 
 
-def calibrated(b1, b2, eps, second_moment="full"):
+def calibrated(b1, b2, eps, second_moment):
     return optax.chain(
         loft_jax.project_gradients(),
         loft_jax.calibrate_moments(b1, b2, second_moment=second_moment),
@@ -55,17 +55,22 @@ AT_ONCE = {"warmup_steps": 0}
 TRANSFORMS = {
     "project_gradients": (loft_jax.project_gradients, {"scaling": 2.0}, {}),
     "clip_by_projected_norm": (clipped, {"max_norm": 0.5}, {"first": "a"}),
-    "full moments": (calibrated, MOMENTS, {}),
+    "full moments": (calibrated, MOMENTS, {"second_moment": "full"}),
     "factored moments": (calibrated, MOMENTS, {"second_moment": "factored"}),
     "diagonal moments": (calibrated, MOMENTS, {"second_moment": "diagonal"}),
     "alternate_factors": (loft_jax.alternate_factors, {}, {}),
+    "assign_overlap": (loft_jax.assign_overlap, {}, {}),
     "balance_factors": (balanced, {"learning_rate": LR}, {}),
     "loft": (loft_jax.loft, ADAMW, {}),
-    "loft, factored": (loft_jax.loft, ADAMW, {"second_moment": "factored"}),
+    "loft, full": (loft_jax.loft, ADAMW, {"second_moment": "full"}),
     "loft, diagonal": (loft_jax.loft, ADAMW, {"second_moment": "diagonal"}),
     "loft, bfloat16": (loft_jax.loft, ADAMW, {"state_dtype": "bfloat16", "mu_dtype": "bfloat16"}),
-    "loft, clipped": (loft_jax.loft, {**ADAMW, "max_grad_norm": 0.5, "scaling": 2.0}, {}),
-    "loft, both at once": (loft_jax.loft, ADAMW, {"alternate": False}),
+    "loft, clipped": (
+        loft_jax.loft,
+        {**ADAMW, "max_grad_norm": 0.5, "scaling": 2.0},
+        {"second_moment": "full"},
+    ),
+    "loft, alternate": (loft_jax.loft, ADAMW, {"move": "alternate"}),
     "loft, a first": (loft_jax.loft, ADAMW, {"first": "a"}),
     "loft, balanced": (loft_jax.loft, ADAMW, {"balance": True}),
     "loft_muon": (loft_jax.loft_muon, MUON, {}),
@@ -94,9 +99,9 @@ SLOW = (
     "factored moments",
     "loft, bfloat16",
     "loft, balanced",
-    "loft, factored",
+    "loft, full",
     "loft, diagonal",
-    "loft, both at once",
+    "loft, alternate",
     "loft, a first",
     "precondition_by_reflora",
     "alt_lora_plus",
@@ -363,7 +368,7 @@ def test_map_params(name):
             found.append(sum(x != y for x, y in zip(leaf.shape, param.shape, strict=True)))
 
     optax.tree.map_params(tx, compare, state, PARAMS, is_leaf=is_masked)
-    keeps_moments = name not in (*PROJECTED_GRADIENTS, "alternate_factors")
+    keeps_moments = name not in (*PROJECTED_GRADIENTS, "alternate_factors", "assign_overlap")
     assert set(found) <= {0, 1}  # something else in the place of the rank, at most
     assert bool(found) == keeps_moments
 

@@ -16,7 +16,7 @@ def test_is_adam_on_the_scaled_gradients_while_the_partner_rests():
         chain = optax.chain(
             loft_jax.project_gradients(),
             loft_jax.calibrate_moments(0.8, 0.9, second_moment="diagonal"),
-            loft_jax.project_updates(1e-4, alternate=False),
+            loft_jax.project_updates(1e-4),
         )
         state, adam = chain.init(params), optax.scale_by_adam(0.8, 0.9, 1e-4)
         adam_state = adam.init(params["lora_a"])

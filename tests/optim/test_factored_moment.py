@@ -27,7 +27,7 @@ def test_is_adafactor_of_the_projected_gradient(turn):
     mu = {"a": np.zeros((m, n)), "b": np.zeros((n, m))}
     nu = {"a": np.zeros((m, n, n)), "b": np.zeros((n, m, m))}  # w_i S / tr S, in full
     with jax.enable_x64(True):
-        tx = loft_jax.loft(lr, b1, b2, eps, second_moment="factored", first=turn)
+        tx = loft_jax.loft(lr, b1, b2, eps, second_moment="factored", move="alternate", first=turn)
         params = jax.tree.map(jnp.asarray, params)
         state = tx.init(params)
         for k in range(1, 5):

@@ -1,4 +1,4 @@
-"""Square and full rank, LoFT is AdamW on the weight: the judge is optax.adamw in float64."""
+"""At r = min(m, n) LoFT is AdamW on the weight: the judge is optax.adamw in float64."""
 
 import itertools
 
@@ -11,15 +11,13 @@ import pytest
 from tests.optim.problems import adamw_path, least_squares, loft_path, relative_errors
 
 STEPS = 200
-# Largest distance of W on its way, relative. An eps of 1e-8 is far below the gradients of this
-# problem's end: Adam's step is then a sign, and magnifies rounding, by a factor that depends on the
-# machine. One of 1e-3 does not.
-TOLERANCES = {
-    ("float64", 1e-3): 1e-11,
-    ("float64", 1e-8): 1e-8,
-    ("float32", 1e-3): 5e-4,
-    ("float32", 1e-8): 2e-2,
-}
+# An eps of 1e-8 is far below gradients at the end of this problem: Adam's step is then a sign, and
+# magnifies rounding; with a clip, whose factor both paths round differently, most of all. The
+# factor depends on the machine.
+TOLERANCES = {"float64": 1e-9, "float32": 1e-3}
+UNSTEADY = 1e-8  # in float64, with a clip and that eps
+
+
 CASES = list(
     itertools.product(
         (1e-8, 1e-3),  # eps
@@ -38,11 +36,21 @@ def learning_rates(schedule):
     return np.full(STEPS, 0.03)
 
 
-@pytest.mark.parametrize("size", [pytest.param(8, marks=pytest.mark.slow), 13])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_w_follows_adamw(size, dtype):
+@pytest.mark.parametrize(
+    ("shape", "move"),
+    [
+        ((12, 12), "tangent"),
+        ((18, 9), "tangent"),
+        ((9, 18), "tangent"),
+        ((1, 7), "tangent"),
+        ((8, 1), "tangent"),
+        pytest.param((13, 13), "alternate", marks=pytest.mark.slow),
+    ],
+)
+def test_w_follows_adamw(shape, move, dtype):
     with jax.enable_x64(True):
-        problem = least_squares(size, size, size, seed=size)
+        problem = least_squares(*shape, min(shape), seed=shape[0])
 
         def hyperparameters(eps, decay, clip, rates, scaling):
             return {
@@ -55,10 +63,16 @@ def test_w_follows_adamw(size, dtype):
 
         @jax.jit
         def paths(*case):
-            ours = loft_path(problem, STEPS, dtype, **hyperparameters(*case))
+            ours = loft_path(problem, STEPS, dtype, move=move, **hyperparameters(*case))
             return ours, adamw_path(problem, STEPS, "float64", **hyperparameters(*case))
 
         for eps, decay, clip, schedule, scaling in CASES:
             case = (eps, decay, clip, learning_rates(schedule), scaling)
             errors = relative_errors(*paths(*(jnp.asarray(x, dtype) for x in case)))
-            assert errors.max() < TOLERANCES[dtype, eps], (eps, decay, clip, schedule, scaling)
+            setting = (eps, decay, clip, schedule, scaling)
+            if dtype == "float32":
+                assert errors[-1] < TOLERANCES[dtype], setting
+            elif eps == 1e-8 and np.isfinite(clip):
+                assert errors.max() < UNSTEADY, setting
+            else:
+                assert errors.max() < TOLERANCES[dtype], setting

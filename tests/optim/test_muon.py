@@ -26,10 +26,12 @@ STEPS = 20
         {"ns_coeffs": (2.0, -1.5, 0.5), "eps": 1e-3},
     ],
 )
-@pytest.mark.parametrize("scaling", [1.0, 4.0])
-def test_square_and_full_rank_is_muon_of_optax(settings, scaling):
+@pytest.mark.parametrize(
+    ("shape", "scaling"), [((13, 13), 1.0), ((13, 13), 4.0), ((16, 7), 2.0), ((7, 16), 1.0)]
+)
+def test_at_full_rank_is_muon_of_optax(settings, shape, scaling):
     with jax.enable_x64(True):
-        problem = least_squares(13, 13, 13, seed=2)
+        problem = least_squares(*shape, min(shape), seed=2)
 
         @jax.jit
         def paths():
@@ -52,19 +54,20 @@ def newton_schulz(x, coeffs=(3.4445, -4.7750, 2.0315), steps=5, eps=1e-8):
     return x
 
 
+@pytest.mark.parametrize("move", ["tangent", "alternate"])
 @pytest.mark.parametrize("turn", ["a", "b"])
 @pytest.mark.parametrize(
     "shape", [(12, 9, 4), (20, 6, 6), pytest.param((6, 20, 1), marks=pytest.mark.slow)]
 )
-def test_orthogonalizes_the_projected_momentum(shape, turn):
-    """Three steps against dense matrices: projected, averaged, orthogonalized, projected."""
+def test_orthogonalizes_the_projected_momentum(shape, turn, move):
+    """Three steps against dense matrices: projected, averaged, orthogonalized, moved by."""
     m, n, r = shape
     beta, lr = 0.8, 0.1
     rng = np.random.default_rng(3)
     params = {"lora_a": rng.normal(size=(m, r)), "lora_b": rng.normal(size=(r, n))}
     momentum = {"a": np.zeros((m, n)), "b": np.zeros((m, n))}
     with jax.enable_x64(True):
-        tx = loft_muon(lr, beta, nesterov=False, first=turn)
+        tx = loft_muon(lr, beta, nesterov=False, move=move, first=turn)
         params = jax.tree.map(jnp.asarray, params)
         state = tx.init(params)
         for k in range(1, 4):
@@ -73,17 +76,22 @@ def test_orthogonalizes_the_projected_momentum(shape, turn):
             of_b, of_a = np.linalg.pinv(b) @ b, a @ np.linalg.pinv(a)
             momentum["a"] = beta * momentum["a"] @ of_b + (1 - beta) * grad @ of_b
             momentum["b"] = beta * of_a @ momentum["b"] + (1 - beta) * of_a @ grad
+            direction = {
+                key: -lr * max(1, n / m) ** 0.5 * newton_schulz(x / (1 - beta**k))
+                for key, x in momentum.items()
+            }
             mover = turn if k % 2 else {"a": "b", "b": "a"}[turn]
-            direction = newton_schulz(momentum[mover] / (1 - beta**k))
-            expected = -lr * max(1, n / m) ** 0.5 * direction
+            if move == "alternate":
+                expected = direction[mover]
+            else:
+                keeper = mover if r < min(m, n) else "a" if r == n else "b"
+                overlap = of_a @ direction["a"] if keeper == "b" else direction["b"] @ of_b
+                expected = direction["a"] + direction["b"] - overlap
             updates, state = jax.jit(tx.update)(
                 {"lora_a": grad @ b.T, "lora_b": a.T @ grad}, state, params
             )
-            moved = {
-                "a": np.asarray(updates["lora_a"]) @ b,
-                "b": a @ np.asarray(updates["lora_b"]),
-            }
-            np.testing.assert_allclose(moved[mover], expected, rtol=1e-8, atol=1e-10)
+            moved = np.asarray(updates["lora_a"]) @ b + a @ np.asarray(updates["lora_b"])
+            np.testing.assert_allclose(moved, expected, rtol=1e-8, atol=1e-10)
             params = optax.apply_updates(params, updates)
 
 
@@ -143,6 +151,7 @@ def test_no_second_moment_is_kept():
         ({"weight_decay": -1.0}, r"weight_decay is -1\.0"),
         ({"ns_coeffs": (1.0, 2.0)}, "expected three numbers"),
         ({"first": "c"}, "first is 'c'"),
+        ({"move": "both"}, "move is 'both'"),
         ({"max_grad_norm": 0.0}, r"max_grad_norm is 0\.0"),
         ({"eps": -1.0}, r"eps is -1\.0"),
         ({"ns_steps": 0}, "ns_steps is 0, expected 1 or more"),

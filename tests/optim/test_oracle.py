@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from loft_jax import assign_overlap, clip_by_projected_norm, loft, project_gradients
 from tests.optim.problems import gradient, least_squares, loft_path, relative_errors
 from tests.oracle import DenseLoFT
 
@@ -19,8 +21,15 @@ CASES = {
     "betas": ((14, 11, 4), {"b1": 0.8, "b2": 0.95, "max_grad_norm": 1.0}),
     "no_moments": ((14, 11, 4), {"b1": 0.0, "b2": 0.0, "eps": 1e-3}),
     "a_first": ((18, 13, 4), {"first": "a"}),
-    "both_move": ((18, 13, 4), {"alternate": False, "weight_decay": 0.1, "max_grad_norm": 0.5}),
+    "alternate": ((24, 17, 4), {"move": "alternate", "eps": 1e-8}),
+    "alternate_decay_and_clip": (
+        (20, 20, 5),
+        {"move": "alternate", "eps": 1e-6, "weight_decay": 0.1, "max_grad_norm": 0.05},
+    ),
+    "wide": ((14, 9, 9), {"eps": 1e-3, "weight_decay": 0.1, "max_grad_norm": 0.5}),
+    "alternate_a_first": ((18, 13, 4), {"move": "alternate", "first": "a"}),
     "b_is_zero": ((24, 17, 4), {"eps": 1e-8}),
+    "small_b": ((14, 11, 4), {"learning_rate": 0.1, "eps": 1e-3, "weight_decay": 0.1}),
     "b_is_zero_clip": ((13, 18, 5), {"eps": 1e-6, "max_grad_norm": 0.05, "scaling": 2.0}),
     "schedule": ((18, 13, 4), {"learning_rate": lambda count: 0.01 / (1 + count)}),
 }
@@ -46,6 +55,8 @@ def test_path_is_the_oracles(name):
     problem = least_squares(m, n, r)
     if name.startswith("b_is_zero"):
         problem["b"][:] = 0
+    if name == "small_b":  # where the product of both moves is bounded
+        problem["b"] *= 1e-6
     with jax.enable_x64(True):
         ours = jax.jit(lambda: loft_path(problem, STEPS, "float64", **hyperparameters))()
     assert relative_errors(ours, oracle_path(problem, STEPS, **hyperparameters)).max() < 1e-8
@@ -60,19 +71,60 @@ def test_float32_stays_near_the_oracle(name):
     assert relative_errors(ours, oracle_path(problem, STEPS, **hyperparameters)).max() < 1e-3
 
 
-@pytest.mark.parametrize("b_is_zero", [True, False])
-def test_start_and_lost_rank(b_is_zero):
-    """B = 0, and a column of A that repeats another: only what the columns span moves."""
-    problem = least_squares(12, 10, 3)
-    problem["a"][:, 2] = problem["a"][:, 0]
-    if b_is_zero:
-        problem["b"][:] = 0
+@pytest.mark.parametrize("move", ["tangent", "alternate"])
+@pytest.mark.parametrize("shape", [(12, 10, 3), (9, 14, 1), (10, 6, 6), (7, 7, 7)])
+def test_the_increment_of_w_is_the_dense_one(shape, move):
+    """To first order in the rate, with clip, decay and s, while moments build up."""
+    numbers = {"eps": 1e-6, "weight_decay": 0.1, "max_grad_norm": 0.2, "scaling": 2.0, "move": move}
+    tx = loft(0.01, second_moment="full", **numbers)
+    update = jax.jit(tx.update)
+    for start in ("both", "b is zero", "a lost column"):
+        problem = least_squares(*shape)
+        if start == "b is zero":
+            problem["b"][:] = 0
+        if start == "a lost column":
+            problem["a"][:, -1] = problem["a"][:, 0] if shape[2] > 1 else 0
+        oracle = DenseLoFT(problem["a"], problem["b"], 0.01, **numbers)
+        with jax.enable_x64(True):
+            params = {"lora_a": jnp.asarray(problem["a"]), "lora_b": jnp.asarray(problem["b"])}
+            state = tx.init(params)
+            for _ in range(3):
+                # From one point, since how a dependent column shares in a move is a choice.
+                oracle.a, oracle.b = (np.asarray(params[key]) for key in ("lora_a", "lora_b"))
+                full = problem["x"].T @ (problem["x"] @ (oracle.w - problem["target"]))
+                grads = {"lora_a": 2 * full @ oracle.b.T, "lora_b": 2 * oracle.a.T @ full}
+                updates, state = update(grads, state, params)
+                u_a, u_b = (np.asarray(updates[key]) for key in ("lora_a", "lora_b"))
+                moved = 2 * (u_a @ oracle.b + oracle.a @ u_b)
+                oracle.step(full)
+                error = np.linalg.norm(moved - oracle.first_order)
+                assert error <= 1e-10 * np.linalg.norm(oracle.first_order), start
+                params = optax.apply_updates(params, updates)
+
+
+@pytest.mark.parametrize("shape", [(12, 10, 3), (6, 11, 6)])
+@pytest.mark.parametrize("turn", ["a", "b"])
+def test_without_moments_w_moves_along_the_projected_gradient(shape, turn):
+    """With a direction that is the gradient itself, the increment is its projection on the space
+    that is tangent at W to the matrices of rank r: `Π_R G + G Π_P - Π_R G Π_P`."""
+    problem = least_squares(*shape)
+    rng = np.random.default_rng(1)
+    a, b, full = problem["a"], problem["b"], rng.normal(size=shape[:2])
+    rows, columns = a @ np.linalg.pinv(a), np.linalg.pinv(b) @ b
+    expected = rows @ full + full @ columns - rows @ full @ columns
+    clip = clip_by_projected_norm(1e9, first=turn)
     with jax.enable_x64(True):
-        ours = jax.jit(lambda: loft_path(problem, 3, "float64", learning_rate=0.01))()
-    errors = relative_errors(ours, oracle_path(problem, 3, learning_rate=0.01))
-    # The span is the same, so the first step of W is; how a dependent column shares in it is a
-    # choice, and decides what A can do next.
-    assert errors[0] < 1e-8
+        params = {"lora_a": jnp.asarray(a), "lora_b": jnp.asarray(b)}
+        tx = optax.chain(project_gradients(), clip, optax.scale(1e-3), assign_overlap(turn), clip)
+        updates, state = tx.update(
+            {"lora_a": full @ b.T, "lora_b": a.T @ full}, tx.init(params), params
+        )
+        moved = updates["lora_a"] @ b + a @ updates["lora_b"]
+        np.testing.assert_allclose(moved, 1e-3 * expected, atol=1e-13)
+        # The same norm before the overlap is left to one factor, and after.
+        norm = np.linalg.norm(expected)
+        np.testing.assert_allclose(state[1].projected_norm, norm, rtol=1e-10)
+        np.testing.assert_allclose(state[4].projected_norm, 1e-3 * norm, rtol=1e-10)
 
 
 def test_gradient_of_the_problem():

@@ -34,8 +34,11 @@ LONG = 16
 
 # An epsilon that keeps steps from being sign-like, where rounding flips them.
 OPTIMIZERS = {
-    "full": lambda: loft_jax.loft(0.05, eps=1e-2, weight_decay=0.1, max_grad_norm=1.0),
-    "factored": lambda: loft_jax.loft(0.05, eps=1e-2, second_moment="factored"),
+    "full": lambda: loft_jax.loft(
+        0.05, eps=1e-2, weight_decay=0.1, max_grad_norm=1.0, second_moment="full"
+    ),
+    "alternate": lambda: loft_jax.loft(0.05, eps=1e-2, second_moment="full", move="alternate"),
+    "factored": lambda: loft_jax.loft(0.05, eps=1e-2, max_grad_norm=1.0),
     "diagonal": lambda: loft_jax.loft(0.05, eps=1e-2, second_moment="diagonal"),
     "balanced": lambda: loft_jax.loft(0.05, eps=1e-2, balance=True),
     "muon": lambda: loft_jax.loft_muon(0.05),

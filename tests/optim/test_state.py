@@ -24,7 +24,7 @@ LAYOUT = jax.tree.map(lambda spec: NamedSharding(MESH, spec), SPECS)
 
 
 def transforms():
-    moments = ({}, {"second_moment": "factored"}, {"second_moment": "diagonal"})
+    moments = ({}, {"second_moment": "full"}, {"second_moment": "diagonal"})
     for arguments in (*moments, {"state_dtype": jnp.bfloat16, "mu_dtype": jnp.bfloat16}):
         yield loft(1e-3, max_grad_norm=1.0, **arguments)
     yield from (reflora(1e-3), reflora_s(1e-3))

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # as it is for a
 
 import compare
 from comparison import registry
-from comparison.ablations import ABLATIONS, loft_without
+from comparison.ablations import ABLATIONS, loft_with
 from comparison.claims import Claim, findings
 from comparison.matrix import MATRIX_TASKS, MatrixRuns
 from comparison.methods import METHODS, configured, optimizer_of
@@ -126,24 +126,38 @@ def dense_loft(part, lr=0.1, b1=0.9, b2=0.999, eps=1e-3):
             d = (m[k] @ partner.T / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + eps)
             direction[k] = d @ partner @ inverse
         old = {k: x.copy() for k, x in factors.items()}
-        for k in ("a", "b") if part == "alternation" else ("b",) if t % 2 else ("a",):
-            factors[k] = factors[k] - lr * direction[k]
+        keeper = "a" if part == "longer" or t % 2 == 0 else "b"  # M is the longer side
+        kept = {"twice": (1, 1), "halved": (0.5, 0.5)}.get(part, (keeper == "a", keeper == "b"))
+        for k, share in zip("ab", kept, strict=True):
+            overlap = old[k] @ np.linalg.pinv(old[k]) @ direction[k]
+            direction[k] = direction[k] - (1 - share) * overlap
+        factors = {k: x - lr * direction[k] for k, x in factors.items()}
+        if part == "retraction":
+            linear = old["a"] @ factors["b"].T - lr * direction["a"] @ old["b"].T
+            u, sigma, v = np.linalg.svd(linear)
+            roots = np.sqrt(sigma[:R])
+            factors = {"a": u[:, :R] * roots, "b": v[:R].T * roots}
         products.append(factors["a"] @ factors["b"].T)
     return np.stack(products)
 
 
-@pytest.mark.parametrize("part", ["none", "scaling", "alternation", "first", "second", "bound"])
+OVERLAPS = ("twice", "halved", "longer")
+
+
+@pytest.mark.parametrize(
+    "part", ["none", "scaling", "first", "second", "bound", "retraction", *OVERLAPS]
+)
 def test_a_chain_without_a_part_is_the_paper_without_it(part, float64):
     if part == "none":
-        tx = loft(0.1, eps=1e-3)
+        tx = loft(0.1, eps=1e-3, second_moment="full")
     else:
-        tx = loft_without(part, config(), optax.constant_schedule(0.1), 1.0)
+        tx = loft_with(part, config(), optax.constant_schedule(0.1), 1.0)
     np.testing.assert_allclose(run(tx), dense_loft(part), rtol=1e-9)
 
 
 def test_every_part_matters(float64):
     whole = dense_loft("none")
-    for part in ("scaling", "alternation", "first", "second"):
+    for part in ("scaling", "first", "second", "retraction", *OVERLAPS):
         assert np.abs(dense_loft(part) - whole)[-1].max() > 1e-3, part
 
 
@@ -151,7 +165,7 @@ def test_the_plain_clip_is_of_the_factors_own_gradients(float64):
     # Behind a clip to a norm, Adam with an epsilon above it makes steps in proportion to that norm.
     schedule = optax.constant_schedule(0.1)
     small, smaller, projected = (
-        run(loft_without(part, config(max_grad_norm=norm, eps=1e3), schedule, 1.0))[0]
+        run(loft_with(part, config(max_grad_norm=norm, eps=1e3), schedule, 1.0))[0]
         for part, norm in (("clip", 1e-2), ("clip", 1e-3), ("none", 1e-2))
     )
     _, a, b = gradients()
@@ -170,7 +184,7 @@ def test_every_method_has_a_run_of_its_own():
     assert runs["reflora"].reflora_warmup_steps == 10
     assert runs["reflora-balanced"].reflora_warmup == 0
     kinds = {
-        (c.method, c.second_moment, c.init, c.balance, c.max_grad_norm, optimizer_of(name))
+        (c.method, c.second_moment, c.move, c.init, c.balance, c.max_grad_norm, optimizer_of(name))
         for name, c in runs.items()
     }
     assert len(kinds) == len(METHODS)
@@ -222,7 +236,7 @@ def test_the_comparison_resumes_and_reports(assets, tiny, tmp_path, capsys):
     assert all(r.test for s in best.values() for r in s.results)
     matrix = ["run", "matrix", *folders, "--rates", "1", "3", "--methods"]
     # Each leaves a log that can be reported on: parts without the whole, one method alone.
-    for methods in (["full"], ["loft-without-scaling"], ["loft", "lora"]):
+    for methods in (["full"], ["loft-without-scaling"], ["loft-factored", "loft", "lora"]):
         assert compare.main([*matrix, *methods]) == 0
         assert compare.main(["report", "--results", str(results), "--page", str(page)]) == 0
     assert compare.main([*matrix, "lora", "loft", "--alpha", "1"]) == 0

@@ -34,21 +34,21 @@ def compiled(monkeypatch):
 def test_finished_steps_are_not_compiled_again(compiled, tmp_path, capsys):
     few = {"models": ("llama-2-7b",), "ranks": (16,), "output": str(tmp_path)}
     compile_matrix.main(Options(**few, methods=("lora",)))
-    compile_matrix.main(Options(**few, methods=("lora", "loft factored")))
+    compile_matrix.main(Options(**few, methods=("lora", "loft full")))
     assert [(c.method, c.second_moment) for c in compiled] == [
-        ("lora", "full"),
-        ("loft", "factored"),
+        ("lora", "factored"),
+        ("loft", "full"),
     ]
     file = tmp_path / "compile_matrix.jsonl"
     whole = file.read_text()
     assert [json.loads(line)["total"] for line in whole.splitlines()] == [120 << 20, 180 << 20]
     table = (tmp_path / "compile_matrix.md").read_text()
     assert table in capsys.readouterr().out
-    assert "| 16 | loft factored | 40.0 | 10.0 | 8.0 | 2.0 | 120.0 | 0.0 | 180.0 |" in table
+    assert "| 16 | loft full | 40.0 | 10.0 | 8.0 | 2.0 | 120.0 | 0.0 | 180.0 |" in table
     assert table.count("| +50.0% |") == 1
 
     file.write_text(whole[:-10])  # killed while it wrote the last line
-    compile_matrix.main(Options(**few, methods=("lora", "loft factored")))
+    compile_matrix.main(Options(**few, methods=("lora", "loft full")))
     assert len(compiled) == 3
     assert file.read_text() == whole
 

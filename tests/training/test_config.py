@@ -94,8 +94,8 @@ def test_missing_file(tmp_path):
         ({"choices": ("a",)}, "choices are given without eval_path"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm is nan"),
         (
-            {"method": "lora", "second_moment": "factored"},
-            "second_moment is 'factored', but only method loft has it",
+            {"method": "lora", "second_moment": "full"},
+            "second_moment is 'full', but only method loft has it",
         ),
         ({"method": "full", "state_dtype": "bfloat16"}, "state_dtype is 'bfloat16', but only"),
         ({"method": "lora", "balance": True}, "balance is True, but only"),

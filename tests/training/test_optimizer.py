@@ -105,9 +105,9 @@ def test_a_method_is_the_optimizer_of_its_name(method):
 @pytest.mark.parametrize(
     ("changes", "width", "dtype"),
     [
-        ({}, 10, jnp.float32),
-        ({"state_dtype": "bfloat16"}, 10, jnp.bfloat16),
-        ({"second_moment": "factored"}, 1, jnp.float32),
+        ({}, 1, jnp.float32),
+        ({"state_dtype": "bfloat16"}, 1, jnp.bfloat16),
+        ({"second_moment": "full"}, 10, jnp.float32),
         ({"second_moment": "diagonal"}, 4, jnp.float32),
     ],
 )

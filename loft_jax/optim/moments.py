@@ -307,7 +307,8 @@ def project_updates(
       >>> params = {"lora_a": jnp.eye(2), "lora_b": 3 * jnp.eye(2)}
       >>> full = jnp.array([[1.0, -2.0], [0.5, 4.0]])  # gradient of W
       >>> grads = {"lora_a": full @ params["lora_b"].T, "lora_b": params["lora_a"].T @ full}
-      >>> tx = optax.chain(project_gradients(), calibrate_moments(), project_updates())
+      >>> exact = calibrate_moments(second_moment="full")
+      >>> tx = optax.chain(project_gradients(), exact, project_updates())
       >>> updates, _ = tx.update(grads, tx.init(params), params)
       >>> (updates["lora_a"] @ params["lora_b"]).round(3).tolist()  # Adam's first step on W
       [[1.0, -1.0], [1.0, 1.0]]

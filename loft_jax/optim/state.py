@@ -23,8 +23,8 @@ def state_bytes(tx: optax.GradientTransformation, params: optax.Params) -> int:
       >>> import jax.numpy as jnp
       >>> from loft_jax import loft, state_bytes
       >>> params = {"lora_a": jnp.ones((64, 4)), "lora_b": jnp.zeros((4, 32))}
-      >>> rows, rank, packed, counters = 64 + 32, 4, 10, 3
-      >>> state_bytes(loft(1e-3), params) == 4 * (rows * (packed + 2 * rank) + counters)
+      >>> rows, rank, counters = 64 + 32, 4, 3
+      >>> state_bytes(loft(1e-3), params) == 4 * (rows * (1 + 2 * rank) + 2 * rank**2 + counters)
       True
     """
     leaves = jax.tree.leaves(jax.eval_shape(tx.init, params))
@@ -63,7 +63,7 @@ def state_shardings(
       >>> tx = loft(1e-3)
       >>> state = jax.jit(tx.init, out_shardings=state_shardings(tx, params, layout))(params)
       >>> state[1].nu["lora_a"].shape, state[1].nu["lora_a"].sharding.spec
-      ((64, 10), P('data', None))
+      ((64, 1), P('data', None))
     """
     if shardings is None:
         shardings = jax.tree.map(lambda param: getattr(param, "sharding", None), params)

@@ -1,4 +1,4 @@
-"""LoFT with parts of it off or other ones in their place, each a chain of the links of `loft`.
+"""Exact LoFT with parts of it off or others in their place, each a chain of its links.
 
 For the two calibrations there is one link more, which keeps moments as they are while the subspace
 moves under them. What is off with them too, Adam's bound on an element, has a chain of its own. For
@@ -66,7 +66,7 @@ def keep_moments(
     Returns:
         A transformation from projected gradients to `Moments`.
     """
-    calibrated = calibrate_moments(b1, b2, scaling=scaling)
+    calibrated = calibrate_moments(b1, b2, second_moment="full", scaling=scaling)
 
     def init(params: optax.Params) -> tuple[Any, KeptMomentsState]:
         leaves, treedef = jax.tree.flatten(params)
@@ -224,7 +224,7 @@ def loft_with(
     if part in get_args(Kept):
         moments = keep_moments(part, config.b1, config.b2, scaling)  # type: ignore[arg-type]
     else:
-        moments = calibrate_moments(config.b1, config.b2, scaling=scaling)
+        moments = calibrate_moments(config.b1, config.b2, second_moment="full", scaling=scaling)
     if part in get_args(Overlap):
         overlap = divide_overlap(part, scaling)  # type: ignore[arg-type]
     else:

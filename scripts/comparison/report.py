@@ -106,10 +106,10 @@ _PARTS = """\
 Without a part, or with another in its place. `without-scaling` clips by its unscaled gradients,
 which is the norm of nothing in particular; only where nothing is clipped is it the scaling alone.
 Without a calibration, Adam's bound on an element is off too: `without-bound` is that alone.
-`without-projected-clip` has LoRA's clip in its place; `loft-unclipped` has none. Of the overlap of both projections `overlap-twice`
-leaves all to both factors, `overlap-halved` a half to each, `overlap-longer` all to the factor of
-the longer side. `retracted` takes W to the best approximation of rank r of what the projection asks
-for, in place of the product of the moved factors.
+`without-projected-clip` has LoRA's clip in its place; `loft-unclipped` has none. Of the overlap of
+both projections `overlap-twice` leaves all to both factors, `overlap-halved` a half to each,
+`overlap-longer` all to the factor of the longer side. `retracted` takes W to the best approximation
+of rank r of what the projection asks for, in place of the product of the moved factors.
 """
 
 

@@ -457,7 +457,7 @@ def test_problems_of_optax_without_pairs(problem, dtype):
     assert_close(params, final, rtol=3e-2, atol=3e-2)
 
 
-@pytest.mark.parametrize("name", ["loft", "loft, both at once", "loft, a first", "loft, balanced"])
+@pytest.mark.parametrize("name", ["loft", "loft, alternate", "loft, a first", "loft, balanced"])
 def test_no_pairs_on_purpose_is_adamw(name):
     factory, numbers, others = TRANSFORMS[name]
     params = [-jnp.ones((2, 3)), jnp.ones((2, 5, 2))]

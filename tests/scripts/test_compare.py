@@ -254,9 +254,12 @@ def test_the_comparison_resumes_and_reports(assets, tiny, tmp_path, capsys):
     ):
         assert expected in " ".join(text.split("\n"))
     of_matrix = summarize(ResultLog(results / "matrix.jsonl").read())
-    for method, alike in (("lora", False), ("loft", True)):  # LoFT knows no alpha
+    apart = {}
+    for method in ("lora", "loft"):
         usual, other = (s.mean("loss") for x, s in of_matrix.items() if x.method == method)
-        assert (usual == pytest.approx(other, rel=1e-2)) == alike
+        apart[method] = abs(np.log(usual / other))
+    # LoFT knows no alpha; here another one is another start, since the product is not zero there.
+    assert apart["loft"] < apart["lora"] / 5
     assert {p.name for p in results.glob("*.png")} == {"tiny.png", "matrix.png"}
     assert (
         compare.main(["report", "--results", str(results), "--page", str(tmp_path / "b.md")]) == 0

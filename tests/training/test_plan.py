@@ -52,9 +52,9 @@ def test_stored_bytes_are_those_of_the_shapes(plans):
     assert lora.weights == loft.weights == 2 * (matrices // 4 + norms)  # bfloat16, four devices
     factors = LAYERS * 2 * 2 * HIDDEN * RANK // 4
     assert lora.adapter == loft.adapter == 4 * factors  # float32
-    packed = RANK * (RANK + 1) // 2
-    for plan, per_number in ((lora, 2), (loft, 2 + packed / RANK)):
-        assert 0 <= plan.optimizer_state - 4 * factors * per_number <= 64  # counters
+    grams = LAYERS * 2 * 2 * RANK**2  # whole on every device
+    for plan, numbers in ((lora, 2 * factors), (loft, (2 + 1 / RANK) * factors + grams)):
+        assert 0 <= plan.optimizer_state - 4 * numbers <= 64  # counters
 
 
 @needs_libtpu

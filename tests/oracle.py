@@ -43,15 +43,16 @@ class DenseLoFT:
     def keeper(self):
         """The factor that moves with "alternate", and that keeps the overlap with "tangent"."""
         m, n, r = *self.w.shape, self.a.shape[1]
-        if self.move == "tangent" and r == min(m, n) < max(m, n):
-            return "a" if r == n else "b"
+        if self.move == "tangent" and r == min(m, n):
+            return self.first if m == n else "a" if r == n else "b"
         return self.first if self.count % 2 == 0 else {"a": "b", "b": "a"}[self.first]
 
     def increment(self, matrix):
         """What is left of two matrices (m, n) and (n, m), of A and of B, in a move of W (m, n).
 
         They are projected already, by the columns of the partners. With "tangent" this is the sum
-        less the overlap, once; of one matrix G it is the projection of G on the tangent space.
+        less the overlap as the factor that does not keep it has it; of one matrix G it is the
+        projection of G on the tangent space.
         """
         of_a, of_b = matrix["a"], matrix["b"].T
         if self.move == "alternate":

@@ -10,9 +10,9 @@ This package imports jax and optax only. From what is general to what is specifi
 - `second_moment`: what a rule for the second moment is; `full_moment`, `factored_moment`,
   `diagonal_moment`: the three rules.
 - `tree`: leaves beside their pairs, as every link sees them; `sharing`: bases computed once.
-- `links`: gradient scaling, clipping, alternation; `moments`: calibrated moments and the projected
-  update; `balance`: the balanced factorization; `together`: small matrices of several sizes in one
-  call.
+- `links`: gradient scaling, clipping, the overlap of both updates, alternation; `moments`:
+  calibrated moments and the projected update; `balance`: the balanced factorization; `together`:
+  small matrices of several sizes in one call.
 - `loft`, `muon`: the optimizers, chains of these.
 - `reflora`: RefLoRA and its scalar form; `baselines`: LoRA+, LoRA-FA, Riemannian LoRA, AltLoRA+.
 - `state`: what the state of an optimizer costs, and how it lies on a mesh; `conditioning`: how far

@@ -16,7 +16,7 @@ import optax
 
 from loft_jax.optim.pairs import FactorNames, Number, Scaling, find_pairs
 from loft_jax.optim.subspace import Basis
-from loft_jax.optim.tall import Tall, matmul
+from loft_jax.optim.tall import Tall
 from loft_jax.optim.tree import (
     Bases,
     FactorTree,
@@ -140,8 +140,9 @@ def clip_by_projected_norm(
     Args:
       max_norm: The largest norm that passes unchanged.
       scaling: The s of `W = s A B`, or a function of the pair's path.
-      move: As in `loft`.
-      first: As in `loft`.
+      move: Whether leaves count as `assign_overlap` leaves them ("tangent"), or only those of the
+        factor whose turn it is ("alternate").
+      first: As in `assign_overlap` or `alternate_factors`.
       factors: Names of the factors; see `find_pairs`.
 
     Returns:
@@ -210,29 +211,30 @@ def clip_by_projected_norm(
 def assign_overlap(
     first: Role = "b", *, scaling: Scaling = 1.0, factors: FactorNames | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Leaves what both factors of a pair can do to W to one of them, so that W moves by it once.
+    r"""Removes the overlap of both updates from one of them, so that it is counted once.
 
-    The updates of A and of B move W by `D_A Π_P` and by `Π_R D_B`, where Π_P and Π_R project on
-    what the rows of B and the columns of A span. Their sum counts the overlap `Π_R D Π_P` twice.
-    One factor keeps it, and the update of the other becomes
+    The update of A moves W by `D_A Π_P` and that of B by `Π_R D_B`: what each factor's moments make
+    of AdamW's direction, with Π_P and Π_R projecting on what the rows of B and the columns of A
+    span. In the sum, what both can do counts twice: `Π_R D_A Π_P` and `Π_R D_B Π_P`. One factor
+    keeps its own; from the update of the other it is removed by
 
     .. math::
       X \leftarrow X - Q Q^T X
 
-    with Q an orthonormal basis of *its own* columns. To first order W then moves by the orthogonal
-    projection of D on the tangent space of the matrices of rank r at W. Weight decay is all
-    overlap: where it is added before this link, W shrinks by it once.
+    with Q an orthonormal basis of the columns of *that* factor itself. Where both directions are
+    the same D, W moves by the orthogonal projection of D on the tangent space of the matrices of
+    rank r at W. Weight decay is all overlap: added before this link, it shrinks W once.
 
-    The factors take turns in keeping the overlap. If the columns of just one can span their whole
-    side (r = in or r = out), its partner always keeps it: it moves W by all of D.
+    The factors take turns in keeping the overlap. If the columns of one have room for their whole
+    side (r = in or r = out), its partner always keeps it, since nothing is projected away there;
+    where both have (r = in = out), that is `first`.
 
-    W also moves by the product of both updates, a term of the squared learning rate. Next to a W
-    that has hardly any rank yet it could be of any size; where it would move W further than the
-    rest does, the factor without the overlap moves less.
+    W also moves by the product of both updates, a term of the squared learning rate. It is large
+    where a direction of W is smaller than a step. Where it would move W further than the rest does,
+    the factor without the overlap moves less.
 
     Args:
-      first: The factor that keeps the overlap at the first step. While B is zero, there is no
-        overlap, and nothing to keep.
+      first: The factor that keeps the overlap at the first step, where they take turns.
       scaling: The s of `W = s A B`, or a function of the pair's path.
       factors: Names of the factors; see `find_pairs`.
 
@@ -306,18 +308,22 @@ def _share_of_other(a: tuple[Tall, Basis], b: tuple[Tall, Basis], s: jax.Array) 
     once the overlap has one owner. Each update comes with the basis of its partner.
     """
 
-    def norm(x: jax.Array) -> jax.Array:
+    def unit(x: Tall) -> tuple[jax.Array, Tall]:
+        # By the largest element before squares, which would overflow next to a tiny partner.
+        largest = jnp.max(jnp.abs(x.array), axis=(-2, -1), keepdims=True)
+        return largest, x.like(x.array / jnp.where(largest > 0, largest, 1.0))
+
+    def root(x: jax.Array) -> jax.Array:
         return jnp.sqrt(jnp.maximum(jnp.sum(x, axis=(-2, -1), keepdims=True), 0.0))
 
     sizes, grams, moves = [], [], []
     for x, partner in (a, b):
-        # By the largest element before squares, which would overflow next to a tiny partner.
-        largest = jnp.max(jnp.abs(x.array), axis=(-2, -1), keepdims=True)
-        unit = x.like(x.array / jnp.where(largest > 0, largest, 1.0))
-        sizes.append(largest)
-        grams.append(unit.inner(unit))  # (..., r, r)
-        moves.append(largest * norm(matmul(partner.s, grams[-1]) * partner.s))
-    product = jnp.abs(s) * sizes[0] * sizes[1] * norm(grams[0] * grams[1])
+        size, direction = unit(x)
+        sizes.append(size)
+        grams.append(direction.inner(direction))  # (..., r, r)
+        size, move = unit(partner.coordinates(x))
+        moves.append(size * root(jnp.square(move.array)))
+    product = jnp.abs(s) * sizes[0] * sizes[1] * root(grams[0] * grams[1])
     moved = jnp.hypot(moves[0], moves[1])
     return jnp.where(product > moved, moved / jnp.where(product > 0, product, 1.0), 1.0)
 
@@ -327,7 +333,7 @@ def alternate_factors(
 ) -> optax.GradientTransformation:
     """Lets one factor of each pair move per step: zero updates for the other.
 
-    Moving both at once adds a cross term of the order of the squared learning rate to W.
+    W then moves by what that factor alone can do, with no product of two updates.
 
     Args:
       first: The factor that moves at the first step; "b", since B = 0 leaves A no gradient.

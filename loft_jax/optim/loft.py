@@ -45,16 +45,18 @@ def loft(
       p_i \leftarrow \beta_2 C^T p_i C + (1 - \beta_2) c_i c_i^T, \quad
       D_{ij} = \frac{\hat m_i^T Q_j}{\sqrt{Q_j^T \hat p_i Q_j} + \epsilon}
 
-    Both factors move at every step, and W by the projection of D on the tangent space of the
-    matrices of rank r: with Π_P and Π_R the projectors on what B and A span,
+    Both factors move at every step, W along the tangent space of the matrices of rank r. With Π_P
+    and Π_R the projectors on what the rows of B and the columns of A span,
 
     .. math::
-      \Delta W = -\eta \, (D_A \Pi_P + \Pi_R D_B - \mathrm{overlap})
+      \Delta W = -\eta \, (D_A \Pi_P + \Pi_R D_B (1 - \Pi_P)) \quad\mathrm{or}\quad
+      -\eta \, (\Pi_R D_B + (1 - \Pi_R) D_A \Pi_P)
 
-    At r = min(in, out) and with `second_moment="full"`, W follows `optax.adamw` step for step. At
-    every rank, and with the default too, the path of W does not depend on how W is split into
-    factors, nor on s: there is no alpha to tune. Leaves that belong to no pair take plain AdamW
-    with the same numbers.
+    by turns (see `assign_overlap`): what both factors can do to W counts once. With
+    `second_moment="full"` and factors that span the smaller side of W (r = min(in, out)), W follows
+    `optax.adamw` step for step; for r = in from B = 0 too. At every rank, and with the default too,
+    the path of W does not depend on how W is split into factors, nor on s: there is no alpha to
+    tune. Leaves that belong to no pair take plain AdamW with the same numbers.
 
     The optimizer is the chain `project_gradients`, `clip_by_projected_norm` (with max_grad_norm),
     `calibrate_moments`, `project_updates`, `optax.add_decayed_weights`,
@@ -75,8 +77,8 @@ def loft(
         factor and no work on full matrices. "full": Adam's own, the exact method, with
         r (r + 1) / 2 numbers a row. "diagonal": Adam's of the factor's own gradient, which depends
         on the factorization and on s.
-      move: "tangent": both factors, and W by the projection on the tangent space. "alternate": one
-        factor a step, as LoFT's authors have it: W moves in half of that space at a time.
+      move: "tangent": both factors at every step. "alternate": one factor a step, as LoFT's authors
+        have it: W moves in half of the tangent space at a time.
       state_dtype: Dtype of the second moments, float32 at least by default. In bfloat16 they are
         rounded stochastically.
       mu_dtype: Dtype of the first moments, as in `optax.adamw`.
@@ -86,8 +88,8 @@ def loft(
         before it, so inside: `max_grad_norm` and the learning rate do.
       scaling: The s of `W = s A B` that the forward pass uses (alpha / rank in LoRA), or a
         function from a pair's path (`"layers/q_proj"`) to it.
-      first: The factor that keeps the overlap at the first step, or moves at it, with "alternate".
-        "b", since adapters start with B = 0 and A has no gradient then.
+      first: The factor that keeps the overlap at the first step (see `assign_overlap`), or moves at
+        it, with "alternate". "b", since adapters start with B = 0 and A has no gradient then.
       factors: Endings of the paths of the factors; by default `lora_a` with `lora_b` and `lora_A`
         with `lora_B`, at the end of a step also after an underscore. See `find_pairs`.
 

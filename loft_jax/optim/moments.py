@@ -274,7 +274,7 @@ def project_updates(
     first: Role = "b",
     factors: FactorNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Rebuilds Adam's direction of the full weight and projects it on what the factor can hold.
+    r"""Rebuilds Adam's direction of the full weight and projects it on what each partner spans.
 
     .. math::
       D = \frac{m Q^T}{\sqrt{v} + \epsilon}, \quad v_{ij} = Q_j^T p_i Q_j, \quad

@@ -126,13 +126,16 @@ def keeps_overlap(
 ) -> jax.Array | bool:
     """Whether factors of a batch keep the overlap at the step after `count` updates.
 
-    The two take turns, unless the columns of just one can span their whole side (r = in or
-    r = out): its partner then moves W without any projection, and always keeps the overlap.
+    The two take turns, unless the columns of one can span their whole side (r = in or r = out):
+    its partner then moves W without any projection, and always keeps the overlap. Where both can,
+    that is `first`: with "b", A spans its side from the start, though B is zero.
     """
     a_spans, b_spans = (batch.rank == math.prod(x.factors[0].features) for x in (batch.a, batch.b))
-    if a_spans == b_spans:
-        return has_turn(factors, count, first)
-    return factors.rank_last == b_spans
+    if a_spans and b_spans:
+        return factors.rank_last == (first == "a")
+    if a_spans or b_spans:
+        return factors.rank_last == b_spans
+    return has_turn(factors, count, first)
 
 
 def check_scaling(scaling: Scaling, name: str = "scaling") -> None:

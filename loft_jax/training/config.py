@@ -97,8 +97,8 @@ class FinetuneConfig:
             "full" is AdamW on all weights. docs/methods.md has them all.
         second_moment: LoFT's second moment: "factored" costs next to nothing, in memory and in
             time; "full" is Adam's own, exactly; "diagonal" is Adam's of the factors.
-        move: How LoFT's factors move: "tangent" moves both, and W by the projection of AdamW's
-            direction on all that they can do together; "alternate" moves one a step.
+        move: How LoFT's factors move: "tangent" moves both at every step, counting what both can do
+            once; "alternate" moves one a step.
         state_dtype: What LoFT's second moment is stored in.
         balance: Whether LoFT keeps the factors balanced, `AᵀA = B Bᵀ`; their product moves as
             without.

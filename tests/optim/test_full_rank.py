@@ -46,11 +46,15 @@ def learning_rates(schedule):
         ((1, 7), "tangent"),
         ((8, 1), "tangent"),
         pytest.param((13, 13), "alternate", marks=pytest.mark.slow),
+        ((12, 12), "tangent from zero"),
+        pytest.param((9, 18), "tangent from zero", marks=pytest.mark.slow),
     ],
 )
 def test_w_follows_adamw(shape, move, dtype):
     with jax.enable_x64(True):
         problem = least_squares(*shape, min(shape), seed=shape[0])
+        if move.endswith("from zero"):  # B, as adapters start; A spans the smaller side
+            move, problem["b"] = "tangent", np.zeros_like(problem["b"])
 
         def hyperparameters(eps, decay, clip, rates, scaling):
             return {

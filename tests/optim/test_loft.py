@@ -235,6 +235,20 @@ def test_hard_cases_stay_finite_and_within_adams_bound(m, n, r):
     assert bool((state[1].mu["lora_a"] == 0).all())  # nothing is left of what spans nothing
 
 
+def test_a_layer_that_is_not_finite_spoils_no_other():
+    """Of a stack: one as usual, one with B = 0, one with a NaN."""
+    params, grads_of_all = pair(0, stack=(3,)), pair(5, stack=(3,))
+    params["lora_a"] = params["lora_a"].at[2, 0, 0].set(jnp.nan)
+    params["lora_b"] = params["lora_b"].at[1].set(0)
+    tx = loft(0.1)
+    updates, _ = jax.jit(tx.update)(grads_of_all, tx.init(params), params)
+    for layer in range(2):
+        alone, grads = (jax.tree.map(lambda x, i=layer: x[i], x) for x in (params, grads_of_all))
+        expected, _ = jax.jit(tx.update)(grads, tx.init(alone), alone)
+        for key in ("lora_a", "lora_b"):
+            np.testing.assert_allclose(updates[key][layer], expected[key], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(("m", "n"), [(4096, 11008), (11008, 4096)])
 def test_temporaries_are_a_tenth_of_the_weight(m, n):
     params = jax.eval_shape(lambda: {"lora_a": jnp.zeros((m, 16)), "lora_b": jnp.zeros((16, n))})

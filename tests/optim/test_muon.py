@@ -84,7 +84,7 @@ def test_orthogonalizes_the_projected_momentum(shape, turn, move):
             if move == "alternate":
                 expected = direction[mover]
             else:
-                keeper = mover if r < min(m, n) else "a" if r == n else "b"
+                keeper = mover if r < min(m, n) else "a" if r == n else "b"  # no square one here
                 overlap = of_a @ direction["a"] if keeper == "b" else direction["b"] @ of_b
                 expected = direction["a"] + direction["b"] - overlap
             updates, state = jax.jit(tx.update)(

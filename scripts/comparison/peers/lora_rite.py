@@ -80,9 +80,12 @@ def scale_by_lora_rite(
                 dtype = compute_dtype(leaves[factor.index])
                 nu[factor.index] = jnp.zeros((*factor.stack, pair.rank, pair.rank), dtype)
                 escaped[factor.index] = jnp.zeros(factor.stack, dtype)
-        zeros = jax.tree.map(lambda x: jnp.zeros_like(x, compute_dtype(x)), params)
+        # Arrays of their own, since a donated state may hold none twice.
+        mu, basis = (
+            jax.tree.map(lambda x: jnp.zeros_like(x, compute_dtype(x)), params) for _ in range(2)
+        )
         nu, escaped = (jax.tree.unflatten(treedef, x) for x in (nu, escaped))
-        return LoRARiteState(jnp.zeros([], jnp.int32), zeros, nu, escaped, zeros)
+        return LoRARiteState(jnp.zeros([], jnp.int32), mu, nu, escaped, basis)
 
     def update(
         updates: optax.Updates, state: LoRARiteState, params: optax.Params | None = None

@@ -94,8 +94,11 @@ def riemannion(
 
     def init(params: optax.Params) -> RiemannionState:
         find_pairs(params, factors)
-        zeros = jax.tree.map(lambda x: jnp.zeros_like(x, compute_dtype(x)), params)
-        return RiemannionState(jnp.zeros([], jnp.int32), zeros, zeros)
+        # Arrays of their own, since a donated state may hold none twice.
+        mu, basis = (
+            jax.tree.map(lambda x: jnp.zeros_like(x, compute_dtype(x)), params) for _ in range(2)
+        )
+        return RiemannionState(jnp.zeros([], jnp.int32), mu, basis)
 
     def update(
         updates: optax.Updates, state: RiemannionState, params: optax.Params | None = None

@@ -11,9 +11,11 @@ balance asks for
   H D + D H = G_B - G_A, \qquad H = G_A + G_B
 
 which an eigendecomposition of H solves. Since `-H ≤ G_B - G_A ≤ H`, also `-½ ≤ D ≤ ½`: every step
-can be undone, whatever the factors. All of it happens in (r, r) matrices. To A and B the product of
-the steps is applied as a correction, `A + A D` and `B + E B` with `(I + D) (I + E) = I`: between
-factors that are nearly balanced the corrections are small, and so is what their rounding does to W.
+can be undone, whatever the factors. (D is held to that by its own eigendecomposition: next to what
+is nearly singular, rounding may leave it.) All of it happens in (r, r) matrices. To A and B the
+product of the steps is applied as a correction, `A + A D` and `B + E B` with `(I + D) (I + E) = I`:
+between factors that are nearly balanced the corrections are small, and so is what their rounding
+does to W.
 
 Moments are held in orthonormal bases, and what the factors span does not move: the next change of
 basis carries them along, as always.

@@ -1,4 +1,15 @@
-"""The one error that means "the input is wrong", as opposed to a fault of the program."""
+"""The one error that means "the input is wrong", and what becomes it."""
+
+import contextlib
+import reprlib
+from collections.abc import Iterator
+from typing import Any
+
+_SHOWN = 200  # characters of what a stranger wrote that a message repeats
+
+_short = reprlib.Repr()
+_short.maxlevel = 3
+_short.maxstring = _short.maxother = _SHOWN
 
 
 class InputError(ValueError):
@@ -6,3 +17,79 @@ class InputError(ValueError):
 
     The command line prints the message alone and exits with code 2.
     """
+
+
+def shown(value: Any) -> str:
+    """A value as a message repeats it: its `repr`, of at most 200 characters.
+
+    Args:
+        value: Of any size and depth; containers are not walked to their end.
+
+    Returns:
+        The text.
+
+    Example:
+        >>> shown("tok"), len(shown("x" * 10_000)), shown([[[[1]]]])
+        ("'tok'", 200, '[[[[...]]]]')
+    """
+    try:
+        text = _short.repr(value)
+    except Exception:  # an int of more digits than Python prints, say
+        text = f"<{type(value).__name__}>"
+    return cut(text)
+
+
+def cut(text: str) -> str:
+    """A text of a file as a message repeats it: its first 200 characters."""
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
+def reason(error: BaseException) -> str:
+    """What an exception says, in one line: the innermost of its causes that says anything.
+
+    Args:
+        error: Of whichever library.
+
+    Returns:
+        At most 200 characters; the name of its class where it has no message, or only a key.
+    """
+    said = ""
+    link: BaseException | None = error
+    while link is not None:
+        lines = str(link).strip().splitlines()
+        if lines:
+            named = isinstance(link, (LookupError, TypeError, AttributeError, RecursionError))
+            said = f"{type(link).__name__}: {lines[0]}" if named else lines[0]
+        link = link.__cause__
+    return cut(said or type(error).__name__)
+
+
+@contextlib.contextmanager
+def explained(message: str) -> Iterator[None]:
+    """Turns whatever a library raises while it reads what a user gave into an `InputError`.
+
+    Libraries raise what the damage happens to touch: `TypeError`, `RecursionError`, `Exception`,
+    a panic of a Rust extension. The place that hands a file to a library stands inside.
+
+    Args:
+        message: Names the file and what it cannot be read as; the reason is put after it.
+
+    Raises:
+        InputError: Anything was raised, other than a request to stop; an `InputError` as it is.
+
+    Example:
+        >>> with explained("rows.json: cannot be read as JSON"):
+        ...     {}["a"]
+        Traceback (most recent call last):
+        loft_jax.errors.InputError: rows.json: cannot be read as JSON: KeyError: 'a'
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{message}: {reason(error)}") from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # what Rust extensions raise
+            raise
+        raise InputError(f"{message}: {reason(error)}") from error

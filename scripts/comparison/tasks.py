@@ -349,6 +349,31 @@ LANGUAGE_TASKS = {
             validation=("validation.jsonl", "train[:8]"),
             test=("test.jsonl", "train[:24]"),
         ),
+        LanguageTask(
+            name="wikitext-long",
+            title="The same for almost seven times the steps",
+            note=(
+                "As `wikitext`, with 400 steps and one seed; each method at the three rates that "
+                "stand around its best of 60 steps."
+            ),
+            model=SMOLLM2,
+            data="experiments/wikitext2",
+            max_length=128,
+            packing=True,
+            steps=400,
+            batch_size=2,
+            methods=("loft-factored",),
+            ranks=(8,),
+            rates=(1e-4, 3e-4, 1e-3),
+            more=(
+                Sweep(("lora",), (8,), rates=(1e-3, 3e-3, 1e-2)),
+                Sweep(("full",), (8,), rates=(3e-5, 1e-4, 3e-4)),
+            ),
+            final_seeds=(0,),
+            always_tests=True,
+            validation=("validation.jsonl", "train[:8]"),
+            test=("test.jsonl", "train[:24]"),
+        ),
     )
 }
 """Tasks by name."""

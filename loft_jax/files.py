@@ -1,0 +1,218 @@
+"""Files that strangers wrote, opened only if they are files, and files that are replaced whole."""
+
+import contextlib
+import fcntl
+import glob
+import json
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from loft_jax.errors import InputError, explained
+
+_MOST_JSON = 2**25
+"""Bytes of a configuration or an index: the index of the largest models has a third of it."""
+
+
+def regular_file(
+    path: str | os.PathLike[str], expected: str, *, most_bytes: int | None = None
+) -> Path:
+    """A file that may be opened: neither a pipe nor a device, which may never end.
+
+    Args:
+        path: Of the file, or of a link to one.
+        expected: What it should be, for the message.
+        most_bytes: A larger one is refused; None takes any.
+
+    Returns:
+        The path.
+
+    Raises:
+        InputError: There is no such file, it is of another kind, or it is too large.
+    """
+    path = Path(path)
+    try:
+        status = path.stat()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: no such file, expected {expected}") from error
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
+        raise InputError(f"{path}: is {kind}, expected {expected}")
+    if most_bytes is not None and status.st_size > most_bytes:
+        raise InputError(
+            f"{path}: has {status.st_size} bytes, expected {expected} of at most {most_bytes}"
+        )
+    return path
+
+
+def inside(folder: Path, name: str | os.PathLike[str]) -> Path:
+    """The path of a name that a file of a folder gives, if it stays in that folder.
+
+    Links may lead within the folder, and in the cache of the Hugging Face hub from a snapshot to
+    the repository's blobs, which is how that cache is laid out.
+
+    Args:
+        folder: That the name is relative to.
+        name: As a file of the folder has it.
+
+    Returns:
+        `folder / name`, which need not exist.
+
+    Raises:
+        InputError: The name is absolute, has "..", or is a link that leads out of the folder.
+
+    Example:
+        >>> inside(Path("/m"), "../b.json")
+        Traceback (most recent call last):
+        loft_jax.errors.InputError: /m: names the file '../b.json', expected one inside the folder
+    """
+    with explained(f"{folder}: names a file that cannot be looked for"):
+        path = folder / name
+        own = folder.resolve()
+        target = path.resolve()
+        homes = [own]
+        if own.parent.name == "snapshots":
+            homes.append(own.parents[1] / "blobs")
+        leaves = os.path.isabs(name) or ".." in Path(name).parts
+        if leaves or not any(target.is_relative_to(home) for home in homes):
+            raise InputError(
+                f"{folder}: names the file {os.fspath(name)!r:.200}, expected one inside the folder"
+            )
+    return path
+
+
+def read_text(path: Path, expected: str, *, most_bytes: int = _MOST_JSON) -> str:
+    """Reads a text in UTF-8.
+
+    Args:
+        path: Of a regular file.
+        expected: What it should be, for the message.
+        most_bytes: A longer one is refused.
+
+    Returns:
+        The text.
+
+    Raises:
+        InputError: As for `regular_file`, or it cannot be read, or is no UTF-8.
+    """
+    regular_file(path, expected, most_bytes=most_bytes)
+    with explained(f"{path}: cannot be read, expected {expected}"), path.open("rb") as file:
+        text = file.read(most_bytes + 1)  # what /proc shows as empty is not
+        if len(text) > most_bytes:
+            raise InputError(f"{path}: expected {expected} of at most {most_bytes} bytes")
+        return text.decode("utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object from a file.
+
+    Raises:
+        InputError: The file is missing, unreadable, too long or too deep, or holds something else.
+    """
+    with explained(f"{path}: cannot be read as JSON"):
+        content = json.loads(read_text(path, "JSON"))
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A file to write, which takes the place of another when it is whole.
+
+    What a killed process left of such a file is removed; that of a living one is locked, and stays.
+
+    Args:
+        path: What is to be written; its folder exists.
+
+    Yields:
+        The path of an empty file in the same folder.
+
+    Raises:
+        OSError: It cannot be written; then what was there stays.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "a.txt"
+        >>> with replacing(file) as partial:
+        ...     _ = partial.write_text("whole")
+        >>> file.read_text(), [entry.name for entry in file.parent.iterdir()]
+        ('whole', ['a.txt'])
+    """
+    path = Path(path)
+    with _partial(path) as partial:
+        partial.touch(exist_ok=False)
+        with locked(partial):
+            yield partial
+            os.chmod(partial, 0o666 & ~_umask())
+            os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to fill, which appears under its name when it is whole.
+
+    Args:
+        path: Absent, or an empty folder; the one above is made if missing.
+
+    Yields:
+        The path of an empty folder beside it.
+
+    Raises:
+        OSError: It cannot be written; then nothing appears.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _partial(path) as partial:
+        partial.mkdir()
+        with locked(partial):
+            yield partial
+            os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def _partial(path: Path) -> Iterator[Path]:
+    """A name beside that of a path for what is not whole yet; nothing keeps it at the end."""
+    for entry in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        with contextlib.suppress(OSError), locked(entry):  # a living process holds its own
+            _remove(entry)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        yield partial
+    finally:
+        _remove(partial)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds a file or a folder against others until it is left, or this process ends.
+
+    Args:
+        path: What is there.
+
+    Raises:
+        BlockingIOError: Another holds it.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _remove(entry: Path) -> None:
+    if entry.is_dir():
+        shutil.rmtree(entry, ignore_errors=True)
+    else:
+        entry.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

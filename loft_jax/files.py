@@ -17,6 +17,8 @@ from loft_jax.errors import InputError, explained
 _MOST_JSON = 2**25
 """Bytes of a configuration or an index: the index of the largest models has a third of it."""
 
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
 
 def regular_file(
     path: str | os.PathLike[str], expected: str, *, most_bytes: int | None = None
@@ -32,7 +34,8 @@ def regular_file(
         The path.
 
     Raises:
-        InputError: There is no such file, it is of another kind, or it is too large.
+        InputError: There is no such file, it is of another kind or too large, or a pointer that
+            Git leaves in its place.
     """
     path = Path(path)
     try:
@@ -42,6 +45,10 @@ def regular_file(
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
         raise InputError(f"{path}: is {kind}, expected {expected}")
+    if status.st_size < len(_LFS_POINTER) * 8 and path.read_bytes().startswith(_LFS_POINTER):
+        raise InputError(
+            f"{path}: is a Git LFS pointer, expected {expected}; `git lfs pull` fetches the file"
+        )
     if most_bytes is not None and status.st_size > most_bytes:
         raise InputError(
             f"{path}: has {status.st_size} bytes, expected {expected} of at most {most_bytes}"
@@ -107,14 +114,21 @@ def read_text(path: Path, expected: str, *, most_bytes: int = _MOST_JSON) -> str
         return text.decode("utf-8")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, *, most_bytes: int = _MOST_JSON) -> dict[str, Any]:
     """Reads a JSON object from a file.
+
+    Args:
+        path: Of a regular file.
+        most_bytes: A longer one is refused.
+
+    Returns:
+        The object.
 
     Raises:
         InputError: The file is missing, unreadable, too long or too deep, or holds something else.
     """
     with explained(f"{path}: cannot be read as JSON"):
-        content = json.loads(read_text(path, "JSON"))
+        content = json.loads(read_text(path, "JSON", most_bytes=most_bytes))
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a JSON {type(content).__name__}, expected an object")
     return content

@@ -10,7 +10,8 @@ import numpy as np
 from gguf import GGUFReader, ReaderTensor
 from gguf.quants import dequantize
 
-from loft_jax.errors import InputError
+from loft_jax.errors import InputError, explained, shown
+from loft_jax.files import regular_file
 from loft_jax.hub.safetensors_io import Region
 from loft_jax.models import LlamaConfig, RopeScaling
 
@@ -43,24 +44,21 @@ class GGUF:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise InputError(f"{self.path}: no such file, expected GGUF")
-        try:
-            reader = GGUFReader(self.path)
-        except (OSError, ValueError, LookupError, UnicodeDecodeError) as error:
-            raise InputError(f"{self.path}: not a readable GGUF file: {error}") from error
-        self.metadata: dict[str, Any] = {
-            key: field.contents() for key, field in reader.fields.items()
-        }
-        self._tensors: dict[str, ReaderTensor] = {
-            _hf_name(tensor.name): tensor for tensor in reader.tensors
-        }
-        self.shapes: dict[str, tuple[int, ...]] = {
-            name: tuple(int(size) for size in reversed(tensor.shape))  # llama.cpp's run backwards
-            for name, tensor in self._tensors.items()
-        }
-        self.config = self._read_config()
+        self.path = regular_file(path, "GGUF")
+        with explained(f"{self.path}: not a readable GGUF file"):
+            reader = _BoundedReader(self.path)
+            self.metadata: dict[str, Any] = {
+                key: field.contents() for key, field in reader.fields.items()
+            }
+            self._tensors: dict[str, ReaderTensor] = {
+                _hf_name(tensor.name): tensor for tensor in reader.tensors
+            }
+            self.shapes: dict[str, tuple[int, ...]] = {
+                name: tuple(int(size) for size in reversed(tensor.shape))  # they run backwards
+                for name, tensor in self._tensors.items()
+            }
+        with explained(f"{self.path}: does not describe a Llama"):
+            self.config = self._read_config()
 
     def read(self, name: str, region: Region = ...) -> np.ndarray:
         """Reads one tensor, or a region of it, and dequantizes the rows that it touches.
@@ -77,15 +75,11 @@ class GGUF:
         """
         tensor = self._tensors[name]
         rows, *inside = (slice(None),) if region is ... else region
-        stored = tensor.data.reshape(self.shapes[name][0], -1)[self._stored_rows(name)[rows]]
-        try:
+        kind = tensor.tensor_type.name
+        with explained(f"{self.path}: tensor {shown(tensor.name)}, {kind}, cannot be dequantized"):
+            stored = tensor.data.reshape(self.shapes[name][0], -1)[self._stored_rows(name)[rows]]
             values = dequantize(stored, tensor.tensor_type).astype(np.float32, copy=False)
-        except NotImplementedError as error:
-            raise InputError(
-                f"{self.path}: tensor {tensor.name!r} is quantized as {tensor.tensor_type.name}, "
-                "which cannot be dequantized"
-            ) from error
-        return values.reshape(-1, *self.shapes[name][1:])[:, *inside]
+            return values.reshape(-1, *self.shapes[name][1:])[:, *inside]
 
     def _stored_rows(self, name: str) -> np.ndarray:
         """Where each row of a tensor is stored; llama.cpp keeps two that are rotated adjacent."""
@@ -113,18 +107,21 @@ class GGUF:
         architecture = self.field("general.architecture")
         if architecture != "llama":
             raise InputError(
-                f"{self.path}: architecture is {architecture!r}, only 'llama' is supported"
+                f"{self.path}: architecture is {shown(architecture)}, only 'llama' is supported"
             )
         for key in ("llama.expert_count", "llama.attention.sliding_window"):
             if metadata.get(key):
-                raise InputError(f"{self.path}: {key} is {metadata[key]}, which is not supported")
+                raise InputError(
+                    f"{self.path}: {key} is {shown(metadata[key])}, which is not supported"
+                )
         hidden_size = self.field("llama.embedding_length")
         heads = self.field("llama.attention.head_count")
         head_dim = metadata.get("llama.attention.key_length", hidden_size // heads)
         for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
             if metadata.get(key, head_dim) != head_dim:
                 raise InputError(
-                    f"{self.path}: {key} is {metadata[key]}, expected the head size, {head_dim}"
+                    f"{self.path}: {key} is {shown(metadata[key])}, expected the head size, "
+                    f"{shown(head_dim)}"
                 )
         return LlamaConfig(
             vocab_size=self.shapes.get("model.embed_tokens.weight", (0,))[0],
@@ -148,15 +145,39 @@ class GGUF:
         )
 
     def _read_rope_scaling(self) -> RopeScaling | None:
+        if "rope_freqs.weight" in self.shapes:
+            raise InputError(
+                f"{self.path}: holds the tensor 'rope_freqs.weight', by which llama.cpp stretches "
+                "rotary frequencies as 'llama3' does; only 'none' and 'linear' are supported in "
+                "GGUF. Expected the same model as a Hugging Face folder"
+            )
         kind = self.metadata.get("llama.rope.scaling.type", "none")
         if kind == "none":
             return None
         if kind == "linear":
             return RopeScaling("linear", _shortest(self.field("llama.rope.scaling.factor")))
         raise InputError(
-            f"{self.path}: llama.rope.scaling.type is {kind!r}, only 'none' and 'linear' are "
+            f"{self.path}: llama.rope.scaling.type is {shown(kind)}, only 'none' and 'linear' are "
             "supported"
         )
+
+
+class _BoundedReader(GGUFReader):
+    """The reader, which goes on over the end of a file as if nothing were there, held inside it."""
+
+    _pieces = 0
+
+    def _get(self, offset: int, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
+        self._pieces += 1
+        if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
+            raise ValueError("it is cut off, or its counts are wrong")
+        if self._pieces > _MOST_PIECES:
+            raise ValueError(f"its metadata has more than {_MOST_PIECES} values")
+        return super()._get(offset, dtype, int(count), override_order)
+
+
+_MOST_PIECES = 2**22
+"""Numbers and texts of the metadata: the largest vocabularies have half as many."""
 
 
 def open_gguf(path: str | os.PathLike[str]) -> GGUF:
@@ -171,9 +192,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUF:
     Raises:
         InputError: As for :class:`GGUF`.
     """
-    path = Path(path).absolute()
-    if not path.is_file():
-        raise InputError(f"{path}: no such file, expected GGUF")
+    path = regular_file(path, "GGUF").absolute()
     status = path.stat()
     return _open_gguf(path, status.st_size, status.st_mtime_ns)
 

@@ -1,6 +1,6 @@
 """PEFT's ``adapter_config.json``: which modules an adapter is for, and how strong it is there."""
 
-import math
+import functools
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -9,8 +9,9 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple
 
-from loft_jax.errors import InputError
-from loft_jax.hub.safetensors_io import read_json
+from loft_jax.errors import InputError, cut, explained, shown
+from loft_jax.files import read_json
+from loft_jax.patterns import Patterns
 
 # Settings that are read here, or that have no say in what a stored adapter computes.
 _UNDERSTOOD = {
@@ -44,6 +45,9 @@ _UNDERSTOOD = {
 # Other initializations change the base weights when PEFT loads the adapter.
 _INITS_LEAVING_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 _OFF: tuple[Any, ...] = (None, False, "none", "", [], {})
+
+_MOST_RANK = 2**20
+_MOST_ALPHA = 3e38  # of float32
 
 # Types of settings, None where they are absent; of a list, also those of its items.
 _NAMES = ((NoneType, str, list), "a text or a list of texts")
@@ -95,19 +99,24 @@ class PeftConfig:
         settings = read_json(path)
         kind = settings.get("peft_type")
         if kind != "LORA":
-            raise InputError(f"{path}: peft_type is {kind!r}, only 'LORA' is supported")
+            raise InputError(f"{path}: peft_type is {shown(kind)}, only 'LORA' is supported")
         for name, value in settings.items():
             if name not in _UNDERSTOOD and value not in _OFF:
-                raise InputError(f"{path}: {name} is {value!r}, which is not supported")
+                raise InputError(f"{path}: {cut(name)} is {shown(value)}, which is not supported")
         init = settings.get("init_lora_weights")
         if init not in _INITS_LEAVING_THE_BASE:
             raise InputError(
-                f"{path}: init_lora_weights is {init!r}, which changes the base weights; "
+                f"{path}: init_lora_weights is {shown(init)}, which changes the base weights; "
                 f"expected an adapter converted to plain LoRA"
             )
         config = cls(path, settings)
-        config._check_types()
+        with explained(f"{path}: cannot be read as settings of an adapter"):
+            config._check_types()
         return config
+
+    @functools.cached_property
+    def _patterns(self) -> Patterns:
+        return Patterns(str(self.path))
 
     @property
     def use_rslora(self) -> bool:
@@ -129,10 +138,11 @@ class PeftConfig:
         """Whether PEFT would adapt a module of this name."""
         settings = self.settings
         exclude, targets = settings.get("exclude_modules"), settings.get("target_modules") or []
-        if exclude and is_matched(exclude, name):
+        if exclude and self._is_matched(exclude, name):
             return False
-        if not is_matched(targets, name) or isinstance(targets, str) or name in targets:
-            return is_matched(targets, name)
+        matched = self._is_matched(targets, name)
+        if not matched or isinstance(targets, str) or name in targets:
+            return matched
         only = settings.get("layers_to_transform")
         if only is None or only == []:
             return True
@@ -142,12 +152,18 @@ class PeftConfig:
             for pattern in ([patterns] if isinstance(patterns, str) else patterns)
         ]
         for rule in rules or [r".*?\.[^.]*\.(\d+)\."]:
-            if found := re.match(rule, name):
+            if found := self._patterns.match(rule, name):
                 return int(found[1]) in ([only] if isinstance(only, int) else only)
         return False
 
     def _by_pattern(self, field: str, name: str, default: Any) -> Any:
-        return _by_pattern(self.settings.get(field) or {}, name, default)
+        return _by_pattern(self.settings.get(field) or {}, name, default, self._patterns)
+
+    def _is_matched(self, targets: str | Collection[str], name: str) -> bool:
+        """PEFT's rule: a string is a pattern of the whole name, a list holds ends of names."""
+        if isinstance(targets, str):
+            return self._patterns.fullmatch(targets, name) is not None
+        return ends_with(name, targets)
 
     def _check_types(self) -> None:
         for name, (kinds, expected) in _KINDS.items():
@@ -155,18 +171,22 @@ class PeftConfig:
             items = value if isinstance(value, list) else []
             inner = set(kinds) - {list, NoneType}
             if not (type(value) in kinds and all(type(item) in inner for item in items)):
-                raise InputError(f"{self.path}: {name} is {value!r}, expected {expected}")
+                raise InputError(f"{self.path}: {name} is {shown(value)}, expected {expected}")
         ranks = {"r": self.settings.get("r"), **(self.settings.get("rank_pattern") or {})}
         for name, rank in ranks.items():
-            if type(rank) is not int or rank < 1:
-                raise InputError(f"{self.path}: rank {name} is {rank!r}, expected 1 or more")
+            if type(rank) is not int or not 1 <= rank <= _MOST_RANK:
+                raise InputError(
+                    f"{self.path}: rank {cut(name)} is {shown(rank)}, expected 1 to {_MOST_RANK}"
+                )
         alphas = {
             "lora_alpha": self.settings.get("lora_alpha"),
             **(self.settings.get("alpha_pattern") or {}),
         }
         for name, alpha in alphas.items():
-            if type(alpha) not in (int, float) or not math.isfinite(alpha) or alpha <= 0:
-                raise InputError(f"{self.path}: alpha {name} is {alpha!r}, expected a number > 0")
+            if type(alpha) not in (int, float) or not 0 < alpha <= _MOST_ALPHA:
+                raise InputError(
+                    f"{self.path}: alpha {cut(name)} is {shown(alpha)}, expected a number > 0"
+                )
         patterns = [*ranks, *alphas]
         for field in ("target_modules", "exclude_modules", "layers_pattern"):
             value = self.settings.get(field)
@@ -174,10 +194,7 @@ class PeftConfig:
         if isinstance(layers := self.settings.get("layers_pattern"), list):
             patterns += layers
         for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise InputError(f"{self.path}: {pattern!r} is no pattern: {error}") from error
+            self._patterns.check(pattern)
 
 
 def peft_settings(
@@ -231,24 +248,22 @@ def peft_settings(
     }
 
 
-def is_matched(targets: str | Collection[str], name: str) -> bool:
-    """PEFT's rule: a string is a pattern of the whole name, a list holds ends of names."""
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(name == target or name.endswith(f".{target}") for target in targets)
+def ends_with(name: str, ends: Collection[str]) -> bool:
+    """Whether a module's name is one of some, or ends with one behind a dot."""
+    return any(name == end or name.endswith(f".{end}") for end in ends)
 
 
-def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    key = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), name)
-    return patterns.get(key, default)
+def _by_pattern(values: Mapping[str, Any], name: str, default: Any, patterns: Patterns) -> Any:
+    key = next((key for key in values if patterns.match(rf"(.*\.)?({key})$", name)), name)
+    return values.get(key, default)
 
 
 def _targets(names: list[str], others: Collection[str]) -> list[str] | str:
     """The shortest of: last parts of the names, whole names, a pattern, that matches no other."""
-    taken = {_last(name) for name in names if is_matched([_last(name)], name)}
-    clashing = {last for last in taken if any(is_matched([last], other) for other in others)}
+    taken = {_last(name) for name in names if ends_with(name, [_last(name)])}
+    clashing = {last for last in taken if any(ends_with(other, [last]) for other in others)}
     short = sorted({name if _last(name) in clashing else _last(name) for name in names})
-    if not any(is_matched(short, other) for other in others):
+    if not any(ends_with(other, short) for other in others):
         return short
     return "|".join(re.escape(name) for name in sorted(names))
 
@@ -261,7 +276,8 @@ def _pattern(modules: Mapping[str, Strength], field: str, default: float) -> dic
         by_last.setdefault(_last(name), set()).add(value)
     keys = {name: _last(name) if len(by_last[_last(name)]) == 1 else name for name in values}
     pattern = {keys[name]: _whole(v) for name, v in sorted(values.items()) if v != default}
-    if all(_by_pattern(pattern, name, default) == value for name, value in values.items()):
+    own = Patterns(f"{field}_pattern")
+    if all(_by_pattern(pattern, name, default, own) == value for name, value in values.items()):
         return pattern
     # One name ends like another: anchored, each matches itself alone.
     return {f"^{re.escape(n)}": _whole(v) for n, v in sorted(values.items()) if v != default}

@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -11,7 +12,8 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from loft_jax.errors import InputError
+from loft_jax.errors import InputError, shown
+from loft_jax.files import inside
 from loft_jax.hub.peft_config import PeftConfig, Strength
 from loft_jax.hub.peft_names import (
     CONFIG_NAME,
@@ -83,14 +85,9 @@ def load_peft_adapter(
     """
     folder = Path(folder)
     _check_folder(folder)
-    config = PeftConfig.read(folder / CONFIG_NAME)
     if not (folder / WEIGHTS_NAME).exists() and (folder / "adapter_model.bin").exists():
         raise InputError(f"{folder}: holds adapter_model.bin, expected {WEIGHTS_NAME}")
-    file = Safetensors(folder / WEIGHTS_NAME)
-    slots = _slots(model, hf_name)
-    by_module = _by_module(file, slots)
-    _check_complete(file, config, slots, by_module)
-    filled = _filled(file, config, slots, by_module)
+    config, file, filled = _read_unchanged(folder, _slots(model, hf_name))
     existing = lora_layers(model)
     if existing:
         _check_same_layers(file, config, existing, filled)
@@ -118,9 +115,9 @@ def base_model_of(folder: str | os.PathLike[str]) -> str:
     """
     _check_folder(Path(folder))
     path = Path(folder) / CONFIG_NAME
-    name = PeftConfig.read(path).settings.get("base_model_name_or_path")
+    name = PeftConfig.read(inside(path.parent, path.name)).settings.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
-        raise InputError(f"{path}: base_model_name_or_path is {name!r}; name the base model")
+        raise InputError(f"{path}: base_model_name_or_path is {shown(name)}; name the base model")
     return name
 
 
@@ -147,6 +144,49 @@ class _Filled(NamedTuple):
 
     strength: Strength
     arrays: dict[str, np.ndarray]
+
+
+def _read_unchanged(
+    folder: Path, slots: dict[str, _Slot]
+) -> tuple[PeftConfig, Safetensors, dict[str, _Filled]]:
+    """Settings and factors of one adapter, should another be written to its place meanwhile.
+
+    Writers remove the configuration, replace the weights, and put the new configuration there: of
+    an adapter whose both files are the same before and after, all that was read is of it.
+    """
+    deadline = time.monotonic() + _SECONDS_OF_WRITING
+    while True:
+        before = _identity(folder)
+        try:
+            config = PeftConfig.read(inside(folder, CONFIG_NAME))
+            file = Safetensors(folder / WEIGHTS_NAME)
+            by_module = _by_module(file, slots)
+            _check_complete(file, config, slots, by_module)
+            filled = _filled(file, config, slots, by_module)
+        except InputError:
+            if _identity(folder) == before:
+                raise
+        else:
+            if _identity(folder) == before:
+                return config, file, filled
+        if time.monotonic() > deadline:
+            raise InputError(f"{folder}: is written to all the time, expected an adapter at rest")
+        time.sleep(0.05)
+
+
+_SECONDS_OF_WRITING = 10.0
+
+
+def _identity(folder: Path) -> list[tuple[int, int, int] | None]:
+    """What tells each file of an adapter from one that takes its place."""
+    found: list[tuple[int, int, int] | None] = []
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        try:
+            status = (folder / name).stat()
+            found.append((status.st_ino, status.st_mtime_ns, status.st_size))
+        except OSError:
+            found.append(None)
+    return found
 
 
 def _slots(model: nnx.Module, hf_name: NameRule | None) -> dict[str, _Slot]:
@@ -177,7 +217,9 @@ def _by_module(file: Safetensors, slots: dict[str, _Slot]) -> dict[str, dict[str
             _check_base_weight(file, tensor, slots.get(base["module"]))
             continue
         if not factor:
-            raise InputError(f"{file.path}: tensor {tensor!r} is no LoRA factor, not supported")
+            raise InputError(
+                f"{file.path}: tensor {shown(tensor)} is no LoRA factor, not supported"
+            )
         module = factor["module"]
         if module not in slots:
             unknown.append(module)
@@ -188,7 +230,9 @@ def _by_module(file: Safetensors, slots: dict[str, _Slot]) -> dict[str, dict[str
             fits = isinstance(layer, nnx.Linear)
         if not fits:
             kind = type(layer).__name__
-            raise InputError(f"{file.path}: tensor {tensor!r} does not fit {module!r}, a {kind}")
+            raise InputError(
+                f"{file.path}: tensor {shown(tensor)} does not fit {shown(module)}, a {kind}"
+            )
         key = factor["linear"] or factor["embed"] or factor["dora"]
         by_module.setdefault(module, {})[key] = tensor
     if unknown:
@@ -208,7 +252,7 @@ def _check_base_weight(file: Safetensors, tensor: str, slot: _Slot | None) -> No
         own = own if embedding else own.T  # (out, in) in PyTorch
         if np.array_equal(file.read(tensor).astype(own.dtype), own):
             return
-    raise InputError(f"{file.path}: tensor {tensor!r} is a base weight other than the model's")
+    raise InputError(f"{file.path}: tensor {shown(tensor)} is a base weight other than the model's")
 
 
 def _check_complete(
@@ -226,7 +270,7 @@ def _check_complete(
             raise InputError(f"{file.path}: tensor {name!r} is missing")
         for factor in sorted(set(tensors) - wanted):
             raise InputError(
-                f"{file.path}: tensor {tensors[factor]!r} is of DoRA, "
+                f"{file.path}: tensor {shown(tensors[factor])} is of DoRA, "
                 f"but use_dora in {CONFIG_NAME} is not true"
             )
     missing = [name for name in slots if config.is_target(name) and name not in by_module]
@@ -287,7 +331,7 @@ def _stacked(file: Safetensors, tensors: list[str], shape: tuple[int, ...]) -> n
     for tensor in tensors:
         if file.shapes[tensor] != shape:
             raise InputError(
-                f"{file.path}: tensor {tensor!r} is {file.shapes[tensor]}, expected {shape} "
+                f"{file.path}: tensor {shown(tensor)} is {file.shapes[tensor]}, expected {shape} "
                 f"by the model's weight and the rank in {CONFIG_NAME}"
             )
     matrices = [file.read(tensor).T for tensor in tensors]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 
 from flax import nnx
 
-from loft_jax.errors import InputError
+from loft_jax.errors import InputError, shown
 from loft_jax.lora.axes import WeightAxes
 
 CONFIG_NAME = "adapter_config.json"
@@ -74,4 +74,4 @@ def listed(names: Iterable[str]) -> str:
     """The first few of some names, for a message, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(repr(name) for name in names[:_SHOWN]) + more
+    return ", ".join(map(shown, names[:_SHOWN])) + more

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from loft_jax.errors import InputError
+from loft_jax.errors import InputError, explained
+from loft_jax.files import replacing
 from loft_jax.hub.host_arrays import whole
 from loft_jax.hub.peft_config import Strength, peft_settings
 from loft_jax.hub.peft_names import (
@@ -156,16 +157,12 @@ def _dropout_rate(layer: Any) -> float:
 
 
 def _write(folder: Path, settings: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
-    config, temporary = folder / CONFIG_NAME, folder / f".{CONFIG_NAME}.{os.getpid()}"
-    try:
+    config = folder / CONFIG_NAME
+    with explained(f"{folder}: cannot write the adapter"):
         folder.mkdir(parents=True, exist_ok=True)
-        # An old configuration must not stand beside new weights, should this be interrupted.
+        # An old configuration must not stand beside new weights, should this be interrupted or
+        # somebody read it meanwhile.
         config.unlink(missing_ok=True)
         write_safetensors(folder / WEIGHTS_NAME, tensors)
-        try:
-            temporary.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
-            os.replace(temporary, config)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot write the adapter: {error}") from error
+        with replacing(config) as partial:
+            partial.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")

@@ -1,11 +1,13 @@
 """Whole models: from a folder, a GGUF file or the Hugging Face hub, and back to a folder."""
 
+import contextlib
+import dataclasses
 import functools
 import json
+import logging
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,24 +19,28 @@ from flax import nnx
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
-from loft_jax.errors import InputError
+from loft_jax.errors import InputError, explained, shown
+from loft_jax.files import inside, new_folder, read_json, regular_file
 from loft_jax.hub.gguf_io import open_gguf
 from loft_jax.hub.gguf_tokenizer import gguf_tokenizer
 from loft_jax.hub.host_arrays import whole
+from loft_jax.hub.peft_names import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from loft_jax.hub.safetensors_io import (
     FILE_NAME,
     INDEX_NAME,
     Region,
     Safetensors,
-    read_json,
     write_checkpoint,
 )
+from loft_jax.hub.tokenizer_folder import folder_tokenizer
 from loft_jax.models import Llama, LlamaConfig, Quantization, Remat
 from loft_jax.models.llama_layout import hf_tensor_name
 from loft_jax.models.quantized import QuantizedParam, quantize, quantize_kernels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
 
 _CONFIG_NAME = "config.json"
 _GENERATION_NAME = "generation_config.json"
@@ -176,13 +182,9 @@ def load_tokenizer(path_or_hub_id: str | os.PathLike[str]) -> "PreTrainedTokeniz
     """
     path = _resolve(path_or_hub_id, _TOKENIZER_PATTERNS)
     if (file := _gguf_file(path)) is not None:
-        return gguf_tokenizer(open_gguf(file))
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"{path}: no tokenizer can be loaded: {error}") from error
+        with explained(f"{file}: its tokenizer cannot be rebuilt"):
+            return gguf_tokenizer(open_gguf(file))
+    return folder_tokenizer(path)
 
 
 def save_pretrained(
@@ -223,31 +225,22 @@ def save_pretrained(
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: exists and is not an empty folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
+    with new_folder(folder) as partial:
         config = model.config.to_hf()
         config["torch_dtype"] = str(np.dtype(model.embed_tokens.embedding.dtype))
-        (temporary / _CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (partial / _CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         shapes = {
             name: (shape, np.dtype(parameter.dtype))
             for path, parameter in parameters.items()
             for name, shape in _hf_shapes(path, parameter.shape).items()
         }
-        write_checkpoint(
-            temporary, shapes, _hf_tensors(parameters), max_shard_bytes=_MAX_SHARD_BYTES
-        )
+        write_checkpoint(partial, shapes, _hf_tensors(parameters), max_shard_bytes=_MAX_SHARD_BYTES)
         if base_model is not None:
             generation = _resolve(base_model, _WEIGHT_PATTERNS) / _GENERATION_NAME
             if generation.is_file():
-                shutil.copy(generation, temporary)
+                shutil.copy(generation, partial)
         if tokenizer is not None:
-            tokenizer.save_pretrained(str(temporary))
-        temporary.chmod(folder.parent.stat().st_mode & 0o777)  # mkdtemp's are private
-        os.replace(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+            tokenizer.save_pretrained(str(partial))
 
 
 def _resolve(path_or_hub_id: str | os.PathLike[str], patterns: Sequence[str]) -> Path:
@@ -260,22 +253,17 @@ def _resolve(path_or_hub_id: str | os.PathLike[str], patterns: Sequence[str]) ->
         raise InputError(f"{name}: no such file or folder")
     from huggingface_hub import snapshot_download
 
-    try:
+    with explained(f"{name}: no such file or folder, and the Hugging Face hub did not give it"):
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
-    except Exception as error:  # of whichever transport this release of huggingface_hub has
-        raise InputError(
-            f"{name}: no such file or folder, and the Hugging Face hub did not give it: "
-            f"{type(error).__name__}: {error}"
-        ) from error
 
 
 def _gguf_file(path: Path) -> Path | None:
     """The GGUF file that ``path`` is or, without a ``config.json``, holds."""
-    if path.is_file():
-        return path
+    if not path.is_dir():
+        return regular_file(path, "a folder or a .gguf file")
     if (path / _CONFIG_NAME).exists():
         return None
-    files = sorted(path.glob("*.gguf"))
+    files = [inside(path, file.name) for file in sorted(path.glob("*.gguf"))]
     if len(files) != 1:
         found = ", ".join(file.name for file in files) or "neither"
         raise InputError(
@@ -290,17 +278,45 @@ def _open(path: Path) -> tuple[LlamaConfig, _Source]:
             raise InputError(f"{file}: expected a folder or a .gguf file")
         gguf = open_gguf(file)
         return gguf.config, gguf
-    index = path / INDEX_NAME
-    return _read_config(path / _CONFIG_NAME), Safetensors(
-        index if index.exists() else path / FILE_NAME
-    )
+    if (path / ADAPTER_CONFIG_NAME).exists():
+        raise InputError(
+            f"{path}: holds {ADAPTER_CONFIG_NAME} beside {_CONFIG_NAME}, so that transformers "
+            "would load another model, which that names; expected a model alone"
+        )
+    config = _read_config(path / _CONFIG_NAME)
+    if (path / _GENERATION_NAME).exists():
+        ends = read_json(inside(path, _GENERATION_NAME)).get("eos_token_id")
+        if ends is not None:  # as transformers generates, whatever the model's own says
+            with _naming(path / _GENERATION_NAME):
+                config = dataclasses.replace(
+                    config, eos_token_id=tuple(ends) if isinstance(ends, list) else ends
+                )
+    # Where there are both, transformers reads the one file too.
+    one, index = path / FILE_NAME, path / INDEX_NAME
+    if one.exists() and index.exists():
+        _log.warning("%s: read from %s, as transformers does, not by its index", path, FILE_NAME)
+    return config, Safetensors(index if index.exists() and not one.exists() else one)
 
 
 def _read_config(path: Path) -> LlamaConfig:
-    try:
-        return LlamaConfig.from_hf(read_json(path))
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+    content = read_json(inside(path.parent, path.name))
+    if (name := content.get("transformers_weights")) is not None:
+        raise InputError(
+            f"{path}: transformers_weights is {shown(name)}, which is not supported; expected "
+            f"weights in {FILE_NAME} or named by {INDEX_NAME}"
+        )
+    with _naming(path):
+        return LlamaConfig.from_hf(content)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Puts the file before what is wrong with its values."""
+    with explained(f"{path}: cannot be read as a configuration"):
+        try:
+            yield
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
 
 
 def _hf_shapes(path: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:

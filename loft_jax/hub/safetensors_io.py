@@ -2,17 +2,16 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import EllipsisType
-from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from loft_jax.errors import InputError
+from loft_jax.errors import InputError, explained, shown
+from loft_jax.files import inside, read_json, regular_file, replacing
 
 INDEX_NAME = "model.safetensors.index.json"
 FILE_NAME = "model.safetensors"
@@ -67,30 +66,29 @@ class Safetensors:
             InputError: The file cannot be read, or holds what is no floating-point number.
         """
         file = self._files[name]
-        try:
-            with safe_open(file, framework="numpy") as opened:
-                tensor = opened.get_slice(name)
-                stored = tensor.get_dtype()
-                if stored not in _READABLE:
-                    raise InputError(
-                        f"{file}: tensor {name!r} is stored as {stored}, "
-                        f"expected one of {', '.join(_READABLE)}"
-                    )
-                return tensor[region]
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{file}: cannot read tensor {name!r}: {error}") from error
+        with (
+            explained(f"{file}: cannot read tensor {shown(name)}"),
+            safe_open(file, framework="numpy") as opened,
+        ):
+            tensor = opened.get_slice(name)
+            stored = tensor.get_dtype()
+            if stored not in _READABLE:
+                raise InputError(
+                    f"{file}: tensor {shown(name)} is stored as {stored}, "
+                    f"expected one of {', '.join(_READABLE)}"
+                )
+            return tensor[region]
 
     def _open_file(self, file: Path) -> None:
-        if not file.is_file():
-            raise InputError(f"{file}: no such file, expected safetensors")
-        try:
-            with safe_open(file, framework="numpy") as opened:
-                self.metadata.update(opened.metadata() or {})
-                for name in opened.keys():  # noqa: SIM118 (not a mapping)
-                    self.shapes[name] = tuple(opened.get_slice(name).get_shape())
-                    self._files[name] = file
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{file}: not a readable safetensors file: {error}") from error
+        regular_file(inside(file.parent, file.name), "safetensors")
+        with (
+            explained(f"{file}: not a readable safetensors file"),
+            safe_open(file, framework="numpy") as opened,
+        ):
+            self.metadata.update(opened.metadata() or {})
+            for name in opened.keys():  # noqa: SIM118 (not a mapping)
+                self.shapes[name] = tuple(opened.get_slice(name).get_shape())
+                self._files[name] = file
 
     def _open_index(self) -> None:
         weight_map = read_json(self.path).get("weight_map")
@@ -99,28 +97,16 @@ class Safetensors:
         for name, shard in weight_map.items():
             if not isinstance(shard, str):
                 raise InputError(
-                    f"{self.path}: weight_map[{name!r}] is {shard!r}, expected a file's name"
+                    f"{self.path}: weight_map[{shown(name)}] is {shown(shard)}, expected a "
+                    "file's name"
                 )
         for shard in sorted(set(weight_map.values())):
-            self._open_file(self.path.parent / shard)
+            self._open_file(inside(self.path.parent, shard))
         for name, shard in weight_map.items():
             if self._files.get(name) != self.path.parent / shard:
-                raise InputError(f"{self.path}: says {shard} holds tensor {name!r}, it does not")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object from a file.
-
-    Raises:
-        InputError: The file is missing, unreadable, or holds something else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: holds a JSON {type(content).__name__}, expected an object")
-    return content
+                raise InputError(
+                    f"{self.path}: says {shard} holds tensor {shown(name)}, it does not"
+                )
 
 
 def write_safetensors(
@@ -135,18 +121,13 @@ def write_safetensors(
         tensors: Arrays by name.
         metadata: Written into the header; ``{"format": "pt"}`` by default, which PyTorch's loaders
             ask for.
+
+    Raises:
+        InputError: The file cannot be written.
     """
-    path = Path(path)
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        save_file(contiguous, temporary, metadata=dict(metadata or {"format": "pt"}))
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with explained(f"{path}: cannot be written"), replacing(path) as partial:
+        save_file(contiguous, partial, metadata=dict(metadata or {"format": "pt"}))
 
 
 def write_checkpoint(
@@ -186,9 +167,3 @@ def write_checkpoint(
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,7 +1,7 @@
 """Which layers of a model get LoRA factors, and what those factors are."""
 
+import functools
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from loft_jax.errors import InputError
+from loft_jax.patterns import Patterns
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 Init = Literal["kaiming_uniform", "gaussian", "balanced", "pissa"]
@@ -104,20 +105,29 @@ class LoRAConfig:
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} is {getattr(self, name)!r}, expected True or False")
         for key, rank in self.rank_pattern.items():
-            _check_pattern("rank_pattern", key)
+            Patterns("rank_pattern").check(key)
             _check_rank(f"rank_pattern[{key!r}]", rank)
         for key, alpha in self.alpha_pattern.items():
-            _check_pattern("alpha_pattern", key)
+            Patterns("alpha_pattern").check(key)
             _check_alpha(f"alpha_pattern[{key!r}]", alpha)
+
+    @functools.cached_property
+    def patterns(self) -> Patterns:
+        """Matches what it names layers by."""
+        return Patterns("the patterns of target, excluded or ranked modules")
+
+    def key_of(self, values: Mapping[str, Any], path: str) -> str | None:
+        """Gives the first key of a rank or alpha pattern that matches the end of a path."""
+        return next((k for k in values if self.patterns.match(rf"(.*\.)?({k})$", path)), None)
 
     def rank_of(self, path: str) -> int:
         """Gives the rank of the layer at a dotted path."""
-        key = pattern_key(self.rank_pattern, path)
+        key = self.key_of(self.rank_pattern, path)
         return int(self.rank if key is None else self.rank_pattern[key])
 
     def alpha_of(self, path: str) -> float:
         """Gives the alpha of the layer at a dotted path."""
-        key = pattern_key(self.alpha_pattern, path)
+        key = self.key_of(self.alpha_pattern, path)
         if key is not None:
             return float(self.alpha_pattern[key])
         return float(self.rank_of(path) if self.alpha is None else self.alpha)
@@ -126,11 +136,6 @@ class LoRAConfig:
 def product_scaling(rank: int, alpha: float, use_rslora: bool) -> float:
     """Gives the factor of the product of two factors."""
     return alpha / (math.sqrt(rank) if use_rslora else rank)
-
-
-def pattern_key(patterns: Mapping[str, Any], path: str) -> str | None:
-    """Gives the first key of a rank or alpha pattern that matches the end of a path, or None."""
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", path)), None)
 
 
 def _is_number(value: object) -> bool:
@@ -149,17 +154,10 @@ def _check_alpha(name: str, alpha: Any) -> None:
 
 def _check_modules(name: str, modules: str | Sequence[str]) -> None:
     if isinstance(modules, str):
-        _check_pattern(name, modules)
+        Patterns(name).check(modules)
         return
     if not isinstance(modules, Iterable):
         raise InputError(f"{name} is {modules!r}, expected a name, names or a pattern")
     for module in modules:
         if not isinstance(module, str) or not module:
             raise InputError(f"{name} holds {module!r}, expected names of modules")
-
-
-def _check_pattern(name: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise InputError(f"{name}: {pattern!r} is no regular expression: {error}") from error

@@ -8,8 +8,9 @@ import jax
 from flax import nnx
 
 from loft_jax.errors import InputError
-from loft_jax.lora.config import ALL_LINEAR, LoRAConfig, pattern_key
+from loft_jax.lora.config import ALL_LINEAR, LoRAConfig
 from loft_jax.lora.layers import SUPPORTED
+from loft_jax.patterns import Patterns
 
 # The output head as Hugging Face models call it: "all-linear" leaves it out, as PEFT does.
 _HEAD = "lm_head"
@@ -50,7 +51,7 @@ def select(model: nnx.Module, config: LoRAConfig) -> dict[str, nnx.Module]:
     excluded = {
         id(layers[path])
         for pattern in _patterns(config.exclude_modules)
-        for path in _matching("exclude_modules", pattern, layers, layers)
+        for path in _matching("exclude_modules", pattern, layers, layers, config.patterns)
     }
     if config.target_modules == ALL_LINEAR:
         chosen = [
@@ -64,7 +65,7 @@ def select(model: nnx.Module, config: LoRAConfig) -> dict[str, nnx.Module]:
         chosen = [
             path
             for pattern in _patterns(config.target_modules)
-            for path in _matching("target_modules", pattern, modules, layers)
+            for path in _matching("target_modules", pattern, modules, layers, config.patterns)
         ]
     selected: dict[int, str] = {}  # by identity: a shared layer is adapted once
     for path in chosen:
@@ -83,7 +84,7 @@ def select(model: nnx.Module, config: LoRAConfig) -> dict[str, nnx.Module]:
     found = {path: modules[path] for path in modules if path in selected.values()}
     for name in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, name):
-            if not any(pattern_key({key: None}, path) for path in found):
+            if not any(config.key_of({key: None}, path) for path in found):
                 raise InputError(
                     f"{name}: {key!r} matches no target layer; {_near(key, list(found))}"
                 )
@@ -102,10 +103,14 @@ def _ends_with(name: str) -> str:
 
 
 def _matching(
-    field: str, pattern: str, candidates: Iterable[str], layers: dict[str, nnx.Module]
+    field: str,
+    pattern: str,
+    candidates: Iterable[str],
+    layers: dict[str, nnx.Module],
+    patterns: Patterns,
 ) -> list[str]:
     """Candidates a pattern matches; at least one must be a layer."""
-    matched = [path for path in candidates if re.fullmatch(pattern, path)]
+    matched = [path for path in candidates if patterns.fullmatch(pattern, path)]
     if any(path in layers for path in matched):
         return matched
     shown = pattern.removeprefix(r"(.*\.)?").replace("\\", "")

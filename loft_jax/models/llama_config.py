@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, TypeGuard
 
-from loft_jax.errors import InputError
+from loft_jax.errors import InputError, shown
 
 _ARCHITECTURES = ("llamaforcausallm",)
 
@@ -17,6 +17,19 @@ _ONLY: Mapping[str, Any] = {
     "rope_interleaved": False,
     "quantization_config": None,
     "sliding_window": None,
+}
+
+
+# What no model comes near: larger sizes are damage, or meant to take all memory.
+_MOST: Mapping[str, int] = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**22,
+    "num_hidden_layers": 2**13,
+    "num_attention_heads": 2**14,
+    "num_key_value_heads": 2**14,
+    "head_dim": 2**16,
+    "max_position_embeddings": 2**31,
 }
 
 
@@ -74,19 +87,12 @@ class LlamaConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "max_position_embeddings",
-        ):
+        for name, most in _MOST.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(f"config: {name} is {value!r}, expected an integer of 1 or more")
+            if type(value) is not int or not 1 <= value <= most:
+                raise InputError(
+                    f"config: {name} is {shown(value)}, expected an integer from 1 to {most}"
+                )
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
                 f"config: num_key_value_heads is {self.num_key_value_heads}, "
@@ -96,17 +102,17 @@ class LlamaConfig:
             raise InputError(f"config: head_dim is {self.head_dim}, expected an even number")
         for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
             value = getattr(self, name)
-            if not _is_number(value) or value <= 0:
-                raise InputError(f"config: {name} is {value!r}, expected a positive number")
+            if not _is_positive(value):
+                raise InputError(f"config: {name} is {shown(value)}, expected a positive number")
         for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
             value = getattr(self, name)
             if not isinstance(value, bool):
-                raise InputError(f"config: {name} is {value!r}, expected true or false")
+                raise InputError(f"config: {name} is {shown(value)}, expected true or false")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
             tokens = value if isinstance(value, tuple) and name == "eos_token_id" else (value,)
             if not all(token is None or type(token) is int for token in tokens):
-                raise InputError(f"config: {name} is {value!r}, expected a token's number")
+                raise InputError(f"config: {name} is {shown(value)}, expected a token's number")
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":
@@ -128,16 +134,22 @@ class LlamaConfig:
         """
         model_type = config.get("model_type")
         if model_type != "llama":
-            raise InputError(f"config: model_type is {model_type!r}, only 'llama' is supported")
-        for name in config.get("architectures") or ():
+            raise InputError(
+                f"config: model_type is {shown(model_type)}, only 'llama' is supported"
+            )
+        architectures = config.get("architectures") or ()
+        if not isinstance(architectures, (list, tuple)):
+            raise InputError(f"config: architectures is {shown(architectures)}, expected a list")
+        for name in architectures:
             if str(name).lower() not in _ARCHITECTURES:
                 raise InputError(
-                    f"config: architectures names {name!r}, only 'LlamaForCausalLM' is supported"
+                    f"config: architectures names {shown(name)}, only 'LlamaForCausalLM' is "
+                    "supported"
                 )
         for name, only in _ONLY.items():
             value = config.get(name, only)
             if value is not None and value != only:
-                raise InputError(f"config: {name} is {value!r}, only {only!r} is supported")
+                raise InputError(f"config: {name} is {shown(value)}, only {only!r} is supported")
         sizes: dict[str, Any] = {
             name: _required(config, name)
             for name in (
@@ -153,7 +165,7 @@ class LlamaConfig:
         if head_dim is None:
             if sizes["hidden_size"] % heads:
                 raise InputError(
-                    f"config: hidden_size is {sizes['hidden_size']}, expected a multiple of "
+                    f"config: hidden_size is {shown(sizes['hidden_size'])}, expected a multiple of "
                     f"num_attention_heads ({heads})"
                 )
             head_dim = sizes["hidden_size"] // heads
@@ -204,8 +216,11 @@ class LlamaConfig:
         }
 
 
-def _is_number(value: Any) -> TypeGuard[int | float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _is_positive(value: Any) -> TypeGuard[int | float]:
+    return type(value) in (int, float) and 0 < value <= _MOST_NUMBER
+
+
+_MOST_NUMBER = 3e38  # of float32, in which it is computed
 
 
 def _required(config: Mapping[str, Any], name: str) -> int:
@@ -213,7 +228,7 @@ def _required(config: Mapping[str, Any], name: str) -> int:
         raise InputError(f"config: {name} is missing")
     value = config[name]
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"config: {name} is {value!r}, expected an integer of 1 or more")
+        raise InputError(f"config: {name} is {shown(value)}, expected an integer of 1 or more")
     return value
 
 
@@ -222,11 +237,11 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     found = config.get(key) or {}
     if not isinstance(found, Mapping):
-        raise InputError(f"config: {key} is {found!r}, expected a mapping")
+        raise InputError(f"config: {key} is {shown(found)}, expected a mapping")
     rope = dict(found)
     theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10_000.0
-    if not _is_number(theta):
-        raise InputError(f"config: rope_theta is {theta!r}, expected a positive number")
+    if not _is_positive(theta):
+        raise InputError(f"config: rope_theta is {shown(theta)}, expected a positive number")
     if rope.pop("partial_rotary_factor", 1.0) != 1.0:
         raise InputError(f"config: {key}.partial_rotary_factor is set, only 1.0 is supported")
     legacy_type = rope.pop("type", "default")
@@ -244,7 +259,7 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     names = known.get(rope_type) if isinstance(rope_type, str) else None
     if names is None:
         raise InputError(
-            f"config: {key}.rope_type is {rope_type!r}, "
+            f"config: {key}.rope_type is {shown(rope_type)}, "
             "only 'default', 'linear' and 'llama3' are supported"
         )
     if rope_type == "llama3":
@@ -253,8 +268,13 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
         )
     for name in names:
         value = rope.get(name)
-        if not _is_number(value) or value <= 0:
-            raise InputError(f"config: {key}.{name} is {value!r}, expected a positive number")
+        if not _is_positive(value):
+            raise InputError(f"config: {key}.{name} is {shown(value)}, expected a positive number")
     if rope_type == "default":
         return float(theta), None
+    if rope_type == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise InputError(
+            f"config: {key}.low_freq_factor is {rope['low_freq_factor']}, expected less than "
+            f"high_freq_factor, {rope['high_freq_factor']}"
+        )
     return float(theta), RopeScaling(rope_type=rope_type, **{name: rope[name] for name in names})

@@ -364,7 +364,7 @@ def test_wrong_tensors_are_named_and_the_model_untouched(
         ({"r": 0}, "rank r is 0"),
         ({"r": None}, "rank r is None"),
         ({"lora_alpha": 0}, "alpha lora_alpha is 0"),
-        ({"rank_pattern": {"(": 4}}, "'\\(' is no pattern"),
+        ({"rank_pattern": {"(": 4}}, "'\\(' is no regular expression"),
         ({"rank_pattern": {"layers.1.self_attn.q_proj": 2}}, r"rank and alpha differ between"),
         (
             {"alpha_pattern": {"layers.1.self_attn.q_proj": 2}},
@@ -375,7 +375,7 @@ def test_wrong_tensors_are_named_and_the_model_untouched(
         ({"target_modules": [3]}, r"target_modules is \[3\], expected a text or a list"),
         ({"exclude_modules": 3}, "exclude_modules is 3"),
         ({"layers_to_transform": "x"}, "layers_to_transform is 'x', expected a number"),
-        ({"layers_to_transform": [0], "layers_pattern": "("}, "'\\(' is no pattern"),
+        ({"layers_to_transform": [0], "layers_pattern": "("}, "'\\(' is no regular expression"),
         ({"layers_pattern": 3}, "layers_pattern is 3"),
         ({"rank_pattern": [1]}, r"rank_pattern is \[1\], expected an object"),
         ({"alpha_pattern": "x"}, "alpha_pattern is 'x', expected an object"),

@@ -1,0 +1,114 @@
+"""The tokenizer of a model's folder: what its files may say, and transformers' reader behind it."""
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loft_jax.errors import InputError, explained, shown
+from loft_jax.files import inside, read_json, regular_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_MOST_BYTES = 2**28  # of one file; the largest vocabularies have a tenth
+_MOST_GROWTH = 1000  # times that normalizers, and the frame around a text, may lengthen it
+
+# What transformers may open to read a tokenizer.
+_READ = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "additional_chat_templates/*.jinja")
+_JSON = (
+    "config.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+)
+
+
+def folder_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """Loads the tokenizer of a folder, without running code of it or asking the network.
+
+    Args:
+        folder: With the files that transformers writes.
+
+    Returns:
+        A tokenizer of transformers.
+
+    Raises:
+        InputError: There is none, or a file that is damaged, leads out of the folder, would
+            lengthen texts without measure, or asks for code of its own.
+    """
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    for pattern in _READ:
+        for file in sorted(folder.glob(pattern)):
+            name = file.relative_to(folder)
+            regular_file(inside(folder, name), f"a file as {name}", most_bytes=_MOST_BYTES)
+    contents = {
+        name: read_json(folder / name, most_bytes=_MOST_BYTES)
+        for name in _JSON
+        if (folder / name).exists()
+    }
+    _check_names(folder, contents.get("tokenizer_config.json", {}))
+    file = folder / "tokenizer.json"
+    with explained(f"{file}: cannot be read as a tokenizer"):
+        _check_growth(file, contents.get(file.name, {}))
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        if file.exists():  # to say which file it is, where it is the one of most errors
+            with explained(f"{file}: cannot be read as a tokenizer"):
+                Tokenizer.from_file(str(file))
+        elif not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
+            raise InputError(f"{folder}: has no tokenizer, expected tokenizer.json") from error
+        with explained(f"{folder}: no tokenizer can be loaded"):
+            raise
+
+
+def _check_names(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuses files that a configuration names outside its folder.
+
+    Where a configuration was saved it often names the files of its author's machine, which are not
+    here and which transformers passes over.
+    """
+    for key, value in config.items():
+        if key == "fast_tokenizer_files" and isinstance(value, list):
+            for name in value:
+                inside(folder, str(name))
+        elif key.endswith("_file") and isinstance(value, str):
+            with explained(f"{folder}: tokenizer_config.json sets {key} to {shown(value)}"):
+                if os.path.exists(value) or (folder / value).exists():
+                    inside(folder, value)
+
+
+def _check_growth(file: Path, content: Mapping[str, Any]) -> None:
+    """Refuses what makes a short text a long one: replacements that feed each other."""
+    growth = 1.0
+    for part in _parts(content.get("normalizer")):
+        added = len(part.get("content") or part.get("prepend") or "")
+        replaced = (part.get("pattern") or {}).get("String") or "x"
+        growth *= max(1.0, (added + 1) / len(replaced))
+    frame = _parts(content.get("post_processor"))
+    growth *= math.prod(
+        max(1, len(part.get("single") or ()), len(part.get("pair") or ())) for part in frame
+    )
+    if growth > _MOST_GROWTH:
+        raise InputError(
+            f"{file}: its normalizer and post_processor can make a text {growth:.0g} times as "
+            f"long, expected at most {_MOST_GROWTH}"
+        )
+
+
+def _parts(part: Any) -> Iterator[Mapping[str, Any]]:
+    """The steps of a sequence of normalizers or processors, however they are nested."""
+    if not isinstance(part, Mapping):
+        return
+    yield part
+    for key in ("normalizers", "processors"):
+        for inner in part.get(key) or ():
+            yield from _parts(inner)

@@ -1,0 +1,79 @@
+"""Regular expressions that users and files bring, matched within bounds of time and memory."""
+
+import math
+import re
+import time
+from collections.abc import Callable
+
+import regex
+
+from loft_jax.errors import InputError, explained, shown
+
+_SECONDS = 2.0
+_LONGEST = 200_000  # characters; one that names every layer of a large model has a quarter of it
+_MOST_COPIES = 100_000  # of what counted repetitions, as in `a{9}`, repeat: they are unrolled
+
+
+_COUNT = re.compile(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}")
+
+
+class Patterns:
+    """Matches the patterns of one source, as Python's `re` does; all together take two seconds.
+
+    A pattern such as `(a|aa)*!` takes time exponential in the text, and Python's `re` cannot be
+    stopped.
+
+    Args:
+        source: What the patterns are of, for messages.
+
+    Example:
+        >>> bool(Patterns("target_modules").fullmatch(r"layers\\.\\d+\\.up", "layers.10.up"))
+        True
+    """
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+        self._left = _SECONDS
+        self._compiled: dict[str, regex.Pattern[str]] = {}
+
+    def check(self, pattern: str) -> "regex.Pattern[str]":
+        """Compiles a pattern, once.
+
+        Raises:
+            InputError: It is none, or repeats too much.
+        """
+        if pattern not in self._compiled:
+            with explained(f"{self._source}: {shown(pattern)} is no regular expression"):
+                if len(pattern) > _LONGEST:
+                    raise ValueError(f"it has more than {_LONGEST} characters")
+                re.compile(pattern)  # which takes less than the other
+                counts = (int(n or 1) for found in _COUNT.findall(pattern) for n in found)
+                if math.prod(max(n, 1) for n in counts) > _MOST_COPIES:
+                    raise ValueError(f"it repeats more than {_MOST_COPIES} times")
+                self._compiled[pattern] = regex.compile(pattern)
+        return self._compiled[pattern]
+
+    def fullmatch(self, pattern: str, text: str) -> "regex.Match[str] | None":
+        """The match of a pattern with all of a text; see `match`."""
+        return self._matched(self.check(pattern).fullmatch, text)
+
+    def match(self, pattern: str, text: str) -> "regex.Match[str] | None":
+        """The match of a pattern at the start of a text.
+
+        Raises:
+            InputError: It is no pattern, or takes too long.
+        """
+        return self._matched(self.check(pattern).match, text)
+
+    def _matched(
+        self, function: Callable[..., "regex.Match[str] | None"], text: str
+    ) -> "regex.Match[str] | None":
+        before = time.monotonic()
+        try:
+            return function(text, timeout=max(self._left, 1e-3))
+        except (TimeoutError, MemoryError) as error:
+            raise InputError(
+                f"{self._source}: matching its regular expressions takes too long"
+            ) from error
+        finally:
+            self._left -= time.monotonic() - before

@@ -1,114 +1,160 @@
 """Conversations to token ids, with the assistant's turns marked."""
 
+import dataclasses
 import itertools
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
+from loft_jax.data.templates import Chat, Message, Rendered, Start, render_chats
 from loft_jax.data.text import encode_continuations
-from loft_jax.errors import InputError
+from loft_jax.data.told import tell
+from loft_jax.errors import InputError, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Message = dict[str, Any]
+_ROWS = 64  # whose pieces the tokenizer is given at once, or as many as have this many characters:
+_CHUNK = 2**20
+_THINK_MARK = re.compile(r"</?think>")
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers takes the first there is
+
+_Piece = tuple[str, Message | None]  # rendered text; what the assistant says in it, if anything
 
 
-def encode_chat(
-    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], *, where: str
-) -> tuple[list[int], list[bool]]:
-    """Token ids of a conversation, and which of them the assistant says.
+def encode_chats(
+    tokenizer: "PreTrainedTokenizerBase", chats: Iterable[Chat]
+) -> Iterator[tuple[list[int], list[bool]]]:
+    """Token ids of conversations, and which of them the assistant says.
 
     An assistant turn reaches from where the template's generation prompt ends to the token that
     closes the turn. Both places come from rendering the conversation up to there, so the template
     needs no `{% generation %}` marks; what has been rendered must be a prefix of the whole.
 
+    A warning says if the template closes no turn, leaves out some of what the assistant says (its
+    reasoning, say), or does not read all fields of the messages.
+
     Args:
         tokenizer: Has a chat template.
-        messages: Turns, each with the texts `role` and `content`.
-        where: Names the conversation in errors.
+        chats: Conversations whose turns have the texts `role` and `content`.
 
-    Returns:
-        The ids, and one flag an id: said by the assistant.
+    Yields:
+        Of each, the ids, and one flag an id: said by the assistant.
 
     Raises:
-        InputError: There is no chat template, it refuses the conversation, or it writes a turn
-            differently once others follow.
+        InputError: There is no chat template, it refuses a conversation or fails on it, it writes a
+            turn differently once others follow, or its generation prompt is no beginning of a turn.
     """
-    if tokenizer.chat_template is None:
-        raise InputError(
-            f"{where}: the tokenizer has no chat template; expected one, "
-            "or prompt and completion fields in place of messages"
-        )
-    ids: list[int] = []
-    said: list[bool] = []
+    seen = _Seen()
     special = _special_ids(tokenizer)
-    for text, assistant in _pieces(tokenizer, messages, where=where):
+    rendered = render_chats(
+        tokenizer, ((seen.read(chat), _starts(chat.messages)) for chat in chats)
+    )
+    for some in _together(_pieces(chat, found) for chat, found in rendered):
         # The template writes BOS itself; a piece other than the first continues the row.
-        encode = encode_continuations if ids else _encode_opening
-        (piece,) = encode(tokenizer, [text])
-        spoken = _spoken_length(piece, special) if assistant else 0
-        ids += piece
-        said += [index < spoken for index in range(len(piece))]
-    return ids, said
+        firsts = iter(_encode_openings(tokenizer, [pieces[0][0] for pieces in some if pieces]))
+        others = iter(
+            encode_continuations(tokenizer, [text for pieces in some for text, _ in pieces[1:]])
+        )
+        for pieces in some:
+            ids: list[int] = []
+            said: list[bool] = []
+            for number, (text, message) in enumerate(pieces):
+                piece = next(others if number else firsts)
+                spoken = 0
+                if message is not None:
+                    end = _end_of_turn(tokenizer, piece, special)
+                    seen.add(text, message, closed=end is not None)
+                    spoken = len(piece) if end is None else end
+                ids += piece
+                said += [index < spoken for index in range(len(piece))]
+            yield ids, said
+    seen.tell(tokenizer)
 
 
-def _encode_opening(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
+def _encode_openings(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
+    if not texts:
+        return []
     return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _pieces(
-    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], *, where: str
-) -> list[tuple[str, bool]]:
-    """The rendered conversation, cut where the assistant begins and ends to speak."""
-    whole = _render(tokenizer, messages, where=where)
-    pieces = []
-    done = 0
+def _together(rows: Iterable[list[_Piece]]) -> Iterator[list[list[_Piece]]]:
+    held: list[list[_Piece]] = []
+    size = 0
+    for pieces in rows:
+        held.append(pieces)
+        size += sum(len(text) for text, _ in pieces)
+        if len(held) == _ROWS or size > _CHUNK:
+            yield held
+            held, size = [], 0
+    if held:
+        yield held
+
+
+def _starts(messages: Sequence[Message]) -> list[Start]:
+    """The beginnings of a conversation that say where the assistant begins and ends to speak."""
+    starts = []
     for turn, message in enumerate(messages):
+        if message["role"] == "assistant":
+            # No template renders an empty conversation: two are compared that differ in content.
+            starts += [Start(turn, prompted=True)] if turn else [Start(1, "x"), Start(1, "y")]
+            if turn + 1 < len(messages):
+                starts.append(Start(turn + 1))
+    return starts
+
+
+def _pieces(chat: Chat, rendered: Rendered) -> list[_Piece]:
+    """The rendered conversation, cut where the assistant begins and ends to speak."""
+    whole = rendered.whole
+    answers = iter(rendered.starts)
+    pieces: list[_Piece] = []
+    done = 0
+    for turn, message in enumerate(chat.messages):
         if message["role"] != "assistant":
             continue
-        before = _rendered_before(tokenizer, messages[: turn + 1], where=where)
-        after = _render(tokenizer, messages[: turn + 1], where=where)
-        if not (whole.startswith(after) and after.startswith(before) and done <= len(before)):
+        before = next(answers) if turn else _common(whole, next(answers), next(answers))
+        after = next(answers) if turn + 1 < len(chat.messages) else len(whole)
+        if isinstance(after, str):
             raise InputError(
-                f"{where}: the chat template does not write turn {turn} the same way on its own "
-                "as inside the whole conversation, so the assistant's tokens cannot be told apart; "
-                "expected a template that only appends, or prompt and completion fields"
+                f"{chat.where}: the chat template does not write turn {turn} the same way on its "
+                "own as inside the whole conversation, so the assistant's tokens cannot be told "
+                "apart; expected a template that only appends, or prompt and completion fields"
             )
-        pieces += [(whole[done : len(before)], False), (whole[len(before) : len(after)], True)]
-        done = len(after)
-    pieces.append((whole[done:], False))
-    return [(text, assistant) for text, assistant in pieces if text]
+        if isinstance(before, str) or not done <= before <= after:
+            raise InputError(f"{chat.where}: {_not_begun(whole[:after], before, turn)}")
+        pieces += [(whole[done:before], None), (whole[before:after], message)]
+        done = after
+    pieces.append((whole[done:], None))
+    return [(text, message) for text, message in pieces if text]
 
 
-def _rendered_before(
-    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], *, where: str
-) -> str:
-    """What stands before the content of the last message, which is the assistant's."""
-    *context, last = messages
-    if context:
-        return _render(tokenizer, context, where=where, add_generation_prompt=True)
-    # No template renders an empty conversation: compare two that differ in the content alone.
-    one, other = (_render(tokenizer, [{**last, "content": c}], where=where) for c in "xy")
-    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
-    return "".join(character for character, _ in same)
+def _common(whole: str, *starts: int | str) -> int | str:
+    """What two beginnings have in common, as a beginning."""
+    texts = [whole[:start] if isinstance(start, int) else start for start in starts]
+    same = texts[0][: _shared(*texts)]
+    return len(same) if whole.startswith(same) else same
 
 
-def _render(
-    tokenizer: "PreTrainedTokenizerBase",
-    messages: Sequence[Message],
-    *,
-    where: str,
-    add_generation_prompt: bool = False,
-) -> str:
-    from jinja2.exceptions import TemplateError
+def _shared(one: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return sum(1 for _ in alike)
 
-    try:
-        rendered = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except TemplateError as error:
-        raise InputError(f"{where}: the chat template refuses the messages: {error}") from error
-    return str(rendered)
+
+def _not_begun(written: str, before: int | str, turn: int) -> str:
+    """Why a turn does not begin where the generation prompt ends."""
+    prompted = written[:before] if isinstance(before, int) else before
+    same = _shared(written, prompted)
+    rest = prompted[same:]
+    cause = ""
+    if "think" in rest:
+        cause = " (it opens a think block, which the template leaves out of what was said)"
+    return (
+        f"the chat template's generation prompt is no beginning of turn {turn}: it has "
+        f"{shown(rest)}{cause} where the turn has {shown(written[same:])}, so the assistant's "
+        "tokens cannot be told apart; expected a template whose generation prompt every turn "
+        "begins with, or prompt and completion fields"
+    )
 
 
 def _special_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
@@ -116,7 +162,60 @@ def _special_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
     return added.union(tokenizer.all_special_ids)
 
 
-def _spoken_length(piece: list[int], special: set[int]) -> int:
-    """Up to the special token that closes the turn; a line break behind it is the template's."""
-    closing = [index for index, token in enumerate(piece) if token in special]
-    return closing[-1] + 1 if closing else len(piece)
+def _end_of_turn(
+    tokenizer: "PreTrainedTokenizerBase", piece: list[int], special: set[int]
+) -> int | None:
+    """The place behind the special token that closes a turn; a line break may follow."""
+    last = max((index for index, token in enumerate(piece) if token in special), default=None)
+    if last is None or str(tokenizer.decode(piece[last + 1 :])).strip():
+        return None
+    return last + 1
+
+
+@dataclasses.dataclass
+class _Seen:
+    """What to tell of the conversations: what of them is not learned."""
+
+    turns: int = 0
+    closed: int = 0
+    partial: int = 0
+    lost: str = ""  # the first text that a turn was to have
+    fields: set[str] = dataclasses.field(default_factory=set)
+
+    def read(self, chat: Chat) -> Chat:
+        """Takes in what a template is given."""
+        for message in chat.messages:
+            self.fields.update(name for name, value in message.items() if value is not None)
+        if chat.tools:
+            self.fields.add("tools")
+        return chat
+
+    def add(self, text: str, message: Message, *, closed: bool) -> None:
+        """Counts a turn that a template wrote as `text`."""
+        self.turns += 1
+        self.closed += closed
+        thought = next((message[key] for key in _REASONING if message.get(key) is not None), "")
+        parts = [*_THINK_MARK.split(message["content"]), str(thought)]
+        if lost := [part for part in map(str.strip, parts) if part not in text]:
+            self.partial += 1
+            self.lost = self.lost or lost[0]
+
+    def tell(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Warns once of what is not learned."""
+        if self.turns and not self.closed:
+            tell(
+                "the chat template closes the assistant's turns with no special token, so no end "
+                "is learned, and generation will not stop by itself: to learn one, let the "
+                f"template write {{{{ eos_token }}}} ({shown(tokenizer.eos_token)}) behind what "
+                "the assistant says"
+            )
+        if self.partial:
+            tell(
+                "the chat template leaves out or rewrites some of what the assistant says (its "
+                f"reasoning, say) in {self.partial} of {self.turns} turns, and that is not "
+                f"learned: the first such text is {shown(self.lost)}"
+            )
+        template = str(tokenizer.chat_template)
+        fields = sorted(self.fields.difference(_REASONING))
+        if unread := [name for name in fields if name not in template]:
+            tell(f"the chat template does not use {shown(unread)} of the conversations")

@@ -59,3 +59,10 @@ class DataConfig:
                 f"the largest of buckets {self.buckets} is below max_length {self.max_length}; "
                 "rows of that length would fit nowhere"
             )
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """The names of the fields that examples are read from."""
+        return frozenset(
+            (self.messages_field, self.prompt_field, self.completion_field, self.text_field)
+        )

@@ -1,17 +1,20 @@
 """Examples to rows of tokens: which fields, which tokens carry the loss, what is cut."""
 
 import dataclasses
+import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from loft_jax.data.chat import encode_chat
+from loft_jax.data.chat import encode_chats
 from loft_jax.data.config import DataConfig
-from loft_jax.data.text import encode_continuations, encode_starts
-from loft_jax.errors import InputError
+from loft_jax.data.templates import Chat
+from loft_jax.data.text import check_tokens, encode_continuations, encode_starts
+from loft_jax.data.told import Joins, tell_unused
+from loft_jax.errors import InputError, explained, shown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,7 +23,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _CHUNK = 1000  # rows handed to the tokenizer at once
 
-_Encoded = tuple[list[int], list[bool]]  # token ids; which of them carry the loss
+_TOOLS = "tools"
+
+_Encoded = tuple[int, list[int], list[bool]]  # row; token ids; which of them carry the loss
 
 
 class Example(NamedTuple):
@@ -68,10 +73,14 @@ def tokenize(
     rows: "Dataset | Sequence[Mapping[str, Any]]",
     tokenizer: "PreTrainedTokenizerBase",
     config: DataConfig,
+    *,
+    vocab_size: int | None = None,
 ) -> TokenizedData:
     """Turn examples into tokens with a loss mask.
 
-    - `messages`: the tokenizer's chat template; loss on every assistant turn.
+    - `messages`: the tokenizer's chat template; loss on every assistant turn. A field `tools`
+      beside it, a list of JSON schemas of what the assistant may call or the JSON text of one, is
+      given to the template too.
     - `prompt` and `completion`: BOS (if the tokenizer has it) + prompt + completion + EOS; loss on
       the completion and EOS. The two are tokenized apart, so the completion's tokens are its own.
     - `text`: BOS + text + EOS; loss on all of it that has something before it. One that is longer
@@ -79,19 +88,21 @@ def tokenize(
       before: every token is predicted once.
 
     Examples with nothing to learn (an empty completion, no assistant turn) are left out with a
-    warning that says how many; so are those of which `max_length` leaves nothing to learn.
+    warning that says how many; so are those of which `max_length` leaves nothing to learn. What
+    rows have and nothing is learned from is told by the log.
 
     Args:
         rows: Examples, as `load_examples` gives them or as plain dicts.
         tokenizer: A transformers tokenizer.
         config: Its field names and `max_length` are used.
+        vocab_size: The tokens that the model has weights for; None if no model is at hand.
 
     Returns:
         The examples that have something to learn, in order.
 
     Raises:
         InputError: A field is missing or is not text, the chat template is missing or cannot be
-            followed, or no example has anything to learn.
+            followed, the model has no weights for a token, or no example has anything to learn.
 
     Example:
         >>> data = tokenize(rows, tokenizer, DataConfig("reviews.jsonl"))  # doctest: +SKIP
@@ -99,7 +110,10 @@ def tokenize(
     kept: list[Example] = []
     empty = shortened = 0
     cut_away: list[int] = []  # lengths of the examples that max_length leaves nothing of
-    for ids, learn in _encoded(rows, tokenizer, config):
+    filler = pad_id(tokenizer)
+    check_tokens([filler], tokenizer, vocab_size, where="padding")
+    for index, ids, learn in _encoded(rows, tokenizer, config):
+        check_tokens(ids, tokenizer, vocab_size, where=f"row {index}")
         tokens, mask = np.asarray(ids, np.int32), np.asarray(learn, bool)
         mask[:1] = False  # nothing stands before the first token
         if not mask.any():
@@ -132,7 +146,7 @@ def tokenize(
         tokens=np.concatenate([example.tokens for example in kept]),
         loss_mask=np.concatenate([example.loss_mask for example in kept]),
         offsets=np.cumsum([0, *(len(example.tokens) for example in kept)], dtype=np.int64),
-        pad_id=pad_id(tokenizer),
+        pad_id=filler,
     )
 
 
@@ -171,9 +185,8 @@ def text_of(row: Mapping[str, Any], field: str, index: int) -> str:
     """The text in a field of a row, or an error that names both."""
     value = row.get(field)
     if not isinstance(value, str):
-        raise InputError(
-            f"row {index}: field {field!r} is {type(value).__name__} ({value!r}); expected text"
-        )
+        kind = type(value).__name__
+        raise InputError(f"row {index}: field {field!r} is {kind} ({shown(value)}); expected text")
     return value
 
 
@@ -181,7 +194,10 @@ def column_names(rows: "Dataset | Sequence[Mapping[str, Any]]") -> list[str]:
     """The fields of the examples."""
     if len(rows) == 0:
         raise InputError("the dataset is empty; expected examples")
-    return list(getattr(rows, "column_names", rows[0]))
+    return list(rows[0] if isinstance(rows, Sequence) else rows.column_names)
+
+
+_Numbered = Sequence[tuple[int, Mapping[str, Any]]]  # rows and their places in the dataset
 
 
 def _encoded(
@@ -189,52 +205,68 @@ def _encoded(
     tokenizer: "PreTrainedTokenizerBase",
     config: DataConfig,
 ) -> Iterator[_Encoded]:
-    encode = _encoder(column_names(rows), config)
+    columns = column_names(rows)
+    encode, used = _encoder(columns, config)
+    used = [name for name in used if name in columns]
+    tell_unused(columns, used, config)
+    if not isinstance(rows, Sequence):
+        rows = rows.select_columns(used)
+    yield from encode(_chunks(rows), tokenizer, config)
+
+
+def _chunks(rows: "Dataset | Sequence[Mapping[str, Any]]") -> Iterator[_Numbered]:
     # delay: only a dataset that takes a while shows a bar
     for start in tqdm(range(0, len(rows), _CHUNK), desc="tokenizing", leave=False, delay=2):
-        numbered = [(i, rows[i]) for i in range(start, min(start + _CHUNK, len(rows)))]
-        yield from encode(numbered, tokenizer, config)
+        yield [(i, rows[i]) for i in range(start, min(start + _CHUNK, len(rows)))]
 
 
-_Numbered = Sequence[tuple[int, Mapping[str, Any]]]  # a row and its place in the dataset
+_Encoder = Callable[
+    [Iterable[_Numbered], "PreTrainedTokenizerBase", DataConfig], Iterator[_Encoded]
+]
 
 
-def _encoder(
-    columns: Sequence[str], config: DataConfig
-) -> Callable[[_Numbered, "PreTrainedTokenizerBase", DataConfig], Iterator[_Encoded]]:
+def _encoder(columns: Sequence[str], config: DataConfig) -> tuple[_Encoder, list[str]]:
+    """How rows with these fields are encoded, and which of them are used."""
     if config.messages_field in columns:
-        return _encode_messages
+        return _encode_messages, [config.messages_field, _TOOLS]
     if config.prompt_field in columns and config.completion_field in columns:
-        return _encode_completions
+        return _encode_completions, [config.prompt_field, config.completion_field]
     if config.text_field in columns:
-        return _encode_texts
+        return _encode_texts, [config.text_field]
     pair = {config.prompt_field, config.completion_field}
     missing = pair.difference(columns) if pair.intersection(columns) else set()
     named = f"field {missing.pop()!r} is missing" if missing else "no known field"
     raise InputError(
-        f"{named}; found the fields {sorted(columns)}; expected {config.messages_field!r}, or "
-        f"{config.prompt_field!r} and {config.completion_field!r}, or {config.text_field!r}"
+        f"{named}; found the fields {shown(sorted(columns))}; expected {config.messages_field!r}, "
+        f"or {config.prompt_field!r} and {config.completion_field!r}, or {config.text_field!r}"
     )
 
 
 def _encode_completions(
-    numbered: _Numbered, tokenizer: "PreTrainedTokenizerBase", config: DataConfig
+    chunks: Iterable[_Numbered], tokenizer: "PreTrainedTokenizerBase", config: DataConfig
 ) -> Iterator[_Encoded]:
-    prompts = [text_of(row, config.prompt_field, i) for i, row in numbered]
-    completions = [text_of(row, config.completion_field, i) for i, row in numbered]
-    starts = encode_starts(tokenizer, prompts)
-    ends = _closed(tokenizer, encode_continuations(tokenizer, completions))
-    for start, end in zip(starts, ends, strict=True):
-        yield start + end, [False] * len(start) + [True] * len(end)
+    joins = Joins()
+    for numbered in chunks:
+        prompts = [text_of(row, config.prompt_field, i) for i, row in numbered]
+        completions = [text_of(row, config.completion_field, i) for i, row in numbered]
+        starts = encode_starts(tokenizer, prompts)
+        ends = _closed(tokenizer, encode_continuations(tokenizer, completions))
+        for prompt, completion in zip(prompts, completions, strict=True):
+            joins.add(prompt, completion)
+        for (index, _), start, end in zip(numbered, starts, ends, strict=True):
+            yield index, start + end, [False] * len(start) + [True] * len(end)
+    joins.tell()
 
 
 def _encode_texts(
-    numbered: _Numbered, tokenizer: "PreTrainedTokenizerBase", config: DataConfig
+    chunks: Iterable[_Numbered], tokenizer: "PreTrainedTokenizerBase", config: DataConfig
 ) -> Iterator[_Encoded]:
-    texts = [text_of(row, config.text_field, i) for i, row in numbered]
-    for text, ids in zip(texts, _closed(tokenizer, encode_starts(tokenizer, texts)), strict=True):
-        for piece in _pieces(ids, config.max_length):
-            yield piece, [text != ""] * len(piece)
+    for numbered in chunks:
+        texts = [text_of(row, config.text_field, i) for i, row in numbered]
+        whole = _closed(tokenizer, encode_starts(tokenizer, texts))
+        for (index, _), text, ids in zip(numbered, texts, whole, strict=True):
+            for piece in _pieces(ids, config.max_length):
+                yield index, piece, [text != ""] * len(piece)
 
 
 def _pieces(ids: list[int], max_length: int) -> Iterator[list[int]]:
@@ -245,22 +277,41 @@ def _pieces(ids: list[int], max_length: int) -> Iterator[list[int]]:
 
 
 def _encode_messages(
-    numbered: _Numbered, tokenizer: "PreTrainedTokenizerBase", config: DataConfig
+    chunks: Iterable[_Numbered], tokenizer: "PreTrainedTokenizerBase", config: DataConfig
 ) -> Iterator[_Encoded]:
-    for index, row in numbered:
-        messages = row.get(config.messages_field)
-        where = f"row {index}, field {config.messages_field!r}"
-        if not (isinstance(messages, list) and messages and all(map(_is_message, messages))):
-            raise InputError(
-                f"{where}: found {messages!r:.80}; "
-                "expected a list of messages, each with the texts role and content"
-            )
-        yield encode_chat(tokenizer, messages, where=where)
+    chats = (_chat(index, row, config) for numbered in chunks for index, row in numbered)
+    for index, (ids, said) in enumerate(encode_chats(tokenizer, chats)):
+        yield index, ids, said
+
+
+def _chat(index: int, row: Mapping[str, Any], config: DataConfig) -> Chat:
+    messages = row.get(config.messages_field)
+    where = f"row {index}, field {config.messages_field!r}"
+    if not (isinstance(messages, list) and messages and all(map(_is_message, messages))):
+        raise InputError(
+            f"{where}: found {shown(messages)}; "
+            "expected a list of messages, each with the texts role and content"
+        )
+    return Chat(where, messages, _tools(index, row.get(_TOOLS)))
 
 
 def _is_message(message: object) -> bool:
     return isinstance(message, Mapping) and all(
         isinstance(message.get(key), str) for key in ("role", "content")
+    )
+
+
+def _tools(index: int, found: Any) -> list[dict[str, Any]] | None:
+    """What the assistant may call: a list of JSON schemas, or the JSON text of one."""
+    tools = found
+    if isinstance(found, str):
+        with explained(f"row {index}, field {_TOOLS!r}: cannot be read as JSON"):
+            tools = json.loads(found) if found else None
+    if tools is None or (isinstance(tools, list) and all(isinstance(t, Mapping) for t in tools)):
+        return tools
+    raise InputError(
+        f"row {index}, field {_TOOLS!r}: found {shown(found)}; expected a list of objects, or the "
+        "JSON text of one"
     )
 
 

@@ -1,19 +1,20 @@
-"""Examples from files, folders and the hub, through `datasets`."""
+"""Examples from files, folders and the hub, as `datasets` tables."""
 
 import csv
 import glob
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loft_jax.data.config import DataConfig
-from loft_jax.errors import InputError
+from loft_jax.errors import InputError, cut, explained, shown
+from loft_jax.files import inside, read_json, regular_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# file ending -> the builder of `datasets` that reads it
+# file ending -> what reads it: "json" is ours, the others are builders of `datasets`
 _BUILDERS = {
     ".json": "json",
     ".jsonl": "json",
@@ -29,9 +30,10 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 def load_examples(config: DataConfig) -> "Dataset":
     """Read the examples that `config` names.
 
-    A local path never touches the network, and nothing is written beside it: what `datasets`
-    converts goes to its own cache. CSV and TSV cells are read as text, whatever they look like. In
-    a folder, hidden files, folders and files with other endings (a README, say) are passed over.
+    A local path never touches the network, no code of a folder is run, and nothing is written
+    beside it: what `datasets` converts goes to its own cache. CSV and TSV cells are read as text,
+    and so are the texts of JSON, whatever they look like. In a folder, hidden files, folders and
+    files with other endings (a README, say) are passed over; files may differ in their fields.
 
     Args:
         config: Its `path`, `split` and `name` are used.
@@ -45,10 +47,11 @@ def load_examples(config: DataConfig) -> "Dataset":
     """
     path = Path(config.path).expanduser()
     if path.is_dir():
-        saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
-        examples = _read_saved(path, config.split) if saved else _read_folder(path, config.split)
-    elif path.is_file():
-        examples = _read_files({"train": [path]}, config.split, shown=path)
+        saved = any((path / name).exists() for name in (_SAVED_SPLITS, _SAVED))
+        read = _read_saved if saved else _read_folder
+        examples = read(path, config)
+    elif path.exists():
+        examples = _read_files({"train": [path]}, config, source=path)
     elif path.suffix.lower() in _BUILDERS or not _HUB_ID.fullmatch(config.path):
         raise InputError(f"{config.path}: no such file or folder; expected {_EXPECTED}")
     else:
@@ -64,39 +67,55 @@ _EXPECTED = (
 )
 
 
-def _read_files(by_split: dict[str, list[Path]], split: str, *, shown: Path) -> "Dataset":
+def _read_files(by_split: dict[str, list[Path]], config: DataConfig, *, source: Path) -> "Dataset":
     """One split out of files of one format."""
-    from datasets import Features, Value, load_dataset
-
     files = [file for part in by_split.values() for file in part]
-    unknown = [file for file in files if file.suffix.lower() not in _BUILDERS]
-    if unknown:
-        raise InputError(
-            f"{unknown[0]}: unknown ending {unknown[0].suffix!r}; expected {_EXPECTED}"
-        )
-    builders = {_BUILDERS[file.suffix.lower()] for file in files}
-    separators = {"\t" if file.suffix.lower() == ".tsv" else "," for file in files}
-    if len(builders) > 1 or len(separators) > 1:
-        endings = ", ".join(sorted({file.suffix for file in files}))
-        raise InputError(f"{shown}: holds files of several formats ({endings}); expected one")
     for file in files:
-        if file.stat().st_size == 0:
+        if file.suffix.lower() not in _BUILDERS:
+            raise InputError(f"{file}: unknown ending {file.suffix!r:.200}; expected {_EXPECTED}")
+        if regular_file(file, "examples").stat().st_size == 0:
             raise InputError(f"{file}: the file is empty; expected examples")
-    options: dict[str, Any] = {}
-    builder = builders.pop()
-    try:
-        if builder == "csv":
-            # Without this, pandas reads the words "None" and "NA" as missing, and "1" as a number.
-            columns = _csv_columns(files[0], separator := separators.pop())
-            features = Features({column: Value("string") for column in columns})
-            options = {"sep": separator, "na_filter": False, "features": features}
-        patterns = {
-            name: [glob.escape(str(file.resolve())) for file in part]
-            for name, part in by_split.items()
-        }
-        return load_dataset(builder, data_files=patterns, split=split, **options)
-    except Exception as error:  # each reader raises kinds of its own for a file it cannot read
-        raise InputError(f"{shown}: cannot be read as {builder}: {_reason(error)}") from error
+    formats = {(_BUILDERS[ending], ending == ".tsv") for ending in map(_ending, files)}
+    if len(formats) > 1:
+        endings = ", ".join(sorted({file.suffix for file in files}))
+        raise InputError(f"{source}: holds files of several formats ({endings}); expected one")
+    ((builder, tabs),) = formats
+    with explained(f"{source}: cannot be read as {builder}"):
+        if builder == "json":
+            return _read_json(by_split, config)
+        return _build(builder, by_split, config.split, separator="\t" if tabs else ",")
+
+
+def _ending(file: Path) -> str:
+    return file.suffix.lower()
+
+
+def _read_json(by_split: Mapping[str, Sequence[Path]], config: DataConfig) -> "Dataset":
+    from loft_jax.data.json_rows import read_json_rows
+
+    return read_json_rows(by_split, config.split, known=config.fields)
+
+
+def _build(
+    builder: str, by_split: dict[str, list[Path]], split: str, *, separator: str
+) -> "Dataset":
+    """One split out of files that a builder of `datasets` reads."""
+    from datasets import Dataset, Features, Value
+
+    patterns = {
+        name: [glob.escape(str(file.resolve())) for file in part] for name, part in by_split.items()
+    }
+    # Not `load_dataset`, which reports to the hub what it is asked to load.
+    if builder == "parquet":
+        return Dataset.from_parquet(patterns, split=split)
+    if builder == "text":
+        return Dataset.from_text(patterns, split=split)
+    # Without these, pandas reads the words "None" and "NA" as missing, and "1" as a number.
+    columns = _csv_columns(next(iter(by_split.values()))[0], separator)
+    features = Features({column: Value("string") for column in columns})
+    return Dataset.from_csv(
+        patterns, split=split, features=features, sep=separator, na_filter=False
+    )
 
 
 def _csv_columns(file: Path, separator: str) -> list[str]:
@@ -106,20 +125,20 @@ def _csv_columns(file: Path, separator: str) -> list[str]:
     if len(first) > len(header):  # pandas would take the first columns for an index
         raise ValueError(f"the first row has {len(first)} cells and the header {len(header)}")
     if len(set(header)) < len(header):
-        raise ValueError(f"the header {header} names a column twice")
+        raise ValueError(f"the header {shown(header)} names a column twice")
     return header
 
 
-def _read_folder(folder: Path, split: str) -> "Dataset":
+def _read_folder(folder: Path, config: DataConfig) -> "Dataset":
     by_split: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir()):
         hidden = file.name.startswith(".")
-        if file.is_file() and not hidden and file.suffix.lower() in _BUILDERS:
+        if not (hidden or file.is_dir()) and file.suffix.lower() in _BUILDERS:
             by_split.setdefault(_split_of(file), []).append(file)
     if not by_split:
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "nothing"
-        raise InputError(f"{folder}: no data file (found {found}); expected {_EXPECTED}")
-    return _read_files(by_split, split, shown=folder)
+        raise InputError(f"{folder}: no data file (found {cut(found)}); expected {_EXPECTED}")
+    return _read_files(by_split, config, source=folder)
 
 
 def _split_of(file: Path) -> str:
@@ -132,44 +151,52 @@ def _split_of(file: Path) -> str:
     return "train"
 
 
-def _read_saved(folder: Path, split: str) -> "Dataset":
+def _read_saved(folder: Path, config: DataConfig) -> "Dataset":
     """One split of what `save_to_disk` wrote."""
     from datasets import DatasetDict, ReadInstruction, load_from_disk
 
-    try:
+    with explained(f"{folder}: empty or damaged, cannot be loaded from disk"):
+        _check_saved(folder)
         loaded = load_from_disk(str(folder))
         splits = loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
         sizes = {name: len(rows) for name, rows in splits.items()}
-        part, *more = ReadInstruction.from_spec(split).to_absolute(sizes)
+        part, *more = ReadInstruction.from_spec(config.split).to_absolute(sizes)
         if more:
-            raise ValueError(f"split is {split!r}; expected one split or a slice of one")
+            raise ValueError(f"split is {config.split!r}; expected one split or a slice of one")
         return splits[part.splitname].select(range(part.from_, part.to))
-    except Exception as error:  # a damaged folder fails in as many ways as it has files
-        raise InputError(
-            f"{folder}: empty or damaged, cannot be loaded from disk: {_reason(error)}"
-        ) from error
+
+
+_SAVED_SPLITS, _SAVED, _SAVED_FEATURES = "dataset_dict.json", "state.json", "dataset_info.json"
+_SPLIT = re.compile(r"\w+(\.\w+)*")  # as `datasets` has it
+
+
+def _check_saved(folder: Path) -> None:
+    """That what a saved folder names are files in it: `datasets` opens whatever it names."""
+    parts = [folder]
+    if (folder / _SAVED_SPLITS).exists():
+        names = read_json(folder / _SAVED_SPLITS)["splits"]
+        if odd := [name for name in names if not _SPLIT.fullmatch(name)]:
+            raise ValueError(f"{_SAVED_SPLITS} names the split {shown(odd[0])}; expected a word")
+        parts = [inside(folder, name) for name in names]
+    for part in parts:
+        regular_file(part / _SAVED_FEATURES, "the features of a saved dataset")
+        for file in read_json(part / _SAVED)["_data_files"]:
+            regular_file(inside(part, file["filename"]), "rows of a saved dataset")
 
 
 def _read_hub(config: DataConfig) -> "Dataset":
-    from datasets import load_dataset
+    from datasets import DownloadManager, load_dataset, load_dataset_builder
 
-    try:
-        return load_dataset(config.path, config.name, split=config.split)
-    except Exception as error:  # network, hub, builder: the user can only be told which
-        raise InputError(
-            f"{config.path}: not a file or folder here, and it cannot be loaded from the hub: "
-            f"{_reason(error)}; expected {_EXPECTED}"
-        ) from error
-
-
-def _reason(error: BaseException) -> str:
-    """The innermost message: `datasets` wraps the reader's own words twice."""
-    chain = list(_causes(error))
-    messages = [str(link).strip() for link in chain if str(link).strip()]
-    return messages[-1] if messages else type(error).__name__
-
-
-def _causes(error: BaseException | None) -> Iterable[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
+    with explained(
+        f"{config.path}: not a file or folder here (expected {_EXPECTED}), "
+        "and it cannot be loaded from the hub"
+    ):
+        builder = load_dataset_builder(config.path, config.name)
+        if builder.name != "json":
+            return load_dataset(config.path, config.name, split=config.split)
+        manager = DownloadManager()
+        fetched = manager.download_and_extract(dict(builder.config.data_files))
+        by_split = {
+            str(name): list(map(Path, manager.iter_files(files))) for name, files in fetched.items()
+        }
+        return _read_json(by_split, config)

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from loft_jax.errors import InputError, shown
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -52,6 +54,32 @@ def encode_continuations(
         ids[len(anchor) :] if ids[: len(anchor)] == anchor else alone
         for ids, alone in zip(joined, plain, strict=True)
     ]
+
+
+def check_tokens(
+    ids: Sequence[int],
+    tokenizer: "PreTrainedTokenizerBase",
+    vocab_size: int | None,
+    *,
+    where: str,
+) -> None:
+    """Refuses tokens that a model has no weights for; looked up all the same, they are any others.
+
+    Args:
+        ids: Of tokens.
+        tokenizer: That gave them.
+        vocab_size: The tokens that the model has weights for; None asks for nothing.
+        where: Names what they stand for, in the error.
+
+    Raises:
+        InputError: One of them is of another model.
+    """
+    if vocab_size is not None and (largest := max(ids, default=0)) >= vocab_size:
+        token = tokenizer.convert_ids_to_tokens([largest])[0]
+        raise InputError(
+            f"{where}: the tokenizer gives token {largest} ({shown(token)}), and the weights have "
+            f"{vocab_size} rows; expected a tokenizer and weights that belong together"
+        )
 
 
 def _encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:

@@ -1,7 +1,10 @@
 import socket
 
 import datasets
+import huggingface_hub
 import pytest
+
+from loft_jax.data.told import tell
 
 
 @pytest.fixture(autouse=True)
@@ -12,10 +15,23 @@ def own_datasets_cache(tmp_path_factory, monkeypatch):
     datasets.disable_progress_bars()
 
 
+@pytest.fixture(autouse=True)
+def nothing_told_before():
+    tell.cache_clear()
+
+
 @pytest.fixture
 def no_network(monkeypatch):
+    """No connection is asked for, though the libraries are told that there is a network."""
+    asked = []
+
     def refuse(*args, **kwargs):
-        raise AssertionError("a local path reached for the network")
+        asked.append(args)
+        raise OSError("a local path reached for the network")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    yield
+    assert not asked

@@ -1,3 +1,4 @@
+import json
 import logging
 
 import datasets
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from loft_jax.data import DataConfig, Example, tokenize
 from loft_jax.data.encode import truncate
 from loft_jax.errors import InputError
-from tests.tiny import tiny_tokenizer
+from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 BOS, EOS = TOKENIZER.bos_token_id, TOKENIZER.eos_token_id
@@ -56,6 +57,42 @@ def test_messages_from_a_dataset():
     (example,) = list(encode(datasets.Dataset.from_list([{"messages": chat}])))
     assert TOKENIZER.decode(example.tokens) == TOKENIZER.apply_chat_template(chat, tokenize=False)
     assert TOKENIZER.decode(example.tokens[example.loss_mask]) == "four<|end|>"
+
+
+TOOLED = "{% if tools %}<|start|>system\n{{ tools | tojson }}<|end|>\n{% endif %}" + CHAT_TEMPLATE
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"scale": 0.7}}}]
+
+
+@pytest.mark.parametrize("template", [TOOLED, {"default": CHAT_TEMPLATE, "tool_use": TOOLED}])
+def test_tools_beside_messages_are_rendered_as_transformers_does(template):
+    tokenizer = tiny_tokenizer(chat_template=template)
+    chat = [
+        {"role": "user", "content": "two?"},
+        {"role": "assistant", "content": "four"},
+        {"role": "user", "content": "sure?"},
+        {"role": "assistant", "content": "yes"},
+    ]
+    rows = [{"messages": chat, "tools": tools} for tools in (TOOLS, json.dumps(TOOLS), None, "")]
+    for example, tools in zip(encode(rows, tokenizer), (TOOLS, TOOLS, None, None), strict=True):
+        expected = tokenizer.apply_chat_template(chat, tools=tools, tokenize=False)
+        assert tokenizer.decode(example.tokens) == expected
+        learned = tokenizer.decode(example.tokens[example.loss_mask])
+        assert learned == "four<|end|>yes<|end|>"
+
+
+@pytest.mark.parametrize(
+    ("tools", "message"),
+    [
+        ("[{", "row 0, field 'tools': cannot be read as JSON: "),
+        ("3", "row 0, field 'tools': found '3'; expected a list of objects"),
+        ([["f"]], r"row 0, field 'tools': found \[\['f'\]\]; expected a list of objects"),
+        ({"name": "f"}, "row 0, field 'tools': found {'name': 'f'}; expected a list"),
+        ("[" * 20_000, "row 0, field 'tools': cannot be read as JSON: RecursionError"),
+    ],
+)
+def test_tools_that_are_none(tools, message):
+    with pytest.raises(InputError, match=message):
+        encode([{"messages": [{"role": "assistant", "content": "four"}], "tools": tools}])
 
 
 def test_field_names_and_their_precedence():
@@ -181,6 +218,7 @@ def test_missing_field(row, message):
         ([{"prompt": None, "completion": "b"}], "row 0: field 'prompt' is NoneType"),
         ([{"text": "a"}, {"text": ["b"]}], "row 1: field 'text' is list"),
         ([{"text": "a"}, {"words": "b"}], "row 1: field 'text' is NoneType"),
+        ([{"text": ["b" * 9999] * 50}], r"row 0: field 'text' is list \(\['bbb.{1,200}; expected"),
         ([{"messages": "hi"}], "row 0, field 'messages': found 'hi'; expected a list of messages"),
         ([{"messages": []}], r"row 0, field 'messages': found \[\]"),
         ([{"messages": [{"role": "user"}]}], "each with the texts role and content"),
@@ -207,3 +245,52 @@ def test_tokenizer_without_eos():
 def test_prompt_without_any_token_leaves_the_first_token_unlearned():
     (example,) = list(encode([{"prompt": "", "completion": "a joy"}], tiny_tokenizer(bos=False)))
     assert example.loss_mask.tolist() == [False] + [True] * (len(example.tokens) - 1)
+
+
+def test_fields_that_are_passed_over_are_told_once(caplog):
+    chat = [{"role": "assistant", "content": "four"}]
+    row = {"messages": chat, "prompt": "a ", "completion": "b", "source": "web"}
+    with caplog.at_level(logging.INFO, logger="loft_jax"):
+        for _ in range(2):
+            encode(datasets.Dataset.from_list([row]))
+    warning, info = caplog.records
+    assert (warning.levelname, info.levelname) == ("WARNING", "INFO")
+    assert "['completion', 'prompt'] of the rows are not used: ['messages'] go" in warning.message
+    assert "['source'] of the rows are not used" in info.message
+
+
+def test_only_fields_that_are_used_are_decoded():
+    class Undecodable(datasets.Json):
+        def decode_example(self, value, token_per_repo_id=None):
+            raise AssertionError("decoded")
+
+    features = datasets.Features({"text": datasets.Value("string"), "meta": Undecodable()})
+    rows = datasets.Dataset.from_dict({"text": ["a joy"], "meta": [{"a": 1}]}, features=features)
+    assert len(encode(rows)) == 1
+
+
+def test_words_that_run_together_are_told_once(caplog):
+    apart = {"prompt": "Q? ", "completion": "A"}
+    for joined in [{"prompt": "Q?", "completion": "A"}, {"prompt": "", "completion": "B"}]:
+        encode([joined, joined])
+        encode([joined, {"prompt": "Q?", "completion": "A"}, apart])
+    assert len(caplog.records) == 1
+    assert "the first of them becomes 'Q?A'" in caplog.text
+
+
+def test_token_that_the_model_has_no_weights_for():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<|tool|>"], special_tokens=True)
+    rows = [{"prompt": "a", "completion": " joy"}, {"prompt": "a", "completion": " <|tool|>"}]
+    whole = len(tokenizer)
+    assert len(tokenize(rows, tokenizer, DataConfig("rows"), vocab_size=whole)) == 2
+    message = (
+        rf"row 1: the tokenizer gives token {whole - 1} \('<\|tool\|>'\), and the weights have"
+    )
+    for field in ("prompt", "completion"):
+        wrong = [rows[0], {"prompt": "a", "completion": " b", field: "<|tool|>"}]
+        with pytest.raises(InputError, match=message):
+            tokenize(wrong, tokenizer, DataConfig("rows"), vocab_size=whole - 1)
+    tokenizer.pad_token = "<|tool|>"
+    with pytest.raises(InputError, match=rf"padding: the tokenizer gives token {whole - 1}"):
+        tokenize(rows[:1], tokenizer, DataConfig("rows"), vocab_size=whole - 1)

@@ -1,4 +1,6 @@
+import gzip
 import json
+import os
 
 import datasets
 import pytest
@@ -114,8 +116,80 @@ BROKEN = {
 def test_unreadable_file(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(BROKEN[name])
-    with pytest.raises(InputError, match=rf"{name}: cannot be read as \w+: .+"):
+    with pytest.raises(InputError, match=rf"{name}: (row \d )?cannot be read as \w+: .+"):
         read(path)
+
+
+def test_date_like_texts_stay_texts(tmp_path):
+    rows = [{"prompt": "When? ", "completion": day} for day in ("2021-01-11", "2021-02-12")]
+    assert read(write(tmp_path / "rows.jsonl", rows)) == rows
+    assert read(write(tmp_path / "rows.json", rows)) == rows
+
+
+def test_files_of_a_folder_may_differ_in_their_fields(tmp_path):
+    write(tmp_path / "a.jsonl", [{**ROWS[0], "id": 1}])
+    write(tmp_path / "b.jsonl", [{**ROWS[1], "id": "x-2", "source": "web"}])
+    assert list(load_examples(DataConfig(str(tmp_path)))) == [
+        {**ROWS[0], "id": 1, "source": None},
+        {**ROWS[1], "id": "x-2", "source": "web"},
+    ]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+def test_slices_are_those_of_datasets(tmp_path, ending):
+    rows = [{"text": f"row {i}"} for i in range(7)]
+    write(tmp_path / f"train.{ending}", rows)
+    write(tmp_path / f"test.{ending}", rows[:3])
+    splits = {"train": rows, "test": rows[:3]}
+    by_hand = {
+        "train[:50%]": rows[:4], "train[-2:]": rows[-2:], "test[1:]": rows[1:3],
+        "train[5:]+test": rows[5:] + rows[:3], "train": splits["train"],
+    }  # fmt: skip
+    for split, expected in by_hand.items():
+        assert read(tmp_path, split=split) == expected, split
+    assert len(read(tmp_path, split="all")) == 10
+
+
+def test_no_code_of_a_folder_is_run(tmp_path):
+    write(tmp_path / "rows.jsonl")
+    for name in (f"{tmp_path.name}.py", "rows.py", "__init__.py", "json.py"):
+        (tmp_path / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    assert read(tmp_path) == ROWS
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl", "csv", "txt", "parquet"])
+def test_a_pipe_is_not_waited_for(tmp_path, ending):
+    os.mkfifo(tmp_path / f"rows.{ending}")
+    for path in (tmp_path / f"rows.{ending}", tmp_path):
+        with pytest.raises(InputError, match=rf"rows.{ending}: is a pipe or a device"):
+            read(path)
+
+
+@pytest.mark.parametrize("name", ["state.json", "dataset_info.json", "data-00000-of-00001.arrow"])
+def test_a_pipe_in_a_saved_dataset_is_not_waited_for(tmp_path, name):
+    datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)).save_to_disk(str(tmp_path / "s"))
+    (tmp_path / "s" / "train" / name).unlink()
+    os.mkfifo(tmp_path / "s" / "train" / name)
+    with pytest.raises(InputError, match=f"{name}: is a pipe or a device"):
+        read(tmp_path / "s")
+
+
+def test_a_saved_dataset_names_only_what_is_in_it(tmp_path):
+    for name in ("own", "other"):
+        datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)).save_to_disk(
+            str(tmp_path / name)
+        )
+    state = tmp_path / "own" / "train" / "state.json"
+    content = json.loads(state.read_text())
+    content["_data_files"][0]["filename"] = "../../other/train/data-00000-of-00001.arrow"
+    state.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="expected one inside the folder"):
+        read(tmp_path / "own")
+    for split in ("../other/train", "train::http://localhost/x"):
+        (tmp_path / "own" / "dataset_dict.json").write_text(json.dumps({"splits": [split]}))
+        with pytest.raises(InputError, match=r"names the split .*; expected a word"):
+            read(tmp_path / "own")
 
 
 @pytest.mark.parametrize("name", ["e.json", "e.jsonl", "e.csv", "e.txt", "e.parquet"])
@@ -141,7 +215,10 @@ def test_saved_dataset_without_examples(tmp_path):
 def test_damaged_saved_dataset(tmp_path):
     datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
     (tmp_path / "saved" / "data-00000-of-00001.arrow").unlink()
-    with pytest.raises(InputError, match=r"saved: .*cannot be loaded from disk"):
+    with pytest.raises(InputError, match=r"saved/data-.*arrow: no such file"):
+        read(tmp_path / "saved")
+    (tmp_path / "saved" / "data-00000-of-00001.arrow").write_bytes(b"cut off")
+    with pytest.raises(InputError, match=r"saved: .*cannot be loaded from disk: .+"):
         read(tmp_path / "saved")
 
 
@@ -179,20 +256,36 @@ def test_unknown_split_names_those_there_are(tmp_path, saved):
 
 
 def test_unreachable_hub(monkeypatch):
-    def refuse(path, name, *, split):
-        assert (path, name, split) == ("someone/reviews", "small", "test")
+    def refuse(path, name):
+        assert (path, name) == ("someone/reviews", "small")
         raise ConnectionError("no route to the hub")
 
-    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    monkeypatch.setattr(datasets, "load_dataset_builder", refuse)
     message = r"someone/reviews: not a file or folder here.* hub: no route to the hub"
     with pytest.raises(InputError, match=message):
         read("someone/reviews", name="small", split="test")
 
 
-def test_hub_dataset_is_asked_for_by_id_name_and_split(monkeypatch):
-    table = datasets.Dataset.from_list(ROWS)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, split: table)
-    assert read("someone/reviews") == ROWS
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "csv"])
+def test_hub_dataset_is_read_as_its_files_would_be(tmp_path, monkeypatch, ending):
+    # A repository of the hub, as `datasets` sees it: a folder whose card names the files.
+    rows = [{"prompt": "When? ", "completion": "on 2021-01-11"}, ROWS[1]]
+    if ending != "csv":
+        rows[0]["completion"] = rows[1]["completion"] = "2021-01-11"
+    card = f"configs:\n- config_name: small\n  data_files:\n  - split: test\n    path: a.{ending}\n"
+    (tmp_path / "README.md").write_text(f"---\n{card}---\n")
+    write(tmp_path / ("a.csv" if ending == "csv" else "a.jsonl"), rows)
+    if ending == "jsonl.gz":
+        (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    builder, load = datasets.load_dataset_builder, datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda _, name: builder(
+        str(tmp_path), name
+    ))  # fmt: skip
+    monkeypatch.setattr(datasets, "load_dataset", lambda _, name, split: load(
+        str(tmp_path), name, split=split
+    ))  # fmt: skip
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    assert read("someone/reviews", name="small", split="test") == rows
 
 
 @pytest.mark.parametrize(

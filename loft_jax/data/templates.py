@@ -1,0 +1,233 @@
+"""Chat templates, which are programs that strangers wrote, rendered in a process of its own."""
+
+import atexit
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from loft_jax.data.told import tell
+from loft_jax.errors import InputError, cut, explained, shown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SECONDS = 10.0  # that a row may take
+_MEMORY = 2**31  # bytes that rendering may take
+_CHARACTERS = 2**24  # that a row may become
+_ROWS = 64  # handed over at once, or as many as have this many characters:
+_CHUNK = 2**20
+
+_WORKER = Path(__file__).with_name("template_worker.py")
+
+Message = dict[str, Any]
+
+
+class Start(NamedTuple):
+    """The beginning of a conversation.
+
+    Args:
+        turns: How many messages it has.
+        content: What the last of them has for content; None is its own.
+        prompted: The generation prompt stands behind them.
+    """
+
+    turns: int
+    content: str | None = None
+    prompted: bool = False
+
+
+class Chat(NamedTuple):
+    """A conversation to render.
+
+    Args:
+        where: Names it in errors.
+        messages: Its turns.
+        tools: What the assistant may call, as JSON schemas, if the row has any.
+    """
+
+    where: str
+    messages: Sequence[Message]
+    tools: list[dict[str, Any]] | None = None
+
+
+class Rendered(NamedTuple):
+    """A conversation as its template writes it.
+
+    Args:
+        whole: The text.
+        starts: Of each start asked for, its length if the whole begins with it; else its text.
+    """
+
+    whole: str
+    starts: list[int | str]
+
+
+def render_chats(
+    tokenizer: "PreTrainedTokenizerBase", chats: Iterable[tuple[Chat, Sequence[Start]]]
+) -> Iterator[tuple[Chat, Rendered]]:
+    """Renders conversations as `tokenizer.apply_chat_template` does, out of reach of this process.
+
+    A template is a program in the files of a model. It runs in another process, under limits on
+    its time, its memory and what it writes, and what it raises becomes one message. There it is
+    always 26 July 2024, the day that Llama's templates write where they know none: a template that
+    prints the day would teach another text every day. A warning says so where it matters.
+
+    Args:
+        tokenizer: Has the template, and the special tokens it names.
+        chats: Conversations, and which beginnings of each are wanted.
+
+    Yields:
+        The conversations, with what they become.
+
+    Raises:
+        InputError: There is no template to use, or it refuses a conversation, fails on it or
+            exceeds a limit.
+    """
+    dated = False
+    unanswered = 0
+    worker: _Worker | None = None
+    try:
+        for chunk, text in _chunks(tokenizer, chats):
+            worker = worker or _take()
+            _hand_over(worker, text, chunk[0][0].where)
+            unanswered = len(chunk)
+            for chat, _ in chunk:
+                answer = _answer(worker, chat.where)
+                unanswered -= 1
+                if "error" in answer:
+                    said = cut(" ".join(answer["error"].split()))
+                    raise InputError(
+                        f"{chat.where}: the chat template refuses the messages: {said}"
+                    )
+                dated |= answer["dated"]
+                yield chat, Rendered(answer["whole"], answer["starts"])
+    finally:
+        if worker and unanswered:
+            _end(worker)  # what it still writes is of no use to the next
+        elif worker:
+            _idle.append(worker)
+    if dated:
+        tell(
+            "the chat template writes the day: it is 26 July 2024 in every example, so that what "
+            "is learned does not depend on the day of the run"
+        )
+
+
+def _chunks(
+    tokenizer: "PreTrainedTokenizerBase", chats: Iterable[tuple[Chat, Sequence[Start]]]
+) -> Iterator[tuple[list[tuple[Chat, Sequence[Start]]], str]]:
+    """Some conversations at a time, with what the worker is sent of them."""
+    held: list[tuple[Chat, Sequence[Start]]] = []
+    rows: list[str] = []
+    templates: dict[str, int] = {}
+
+    def text() -> str:
+        told = {"templates": list(templates), "variables": tokenizer.special_tokens_map}
+        return f'{json.dumps(told, default=str)[:-1]}, "rows": [{", ".join(rows)}]}}\n'
+
+    for chat, starts in chats:
+        template = _template(tokenizer, chat)
+        row = {
+            "template": templates.setdefault(template, len(templates)),
+            # As transformers has it: what is null is absent.
+            "messages": [
+                {key: value for key, value in message.items() if value is not None}
+                for message in chat.messages
+            ],
+            "tools": chat.tools,
+            "starts": starts,
+        }
+        with explained(f"{chat.where}: cannot be given to the chat template"):
+            rows.append(json.dumps(row, default=_placeholder))
+        held.append((chat, starts))
+        if len(rows) == _ROWS or sum(map(len, rows)) > _CHUNK:
+            yield held, text()
+            held, rows = [], []
+    if held:
+        yield held, text()
+
+
+def _placeholder(value: Any) -> str:
+    return f"<{type(value).__name__}>"  # what transformers gives a template in its place
+
+
+def _template(tokenizer: "PreTrainedTokenizerBase", chat: Chat) -> str:
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"{chat.where}: the tokenizer has no chat template; expected one, "
+            "or prompt and completion fields in place of messages"
+        )
+    try:
+        template = tokenizer.get_chat_template(None, chat.tools)
+    except ValueError as error:
+        raise InputError(
+            f"{chat.where}: the tokenizer has chat templates of the names "
+            f"{shown(sorted(tokenizer.chat_template))}; expected one of the name 'default'"
+        ) from error
+    if not isinstance(template, str):
+        raise InputError(f"{chat.where}: the chat template is {shown(template)}; expected a text")
+    return template
+
+
+_Worker = subprocess.Popen[bytes]
+
+_idle: list[_Worker] = []
+
+
+def _take() -> _Worker:
+    """A worker that nobody uses, or a new one."""
+    while _idle:
+        if (worker := _idle.pop()).poll() is None:
+            return worker
+    limits = map(str, (_SECONDS, _MEMORY, _CHARACTERS))
+    # -P: the files beside it are not for it to import. Sets have one order in all processes.
+    return subprocess.Popen(
+        [sys.executable, "-P", str(_WORKER), *limits],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0"},
+        start_new_session=True,  # an interrupt from the keyboard is for this process to handle
+    )
+
+
+def _hand_over(worker: _Worker, text: str, where: str) -> None:
+    assert worker.stdin is not None
+    try:
+        worker.stdin.write(text.encode())
+        worker.stdin.flush()
+    except OSError as error:
+        raise _ended(worker, where) from error
+
+
+def _answer(worker: _Worker, where: str) -> dict[str, Any]:
+    assert worker.stdout is not None
+    line = worker.stdout.readline()
+    if not line.endswith(b"\n"):
+        raise _ended(worker, where)
+    return json.loads(line)
+
+
+def _ended(worker: _Worker, where: str) -> InputError:
+    code = worker.wait()
+    if code == -signal.SIGALRM:
+        return InputError(f"{where}: the chat template takes more than {_SECONDS:g} seconds")
+    return InputError(
+        f"{where}: the process that renders the chat template ended, with the code {code}"
+    )
+
+
+def _end(worker: _Worker) -> None:
+    worker.kill()
+    worker.communicate()
+
+
+@atexit.register
+def _end_idle() -> None:
+    while _idle:
+        _end(_idle.pop())

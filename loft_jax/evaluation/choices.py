@@ -15,8 +15,9 @@ from tqdm import tqdm
 from loft_jax.data import DataConfig, Example
 from loft_jax.data.batches import bucket_lengths, smallest_bucket
 from loft_jax.data.encode import column_names, pad_id, text_of, truncate
-from loft_jax.data.text import encode_continuations, encode_starts
-from loft_jax.errors import InputError
+from loft_jax.data.text import check_tokens, encode_continuations, encode_starts
+from loft_jax.data.told import Joins, tell_unused
+from loft_jax.errors import InputError, shown
 from loft_jax.evaluation._inference import inference_state
 from loft_jax.models import Llama
 from loft_jax.models.activations import gathered
@@ -99,8 +100,8 @@ def score_choices(
         Which rows are right, and the mean negative log-likelihood of the right answers.
 
     Raises:
-        InputError: A field is missing or malformed, a completion is none of the choices, or an
-            answer has no token or does not fit into `max_length`.
+        InputError: A field is missing or malformed, a completion is none of the choices, an answer
+            has no token or does not fit into `max_length`, or the model has no weights for a token.
 
     Example:
         >>> rows = [{"prompt": "Review: a joy\\nSentiment:", "completion": " positive"}]
@@ -114,6 +115,8 @@ def score_choices(
     if batch_size < 1:
         raise InputError(f"batch size is {batch_size}; expected at least 1")
     questions = _questions(tokenizer, rows, config, choices)
+    filler = pad_id(tokenizer)
+    _check_tokens(questions, filler, tokenizer, model.config.vocab_size)
     encoded = [_row(index, asked, config) for index, asked in enumerate(questions)]
     cut = sum(
         row.branches.count(0) < len(asked.prompt)
@@ -127,7 +130,7 @@ def score_choices(
     scores = [np.zeros(0)] * len(questions)  # log-likelihoods of the answers of each
     graphdef, state = inference_state(model)
     with tqdm(total=len(encoded), desc="choices", leave=False, disable=not progress) as bar:
-        for indices, batch in _batches(encoded, batch_size, pad_id(tokenizer)):
+        for indices, batch in _batches(encoded, batch_size, filler):
             found = np.asarray(_answer_scores(graphdef, state, batch), np.float64)  # (b, c)
             for index, values in zip(indices, found, strict=False):  # the rows behind are padding
                 scores[index] = values[questions[index].which]
@@ -175,23 +178,28 @@ def _questions(
     columns = column_names(rows)
     if missing := [field for field in needed if field not in columns]:
         raise InputError(
-            f"field {missing[0]!r} is missing; found the fields {sorted(columns)}; expected "
+            f"field {missing[0]!r} is missing; found the fields {shown(sorted(columns))}; expected "
             f"{needed} to score answers{'' if choices else ' (or choices given for all rows)'}"
         )
+    tell_unused(columns, needed, config)
+    joins = Joins()
     prompts, offered, answers = [], [], []
     for index in range(len(rows)):
         row = rows[index]
         prompts.append(text_of(row, config.prompt_field, index))
         offered.append(list(choices) or _own_choices(row, index))
+        for choice in offered[-1]:
+            joins.add(prompts[-1], choice)
         answers.append(
             _position(text_of(row, config.completion_field, index), choices, index)
             if choices
             else _own_answer(row, index)
         )
+    joins.tell()
     known = sorted({choice for row_choices in offered for choice in row_choices})
     encoded = dict(zip(known, encode_continuations(tokenizer, known), strict=True))
     if untold := [choice for choice, ids in encoded.items() if not ids]:
-        raise InputError(f"choice {untold[0]!r} has no token; expected some text")
+        raise InputError(f"choice {shown(untold[0])} has no token; expected some text")
     questions = []
     for prompt, row_choices, answer in zip(
         encode_starts(tokenizer, prompts), offered, answers, strict=True
@@ -207,6 +215,18 @@ def _questions(
             )
         )
     return questions
+
+
+def _check_tokens(
+    questions: Sequence[_Question],
+    filler: int,
+    tokenizer: "PreTrainedTokenizerBase",
+    vocab_size: int,
+) -> None:
+    check_tokens([filler], tokenizer, vocab_size, where="padding")
+    for index, asked in enumerate(questions):
+        for ids in (asked.prompt, *asked.choices):
+            check_tokens(ids, tokenizer, vocab_size, where=f"row {index}")
 
 
 _OWN_CHOICES = ["choices", "answer"]
@@ -225,7 +245,9 @@ def _size(choice: str) -> int:
 def _own_choices(row: Mapping[str, Any], index: int) -> list[str]:
     found = row.get("choices")
     if not (isinstance(found, list) and found and all(isinstance(one, str) for one in found)):
-        raise InputError(f"row {index}: field 'choices' is {found!r:.80}; expected a list of texts")
+        raise InputError(
+            f"row {index}: field 'choices' is {shown(found)}; expected a list of texts"
+        )
     return found
 
 
@@ -233,7 +255,8 @@ def _own_answer(row: Mapping[str, Any], index: int) -> int:
     found, count = row.get("answer"), len(row["choices"])
     if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found < count:
         raise InputError(
-            f"row {index}: field 'answer' is {found!r}; expected a whole number, 0 to {count - 1}"
+            f"row {index}: field 'answer' is {shown(found)}; expected a whole number, 0 to "
+            f"{count - 1}"
         )
     return found
 
@@ -241,7 +264,8 @@ def _own_answer(row: Mapping[str, Any], index: int) -> int:
 def _position(completion: str, choices: Sequence[str], index: int) -> int:
     if completion not in choices:
         raise InputError(
-            f"row {index}: the completion {completion!r} is none of the choices {list(choices)}"
+            f"row {index}: the completion {shown(completion)} is none of the choices "
+            f"{shown(list(choices))}"
         )
     return list(choices).index(completion)
 

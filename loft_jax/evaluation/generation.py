@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from loft_jax.data.text import check_tokens, encode_starts
 from loft_jax.errors import InputError
 from loft_jax.evaluation._inference import inference_state
 from loft_jax.models import Llama
@@ -40,7 +41,8 @@ def generate(
         temperature: Logits are divided by it before sampling; 0 takes the most likely token.
         top_k: Sample among this many most likely tokens only.
         top_p: Sample among the fewest most likely tokens whose probabilities sum up to this.
-        eos_token_ids: Tokens that end a text; by default those of the model's configuration.
+        eos_token_ids: Tokens that end a text; by default those of the model's configuration. One
+            that the model has no weights for is never made, and ends none.
         seed: Of the sampling, 0 to 2^32 - 1.
 
     Returns:
@@ -66,12 +68,6 @@ def generate(
         eos = model.config.eos_token_id
         eos_token_ids = () if eos is None else (eos,) if isinstance(eos, int) else eos
 
-    for token in eos_token_ids:
-        if not 0 <= token < vocab:
-            raise InputError(
-                f"eos_token_ids names {token}, outside the vocabulary, 0 to {vocab - 1}"
-            )
-
     width = _bucket(max(map(len, prompts)))
     tokens = np.zeros((len(prompts), width), np.int32)
     real = np.zeros((len(prompts), width), np.int32)
@@ -79,7 +75,7 @@ def generate(
         tokens[row, width - len(prompt) :] = prompt
         real[row, width - len(prompt) :] = 1
     ends = np.zeros(vocab, bool)
-    ends[list(eos_token_ids)] = True
+    ends[[token for token in eos_token_ids if 0 <= token < vocab]] = True
 
     graphdef, state = inference_state(model)
     new, counts = _generate(
@@ -114,14 +110,19 @@ def generate_text(
     Args:
         model: A Llama.
         tokenizer: Its tokenizer.
-        prompts: Texts, tokenized as they stand, with what the tokenizer adds by itself.
+        prompts: Texts, tokenized as prompts are in training: behind BOS, if the tokenizer adds it.
         max_new_tokens: At most this many tokens are added to each.
         **sampling: As for :func:`generate`.
 
     Returns:
         The new text of each prompt, without special tokens.
+
+    Raises:
+        InputError: As for :func:`generate`.
     """
-    tokens = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    tokens = encode_starts(tokenizer, prompts)
+    for number, ids in enumerate(tokens):
+        check_tokens(ids, tokenizer, model.config.vocab_size, where=f"prompt {number}")
     continued = generate(model, tokens, max_new_tokens=max_new_tokens, **sampling)
     return [str(tokenizer.decode(new, skip_special_tokens=True)) for new in continued]
 

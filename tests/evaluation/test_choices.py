@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -5,6 +7,7 @@ from flax import nnx
 
 from loft_jax.data import DataConfig
 from loft_jax.data.text import encode_continuations, encode_starts
+from loft_jax.data.told import tell
 from loft_jax.errors import InputError
 from loft_jax.evaluation import choices as module
 from loft_jax.evaluation.choices import score_choices
@@ -102,6 +105,7 @@ class Counting(nnx.Module):
     """Finds all tokens equally likely; counts the rows it is given that hold something."""
 
     rows = 0
+    config = SimpleNamespace(vocab_size=len(TOKENIZER))
 
     def hidden_states(self, tokens, *, segment_ids, branch_ids):
         jax.debug.callback(Counting.count, segment_ids)
@@ -202,6 +206,38 @@ def test_answer_longer_than_a_row():
     rows = [{"prompt": "a", "choices": [" a", " on and on"], "answer": 0}]
     with pytest.raises(InputError, match=r"row 0: max_length is 3; an answer of 5 tokens needs 6"):
         score_choices(Counting(), TOKENIZER, rows, config, progress=False)
+
+
+@pytest.mark.parametrize("field", ["prompt", "choices", "pad"])
+def test_token_that_the_model_has_no_weights_for(field):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<|tool|>"], special_tokens=True)
+    row = {"prompt": "a", "choices": [" a", " b"], "answer": 0}
+    match field:
+        case "prompt":
+            row["prompt"] = "a <|tool|>"
+        case "choices":
+            row["choices"][1] = "<|tool|>"
+        case "pad":
+            tokenizer.pad_token = "<|tool|>"
+    rows = [{"prompt": "a", "choices": [" a"], "answer": 0}, row]
+    Counting.rows = 0
+    where = "padding" if field == "pad" else "row 1"
+    size = len(TOKENIZER)
+    message = rf"{where}: .* token {size} \('<\|tool\|>'\), and the weights have {size} rows"
+    with pytest.raises(InputError, match=message):
+        score_choices(Counting(), tokenizer, rows, CONFIG, progress=False)
+    jax.effects_barrier()
+    assert Counting.rows == 0
+
+
+def test_words_that_run_together_are_told_once(caplog):
+    tell.cache_clear()
+    rows = [{"prompt": "Q?", "completion": "yes"}]
+    for _ in range(2):
+        score_choices(Counting(), TOKENIZER, rows, CONFIG, choices=["yes"], progress=False)
+    assert len(caplog.records) == 1
+    assert "'Q?yes'" in caplog.text
 
 
 def test_prompt_without_any_token():

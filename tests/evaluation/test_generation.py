@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -40,6 +42,19 @@ def test_each_row_ends_at_its_own_ending_token(tiny_llama):
     found = generate(model, PROMPTS, max_new_tokens=25, eos_token_ids=ends)
     assert found == [torch_greedy(folder, prompt, 25, ends) for prompt in PROMPTS]
     assert len(found[0]) <= 5
+
+
+def test_stop_tokens_of_the_configuration_are_those_of_transformers(tiny_llama):
+    folder, model = tiny_llama
+    free = generate(model, PROMPTS, max_new_tokens=25, eos_token_ids=())
+    graphdef, state = nnx.split(model)
+    model = nnx.merge(graphdef, state)
+    for ends in ((free[0][4], free[2][9]), (400, free[0][2]), free[1][0]):  # 400 has no weights
+        model.config = dataclasses.replace(model.config, eos_token_id=ends)
+        expected = list(ends) if isinstance(ends, tuple) else ends
+        found = generate(model, PROMPTS, max_new_tokens=25)
+        assert found == [torch_greedy(folder, prompt, 25, expected) for prompt in PROMPTS]
+        assert min(map(len, found)) <= 5
 
 
 def test_one_compilation_serves_lengths_of_one_bucket(tiny_llama):
@@ -101,6 +116,29 @@ def test_text_in_and_out(tiny_llama):
     assert generate_text(model, tokenizer, texts, max_new_tokens=6) == expected
 
 
+def test_prompts_are_encoded_as_in_training(tiny_llama):
+    from tokenizers import processors
+
+    folder, model = tiny_llama
+    plain, ending = tiny_tokenizer(), tiny_tokenizer()
+    ending.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    assert ending("a joy")["input_ids"][-1] == 2
+    ids = plain("a joy")["input_ids"]
+    expected = plain.decode(torch_greedy(folder, ids, 6, 2), skip_special_tokens=True)
+    for tokenizer, text in ((plain, "<s>a joy"), (ending, "a joy"), (ending, "<s>a joy")):
+        assert generate_text(model, tokenizer, [text], max_new_tokens=6) == [expected]
+
+
+def test_token_that_the_model_has_no_weights_for(tiny_llama):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"<|{i}|>" for i in range(401 - len(tokenizer))], special_tokens=True)
+    last = tokenizer.convert_ids_to_tokens([400])[0]
+    with pytest.raises(InputError, match=r"prompt 1: .* token 400 .*the weights have 400 rows"):
+        generate_text(tiny_llama[1], tokenizer, ["a", f"b {last}"], max_new_tokens=2)
+
+
 def test_no_prompts_no_texts(tiny_llama):
     assert generate(tiny_llama[1], [], max_new_tokens=5) == []
 
@@ -116,7 +154,6 @@ def test_no_prompts_no_texts(tiny_llama):
         ([[1]], {"top_p": 0.0}, "top_p is 0.0"),
         ([[1]], {"seed": -1}, "seed is -1"),
         ([[1]], {"seed": 2**64}, "seed is 18446744073709551616"),
-        ([[1]], {"eos_token_ids": [400]}, "eos_token_ids names 400"),
     ],
 )
 def test_what_makes_no_sense_is_refused(tiny_llama, prompts, options, said):

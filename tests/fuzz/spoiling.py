@@ -15,9 +15,10 @@ _FRAGMENTS = [
     b"a: &a [x]\nb: &b [*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b]\nd: [*c,*c,*c,*c,*c,*c]\n",
     b"{% for i in range(99999) %}{% for j in range(99999) %}{{ i }}{% endfor %}{% endfor %}",
     b"{{ 'a' * 10**10 }}", b"{{ 10 ** 10 ** 9 }}", b"{{ 1 / 0 }}", b"{{ [1]['x'] }}",
-    b"{{ 'a' + 1 }}", b"{{ messages.__class__.__mro__ }}", b"{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
-    b"{{ '%9999999999d' % 1 }}", b"{{ 'a'.ljust(10**10) }}", b"{{ lipsum(n=10**7) }}", b"{% if %}",
-    b"{{ raise_exception('no') }}", b"{{ strftime_now('%Y') }}", b"{% set x = messages %}",
+    b"{{ 'a' + 1 }}", b"{{ messages.__class__.__mro__ }}", b"{% if %}", b"{{ lipsum(n=10**7) }}",
+    b"{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", b"{{ '%9999999999d' % 1 }}",
+    b"{{ 'a'.ljust(10**10) }}", b"{{ raise_exception('no') }}", b"{{ strftime_now('%Y') }}",
+    b"{% set x = messages %}",
 ]  # fmt: skip
 
 _VALUES: list[Any] = [

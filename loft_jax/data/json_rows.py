@@ -53,11 +53,13 @@ def read_json_rows(
     kinds: dict[str, set[str]] = {}
     sizes = dict.fromkeys(by_split, 0)
     for name, files in by_split.items():
-        for row, _ in _rows_of(files, known):
-            sizes[name] += 1
-            for field, value in row.items():
-                kinds.setdefault(field, set()).add(_kind(value))
-        _check_fields(kinds, files)
+        for file in files:
+            for row, _ in _rows_of([file], known):
+                sizes[name] += 1
+                for field, value in row.items():
+                    kinds.setdefault(field, set()).add(_kind(value))
+                if len(kinds) > _MOST_FIELDS:
+                    raise InputError(f"{file}: has more than {_MOST_FIELDS} fields; expected fewer")
     features = datasets.Features({field: _feature(found) for field, found in kinds.items()})
     spec = "+".join(sizes) if split == "all" else split
     parts = datasets.ReadInstruction.from_spec(spec).to_absolute(sizes)
@@ -90,13 +92,6 @@ def _feature(kinds: set[str]) -> Any:
     kinds = kinds - {"null"} or {"null"}
     (kind,) = kinds if len(kinds) == 1 else ("json",)
     return _Json() if kind == "json" else datasets.Value(kind)
-
-
-def _check_fields(kinds: Collection[str], files: Sequence[Path]) -> None:
-    if len(kinds) > _MOST_FIELDS:
-        raise InputError(
-            f"{files[-1]}: rows with {len(kinds)} fields together; expected {_MOST_FIELDS} at most"
-        )
 
 
 def _batches(

@@ -76,7 +76,7 @@ DOUBLING = "{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
 GROWING = "{% set ns = namespace(x='ab') %}" + DOUBLING
 FAULTS = {
     "{{ raise_exception('roles must alternate') }}": "roles must alternate$",
-    r"{{ raise_exception('one\n two') }}": "messages: one two$",
+    r"{{ raise_exception('one\n two') }}": ": one two$",
     "{% for m in messages %}{% endfr %}": "unknown tag 'endfr'",
     "{{ messages[0].content + 1 }}": "TypeError: ",
     "{{ 1 // 0 }}": "ZeroDivisionError: ",

@@ -18,7 +18,8 @@ class DataConfig:
         split: Which split, with slices as `datasets` writes them: `"train"`, `"train[:90%]"`.
             In a folder the split of a file is read from its name; a single file is `"train"`.
         name: The configuration of a hub dataset that has several.
-        messages_field: Holds a list of `{"role", "content"}`; the loss is on assistant turns.
+        messages_field: Holds a list of `{"role", "content"}`; the loss is on assistant turns. The
+            chat template is given the field `tools` too, if rows have it.
         prompt_field: Holds the text the model is given.
         completion_field: Holds the text the model is to give; the loss is on it and on EOS. It is
             tokenized apart from the prompt, so a space between the two belongs to the completion.

@@ -1,5 +1,7 @@
 """LoFT in JAX: low-rank adaptation that behaves like full fine-tuning."""
 
+from importlib.metadata import version
+
 from loft_jax.hub import (
     load_peft_adapter,
     load_pretrained,
@@ -28,6 +30,8 @@ from loft_jax.optim.muon import loft_muon, orthogonalize_momentum
 from loft_jax.optim.reflora import balance_norms, precondition_by_reflora, reflora, reflora_s
 from loft_jax.optim.sharing import share_bases
 from loft_jax.optim.state import state_bytes, state_shardings
+
+__version__ = version("loft-jax")
 
 __all__ = [
     "LoRAConfig",

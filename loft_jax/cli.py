@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import math
@@ -15,9 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import jax
 import tyro
 
+import loft_jax
 from loft_jax.data import DataConfig
-from loft_jax.errors import InputError
+from loft_jax.errors import InputError, shown
 from loft_jax.models import Quantization, Remat
+from loft_jax.streams import readers_may_leave
 from loft_jax.training.config import (
     FinetuneConfig,
     MeshConfig,
@@ -227,11 +230,11 @@ class Export:
             found = max(steps, default=None)
         elif self.checkpoint == "best":
             found = best
-        elif self.checkpoint.isdigit() and int(self.checkpoint) in steps:
-            found = int(self.checkpoint)
+        else:
+            found = next((step for step in steps if str(step) == self.checkpoint), None)
         if found is None:
             raise InputError(
-                f"{self.run}: no checkpoint {self.checkpoint!r}; there are those of steps "
+                f"{self.run}: no checkpoint {shown(self.checkpoint)}; there are those of steps "
                 f"{sorted(steps)}, the best being {best}"
             )
         return found
@@ -345,50 +348,66 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] not in _COMMANDS:
-        wants_help = not arguments or arguments[0] in ("-h", "--help")
-        print(_usage(), file=sys.stdout if wants_help else sys.stderr)
-        if not wants_help:
-            print(f"\nunknown command {arguments[0]!r}", file=sys.stderr)
-        return 0 if wants_help else _EXIT_INPUT
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of its every wait
-    name, *rest = arguments
-    try:
-        with _messages_shown():
-            command = _COMMANDS[name]
-            options: dict[str, Any] = {"args": rest, "prog": f"loft-jax {name}"}
-            if command is Finetune:
-                options["default"] = _finetune_default(rest)
-            return tyro.cli(command, **options)()
-    except (InputError, OSError) as error:
-        message, code = str(error), _EXIT_INPUT
-    except KeyboardInterrupt:
-        message, code = "interrupted", _EXIT_INTERRUPTED
-    except Exception as error:
-        if not jax.distributed.is_initialized():
-            raise
-        if is_of_another_process(error):
-            message, code = f"stopped, since another process did: {error}", _EXIT_OTHERS
-        else:
-            message, code = traceback.format_exc(), _EXIT_FAILED
-    print(f"loft-jax {name}: {message}", file=sys.stderr)
-    if jax.distributed.is_initialized():
-        leave(code)
-    return code
+    name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    with readers_may_leave():
+        try:
+            with _messages_shown():
+                code = _run(name, rest)
+            sys.stdout.flush()
+            return code
+        except (InputError, OSError) as error:
+            message, code = str(error), _EXIT_INPUT
+        except KeyboardInterrupt:
+            message, code = "interrupted", _EXIT_INTERRUPTED
+        except Exception as error:
+            if not jax.distributed.is_initialized():
+                raise
+            if is_of_another_process(error):
+                message, code = f"stopped, since another process did: {error}", _EXIT_OTHERS
+            else:
+                message, code = traceback.format_exc(), _EXIT_FAILED
+        print(f"loft-jax {name}: {message}", file=sys.stderr)
+        if jax.distributed.is_initialized():
+            leave(code)
+        return code
+
+
+def _run(name: str, arguments: Sequence[str]) -> int:
+    if name in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if name == "--version":
+        print(f"loft-jax {loft_jax.__version__}")
+        return 0
+    if name not in _COMMANDS:
+        print(_usage(), file=sys.stderr)
+        raise InputError(f"unknown command, expected one of {', '.join(_COMMANDS)}")
+    command = _COMMANDS[name]
+    options: dict[str, Any] = {"args": arguments, "prog": f"loft-jax {name}"}
+    if command is Finetune:
+        options["default"] = _finetune_default(arguments)
+    return tyro.cli(command, **options)()
 
 
 @contextlib.contextmanager
 def _messages_shown() -> Iterator[None]:
-    """Shows what the library reports, as it words it: other libraries set the root's format."""
+    """Shows what the library reports, as it words it: other libraries set the root's format.
+
+    Orbax and TensorStore tell of every wait, and behind a full disk of all that they raise besides
+    what they raise here.
+    """
+    for noisy in ("absl", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
     logger, handler = logging.getLogger("loft_jax"), logging.StreamHandler()
-    before = logger.level, logger.propagate
+    before, hook = (logger.level, logger.propagate), sys.unraisablehook
+    sys.unraisablehook = lambda _: None
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         logger.removeHandler(handler)
         logger.setLevel(before[0])
         logger.propagate = before[1]
@@ -402,7 +421,7 @@ def _usage() -> str:
 def _finetune_default(arguments: Sequence[str]) -> Finetune:
     """Defaults of the flags: those of a --config file, and the dataclasses' own."""
     path = ""
-    for flag, value in zip(arguments, [*arguments[1:], ""], strict=True):
+    for flag, value in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
         if flag == "--config":
             path = value
         elif flag.startswith("--config="):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import ml_dtypes
@@ -132,7 +133,7 @@ def test_flags_go_before_the_config_file(tmp_path, flags, capsys):
         (["--batch-size", "0"], "batch_size is 0"),
         (["--resume"], "no checkpoint to resume from"),
         (["--config", "none.yaml"], "none.yaml"),
-        (["--output", __file__], "cannot hold checkpoints"),
+        (["--output", __file__], "cannot hold a run"),
         (["--data.path", __file__], "unknown ending"),
         (["--data.max-length", "1"], "truncated away"),
         (["--mesh.tensor", "3"], "do not make up 1 devices"),
@@ -235,6 +236,19 @@ def test_unknown_commands_and_flags(arguments):
     except SystemExit as exit_:  # the parser's own
         code = exit_.code
     assert code == 2
+
+
+def test_finetune_with_nothing_lists_what_is_missing(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["finetune"])
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert all(flag in told for flag in ("--model", "--output", "--data.path"))
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"loft-jax {version('loft-jax')}\n"
 
 
 def test_help(capsys):

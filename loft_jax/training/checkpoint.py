@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +15,8 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from loft_jax.errors import InputError
+from loft_jax.errors import InputError, explained, reason
+from loft_jax.files import read_json, read_text
 from loft_jax.hub.host_arrays import whole
 from loft_jax.training.digest import tree_digest
 from loft_jax.training.distributed import all_agree, is_main, wait_for_all
@@ -72,7 +74,7 @@ class Checkpoints:
                     keep_checkpoints_without_metrics=False,
                 )
             )
-        try:
+        with explained(f"{self.folder}: cannot hold checkpoints"):
             if read_only:
                 os.listdir(self.folder)
             else:
@@ -89,8 +91,6 @@ class Checkpoints:
                 ),
                 item_names=("state", "run"),
             )
-        except (OSError, ValueError) as error:  # ValueError of a damaged loss, when read only
-            raise InputError(f"{self.folder}: cannot hold checkpoints: {error}") from error
 
     def _prepare(self) -> None:
         """Finds what is wrong with the folder before any work, not at the first save."""
@@ -119,13 +119,14 @@ class Checkpoints:
                 continue
             with contextlib.suppress(InputError):
                 loss = self.run_of(int(step))["eval_loss"]
-            text = json.dumps({"loss": loss})
-            if loss is None:
-                file.unlink()
-            elif file.read_bytes() != text.encode():
-                file.write_text(text, encoding="utf-8")
-            else:
+            text, found = json.dumps({"loss": loss}), ""
+            with contextlib.suppress(InputError):
+                found = read_text(file, "a loss", most_bytes=1000)
+            if found == text and loss is not None:
                 continue
+            file.unlink()
+            if loss is not None:
+                file.write_text(text, encoding="utf-8")
             _log.warning("%s: damaged; its loss is %s", self.folder / step, loss or "not known")
 
     def save(self, state: TrainState, run: dict[str, Any], eval_loss: float | None) -> None:
@@ -176,7 +177,7 @@ class Checkpoints:
                 int(path.name) for path in self.folder.glob("[0-9]*") if path.suffix == ""
             )
             raise InputError(
-                f"{self.folder}: cannot write a checkpoint: {_reason(error)}; those of steps "
+                f"{self.folder}: cannot write a checkpoint: {_why(error)}; those of steps "
                 f"{complete} are complete"
             ) from error
 
@@ -204,11 +205,13 @@ class Checkpoints:
     def run_of(self, step: int) -> dict[str, Any]:
         """The plain values that were saved with a checkpoint."""
         folder = self.folder / str(step)
-        with _readable(folder):
-            run = ocp.JsonCheckpointHandler().restore(folder / "run")
-            checksum = run.pop("checksum")
-        if checksum != _checksum(run):
-            raise InputError(f"{folder}: damaged: its values are not those that were saved")
+        run = read_json(folder / "run" / "metadata")
+        checksum = run.pop("checksum", None)
+        with explained(f"{folder}: damaged"):
+            if checksum != _checksum(run):
+                raise InputError(f"{folder}: damaged: its values are not those that were saved")
+            if run["eval_loss"] is not None:
+                run["eval_loss"] = float(run["eval_loss"])
         return run
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -231,7 +234,7 @@ class Checkpoints:
         try:
             run = self.run_of(step)
             # Not by way of the manager, which would wait for processes that found it damaged.
-            with _readable(folder):
+            with explained(f"{folder}: cannot be read"):
                 state = ocp.StandardCheckpointHandler().restore(
                     folder / "state",
                     args=ocp.args.StandardRestore(jax.tree.map(_abstract, like)),
@@ -242,7 +245,7 @@ class Checkpoints:
         if not all_agree(found is not None) or found is None:
             raise problem
         state, run = found
-        if tree_digest(state) != run["digest"]:
+        if tree_digest(state) != run.get("digest"):
             raise InputError(f"{folder}: damaged: its arrays are not those that were saved")
         return found
 
@@ -298,16 +301,10 @@ def _abstract(x: Any) -> Any:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
 
 
-@contextlib.contextmanager
-def _readable(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # Orbax and TensorStore raise what the damage happens to touch.
-        raise InputError(f"{folder}: cannot be read: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+def _why(error: Exception) -> str:
+    """What the disk said, which TensorStore tells behind long paths, or what the error says."""
+    number = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(number[1])) if number else reason(error)
 
 
 def _checksum(plain: dict[str, Any]) -> str:

@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from loft_jax.data import DataConfig
-from loft_jax.errors import InputError
+from loft_jax.errors import InputError, shown
 from loft_jax.models import Quantization, Remat
 
 Method = Literal[
@@ -56,7 +57,7 @@ class MeshConfig:
         given = dataclasses.asdict(self)
         for name, size in given.items():
             if size != -1 and size < 1:
-                raise InputError(f"mesh: {name} is {size}, expected a positive number or -1")
+                raise InputError(f"mesh: {name} is {shown(size)}, expected a positive number or -1")
         if (open_ := [name for name, size in given.items() if size == -1])[1:]:
             raise InputError(f"mesh: {' and '.join(open_)} are -1, expected one of them at most")
 
@@ -225,15 +226,21 @@ class FinetuneConfig:
         }  # fmt: skip
         for name, known in _NAMED.items():
             if (given := getattr(self, name)) not in known:
-                raise InputError(f"{name} is {given!r}, expected one of {', '.join(known)}")
+                raise InputError(f"{name} is {shown(given)}, expected one of {', '.join(known)}")
+        for name, given in _numbers(dataclasses.asdict(self)):
+            most = 2**32 - 1 if name == "seed" else 2**31 - 1
+            if isinstance(given, int) and given > most:
+                raise InputError(f"{name} is {shown(given)}, expected at most {most}")
+            if isinstance(given, float) and not math.isfinite(given):
+                raise InputError(f"{name} is {given}, expected a finite number")
         for name, low in least.items():
             if (given := getattr(self, name)) is not None and not given >= low:
-                raise InputError(f"{name} is {given}, expected at least {low}")
+                raise InputError(f"{name} is {shown(given)}, expected at least {low}")
         for name in ("b1", "b2", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, expected a number in [0, 1)")
         for name in ("learning_rate", "epochs", "lora_plus_ratio", "damping"):
-            if not 0 < getattr(self, name) < math.inf:
+            if not getattr(self, name) > 0:
                 raise InputError(f"{name} is {getattr(self, name)}, expected a positive number")
         if self.batch_size % self.accumulation_steps:
             raise InputError(
@@ -273,6 +280,17 @@ class FinetuneConfig:
         if self.reflora_warmup_steps is not None:
             return self.reflora_warmup_steps
         return 0 if self.init == "balanced" else 100
+
+
+def _numbers(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, int | float]]:
+    """All numbers in the fields of a dataclass, by their names."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{name}.")
+        else:
+            for each in value if isinstance(value, tuple) else (value,):
+                if isinstance(each, (int, float)):
+                    yield f"{prefix}{name}", each
 
 
 _OF_METHODS: dict[tuple[str, ...], tuple[Method, ...]] = {

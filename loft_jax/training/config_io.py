@@ -8,22 +8,30 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from loft_jax.errors import InputError
+from loft_jax.errors import InputError, cut, explained, shown
+from loft_jax.files import read_text, replacing
 from loft_jax.training.config import FinetuneConfig
+
+_MOST_BYTES = 2**18
+_MOST_NODES = 10_000  # keys, values and lists of a file, with its aliases written out
+_MOST_DEPTH = 20  # of lists and mappings in each other
 
 # A resumed run may change these: they do not change what is learned.
 _FREE_ON_RESUME = {
-    "output", "log_every", "save_every", "keep_last", "keep_best", "mesh", "remat",
-    "offload_optimizer", "max_skipped_steps", "profile_steps", "wandb", "eval_batch_size",
+    "output", "log_every", "save_every", "keep_last", "keep_best", "remat", "offload_optimizer",
+    "max_skipped_steps", "profile_steps", "wandb", "eval_batch_size", "mesh.data", "mesh.fsdp",
+    "mesh.tensor",
 }  # fmt: skip
+
+# Where something lies: a resumed run may find it elsewhere, if it is known to be the same.
+_PLACES = {"model", "data.path", "data.name", "data.split", "eval_path", "eval_split"}
 
 
 def save_config(config: FinetuneConfig, path: str | os.PathLike[str]) -> None:
     """Writes a configuration as YAML."""
     text = yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
-    partial = Path(f"{path}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def load_config(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -33,13 +41,60 @@ def load_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         InputError: The file cannot be read, is no mapping, sets an unknown field, or sets a field
             to a value of another type than its own.
     """
-    try:
-        fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: cannot be read as YAML: {error}") from error
+    text = read_text(Path(path), "settings in YAML", most_bytes=_MOST_BYTES)
+    with explained(f"{path}: cannot be read as YAML"):
+        try:
+            fields = yaml.load(text, _Loader)
+        except yaml.YAMLError as error:  # says over several lines what is wrong, and where
+            raise ValueError(" ".join(str(error).split())) from None
+    return checked_fields(fields, str(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses what no configuration needs before anything is made of it.
+
+    A few lines of aliases of aliases stand for more values than any memory holds.
+    """
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._size = self._depth = 0
+        self._sizes: dict[int, int] = {}  # of each node that is complete, by its identity
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        is_alias, before = self.check_event(yaml.AliasEvent), self._size
+        self._size, self._depth = self._size + 1, self._depth + 1
+        if self._size > _MOST_NODES or self._depth > _MOST_DEPTH:
+            raise InputError(
+                f"expected at most {_MOST_NODES} values, in {_MOST_DEPTH} levels at most"
+            )
+        node = super().compose_node(parent, index)
+        if is_alias:
+            if id(node) not in self._sizes:
+                raise InputError("a value holds itself, by an alias")
+            self._size += self._sizes[id(node)]
+        else:
+            self._sizes[id(node)] = self._size - before
+        self._depth -= 1
+        return node
+
+
+def checked_fields(fields: Any, where: str) -> dict[str, Any]:
+    """Fields of a configuration as a file of a stranger gives them, checked by name and type.
+
+    Args:
+        fields: What was read.
+        where: The file, for messages.
+
+    Returns:
+        The same fields, each of the type that it has in a `FinetuneConfig`.
+
+    Raises:
+        InputError: They are no mapping, or a field is unknown or of another type.
+    """
     if not isinstance(fields, dict):
-        raise InputError(f"{path}: holds a {type(fields).__name__}, expected fields and values")
-    return _checked(FinetuneConfig, fields, f"{path}: ")
+        raise InputError(f"{where}: holds a {type(fields).__name__}, expected fields and values")
+    return _checked(FinetuneConfig, fields, f"{where}: ")
 
 
 def config_from_dict(fields: dict[str, Any]) -> FinetuneConfig:
@@ -56,24 +111,35 @@ def config_to_dict(config: FinetuneConfig) -> dict[str, Any]:
     return _plain(dataclasses.asdict(config))
 
 
-def check_same_run(saved: dict[str, Any], now: dict[str, Any]) -> None:
+def check_same_run(saved: dict[str, Any], now: dict[str, Any], *, same_content: bool) -> None:
     """Refuses to go on with a run under settings that would have made it another one.
+
+    Args:
+        saved: What the run was started with, from `config_to_dict`.
+        now: What it is to go on with.
+        same_content: Whether fingerprints tell that model and examples are the same, wherever they
+            lie now.
 
     Raises:
         InputError: Names the first field that differs, with both values.
     """
-    for name in sorted(saved.keys() | now.keys()):
-        if name in _FREE_ON_RESUME or saved.get(name) == now.get(name):
-            continue
-        was, became = saved.get(name), now.get(name)
-        if isinstance(was, dict) and isinstance(became, dict):
-            keys = was.keys() | became.keys()
-            inner = next(key for key in sorted(keys) if was.get(key) != became.get(key))
-            name, was, became = f"{name}.{inner}", was.get(inner), became.get(inner)
-        raise InputError(
-            f"cannot resume with another {name}: the run was started with {was!r}, now it is "
-            f"{became!r}"
-        )
+    free = _FREE_ON_RESUME | (_PLACES if same_content else set())
+    was, became = map(_flat, (saved, now))
+    for name in sorted(was.keys() | became.keys()):
+        if name not in free and was.get(name) != became.get(name):
+            raise InputError(
+                f"cannot resume with another {name}: the run was started with "
+                f"{shown(was.get(name))}, now it is {shown(became.get(name))}"
+            )
+
+
+def _flat(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields by their dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        inner = value if isinstance(value, dict) else {}
+        flat |= {f"{name}.{key}": kept for key, kept in inner.items()} or {name: value}
+    return flat
 
 
 def _plain(value: Any) -> Any:
@@ -84,10 +150,9 @@ def _plain(value: Any) -> Any:
 
 def _checked(cls: Any, fields: dict[str, Any], where: str, prefix: str = "") -> dict[str, Any]:
     hints = get_type_hints(cls)
-    if unknown := sorted(set(map(str, fields)) - hints.keys()):
-        raise InputError(
-            f"{where}unknown field {prefix}{unknown[0]}; expected some of {sorted(hints)}"
-        )
+    if unknown := [key for key in fields if key not in hints]:
+        name = cut(unknown[0]) if isinstance(unknown[0], str) else shown(unknown[0])
+        raise InputError(f"{where}unknown field {prefix}{name}; expected some of {sorted(hints)}")
     checked = {}
     for key, value in fields.items():
         if not dataclasses.is_dataclass(hints[key]):
@@ -97,7 +162,8 @@ def _checked(cls: Any, fields: dict[str, Any], where: str, prefix: str = "") -> 
         else:
             first = dataclasses.fields(hints[key])[0].name
             raise InputError(
-                f"{where}field {prefix}{key} is {value!r}, expected a mapping such as {first}: ..."
+                f"{where}field {prefix}{key} is {shown(value)}, expected a mapping such as "
+                f"{first}: ..."
             )
     return checked
 
@@ -136,8 +202,8 @@ def _typed(hint: Any, value: Any, *, where: str) -> Any:
     elif origin is dict:
         if isinstance(value, dict):
             return {
-                _typed(inner[0], k, where=f"{where}, key {k!r},"): _typed(
-                    inner[1], v, where=f"{where}[{k!r}]"
+                _typed(inner[0], k, where=f"{where}, key {shown(k)},"): _typed(
+                    inner[1], v, where=f"{where}[{shown(k)}]"
                 )
                 for k, v in value.items()
             }
@@ -148,7 +214,7 @@ def _typed(hint: Any, value: Any, *, where: str) -> Any:
         if hint is float and type(value) in (int, str):
             try:
                 return float(value)  # YAML 1.1 reads 3e-4 as a text
-            except ValueError:
+            except (ValueError, OverflowError):
                 pass
         expected = _EXPECTED[hint]
-    raise InputError(f"{where} is {value!r}, expected {expected}")
+    raise InputError(f"{where} is {shown(value)}, expected {expected}")

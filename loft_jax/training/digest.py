@@ -2,6 +2,7 @@
 
 import math
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -57,10 +58,11 @@ def _on_device(leaf: Any) -> Any:
 
 def _sums(leaves: list[jax.Array]) -> jax.Array:
     """(leaves, lanes) uint32."""
-    return jnp.stack([jnp.stack([_mixed_sum(leaf, seed) for seed in _LANES]) for leaf in leaves])
+    return jnp.stack([jnp.stack(_mixed_sums(leaf)) for leaf in leaves])
 
 
-def _mixed_sum(leaf: jax.Array, seed: int) -> jax.Array:
+def _mixed_sums(leaf: jax.Array) -> Sequence[jax.Array]:
+    """The sum of each lane."""
     if leaf.dtype in (jnp.bool_, jnp.int4, jnp.uint4):  # less than a byte
         leaf = leaf.astype(jnp.uint8)
     bits = leaf.dtype.itemsize * 8
@@ -69,8 +71,15 @@ def _mixed_sum(leaf: jax.Array, seed: int) -> jax.Array:
     for axis in range(words.ndim):
         stride = math.prod(words.shape[axis + 1 :]) % 2**32
         place += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride)
-    mixed = _mixed(words.astype(jnp.uint32) ^ _mixed(place + jnp.uint32(seed)))
-    return jnp.sum(mixed, dtype=jnp.uint32)
+    words = words.astype(jnp.uint32)
+    mixed = [_mixed(words ^ _mixed(place + jnp.uint32(seed))) for seed in _LANES]
+    # As one reduction, which XLA computes without an array of what is summed.
+    zeros = [jnp.uint32(0)] * len(mixed)
+    return jax.lax.reduce(mixed, zeros, _added, tuple(range(words.ndim)))
+
+
+def _added(x: Sequence[jax.Array], y: Sequence[jax.Array]) -> list[jax.Array]:
+    return [one + other for one, other in zip(x, y, strict=True)]
 
 
 def _mixed(x: jax.Array) -> jax.Array:

@@ -1,6 +1,8 @@
 """The held-out examples of a run, and what a model does on them."""
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -18,7 +20,12 @@ class HeldOut:
     """Examples to measure a model on, as its configuration says."""
 
     def __init__(
-        self, config: FinetuneConfig, tokenizer: "PreTrainedTokenizerBase", *, progress: bool
+        self,
+        config: FinetuneConfig,
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        vocab_size: int | None = None,
+        progress: bool,
     ) -> None:
         """Reads them.
 
@@ -26,10 +33,12 @@ class HeldOut:
             config: Its eval_path, eval_split, choices and eval_batch_size are used, and the form
                 of its data.
             tokenizer: Of the model.
+            vocab_size: The tokens that the model has weights for; None if it is not at hand.
             progress: Show bars.
 
         Raises:
-            InputError: They cannot be read, or are not of the form of the data.
+            InputError: They cannot be read, are not of the form of the data, or have a token that
+                the model has no weights for.
         """
         self._config, self._tokenizer, self._progress = config, tokenizer, progress
         self._data = dataclasses.replace(
@@ -38,13 +47,21 @@ class HeldOut:
         self._rows = load_examples(self._data)
         self._batches: Sequence[Batch] = ()
         if not self._has_choices:
-            tokens = tokenize(self._rows, tokenizer, self._data)
+            tokens = tokenize(self._rows, tokenizer, self._data, vocab_size=vocab_size)
             self._batches = eval_batches(tokens, self._data, batch_size=config.eval_batch_size)
 
     @property
     def count(self) -> int:
         """How many examples there are."""
         return len(self._rows)
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells these examples from others, wherever their file lies: 32 digits."""
+        digest = hashlib.blake2b(digest_size=16)
+        for row in self._rows:
+            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+        return digest.hexdigest()
 
     @property
     def _has_choices(self) -> bool:

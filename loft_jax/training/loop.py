@@ -17,6 +17,7 @@ from loft_jax.training.checkpoint import Checkpoints
 from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.config_io import (
     check_same_run,
+    checked_fields,
     config_from_dict,
     config_to_dict,
     load_config,
@@ -27,6 +28,8 @@ from loft_jax.training.interrupt import StopRequest
 from loft_jax.training.mesh import check_batch, make_mesh
 from loft_jax.training.metrics import MetricsLog, check_wandb, read_metrics
 from loft_jax.training.model import with_precision
+from loft_jax.training.one_run import only_run
+from loft_jax.training.outcome import rise_of_loss
 from loft_jax.training.plot import plot_losses
 from loft_jax.training.run import Run
 from loft_jax.training.step import TrainState
@@ -79,7 +82,8 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, progress: bool = T
 
     Raises:
         InputError: Something given is wrong: model, data, targets, a folder that holds another
-            run, a changed configuration at resume, no checkpoint to resume from.
+            run or is being trained in, a changed configuration at resume, no checkpoint to resume
+            from; or the run trained nothing, since no loss or no gradient was finite.
 
     Example:
         >>> result = finetune(  # doctest: +SKIP
@@ -92,6 +96,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, progress: bool = T
     check_batch(config.batch_size, config.accumulation_steps, mesh)
     with (
         StopRequest() as stop,
+        only_run(folder),
         _checkpoints(config, resume) as checkpoints,
         jax.set_mesh(mesh),
         contextlib.closing(Run(config, mesh, progress=progress and is_main())) as run,
@@ -115,6 +120,11 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, progress: bool = T
         rows = read_metrics(folder / "metrics.jsonl")
         if is_main():
             plot_losses(rows, folder / "loss.png")
+            if done == run.steps and (told := rise_of_loss(rows)):
+                _log.warning(
+                    "%s: expected it to fall; a smaller learning_rate than %g may train",
+                    *(told, config.learning_rate),
+                )
         return RunResult(
             steps=done,
             interrupted=done < run.steps,
@@ -142,7 +152,8 @@ def _checkpoints(config: FinetuneConfig, resume: bool) -> Iterator[Checkpoints]:
         if not resume and config.method == "full" and (folder / "model").exists():
             raise InputError(f"{folder / 'model'}: exists already; choose another output")
         if resume:
-            check_same_run(_started_with(checkpoints, folder), config_to_dict(config))
+            saved = _started_with(checkpoints, folder)
+            check_same_run(saved, config_to_dict(config), same_content=bool(checkpoints.steps()))
         yield checkpoints
     finally:
         checkpoints.close()
@@ -151,7 +162,8 @@ def _checkpoints(config: FinetuneConfig, resume: bool) -> Iterator[Checkpoints]:
 def _started_with(checkpoints: Checkpoints, folder: Path) -> dict[str, Any]:
     """The configuration that a run to resume was started with."""
     if (saved := checkpoints.newest_run()) is not None:
-        return config_to_dict(with_precision(config_from_dict(saved["config"])))
+        fields = checked_fields(saved.get("config"), str(checkpoints.folder))
+        return config_to_dict(with_precision(config_from_dict(fields)))
     if checkpoints.steps() or not (folder / "config.yaml").exists():
         found = ", none of those it holds can be read" if checkpoints.steps() else ""
         raise InputError(f"{checkpoints.folder}: no checkpoint to resume from{found}")
@@ -205,7 +217,8 @@ def _train(
             speed.count(int((batch["segment_ids"] > 0).sum()), batch["tokens"].shape[1])
             bar.update()
             last, stopped = done == run.steps, stop.reached(done)
-            logs = last or done % config.log_every == 0
+            # The first one too: what later losses are compared with.
+            logs = last or done == 1 or done % config.log_every == 0
             due = config.eval_every > 0 and done % config.eval_every == 0
             evaluates = last or (due and not stopped)  # a notice of preemption leaves little time
             best = evaluates and due and config.keep_best > 0
@@ -213,7 +226,7 @@ def _train(
             if logs or evaluates or saves:
                 jax.block_until_ready(state.step)
             if logs:
-                skipped = _check_skipped(state, done, skipped, config.max_skipped_steps)
+                skipped = _check_skipped(state, run, skipped)
                 values = {**speed.read(), **run.report(state, metrics, skipped)}
                 _write(log, done, values)
                 bar.set_postfix(
@@ -227,7 +240,7 @@ def _train(
                 _write(log, done, _named(measured))
             if saves:
                 with speed.spent_on("save"):
-                    skipped = _check_skipped(state, done, skipped, config.max_skipped_steps)
+                    skipped = _check_skipped(state, run, skipped)
                     if last or stopped or not whole(state.skipped)[1]:
                         run.save(checkpoints, state, measured.get("loss"))
             if stopped and not last:
@@ -238,13 +251,15 @@ def _train(
     return state
 
 
-def _check_skipped(state: TrainState, done: int, known: int, most: int) -> int:
+def _check_skipped(state: TrainState, run: Run, known: int) -> int:
     """Tells of steps that were skipped since the last look, and ends a run of nothing else."""
+    done = int(whole(state.step))
     skipped, in_a_row = (int(count) for count in whole(state.skipped))
-    if in_a_row >= most:
+    if in_a_row >= run.config.max_skipped_steps or skipped == run.steps:
         raise InputError(
-            f"loss or gradient was not finite in {in_a_row} steps in a row, up to step {done}; the "
-            "last checkpoint is kept. Expected a smaller learning_rate, or a larger eps, to train"
+            f"loss or gradient was not finite in {in_a_row} steps in a row, up to step {done} of "
+            f"{run.steps}; the last checkpoint is kept. Expected a smaller learning_rate, or a "
+            "larger eps, to train"
         )
     if skipped > known:
         _log.warning(

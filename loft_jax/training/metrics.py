@@ -6,7 +6,6 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,10 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-from loft_jax.errors import InputError
+from loft_jax.errors import InputError, explained
+from loft_jax.files import read_text, regular_file, replacing
+
+_MOST_BYTES = 2**30  # of a metrics file: three million rows
 
 
 class MetricsLog:
@@ -41,10 +43,10 @@ class MetricsLog:
         self.path = Path(folder) / "metrics.jsonl"
         last = -1 if resumed_at is None else resumed_at
         kept = [row for row in read_metrics(self.path) if row["step"] <= last]
-        partial = self.path.with_suffix(".partial")
         with self._writable():
-            partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            os.replace(partial, self.path)
+            with replacing(self.path) as partial:
+                text = "".join(json.dumps(row) + "\n" for row in kept)
+                partial.write_text(text, encoding="utf-8")
             self._file = self.path.open("a", encoding="utf-8")
             (Path(folder) / "tensorboard").mkdir(exist_ok=True)
             # Not a SummaryWriter: its thread, once the disk was full, leaves its callers waiting.
@@ -75,28 +77,44 @@ class MetricsLog:
             closing.callback(self._events.close)
             closing.callback(self._file.close)
 
-    @contextlib.contextmanager
-    def _writable(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise InputError(f"{self.path.parent}: cannot write metrics: {error}") from error
+    def _writable(self) -> contextlib.AbstractContextManager[None]:
+        return explained(f"{self.path.parent}: cannot write metrics")
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of a metrics file, up to the first that is none, as one cut off by a kill."""
+    """The rows of a metrics file, up to the first that is none, as one cut off by a kill.
+
+    Args:
+        path: Of `metrics.jsonl`, which need not exist.
+
+    Returns:
+        Numbers by name, `step` among them.
+
+    Raises:
+        InputError: It is no file, or larger than any run makes it.
+    """
     if not Path(path).exists():
         return []
     rows = []
-    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if not (isinstance(row, dict) and isinstance(row.get("step"), int)):
-            break
-        rows.append(row)
+    file = regular_file(path, "the metrics of a run", most_bytes=_MOST_BYTES)
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):  # ValueError of a number of too many digits, too
+                break
+            if not _is_row(row):
+                break
+            rows.append(row)
     return rows
+
+
+def _is_row(row: Any) -> bool:
+    return (
+        isinstance(row, dict)
+        and type(row.get("step")) is int
+        and all(type(value) in (int, float) and abs(value) < 1e300 for value in row.values())
+    )
 
 
 def check_wandb(project: str) -> None:
@@ -125,7 +143,7 @@ def _wandb_run(folder: Path, project: str, last: int) -> Any:
     file = folder / "wandb_id"
     if last < 0 or not file.exists():
         file.write_text(secrets.token_hex(8), encoding="utf-8")
-    known = file.read_text(encoding="utf-8")
+    known = read_text(file, "the name of a run of Weights & Biases", most_bytes=100)
     run = wandb.init(project=project, name=folder.name, dir=folder, id=known, resume="allow")
     # By a step of our own: W&B takes no row that lies before its last one, as a resumed run's may.
     run.define_metric("*", step_metric="step")

@@ -1,6 +1,7 @@
 """The model of a run: base weights, adapters as they start, and what is left of it at the end."""
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from loft_jax.models import Llama, LlamaConfig
 from loft_jax.models.quantized import quantize_kernels
 from loft_jax.training.checkpoint import Checkpoints
 from loft_jax.training.config import FinetuneConfig, Method
+from loft_jax.training.digest import tree_digest
 from loft_jax.training.optimizer import make_optimizer
 from loft_jax.training.parts import split_model
 from loft_jax.training.shardings import parameter_spec
@@ -31,23 +33,56 @@ def load_model(config: FinetuneConfig, mesh: Mesh | None = None) -> Llama:
 
     Args:
         config: Its model, precision, method and LoRA fields are used.
-        mesh: Where base weights are split over; by default all lie on one device.
+        mesh: As for `load_base`.
 
     Returns:
         The model, in training mode.
+    """
+    return adapted(load_base(config, mesh), config)
+
+
+def load_base(config: FinetuneConfig, mesh: Mesh | None = None) -> Llama:
+    """Loads the base model of a run.
+
+    Args:
+        config: Its model, precision, quantization and method are used.
+        mesh: Where its weights are split over; by default all lie on one device.
+
+    Returns:
+        The model, without adapters.
     """
 
     def placement(sizes: LlamaConfig, path: str, shape: tuple[int, ...]) -> Sharding:
         assert mesh is not None
         return NamedSharding(mesh, parameter_spec(path, shape, sizes, mesh))
 
-    base = load_pretrained(
+    return load_pretrained(
         config.model,
         **_computation(config),
         quantization=config.quantization,
         placement=None if mesh is None else placement,
     )
-    return adapted(base, config)
+
+
+def base_fingerprint(base: Llama) -> str:
+    """What tells one base model from another, wherever its files lie and whatever its mesh.
+
+    Args:
+        base: As it was loaded; on a mesh of several processes all of them call this.
+
+    Returns:
+        32 hexadecimal digits, of every bit of its weights, in the dtypes they are held in, and of
+        the constants of its forward pass.
+    """
+    constants = [getattr(base.config, name) for name in _CONSTANTS]
+    weights = tree_digest(nnx.to_pure_dict(nnx.state(base, nnx.Param)))
+    return hashlib.blake2b(repr((constants, weights)).encode(), digest_size=16).hexdigest()
+
+
+_CONSTANTS = (
+    "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_theta", "rope_scaling",
+)  # fmt: skip
+"""Of a model's configuration, what changes its forward pass and no shape of its weights."""
 
 
 def abstract_model(sizes: LlamaConfig, config: FinetuneConfig) -> Llama:

@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
+
+from loft_jax.files import replacing
 
 
 def plot_losses(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> bool:
@@ -30,7 +31,6 @@ def plot_losses(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str]) ->
     axes.set(xlabel="step", ylabel="loss (nats a token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    partial = Path(f"{path}.partial.png")
-    FigureCanvasAgg(figure).print_png(partial)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        FigureCanvasAgg(figure).print_png(partial)
     return True

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from loft_jax.data import Batch, load_examples, tokenize, train_stream
-from loft_jax.errors import InputError
-from loft_jax.hub import load_tokenizer
+from loft_jax.errors import InputError, explained
+from loft_jax.hub import load_model_config, load_tokenizer
 from loft_jax.hub.host_arrays import whole
 from loft_jax.models import Llama
 from loft_jax.optim.state import state_bytes
@@ -21,7 +21,14 @@ from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.config_io import config_to_dict
 from loft_jax.training.distributed import place_batch
 from loft_jax.training.held_out import HeldOut
-from loft_jax.training.model import export_trained, load_model, scaling_of, trained_kind
+from loft_jax.training.model import (
+    adapted,
+    base_fingerprint,
+    export_trained,
+    load_base,
+    scaling_of,
+    trained_kind,
+)
 from loft_jax.training.monitor import Speedometer, largest_condition, memory_in_use
 from loft_jax.training.optimizer import make_optimizer, make_schedule
 from loft_jax.training.parts import split_model
@@ -59,34 +66,40 @@ class Run:
         self.progress = progress
         self._mesh = mesh
         self._tokenizer = load_tokenizer(config.model)
+        self._sizes = load_model_config(config.model)
         rows = load_examples(config.data)
-        data = tokenize(rows, self._tokenizer, config.data)
+        data = tokenize(rows, self._tokenizer, config.data, vocab_size=self._sizes.vocab_size)
         self.stream = train_stream(
             data, config.data, batch_size=config.batch_size, seed=config.seed
         )
+        most = 2**31 - 1  # steps are counted in 32 bits
         self.steps = config.steps or math.ceil(
-            config.epochs * self.stream.rows_per_epoch / config.batch_size
+            min(config.epochs * self.stream.rows_per_epoch / config.batch_size, most + 1)
         )
+        if self.steps > most:
+            raise InputError(f"epochs is {config.epochs}, expected at most {most} steps of them")
         if config.method in ("reflora", "reflora-s") and config.reflora_warmup >= self.steps:
             raise InputError(
                 f"reflora_warmup_steps is {config.reflora_warmup}, and the run has {self.steps} "
                 "steps: it would be plain LoRA; expected fewer"
             )
         self._held_out = (
-            HeldOut(config, self._tokenizer, progress=progress) if config.eval_path else None
+            HeldOut(config, self._tokenizer, vocab_size=self._sizes.vocab_size, progress=progress)
+            if config.eval_path
+            else None
         )
-        model = load_model(config, mesh)
-        if (largest := int(data.tokens.max())) >= (size := model.config.vocab_size):
-            raise InputError(
-                f"{config.model}: its tokenizer gives token {largest}, its weights have {size}; "
-                "expected a tokenizer and weights that belong together"
-            )
-        self._sizes = model.config
+        base = load_base(config, mesh)
+        self._fingerprints = {
+            "model": base_fingerprint(base),
+            "data.path": self.stream.get_state()["fingerprint"],
+            "eval_path": self._held_out.fingerprint if self._held_out else "",
+        }
+        model = adapted(base, config)
         self.schedule = make_schedule(config, self.steps)
         tx = make_optimizer(config, self.schedule, scaling_of(model))
         parts = split_model(model, trained_kind(config.method))
         self._shardings = step_shardings(
-            parts, tx, model.config, mesh, offload_optimizer=config.offload_optimizer
+            parts, tx, self._sizes, mesh, offload_optimizer=config.offload_optimizer
         )
         layout = self._shardings.state
         self._own: Any = (
@@ -134,11 +147,14 @@ class Run:
             That of the newest checkpoint that is whole. The run does not keep a copy.
 
         Raises:
-            InputError: There are checkpoints but none is whole, or they are of other data.
+            InputError: There are checkpoints but none is whole, or they are of another model or
+                other examples.
         """
         own, self._own = self._own, None
         if not checkpoints.steps():
             return self._initial(*own)
+        with explained(f"{checkpoints.folder}: does not tell what the run was started with"):
+            self._check_fingerprints((checkpoints.newest_run() or {})["fingerprints"])
         shapes = jax.eval_shape(self._initial, *own)
         del own  # its memory is needed for what is read
         like = jax.tree.map(
@@ -147,9 +163,19 @@ class Run:
             self._shardings.state,
         )
         state, saved = checkpoints.restore_newest(like)
-        self.stream.set_state(saved["data"])
+        with explained(f"{checkpoints.folder}: has no place in the data to go on from"):
+            self.stream.set_state(saved["data"])
         _log.info("resumed at step %d of %d", int(whole(state.step)), self.steps)
         return state
+
+    def _check_fingerprints(self, saved: Mapping[str, Any]) -> None:
+        """Whatever they are called and wherever they lie: same contents, same run."""
+        for name, fingerprint in self._fingerprints.items():
+            if saved[name] != fingerprint:
+                raise InputError(
+                    f"cannot resume with another {name}: what it holds now is not what the run "
+                    f"was started with ({_TOLD[name]})"
+                )
 
     def placed(self, batch: Batch) -> dict[str, jax.Array]:
         """A batch of the stream as the step takes it."""
@@ -195,7 +221,11 @@ class Run:
                 f"parameters are not finite at step {int(whole(state.step))}; the last checkpoint "
                 "is kept. Expected a smaller learning_rate, or a larger eps, to train"
             )
-        plain = {"config": config_to_dict(self.config), "data": self.stream.get_state()}
+        plain = {
+            "config": config_to_dict(self.config),
+            "data": self.stream.get_state(),
+            "fingerprints": self._fingerprints,
+        }
         checkpoints.save(state, plain, eval_loss)
 
     def export(self, state: TrainState) -> Path:
@@ -213,6 +243,14 @@ class Run:
 
     def _trained(self, state: TrainState) -> Llama:
         return self.parts.merged(state.params, state.streams)
+
+
+_TOLD = {
+    "model": "its weights are others, or its configuration",
+    "data.path": "its examples are others, or their order or their tokens",
+    "eval_path": "its examples are others, or their order",
+}
+"""What makes the fingerprint of a field another one."""
 
 
 def _placed(x: jax.Array, sharding: NamedSharding) -> jax.Array:

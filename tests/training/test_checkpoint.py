@@ -117,6 +117,7 @@ def test_nothing_to_restore(checkpoints):
 
 def test_a_state_of_another_shape(checkpoints):
     checkpoints.save(state_at(1), {}, None)
+    checkpoints.wait()
     other = state_at(0)._replace(params={"w": jnp.zeros(3)})
     with pytest.raises(InputError, match="cannot be read"):
         checkpoints.restore(1, other)

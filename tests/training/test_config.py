@@ -2,7 +2,7 @@ import pytest
 
 from loft_jax.data import DataConfig
 from loft_jax.errors import InputError
-from loft_jax.training.config import FinetuneConfig
+from loft_jax.training.config import FinetuneConfig, MeshConfig
 from loft_jax.training.config_io import (
     check_same_run,
     config_from_dict,
@@ -77,8 +77,45 @@ def test_missing_field(tmp_path, text, missing):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(InputError, match=r"none\.yaml: cannot be read"):
+    with pytest.raises(InputError, match=r"none\.yaml: no such file, expected settings in YAML"):
         load_config(tmp_path / "none.yaml")
+
+
+BILLION = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BILLION, "expected at most 10000 values, in 20 levels"),
+        ("&a [*a]", "a value holds itself"),
+        ("choices: &a [[*a]]", "a value holds itself"),
+        ("[" * 100_000, "expected at most 10000 values, in 20 levels"),
+        ("choices: [" + "a, " * 20_000 + "]", "expected at most 10000 values"),
+        ("x" * (2**18 + 1), "expected settings in YAML of at most"),
+        ("model: !!python/object/apply:os.system ['true']", "cannot be read as YAML"),
+        ("learning_rate: 1" + "0" * 400, r"learning_rate is 10+\.\.\.0+, expected a number"),
+        ("data: {path: d}\nsteps: 0x" + "f" * 9000, r"steps is <int.*>, expected at most"),
+        ("steps: 1" + "0" * 5000, "cannot be read as YAML: Exceeds the limit"),
+        ("? 0x" + "f" * 9000 + "\n: 3", "unknown field <int"),
+        ("? [1, 2]\n: 3", "cannot be read as YAML: .*unhashable key .*line 1"),
+        (f"{'x' * 900}: 3", "unknown field x+\\.\\.\\.;"),
+        ("steps: &s 3\nbatch_size: *s\nmodel: *t", "cannot be read as YAML: .*undefined alias"),
+        ("model: \x00", "cannot be read as YAML"),
+    ],
+)
+def test_files_that_are_meant_to_do_harm(tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(InputError, match=message) as told:
+        config_from_dict({"model": "m", "output": "o", **load_config(tmp_path / "c.yaml")})
+    assert len(str(told.value)) < 2000
+
+
+def test_an_alias_stands_for_its_value(tmp_path):
+    (tmp_path / "c.yaml").write_text("steps: &s 3\nbatch_size: *s\n")
+    assert load_config(tmp_path / "c.yaml") == {"steps": 3, "batch_size": 3}
 
 
 @pytest.mark.parametrize(
@@ -87,7 +124,13 @@ def test_missing_file(tmp_path):
         ({"batch_size": 0}, "batch_size is 0, expected at least 1"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0, expected a positive"),
         ({"b2": 1.0}, r"b2 is 1.0, expected a number in \[0, 1\)"),
-        ({"learning_rate": float("inf")}, "learning_rate is inf, expected a positive"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf, expected a finite"),
+        ({"alpha_pattern": {"q": float("nan")}}, r"alpha_pattern\.q is nan, expected a finite"),
+        ({"steps": 10**400}, r"steps is 10+\.\.\.0+, expected at most 2147483647"),
+        ({"rank_pattern": {"q": 10**5000}}, r"rank_pattern\.q is <int.*>, expected at most"),
+        ({"profile_steps": (1, 2**31)}, "profile_steps is 2147483648, expected at most"),
+        ({"data": DataConfig("d", max_length=2**31)}, r"data\.max_length is 2147483648, expected"),
+        ({"seed": 2**32}, "seed is 4294967296, expected at most 4294967295"),
         ({"epochs": 0}, "epochs is 0"),
         ({"epochs": float("inf")}, "epochs is inf"),
         ({"accumulation_steps": 3}, "batch_size is 16, not a multiple of accumulation_steps 3"),
@@ -125,10 +168,19 @@ def test_reflora_begins_at_once_where_it_can():
 
 
 def test_what_a_resumed_run_may_change():
-    saved = config_to_dict(config())
-    check_same_run(saved, config_to_dict(config(save_every=7, output="elsewhere")))
+    def check(same_content=True, **changes):
+        saved = config_to_dict(config(rank_pattern={"q_proj": 4}))
+        now = config(**{"rank_pattern": {"q_proj": 4}, **changes})
+        check_same_run(saved, config_to_dict(now), same_content=same_content)
+
+    check(save_every=7, output="elsewhere", mesh=MeshConfig(tensor=2))
     with pytest.raises(InputError, match=r"another learning_rate: .* 0\.0003, now it is 0\.1"):
-        check_same_run(saved, config_to_dict(config(learning_rate=0.1)))
-    elsewhere = config_to_dict(config(data=DataConfig("x", buckets=(1024,))))
+        check(learning_rate=0.1)
+    with pytest.raises(InputError, match=r"another rank_pattern\.k_proj: .* None, now it is 4"):
+        check(rank_pattern={"q_proj": 4, "k_proj": 4})
+    with pytest.raises(InputError, match=r"another data\.max_length: .* 1024, now it is 512"):
+        check(data=DataConfig("d.jsonl", max_length=512, buckets=(1024,)))
+    moved = DataConfig("x", split="train[:9]", name="y", buckets=(1024,))
+    check(model="there", data=moved, eval_path="e", eval_split="test")
     with pytest.raises(InputError, match=r"another data\.path: .*'d.jsonl', now it is 'x'"):
-        check_same_run(saved, elsewhere)
+        check(data=DataConfig("x", buckets=(1024,)), same_content=False)

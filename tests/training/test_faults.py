@@ -12,6 +12,7 @@ import pytest
 
 from loft_jax.cli import main
 from loft_jax.data import DataConfig
+from loft_jax.errors import InputError
 from loft_jax.training.config import MeshConfig
 from loft_jax.training.loop import finetune
 from tests.training.processes import (
@@ -62,6 +63,8 @@ def test_a_signal_saves_before_the_run_leaves(make_config, number):
     config = make_config(steps=20000, save_every=100000)
     process = start(config)
     wait_for_step(config.output, 3, process)
+    with pytest.raises(InputError, match=f"being trained there already, by process {process.pid}"):
+        finetune(config, resume=True, progress=False)
     process.send_signal(number)
     assert finish(process) == [130], output(process)
     assert "Traceback" not in output(process)

@@ -10,12 +10,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from loft_jax.errors import InputError
 from loft_jax.hub import load_peft_adapter, load_pretrained, load_tokenizer
 from loft_jax.training.config_io import save_config
 from loft_jax.training.loop import finetune
 from loft_jax.training.metrics import read_metrics
+from loft_jax.training.model import base_fingerprint, load_base
 from loft_jax.training.run import Run
 from tests.tiny import save_tiny_llama, tiny_tokenizer
 from tests.training.processes import adapter, losses
@@ -40,7 +42,7 @@ def test_a_run_learns_and_leaves_everything(make_config, workspace, method):
     assert result.after["loss"] < 0.5 * result.before["loss"]
     assert set(result.after) == {"loss", "accuracy"}
     folder = Path(config.output)
-    names = {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "loss.png"}
+    names = {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "loss.png", ".lock"}
     names.add("model" if method == "full" else "adapter")
     assert {entry.name for entry in folder.iterdir()} == names
     row = read_metrics(folder / "metrics.jsonl")[1]
@@ -136,6 +138,62 @@ def test_resume_refuses_another_run(make_config):
     assert finetune(config, resume=True, progress=False).steps == 4
 
 
+def test_a_run_goes_on_from_where_its_files_have_moved_to(make_config, workspace, tmp_path, caplog):
+    """To the bit, if they hold the same; and not with others in their place."""
+    files = {name: tmp_path / "first" / name for name in ("model", "train.jsonl", "test.jsonl")}
+    shutil.copytree(workspace, tmp_path / "first")
+    common = {"steps": 4, "save_every": 2, "keep_last": 9}
+
+    def config(place):
+        data = dataclasses.replace(make_config().data, path=str(place / "train.jsonl"))
+        held_out = str(place / "test.jsonl")
+        return make_config(model=str(place / "model"), data=data, eval_path=held_out, **common)
+
+    finetune(config(tmp_path / "first"), progress=False)
+    folder = Path(make_config().output)
+    expected = losses(folder), adapter(folder)
+    shutil.rmtree(folder / "checkpoints" / "4")
+    shutil.rmtree(folder / "adapter")
+    (tmp_path / "first").rename(tmp_path / "moved")
+    moved = config(tmp_path / "moved")
+    files = {name: tmp_path / "moved" / name for name in files}
+    for field, name in (("data.path", "train.jsonl"), ("eval_path", "test.jsonl")):
+        content = files[name].read_text()
+        files[name].write_text(content.replace("joy", "fun"))
+        with pytest.raises(InputError, match=f"cannot resume with another {field}: "):
+            finetune(moved, resume=True, progress=False)
+        files[name].write_text(content)
+    files["model"].rename(tmp_path / "kept")
+    save_tiny_llama(files["model"], seed=1)
+    tiny_tokenizer().save_pretrained(files["model"])
+    with pytest.raises(InputError, match=r"cannot resume with another model: .*its weights"):
+        finetune(moved, resume=True, progress=False)
+    shutil.rmtree(files["model"])
+    (tmp_path / "kept").rename(files["model"])
+    assert not (folder / "adapter").exists()
+    finetune(moved, resume=True, progress=False)
+    assert losses(folder) == expected[0]
+    for name, tensor in adapter(folder).items():
+        np.testing.assert_array_equal(tensor, expected[1][name], err_msg=name)
+
+
+def test_a_base_is_told_from_others_by_its_weights_and_constants(make_config, workspace, tmp_path):
+    def fingerprint(folder):
+        return base_fingerprint(load_base(make_config(model=str(folder))))
+
+    shutil.copytree(workspace / "model", tmp_path / "model")
+    settings = tmp_path / "model" / "config.json"
+    assert fingerprint(tmp_path / "model") == (known := fingerprint(workspace / "model"))
+    changed = json.loads(settings.read_text())
+    settings.write_text(json.dumps({**changed, "rms_norm_eps": 1e-3}))
+    assert fingerprint(tmp_path / "model") != known
+    settings.write_text(json.dumps(changed))
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][3, 4] *= -1
+    save_file(weights, tmp_path / "model" / "model.safetensors")
+    assert fingerprint(tmp_path / "model") != known
+
+
 def test_resume_without_a_checkpoint(make_config):
     with pytest.raises(InputError, match="no checkpoint to resume from"):
         finetune(make_config(), resume=True, progress=False)
@@ -189,7 +247,8 @@ def test_a_model_in_the_output_is_refused_before_any_work(make_config):
 def test_a_tokenizer_of_another_model_is_refused(make_config, tmp_path):
     save_tiny_llama(tmp_path / "model", vocab_size=100)
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    with pytest.raises(InputError, match="its weights have 100; expected a tokenizer and weights"):
+    (tmp_path / "model" / "model.safetensors").unlink()  # told before the weights are read
+    with pytest.raises(InputError, match="have 100 rows; expected a tokenizer and weights"):
         finetune(make_config(model=str(tmp_path / "model")), progress=False)
 
 
@@ -204,6 +263,29 @@ def test_a_loss_that_is_not_finite_stops_the_run(make_config):
     with pytest.raises(InputError, match=r"not finite in 10 steps in a row|not finite at step"):
         finetune(config, progress=False)
     assert not list(Path(config.output, "checkpoints").glob("[0-9]*"))
+
+
+def test_a_run_of_skipped_steps_alone_leaves_nothing(make_config, workspace, tmp_path):
+    """Fewer of them than it takes to give up: an adapter of them would be one of zeros."""
+    shutil.copytree(workspace / "model", tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.norm.weight"][0] = np.nan
+    save_file(weights, tmp_path / "model" / "model.safetensors")
+    config = make_config(model=str(tmp_path / "model"), steps=3)
+    with pytest.raises(InputError, match="not finite in 3 steps in a row, up to step 3 of 3"):
+        finetune(config, progress=False)
+    assert not Path(config.output, "adapter").exists()
+    assert not list(Path(config.output, "checkpoints").glob("[0-9]*"))
+
+
+def test_a_loss_that_rose_is_told_at_the_end(make_config, caplog):
+    finetune(
+        make_config(method="full", learning_rate=10.0, schedule="constant", steps=3), progress=False
+    )
+    told = (
+        "the training loss was .* at the end: expected it to fall; a smaller learning_rate than 10"
+    )
+    assert re.search(told, caplog.text)
 
 
 def test_config_survives_in_the_run(make_config):

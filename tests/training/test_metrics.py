@@ -1,5 +1,6 @@
 import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -37,10 +38,31 @@ def test_a_new_log_forgets_all(tmp_path):
     assert read_metrics(first.path) == []
 
 
-@pytest.mark.parametrize("damage", [b"3\n", b"{}\n", b"[\n", b"\xff\xfe\n"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"3\n",
+        b"{}\n",
+        b"[\n",
+        b"\xff\xfe\n",
+        b'{"step": true}\n',
+        b'{"step": 2, "train_loss": "low"}\n',
+        b'{"step": 2, "train_loss": NaN}\n',
+        b'{"step": 2, "train_loss": 1' + b"0" * 400 + b"}\n",
+        b'{"step": 1' + b"0" * 5000 + b"}\n",
+        b"[" * 100_000 + b"\n",
+    ],
+    ids=range(10),
+)
 def test_rows_end_where_the_file_is_damaged(tmp_path, damage):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + damage + b'{"step": 2}\n')
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}]
+
+
+def test_metrics_that_are_no_file(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(InputError, match="is a pipe or a device, expected the metrics of a run"):
+        read_metrics(tmp_path / "metrics.jsonl")
 
 
 def test_plot(tmp_path):

@@ -1,0 +1,66 @@
+"""One run in an output folder at a time."""
+
+import contextlib
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from loft_jax.errors import InputError, cut, explained, reason
+from loft_jax.files import locked, read_text
+from loft_jax.training.distributed import all_agree, is_main
+
+_log = logging.getLogger(__name__)
+_MOST_BYTES = 1000
+
+
+@contextlib.contextmanager
+def only_run(folder: Path) -> Iterator[None]:
+    """Holds an output folder against other runs, until it is left or this process ends.
+
+    The file `.lock` in it tells who holds it, and stays. Of several processes the first one holds
+    the folder, and all of them call this.
+
+    Args:
+        folder: Made if missing.
+
+    Raises:
+        InputError: The folder cannot be made, or another run holds it; then on every process.
+    """
+    with contextlib.ExitStack() as held:
+        problem = InputError(f"{folder}: the first process cannot have it for this run")
+        ok = True
+        if is_main():
+            try:
+                _hold(folder, held)
+            except InputError as error:
+                ok, problem = False, error
+        if not all_agree(ok):
+            raise problem
+        yield
+
+
+def _hold(folder: Path, held: contextlib.ExitStack) -> None:
+    file = folder / ".lock"
+    with explained(f"{folder}: cannot hold a run"):
+        folder.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    try:
+        held.enter_context(locked(file))
+    except BlockingIOError as error:
+        holder = cut(read_text(file, "who trains there", most_bytes=_MOST_BYTES).strip())
+        raise InputError(
+            f"{folder}: a run is being trained there already, by {holder or 'another process'}; "
+            "expected another output, or to wait until it has ended"
+        ) from error
+    except OSError as error:
+        _log.warning(
+            "%s: this file system has no locks (%s); nothing keeps a second run from writing there",
+            *(folder, reason(error)),
+        )
+        return
+    now = time.strftime("%Y-%m-%d %H:%M:%S %z")
+    with explained(f"{folder}: cannot hold a run"):
+        file.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {now}\n")

@@ -1,0 +1,64 @@
+import fcntl
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from loft_jax.errors import InputError
+from loft_jax.training.one_run import only_run
+
+HOLD = """
+import sys
+from pathlib import Path
+from loft_jax.training.one_run import only_run
+with only_run(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_living_process_holds_its_folder_and_a_dead_one_does_not(tmp_path):
+    folder = tmp_path / "run"
+    held = subprocess.Popen(
+        [sys.executable, "-c", HOLD, folder],
+        cwd=Path(__file__).parents[2],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert held.stdout.readline() == b"held\n"
+    holder = f"by process {held.pid} on {re.escape(socket.gethostname())}, since 20..-"
+    for _ in range(2):  # being refused gives nothing away
+        with pytest.raises(InputError, match=holder), only_run(folder):
+            pass
+    held.send_signal(signal.SIGKILL)
+    held.communicate()
+    with only_run(folder):
+        pass
+    with only_run(folder):
+        pass
+
+
+def test_without_locks_a_run_goes_on_and_says_so(tmp_path, monkeypatch, caplog):
+    def refused(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with only_run(tmp_path):
+        assert "this file system has no locks" in caplog.text
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot hold a run"), only_run(tmp_path / "file"):
+        pass
+
+
+def test_of_several_processes_all_fail_if_the_first_does(tmp_path, monkeypatch):
+    monkeypatch.setattr("loft_jax.training.one_run.is_main", lambda: False)
+    monkeypatch.setattr("loft_jax.training.one_run.all_agree", lambda ok: False)
+    with pytest.raises(InputError, match="the first process cannot have it"), only_run(tmp_path):
+        pass

@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from loft_jax.errors import InputError, explained
+from loft_jax.errors import InputError, explained, shown
 
 _MOST_JSON = 2**25
 """Bytes of a configuration or an index: the index of the largest models has a third of it."""
+
+_LONGEST_NAME = 255  # what file systems take
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -85,9 +87,10 @@ def inside(folder: Path, name: str | os.PathLike[str]) -> Path:
         if own.parent.name == "snapshots":
             homes.append(own.parents[1] / "blobs")
         leaves = os.path.isabs(name) or ".." in Path(name).parts
-        if leaves or not any(target.is_relative_to(home) for home in homes):
+        longer = len(os.fspath(name)) > _LONGEST_NAME
+        if leaves or longer or not any(target.is_relative_to(home) for home in homes):
             raise InputError(
-                f"{folder}: names the file {os.fspath(name)!r:.200}, expected one inside the folder"
+                f"{folder}: names the file {shown(os.fspath(name))}, expected one inside the folder"
             )
     return path
 

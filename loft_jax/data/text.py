@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from loft_jax.errors import InputError, shown
+from loft_jax.errors import InputError, explained, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,5 +85,6 @@ def check_tokens(
 def _encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
     if not texts:
         return []
-    # verbose=False: a text over the tokenizer's own limit is cut here later, by max_length
-    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    with explained("the tokenizer cannot encode a text"):
+        # verbose=False: a text over the tokenizer's own limit is cut here later, by max_length
+        return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]

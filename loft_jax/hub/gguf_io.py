@@ -71,8 +71,11 @@ class GGUF:
             The values as float32.
 
         Raises:
-            InputError: The tensor is quantized in a way that cannot be undone here.
+            InputError: There is no such tensor, or it is quantized in a way that cannot be undone
+                here.
         """
+        if name not in self._tensors:
+            raise InputError(f"{self.path}: tensor {shown(name)} is missing")
         tensor = self._tensors[name]
         rows, *inside = (slice(None),) if region is ... else region
         kind = tensor.tensor_type.name

@@ -236,7 +236,7 @@ def save_pretrained(
         }
         write_checkpoint(partial, shapes, _hf_tensors(parameters), max_shard_bytes=_MAX_SHARD_BYTES)
         if base_model is not None:
-            generation = _resolve(base_model, _WEIGHT_PATTERNS) / _GENERATION_NAME
+            generation = inside(_resolve(base_model, _WEIGHT_PATTERNS), _GENERATION_NAME)
             if generation.is_file():
                 shutil.copy(generation, partial)
         if tokenizer is not None:

@@ -63,8 +63,11 @@ class Safetensors:
             The values in the dtype they are stored in (bfloat16 as ``ml_dtypes.bfloat16``).
 
         Raises:
-            InputError: The file cannot be read, or holds what is no floating-point number.
+            InputError: There is no such tensor, the file cannot be read, or it holds what is no
+                floating-point number.
         """
+        if name not in self._files:
+            raise InputError(f"{self.path}: tensor {shown(name)} is missing")
         file = self._files[name]
         with (
             explained(f"{file}: cannot read tensor {shown(name)}"),

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 _MOST_BYTES = 2**28  # of one file; the largest vocabularies have a tenth
 _MOST_GROWTH = 1000  # times that normalizers, and the frame around a text, may lengthen it
+
+_IS_TOKENIZER = re.compile(r"Tokenizer|Backend$")
 
 # What transformers may open to read a tokenizer.
 _READ = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "additional_chat_templates/*.jinja")
@@ -56,8 +59,11 @@ def folder_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     file = folder / "tokenizer.json"
     with explained(f"{file}: cannot be read as a tokenizer"):
         _check_growth(file, contents.get(file.name, {}))
+    _check_class(folder, contents)
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except KeyboardInterrupt:
         raise
     except BaseException as error:
@@ -68,6 +74,20 @@ def folder_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
             raise InputError(f"{folder}: has no tokenizer, expected tokenizer.json") from error
         with explained(f"{folder}: no tokenizer can be loaded"):
             raise
+    if not isinstance(length := tokenizer.model_max_length, (int, float)):
+        raise InputError(f"{folder}: model_max_length is {shown(length)}, expected a number")
+    return tokenizer
+
+
+def _check_class(folder: Path, contents: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuses a class that is no tokenizer's: transformers makes whatever of its own is named."""
+    for name in ("tokenizer_config.json", "config.json"):
+        found = contents.get(name, {}).get("tokenizer_class")
+        if found is None or (isinstance(found, str) and _IS_TOKENIZER.search(found)):
+            continue
+        raise InputError(
+            f"{folder / name}: tokenizer_class is {shown(found)}, expected the name of a tokenizer"
+        )
 
 
 def _check_names(folder: Path, config: Mapping[str, Any]) -> None:

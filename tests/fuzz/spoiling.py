@@ -49,7 +49,8 @@ def spoilt(draw: st.DrawFn, good: bytes) -> bytes:
     values = _decoded(good)
     if values is not None and draw(st.integers(0, 3)):
         for _ in range(draw(st.integers(1, 3))):
-            values = [_edited(draw, value) for value in values]
+            place = draw(st.integers(0, len(values) - 1))
+            values[place] = _edited(draw, values[place])
         text = "\n".join(json.dumps(value) for value in values)
         content = text.encode("utf-8", "surrogatepass")
         if draw(st.booleans()):

@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import struct
+import subprocess
+import sys
 import threading
 
 import jax.numpy as jnp
@@ -150,6 +152,21 @@ def test_files_of_the_machine_a_tokenizer_was_saved_on_do_not_matter(folder):
     elsewhere = "/home/author/.cache/huggingface/special_tokens_map.json"
     edit(folder / "tokenizer_config.json", special_tokens_map_file=elsewhere)
     assert load_tokenizer(folder)("Once")["input_ids"] == tiny_tokenizer()("Once")["input_ids"]
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
+def test_only_tokenizers_are_made_for_tokenizers(folder, file):
+    """By the class of a name transformers would make a model, or whatever else it has."""
+    for name in ("LlamaForCausalLM", "pipeline", 5):
+        edit(folder / file, tokenizer_class=name)
+        with pytest.raises(InputError, match=rf"{file}: tokenizer_class is .*{name}"):
+            load_tokenizer(folder)
+
+
+def test_a_limit_of_a_tokenizer_is_a_number(folder):
+    edit(folder / "tokenizer_config.json", model_max_length="long")
+    with pytest.raises(InputError, match="model_max_length is 'long', expected a number"):
+        load_tokenizer(folder)
 
 
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
@@ -353,3 +370,24 @@ def test_an_adapter_in_pieces_that_do_not_fit_is_named(adapter, tiny_llama):
     with pytest.raises(InputError, match="is no LoRA factor") as raised:
         load_peft_adapter(adapter, load_pretrained(tiny_llama))
     assert len(str(raised.value)) < 600
+
+
+WITHOUT_A_NETWORK = """
+import socket, sys
+asked = []
+def refuse(*arguments, **named):
+    asked.append(arguments)
+    raise OSError("no network")
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
+from loft_jax.hub import load_peft_adapter, load_pretrained, load_tokenizer
+model, adapter = sys.argv[1:]
+load_tokenizer(model)
+load_peft_adapter(adapter, load_pretrained(model))
+assert not asked, asked
+"""
+
+
+def test_what_is_here_is_loaded_without_asking_anyone(folder, adapter):
+    online = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+    code = [sys.executable, "-c", WITHOUT_A_NETWORK, str(folder), str(adapter)]
+    subprocess.run(code, check=True, env=online)

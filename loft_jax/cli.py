@@ -147,9 +147,8 @@ class Evaluate:
             names = ("accuracy", "accuracy_norm", "nll", "count")
             found = {name: getattr(scores, name) for name in names}
         else:
-            batches = eval_batches(
-                tokenize(rows, tokenizer, self.data), self.data, batch_size=self.batch_size
-            )
+            data = tokenize(rows, tokenizer, self.data, vocab_size=model.config.vocab_size)
+            batches = eval_batches(data, self.data, batch_size=self.batch_size)
             measured = perplexity(model, batches)
             found = {**dataclasses.asdict(measured), "perplexity": measured.perplexity}
         if math.isnan(found["nll"]):

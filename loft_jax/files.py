@@ -17,6 +17,8 @@ from loft_jax.errors import InputError, explained, shown
 _MOST_JSON = 2**25
 """Bytes of a configuration or an index: the index of the largest models has a third of it."""
 
+_PIECE = 2**16  # bytes read at once
+
 _LONGEST_NAME = 255  # what file systems take
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -111,10 +113,12 @@ def read_text(path: Path, expected: str, *, most_bytes: int = _MOST_JSON) -> str
     """
     regular_file(path, expected, most_bytes=most_bytes)
     with explained(f"{path}: cannot be read, expected {expected}"), path.open("rb") as file:
-        text = file.read(most_bytes + 1)  # what /proc shows as empty is not
-        if len(text) > most_bytes:
-            raise InputError(f"{path}: expected {expected} of at most {most_bytes} bytes")
-        return text.decode("utf-8")
+        pieces = []
+        while piece := file.read(_PIECE):
+            pieces.append(piece)
+            if len(pieces) * _PIECE > most_bytes + _PIECE:  # what /proc shows as empty may not end
+                raise InputError(f"{path}: expected {expected} of at most {most_bytes} bytes")
+        return b"".join(pieces).decode("utf-8")
 
 
 def read_json(path: Path, *, most_bytes: int = _MOST_JSON) -> dict[str, Any]:
@@ -214,7 +218,8 @@ def locked(path: Path) -> Iterator[None]:
     Raises:
         BlockingIOError: Another holds it.
     """
-    handle = os.open(path, os.O_RDONLY)
+    # Over NFS a file is held for writing only by who opened it to write.
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield

@@ -114,10 +114,8 @@ def score_choices(
     """
     if batch_size < 1:
         raise InputError(f"batch size is {batch_size}; expected at least 1")
-    questions = _questions(tokenizer, rows, config, choices)
+    questions, encoded = _encoded(tokenizer, rows, config, choices, model.config.vocab_size)
     filler = pad_id(tokenizer)
-    _check_tokens(questions, filler, tokenizer, model.config.vocab_size)
-    encoded = [_row(index, asked, config) for index, asked in enumerate(questions)]
     cut = sum(
         row.branches.count(0) < len(asked.prompt)
         for row, asked in zip(encoded, questions, strict=True)
@@ -143,9 +141,44 @@ def score_choices(
     )
 
 
+def check_choices(
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: "Dataset | Sequence[Mapping[str, Any]]",
+    config: DataConfig,
+    *,
+    choices: Sequence[str] = (),
+    vocab_size: int | None,
+) -> None:
+    """Says what `score_choices` would refuse, before there is a model.
+
+    Args:
+        tokenizer: The model's.
+        rows: As for `score_choices`, like the two below.
+        config: Its `prompt_field`, `completion_field` and `max_length` are used.
+        choices: The answers of every row; empty if each row brings its own.
+        vocab_size: The tokens that the model has weights for; None if it is not at hand.
+
+    Raises:
+        InputError: As for `score_choices`.
+    """
+    _encoded(tokenizer, rows, config, choices, vocab_size)
+
+
 def bring_choices(rows: "Dataset | Sequence[Mapping[str, Any]]") -> bool:
     """Whether each example has answers of its own to compare: `choices` and `answer`."""
     return set(_OWN_CHOICES) <= set(column_names(rows))
+
+
+def _encoded(
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: "Dataset | Sequence[Mapping[str, Any]]",
+    config: DataConfig,
+    choices: Sequence[str],
+    vocab_size: int | None,
+) -> "tuple[list[_Question], list[_Row]]":
+    questions = _questions(tokenizer, rows, config, choices)
+    _check_tokens(questions, pad_id(tokenizer), tokenizer, vocab_size)
+    return questions, [_row(index, asked, config) for index, asked in enumerate(questions)]
 
 
 @dataclass(frozen=True)
@@ -221,7 +254,7 @@ def _check_tokens(
     questions: Sequence[_Question],
     filler: int,
     tokenizer: "PreTrainedTokenizerBase",
-    vocab_size: int,
+    vocab_size: int | None,
 ) -> None:
     check_tokens([filler], tokenizer, vocab_size, where="padding")
     for index, asked in enumerate(questions):

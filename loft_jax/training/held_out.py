@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from loft_jax.data import Batch, eval_batches, load_examples, tokenize
-from loft_jax.evaluation.choices import bring_choices, score_choices
+from loft_jax.evaluation.choices import bring_choices, check_choices, score_choices
 from loft_jax.evaluation.perplexity import perplexity
 from loft_jax.models import Llama
 from loft_jax.training.config import FinetuneConfig
@@ -46,7 +46,11 @@ class HeldOut:
         )
         self._rows = load_examples(self._data)
         self._batches: Sequence[Batch] = ()
-        if not self._has_choices:
+        if self._has_choices:
+            check_choices(
+                tokenizer, self._rows, self._data, choices=config.choices, vocab_size=vocab_size
+            )
+        else:
             tokens = tokenize(self._rows, tokenizer, self._data, vocab_size=vocab_size)
             self._batches = eval_batches(tokens, self._data, batch_size=config.eval_batch_size)
 

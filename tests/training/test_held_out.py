@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from loft_jax.errors import InputError
 from loft_jax.evaluation.choices import score_choices
 from loft_jax.hub import load_pretrained, load_tokenizer
 from loft_jax.training.held_out import HeldOut
@@ -40,3 +41,15 @@ def test_examples_without_answers_give_the_loss_of_a_token(make_config, workspac
     config = make_config(eval_path=str(workspace / "test.jsonl"))
     held_out = HeldOut(config, load_tokenizer(config.model), progress=False)
     assert set(held_out.measure(load_pretrained(config.model))) == {"loss"}
+
+
+def test_answers_without_weights_are_refused_before_there_is_a_model(make_config, tmp_path):
+    path = tmp_path / "questions.jsonl"
+    row = {"prompt": "Is it dull?", "choices": [" yes", " no"], "answer": 1}
+    path.write_text(json.dumps(row) + "\n")
+    config = make_config(eval_path=str(path))
+    tokenizer = load_tokenizer(config.model)
+    largest = max(tokenizer(" yes no Is it dull?")["input_ids"])
+    HeldOut(config, tokenizer, vocab_size=largest + 1, progress=False)
+    with pytest.raises(InputError, match=rf"row 0: the tokenizer gives token {largest} "):
+        HeldOut(config, tokenizer, vocab_size=largest, progress=False)

@@ -107,7 +107,7 @@ def _build(
     }
     # Not `load_dataset`, which reports to the hub what it is asked to load.
     if builder == "parquet":
-        return Dataset.from_parquet(patterns, split=split)
+        return _checked(Dataset.from_parquet(patterns, split=split))
     if builder == "text":
         return Dataset.from_text(patterns, split=split)
     # Without these, pandas reads the words "None" and "NA" as missing, and "1" as a number.
@@ -163,7 +163,14 @@ def _read_saved(folder: Path, config: DataConfig) -> "Dataset":
         part, *more = ReadInstruction.from_spec(config.split).to_absolute(sizes)
         if more:
             raise ValueError(f"split is {config.split!r}; expected one split or a slice of one")
-        return splits[part.splitname].select(range(part.from_, part.to))
+        return _checked(splits[part.splitname]).select(range(part.from_, part.to))
+
+
+def _checked(rows: "Dataset") -> "Dataset":
+    """Rows of a binary file, in which texts may be no UTF-8 and offsets lead nowhere."""
+    for batch in rows.data.table.to_batches():
+        batch.validate(full=True)
+    return rows
 
 
 _SAVED_SPLITS, _SAVED, _SAVED_FEATURES = "dataset_dict.json", "state.json", "dataset_info.json"

@@ -3,6 +3,8 @@ import json
 import os
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from loft_jax.data import DataConfig, load_examples
@@ -300,3 +302,11 @@ def test_hub_dataset_is_read_as_its_files_would_be(tmp_path, monkeypatch, ending
 def test_config_out_of_range(options, message):
     with pytest.raises(InputError, match=message):
         DataConfig("rows.jsonl", **options)
+
+
+def test_texts_of_parquet_that_are_no_utf8_are_refused_when_they_are_read(tmp_path):
+    file = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": ["a dull film"] * 3}), file, compression="none")
+    file.write_bytes(file.read_bytes().replace(b"a dull", b"a \xf1ull"))
+    with pytest.raises(InputError, match=r"rows\.parquet: cannot be read as parquet: .*UTF8"):
+        load_examples(DataConfig(str(file)))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from loft_jax.data.templates import Chat, Message, Rendered, Start, render_chats
-from loft_jax.data.text import encode_continuations
+from loft_jax.data.text import encode_continuations, encode_plain
 from loft_jax.data.told import tell
 from loft_jax.errors import InputError, shown
 
@@ -52,7 +52,7 @@ def encode_chats(
     )
     for some in _together(_pieces(chat, found) for chat, found in rendered):
         # The template writes BOS itself; a piece other than the first continues the row.
-        firsts = iter(_encode_openings(tokenizer, [pieces[0][0] for pieces in some if pieces]))
+        firsts = iter(encode_plain(tokenizer, [pieces[0][0] for pieces in some if pieces]))
         others = iter(
             encode_continuations(tokenizer, [text for pieces in some for text, _ in pieces[1:]])
         )
@@ -70,12 +70,6 @@ def encode_chats(
                 said += [index < spoken for index in range(len(piece))]
             yield ids, said
     seen.tell(tokenizer)
-
-
-def _encode_openings(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
-    if not texts:
-        return []
-    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _together(rows: Iterable[list[_Piece]]) -> Iterator[list[list[_Piece]]]:

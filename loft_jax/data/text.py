@@ -22,7 +22,7 @@ def encode_starts(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) ->
     Returns:
         One list of ids a text.
     """
-    encoded = _encode(tokenizer, texts)
+    encoded = encode_plain(tokenizer, texts)
     bos = tokenizer.bos_token_id
     if bos is None or bos not in tokenizer("")["input_ids"][:1]:
         return encoded
@@ -44,12 +44,12 @@ def encode_continuations(
     Returns:
         One list of ids a text.
     """
-    first = tokenizer.convert_ids_to_tokens(_encode(tokenizer, ["a"])[0])[:1]
+    first = tokenizer.convert_ids_to_tokens(encode_plain(tokenizer, ["a"])[0])[:1]
     if not (first and first[0].startswith(_WORD_START)):
-        return _encode(tokenizer, texts)
-    (anchor,) = _encode(tokenizer, [_ANCHOR])
-    joined = _encode(tokenizer, [_ANCHOR + text for text in texts])
-    plain = _encode(tokenizer, texts)
+        return encode_plain(tokenizer, texts)
+    (anchor,) = encode_plain(tokenizer, [_ANCHOR])
+    joined = encode_plain(tokenizer, [_ANCHOR + text for text in texts])
+    plain = encode_plain(tokenizer, texts)
     return [
         ids[len(anchor) :] if ids[: len(anchor)] == anchor else alone
         for ids, alone in zip(joined, plain, strict=True)
@@ -82,7 +82,19 @@ def check_tokens(
         )
 
 
-def _encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
+def encode_plain(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts that bring their special tokens themselves, as a chat template's do.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        texts: What to encode.
+
+    Returns:
+        One list of ids a text.
+
+    Raises:
+        InputError: The tokenizer fails on one.
+    """
     if not texts:
         return []
     with explained("the tokenizer cannot encode a text"):

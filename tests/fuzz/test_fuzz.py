@@ -115,7 +115,8 @@ def test_what_is_spoilt_is_read_or_refused(kind, good, reader):
 @pytest.mark.parametrize("kind", KINDS)
 def test_much_that_is_spoilt_is_read_or_refused(kind, good, reader):
     total, bad = Counter(), {}
-    for seed in range(1, 1 + -(-MANY_CASES // AT_ONCE)):
+    many = MANY_CASES // 12 if kind == "template" else MANY_CASES  # one that loops takes its time
+    for seed in range(1, 1 + -(-many // AT_ONCE)):
         counts, found = outcomes(kind, good, reader, seed=seed, cases=AT_ONCE)
         total += counts
         bad |= found

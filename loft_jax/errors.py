@@ -40,8 +40,22 @@ def shown(value: Any) -> str:
 
 
 def cut(text: str) -> str:
-    """A text of a file as a message repeats it: its first 200 characters."""
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+    """A text of a file as a message repeats it: of at most 200 characters, all of them printable.
+
+    Args:
+        text: Of any length; it may hold what a terminal takes for commands.
+
+    Returns:
+        Its beginning, with escapes in the place of what cannot be printed.
+
+    Example:
+        >>> cut("\x1b[2J"), len(cut("x" * 10_000))
+        ('\\x1b[2J', 200)
+    """
+    printable = "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: _SHOWN + 1]
+    )
+    return printable if len(printable) <= _SHOWN else f"{printable[: _SHOWN - 3]}..."
 
 
 def reason(error: BaseException) -> str:

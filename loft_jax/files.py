@@ -15,13 +15,20 @@ from typing import Any
 from loft_jax.errors import InputError, explained, shown
 
 _MOST_JSON = 2**25
-"""Bytes of a configuration or an index: the index of the largest models has a third of it."""
+"""Bytes of an index: that of the largest models has a third of it."""
+
+_MOST_VALUES = 2**22
+"""Values of a file of JSON: the largest vocabularies and their merges are half as many."""
+
+MOST_CONFIG = 2**22
+"""Bytes of a configuration."""
 
 _PIECE = 2**16  # bytes read at once
 
 _LONGEST_NAME = 255  # what file systems take
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_MOST_POINTER = 1024  # bytes of one, by its specification
 
 
 def regular_file(
@@ -49,7 +56,7 @@ def regular_file(
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
         raise InputError(f"{path}: is {kind}, expected {expected}")
-    if status.st_size < len(_LFS_POINTER) * 8 and path.read_bytes().startswith(_LFS_POINTER):
+    if 0 < status.st_size < _MOST_POINTER and _begins(path, _LFS_POINTER):
         raise InputError(
             f"{path}: is a Git LFS pointer, expected {expected}; `git lfs pull` fetches the file"
         )
@@ -58,6 +65,11 @@ def regular_file(
             f"{path}: has {status.st_size} bytes, expected {expected} of at most {most_bytes}"
         )
     return path
+
+
+def _begins(path: Path, beginning: bytes) -> bool:
+    with explained(f"{path}: cannot be read"), path.open("rb") as file:
+        return file.read(len(beginning)) == beginning
 
 
 def inside(folder: Path, name: str | os.PathLike[str]) -> Path:
@@ -85,9 +97,7 @@ def inside(folder: Path, name: str | os.PathLike[str]) -> Path:
         path = folder / name
         own = folder.resolve()
         target = path.resolve()
-        homes = [own]
-        if own.parent.name == "snapshots":
-            homes.append(own.parents[1] / "blobs")
+        homes = [own, *(up.parent / "blobs" for up in own.parents if up.name == "snapshots")]
         leaves = os.path.isabs(name) or ".." in Path(name).parts
         longer = len(os.fspath(name)) > _LONGEST_NAME
         if leaves or longer or not any(target.is_relative_to(home) for home in homes):
@@ -135,7 +145,10 @@ def read_json(path: Path, *, most_bytes: int = _MOST_JSON) -> dict[str, Any]:
         InputError: The file is missing, unreadable, too long or too deep, or holds something else.
     """
     with explained(f"{path}: cannot be read as JSON"):
-        content = json.loads(read_text(path, "JSON", most_bytes=most_bytes))
+        text = read_text(path, "JSON", most_bytes=most_bytes)
+        if sum(map(text.count, ",[{")) > _MOST_VALUES:  # each becomes an object of Python
+            raise ValueError(f"it has more than {_MOST_VALUES} values")
+        content = json.loads(text)
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a JSON {type(content).__name__}, expected an object")
     return content
@@ -165,9 +178,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         ('whole', ['a.txt'])
     """
     path = Path(path)
-    with _partial(path) as partial:
-        partial.touch(exist_ok=False)
-        with locked(partial):
+    with _partial(path) as (new, partial):
+        new.touch(exist_ok=False)
+        with locked(new):
+            new.rename(partial)
             yield partial
             os.chmod(partial, 0o666 & ~_umask())
             os.replace(partial, path)
@@ -188,23 +202,30 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _partial(path) as partial:
-        partial.mkdir()
-        with locked(partial):
+    with _partial(path) as (new, partial):
+        new.mkdir()
+        with locked(new):
+            new.rename(partial)
             yield partial
             os.replace(partial, path)
 
 
 @contextlib.contextmanager
-def _partial(path: Path) -> Iterator[Path]:
-    """A name beside that of a path for what is not whole yet; nothing keeps it at the end."""
+def _partial(path: Path) -> Iterator[tuple[Path, Path]]:
+    """Names beside that of a path for what is not whole yet; nothing has them at the end.
+
+    Under the first it is made, and locked before it gets the second, by which others look for what
+    nobody holds any more.
+    """
     for entry in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         with contextlib.suppress(OSError), locked(entry):  # a living process holds its own
             _remove(entry)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    name = f".{path.name}.{secrets.token_hex(4)}"
+    new, partial = path.with_name(f"{name}.new"), path.with_name(f"{name}.partial")
     try:
-        yield partial
+        yield new, partial
     finally:
+        _remove(new)
         _remove(partial)
 
 

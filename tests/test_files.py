@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from loft_jax.errors import InputError, explained, reason, shown
+from loft_jax.errors import InputError, cut, explained, reason, shown
 from loft_jax.files import inside, locked, new_folder, read_json, regular_file, replacing
 
 CHILD = """
@@ -181,3 +181,16 @@ def test_messages_repeat_little_of_what_they_are_about():
     assert len(shown(10**6000)) <= 200
     assert len(shown({"a" * 10**6: "b" * 10**6})) <= 200
     assert len(reason(ValueError("x" * 10**6))) <= 200
+
+
+def test_messages_hold_no_commands_for_a_terminal():
+    said = cut("\x1b]0;pwned\x07\x1b[2J\u202e\nend")
+    assert said == r"\x1b]0;pwned\x07\x1b[2J\u202e\nend"
+    assert "\x1b" not in reason(ValueError("\x1b[2J"))
+
+
+def test_a_file_of_very_many_values_is_refused_before_it_is_parsed(tmp_path):
+    file = tmp_path / "c.json"
+    file.write_text('{"a": [' + "[]," * 2**21 + "[]]}")
+    with pytest.raises(InputError, match="has more than 4194304 values"):
+        read_json(file)

@@ -66,3 +66,17 @@ def test_patterns_that_take_long_are_given_up_together(monkeypatch):
     with pytest.raises(InputError, match="takes too long"):  # noqa: PT012
         while time.monotonic() - before < 60:
             patterns.fullmatch(r"(?:a|aa)+[^a]", "a" * 25)
+
+
+def test_the_time_of_compiling_counts(monkeypatch):
+    monkeypatch.setattr("loft_jax.patterns._SECONDS", 0.2)
+    patterns = Patterns("rank_pattern")
+    with pytest.raises(InputError, match="takes too long"):  # noqa: PT012
+        for number in range(100_000):
+            patterns.check(rf"(?:.*\.)?layers\.{number}\.(up|down)_proj")
+
+
+@pytest.mark.parametrize("pattern", ["(?:proj){e<=1}", "[[:alpha:]]+"])
+def test_forms_that_re_reads_otherwise_are_refused(pattern):
+    with pytest.raises(InputError, match="not all libraries read alike"):
+        Patterns("p").check(pattern)

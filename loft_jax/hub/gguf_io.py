@@ -53,6 +53,8 @@ class GGUF:
             self._tensors: dict[str, ReaderTensor] = {
                 _hf_name(tensor.name): tensor for tensor in reader.tensors
             }
+            if len(self._tensors) < len(reader.tensors):
+                raise ValueError("two of its tensors are the same one of Hugging Face's names")
             self.shapes: dict[str, tuple[int, ...]] = {
                 name: tuple(int(size) for size in reversed(tensor.shape))  # they run backwards
                 for name, tensor in self._tensors.items()

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from loft_jax.errors import InputError
+from loft_jax.errors import InputError, shown
 from loft_jax.hub.gguf_io import GGUF
 
 if TYPE_CHECKING:
@@ -33,8 +33,9 @@ def gguf_tokenizer(file: GGUF) -> "PreTrainedTokenizerFast":
     kind = (file.field("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre"))
     if kind != ("gpt2", "smollm"):
         raise InputError(
-            f"{file.path}: its tokenizer is of kind {kind[0]!r} with splitting {kind[1]!r}, only "
-            "'gpt2' with 'smollm' is supported; use a folder with tokenizer.json instead"
+            f"{file.path}: its tokenizer is of kind {shown(kind[0])} with splitting "
+            f"{shown(kind[1])}, only 'gpt2' with 'smollm' is supported; use a folder with "
+            "tokenizer.json instead"
         )
     tokens: list[str] = file.field("tokenizer.ggml.tokens")
     merges = [tuple(merge.split(" ", 1)) for merge in file.field("tokenizer.ggml.merges")]

@@ -10,7 +10,7 @@ from types import NoneType
 from typing import Any, NamedTuple
 
 from loft_jax.errors import InputError, cut, explained, shown
-from loft_jax.files import read_json
+from loft_jax.files import MOST_CONFIG, read_json
 from loft_jax.patterns import Patterns
 
 # Settings that are read here, or that have no say in what a stored adapter computes.
@@ -96,7 +96,7 @@ class PeftConfig:
             InputError: The file is missing or damaged, is no LoRA adapter, or sets something that
                 is not supported; the message names the setting.
         """
-        settings = read_json(path)
+        settings = read_json(path, most_bytes=MOST_CONFIG)
         kind = settings.get("peft_type")
         if kind != "LORA":
             raise InputError(f"{path}: peft_type is {shown(kind)}, only 'LORA' is supported")

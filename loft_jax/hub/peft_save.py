@@ -1,5 +1,6 @@
 """LoRA adapters, written as folders of Hugging Face PEFT."""
 
+import contextlib
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from loft_jax.errors import InputError, explained
-from loft_jax.files import replacing
+from loft_jax.files import locked, replacing
 from loft_jax.hub.host_arrays import whole
 from loft_jax.hub.peft_config import Strength, peft_settings
 from loft_jax.hub.peft_names import (
@@ -158,8 +159,14 @@ def _dropout_rate(layer: Any) -> float:
 
 def _write(folder: Path, settings: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
     config = folder / CONFIG_NAME
-    with explained(f"{folder}: cannot write the adapter"):
+    with explained(f"{folder}: cannot write the adapter"), contextlib.ExitStack() as held:
         folder.mkdir(parents=True, exist_ok=True)
+        try:
+            held.enter_context(locked(folder))
+        except BlockingIOError as error:
+            raise InputError(f"{folder}: another process is writing an adapter there") from error
+        except OSError:  # a file system without locks
+            pass
         # An old configuration must not stand beside new weights, should this be interrupted or
         # somebody read it meanwhile.
         config.unlink(missing_ok=True)

@@ -19,8 +19,8 @@ from flax import nnx
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
-from loft_jax.errors import InputError, explained, shown
-from loft_jax.files import inside, new_folder, read_json, regular_file
+from loft_jax.errors import InputError, cut, explained, shown
+from loft_jax.files import MOST_CONFIG, inside, new_folder, read_json, regular_file
 from loft_jax.hub.gguf_io import open_gguf
 from loft_jax.hub.gguf_tokenizer import gguf_tokenizer
 from loft_jax.hub.host_arrays import whole
@@ -246,14 +246,17 @@ def save_pretrained(
 def _resolve(path_or_hub_id: str | os.PathLike[str], patterns: Sequence[str]) -> Path:
     """A path as it is; anything else that can be a hub id, downloaded."""
     path = Path(path_or_hub_id)
-    if path.exists():
-        return path
+    with explained(f"{cut(str(path))}: cannot be looked for"):
+        if path.exists():
+            return path
     name = str(path_or_hub_id)
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) or path.suffix in (".gguf", ".json"):
-        raise InputError(f"{name}: no such file or folder")
+        raise InputError(f"{cut(name)}: no such file or folder")
     from huggingface_hub import snapshot_download
 
-    with explained(f"{name}: no such file or folder, and the Hugging Face hub did not give it"):
+    with explained(
+        f"{cut(name)}: no such file or folder, and the Hugging Face hub did not give it"
+    ):
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
 
 
@@ -285,7 +288,8 @@ def _open(path: Path) -> tuple[LlamaConfig, _Source]:
         )
     config = _read_config(path / _CONFIG_NAME)
     if (path / _GENERATION_NAME).exists():
-        ends = read_json(inside(path, _GENERATION_NAME)).get("eos_token_id")
+        generation = read_json(inside(path, _GENERATION_NAME), most_bytes=MOST_CONFIG)
+        ends = generation.get("eos_token_id")
         if ends is not None:  # as transformers generates, whatever the model's own says
             with _naming(path / _GENERATION_NAME):
                 config = dataclasses.replace(
@@ -299,7 +303,7 @@ def _open(path: Path) -> tuple[LlamaConfig, _Source]:
 
 
 def _read_config(path: Path) -> LlamaConfig:
-    content = read_json(inside(path.parent, path.name))
+    content = read_json(inside(path.parent, path.name), most_bytes=MOST_CONFIG)
     if (name := content.get("transformers_weights")) is not None:
         raise InputError(
             f"{path}: transformers_weights is {shown(name)}, which is not supported; expected "

@@ -90,6 +90,11 @@ class Safetensors:
         ):
             self.metadata.update(opened.metadata() or {})
             for name in opened.keys():  # noqa: SIM118 (not a mapping)
+                if name in self._files:
+                    raise InputError(
+                        f"{self.path}: tensor {shown(name)} is in {self._files[name].name} and in "
+                        f"{file.name}, expected it once"
+                    )
                 self.shapes[name] = tuple(opened.get_slice(name).get_shape())
                 self._files[name] = file
 

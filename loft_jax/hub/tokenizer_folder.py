@@ -1,6 +1,5 @@
 """The tokenizer of a model's folder: what its files may say, and transformers' reader behind it."""
 
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -8,26 +7,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loft_jax.errors import InputError, explained, shown
-from loft_jax.files import inside, read_json, regular_file
+from loft_jax.files import MOST_CONFIG, inside, read_json, regular_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_MOST_BYTES = 2**28  # of one file; the largest vocabularies have a tenth
+_MOST_BYTES = 2**27  # of one file; the largest vocabularies have a quarter
 _MOST_GROWTH = 1000  # times that normalizers, and the frame around a text, may lengthen it
 
 _IS_TOKENIZER = re.compile(r"Tokenizer|Backend$")
 
 # What transformers may open to read a tokenizer.
 _READ = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "additional_chat_templates/*.jinja")
-_JSON = (
-    "config.json",
-    "tokenizer_config.json",
-    "tokenizer.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-)
+_JSON = {
+    "config.json": MOST_CONFIG,
+    "tokenizer_config.json": MOST_CONFIG,
+    "tokenizer.json": _MOST_BYTES,
+    "special_tokens_map.json": MOST_CONFIG,
+    "added_tokens.json": MOST_CONFIG,
+    "vocab.json": _MOST_BYTES,
+}
 
 
 def folder_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
@@ -44,15 +43,15 @@ def folder_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
             lengthen texts without measure, or asks for code of its own.
     """
     from tokenizers import Tokenizer
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     for pattern in _READ:
         for file in sorted(folder.glob(pattern)):
             name = file.relative_to(folder)
             regular_file(inside(folder, name), f"a file as {name}", most_bytes=_MOST_BYTES)
     contents = {
-        name: read_json(folder / name, most_bytes=_MOST_BYTES)
-        for name in _JSON
+        name: read_json(folder / name, most_bytes=most)
+        for name, most in _JSON.items()
         if (folder / name).exists()
     }
     _check_names(folder, contents.get("tokenizer_config.json", {}))
@@ -60,20 +59,20 @@ def folder_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     with explained(f"{file}: cannot be read as a tokenizer"):
         _check_growth(file, contents.get(file.name, {}))
     _check_class(folder, contents)
+    if not file.exists() and not any(map(any, map(folder.glob, ("tokenizer*", "vocab*")))):
+        raise InputError(f"{folder}: has no tokenizer, expected tokenizer.json")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
+        with explained(f"{folder}: no tokenizer can be loaded"):
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+    except InputError:
         if file.exists():  # to say which file it is, where it is the one of most errors
             with explained(f"{file}: cannot be read as a tokenizer"):
                 Tokenizer.from_file(str(file))
-        elif not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
-            raise InputError(f"{folder}: has no tokenizer, expected tokenizer.json") from error
-        with explained(f"{folder}: no tokenizer can be loaded"):
-            raise
+        raise
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise InputError(f"{folder}: its tokenizer_class is no tokenizer's")
     if not isinstance(length := tokenizer.model_max_length, (int, float)):
         raise InputError(f"{folder}: model_max_length is {shown(length)}, expected a number")
     return tokenizer
@@ -108,27 +107,38 @@ def _check_names(folder: Path, config: Mapping[str, Any]) -> None:
 
 def _check_growth(file: Path, content: Mapping[str, Any]) -> None:
     """Refuses what makes a short text a long one: replacements that feed each other."""
+    framed = 1
+    for part in _parts(content.get("post_processor")):
+        added = (part.get("special_tokens") or {}).values()
+        framed *= max(1, len(part.get("single") or ()), len(part.get("pair") or ()))
+        framed *= max(1, *(len(token.get("ids") or ()) for token in added), 1)
+    for name, growth in (
+        ("normalizer", _replaced(content.get("normalizer"))),
+        ("post_processor", framed),
+        ("decoder", _replaced(content.get("decoder"))),
+    ):
+        if growth > _MOST_GROWTH:
+            raise InputError(
+                f"{file}: its {name} can make a text {growth:.0g} times as long, expected at most "
+                f"{_MOST_GROWTH}"
+            )
+
+
+def _replaced(steps: Any) -> float:
+    """How many times as long a text can become by replacements one after the other."""
     growth = 1.0
-    for part in _parts(content.get("normalizer")):
+    for part in _parts(steps):
         added = len(part.get("content") or part.get("prepend") or "")
         replaced = (part.get("pattern") or {}).get("String") or "x"
         growth *= max(1.0, (added + 1) / len(replaced))
-    frame = _parts(content.get("post_processor"))
-    growth *= math.prod(
-        max(1, len(part.get("single") or ()), len(part.get("pair") or ())) for part in frame
-    )
-    if growth > _MOST_GROWTH:
-        raise InputError(
-            f"{file}: its normalizer and post_processor can make a text {growth:.0g} times as "
-            f"long, expected at most {_MOST_GROWTH}"
-        )
+    return growth
 
 
 def _parts(part: Any) -> Iterator[Mapping[str, Any]]:
-    """The steps of a sequence of normalizers or processors, however they are nested."""
+    """The steps of a sequence of normalizers and the like, however they are nested."""
     if not isinstance(part, Mapping):
         return
     yield part
-    for key in ("normalizers", "processors"):
+    for key in ("normalizers", "processors", "decoders"):
         for inner in part.get(key) or ():
             yield from _parts(inner)

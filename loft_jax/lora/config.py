@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from loft_jax.errors import InputError
+from loft_jax.errors import InputError, shown
 from loft_jax.patterns import Patterns
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
@@ -106,10 +106,10 @@ class LoRAConfig:
                 raise InputError(f"{name} is {getattr(self, name)!r}, expected True or False")
         for key, rank in self.rank_pattern.items():
             Patterns("rank_pattern").check(key)
-            _check_rank(f"rank_pattern[{key!r}]", rank)
+            _check_rank(f"rank_pattern[{shown(key)}]", rank)
         for key, alpha in self.alpha_pattern.items():
             Patterns("alpha_pattern").check(key)
-            _check_alpha(f"alpha_pattern[{key!r}]", alpha)
+            _check_alpha(f"alpha_pattern[{shown(key)}]", alpha)
 
     @functools.cached_property
     def patterns(self) -> Patterns:
@@ -138,18 +138,21 @@ def product_scaling(rank: int, alpha: float, use_rslora: bool) -> float:
     return alpha / (math.sqrt(rank) if use_rslora else rank)
 
 
+_MOST_ALPHA = 3e38  # of float32
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _check_rank(name: str, rank: object) -> None:
     if not isinstance(rank, Integral) or isinstance(rank, bool) or rank < 1:
-        raise InputError(f"{name} is {rank!r}, expected an integer of at least 1")
+        raise InputError(f"{name} is {shown(rank)}, expected an integer of at least 1")
 
 
 def _check_alpha(name: str, alpha: Any) -> None:
-    if not _is_number(alpha) or not math.isfinite(alpha) or alpha <= 0:
-        raise InputError(f"{name} is {alpha!r}, expected a finite number above 0")
+    if not _is_number(alpha) or not 0 < alpha <= _MOST_ALPHA:
+        raise InputError(f"{name} is {shown(alpha)}, expected a finite number above 0")
 
 
 def _check_modules(name: str, modules: str | Sequence[str]) -> None:
@@ -157,7 +160,7 @@ def _check_modules(name: str, modules: str | Sequence[str]) -> None:
         Patterns(name).check(modules)
         return
     if not isinstance(modules, Iterable):
-        raise InputError(f"{name} is {modules!r}, expected a name, names or a pattern")
+        raise InputError(f"{name} is {shown(modules)}, expected a name, names or a pattern")
     for module in modules:
         if not isinstance(module, str) or not module:
-            raise InputError(f"{name} holds {module!r}, expected names of modules")
+            raise InputError(f"{name} holds {shown(module)}, expected names of modules")

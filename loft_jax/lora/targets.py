@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import jax
 from flax import nnx
 
-from loft_jax.errors import InputError
+from loft_jax.errors import InputError, cut, shown
 from loft_jax.lora.config import ALL_LINEAR, LoRAConfig
 from loft_jax.lora.layers import SUPPORTED
 from loft_jax.patterns import Patterns
@@ -86,7 +86,7 @@ def select(model: nnx.Module, config: LoRAConfig) -> dict[str, nnx.Module]:
         for key in getattr(config, name):
             if not any(config.key_of({key: None}, path) for path in found):
                 raise InputError(
-                    f"{name}: {key!r} matches no target layer; {_near(key, list(found))}"
+                    f"{name}: {shown(key)} matches no target layer; {_near(cut(key), list(found))}"
                 )
     return found
 
@@ -113,10 +113,10 @@ def _matching(
     matched = [path for path in candidates if patterns.fullmatch(pattern, path)]
     if any(path in layers for path in matched):
         return matched
-    shown = pattern.removeprefix(r"(.*\.)?").replace("\\", "")
+    given = cut(pattern.removeprefix(r"(.*\.)?").replace("\\", ""))
     inside = f" ({matched[0]!r} is a module, name the layers inside it)" if matched else ""
     raise InputError(
-        f"{field}: {shown!r} matches no layer of the model{inside}; {_near(shown, list(layers))}"
+        f"{field}: {given!r} matches no layer of the model{inside}; {_near(given, list(layers))}"
     )
 
 

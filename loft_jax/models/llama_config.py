@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, TypeGuard
 
-from loft_jax.errors import InputError, shown
+from loft_jax.errors import InputError, cut, shown
 
 _ARCHITECTURES = ("llamaforcausallm",)
 
@@ -234,11 +234,18 @@ def _required(config: Mapping[str, Any], name: str) -> int:
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """Base and scaling, from whichever of the two spellings the file has."""
-    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    both = [key for key in ("rope_scaling", "rope_parameters") if config.get(key)]
+    if len(both) > 1 and config[both[0]] != config[both[1]]:
+        raise InputError("config: rope_scaling and rope_parameters differ, expected one of them")
+    key = both[0] if both else "rope_scaling"
     found = config.get(key) or {}
     if not isinstance(found, Mapping):
         raise InputError(f"config: {key} is {shown(found)}, expected a mapping")
     rope = dict(found)
+    if nested := [name for name, value in rope.items() if isinstance(value, Mapping)]:
+        raise InputError(
+            f"config: {key}.{cut(nested[0])} is an object, expected a number or a name"
+        )
     theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10_000.0
     if not _is_positive(theta):
         raise InputError(f"config: rope_theta is {shown(theta)}, expected a positive number")

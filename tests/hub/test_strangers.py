@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -99,6 +100,24 @@ def test_stop_tokens_that_are_no_tokens_are_refused(folder):
 
 
 # --- What may be opened
+
+
+def test_a_tensor_in_two_places_is_refused(folder):
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    save_file(tensors, folder / "a.safetensors")
+    save_file(tensors, folder / "b.safetensors")
+    places = dict.fromkeys(tensors, "a.safetensors") | {"model.norm.weight": "b.safetensors"}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(InputError, match=r"is in a\.safetensors and in b\.safetensors"):
+        load_pretrained(folder)
+
+
+def test_two_ways_to_stretch_rotary_frequencies_are_refused(folder):
+    edit(folder / "config.json", rope_scaling={"rope_type": "linear", "factor": 4.0})
+    with pytest.raises(InputError, match="rope_scaling and rope_parameters differ"):
+        load_model_config(folder)
 
 
 @pytest.mark.parametrize(
@@ -197,6 +216,7 @@ def test_code_of_a_folder_is_never_run_nor_asked_for(folder, monkeypatch, file):
         ("architectures", 5),
         ("architectures", {"a": 1}),
         ("rope_scaling", [1]),
+        ("rope_scaling", {"full_attention": {"rope_type": "linear", "factor": 8.0}}),
         ("rope_scaling", {"rope_type": {"a": 1}}),
         ("head_dim", {}),
         ("eos_token_id", [[1]]),
@@ -237,7 +257,17 @@ def test_configurations_that_make_no_sense_are_refused(folder, setting, value):
                     "special_tokens": {},
                 }
             },
-            "can make a text .* times as long",
+            "post_processor can make a text .* times as long",
+        ),
+        (
+            {
+                "decoder": {
+                    "type": "Sequence",
+                    "decoders": 4
+                    * [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}],
+                }
+            },
+            "decoder can make a text .* times as long",
         ),
     ],
 )
@@ -341,18 +371,19 @@ def test_an_adapter_that_is_replaced_while_it_is_read_is_never_mixed(tmp_path):
         while not stop.is_set():
             for model in models.values():
                 save_peft_adapter(tmp_path, model)
+                stop.wait(0.005)
 
     save_peft_adapter(tmp_path, models[1])
     writer = threading.Thread(target=write)
     writer.start()
-    read, refused = [], 0
+    read = []
+    deadline = time.monotonic() + 60
     try:
-        while len(read) + refused < 150:
+        while len(read) < 100 and time.monotonic() < deadline:
             model = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
             try:
                 load_peft_adapter(tmp_path, model)
-            except InputError:
-                refused += 1
+            except InputError:  # as between the two files of another
                 continue
             (layer,) = lora_layers(model).values()
             read.append((layer.lora_alpha, float(layer.lora_b[0, 0])))
@@ -361,6 +392,36 @@ def test_an_adapter_that_is_replaced_while_it_is_read_is_never_mixed(tmp_path):
         writer.join()
     assert len({alpha for alpha, _ in read}) > 1  # it was replaced meanwhile
     assert all(alpha == number for alpha, number in read)
+
+
+def test_adapters_that_are_written_at_once_are_not_mixed(tmp_path):
+    models = []
+    for number in (1, 2):
+        model = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+        model = add_lora(model, LoRAConfig(rank=2, alpha=float(number)), rngs=nnx.Rngs(0))
+        (layer,) = lora_layers(model).values()
+        layer.lora_b.set_value(jnp.full_like(layer.lora_b[...], number))
+        models.append(model)
+    refused = []
+
+    def write(model):
+        for _ in range(60):
+            try:
+                save_peft_adapter(tmp_path, model)
+            except InputError as error:
+                refused.append(str(error))
+
+    for _ in range(3):
+        writers = [threading.Thread(target=write, args=(model,)) for model in models]
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            writer.join()
+        read = load_peft_adapter(tmp_path, nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0))))
+        (layer,) = lora_layers(read).values()
+        assert layer.lora_alpha == float(layer.lora_b[0, 0])
+    assert all("another process is writing an adapter there" in said for said in refused)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_an_adapter_in_pieces_that_do_not_fit_is_named(adapter, tiny_llama):

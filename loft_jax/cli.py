@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import logging
@@ -27,6 +28,7 @@ from loft_jax.training.config import (
     Method,
     SecondMoment,
     StateDtype,
+    check_output,
 )
 from loft_jax.training.config_io import config_from_dict, load_config
 from loft_jax.training.distributed import (
@@ -96,9 +98,9 @@ class Source:
     adapter: str = ""
     """Folder of a PEFT adapter."""
 
-    @property
+    @functools.cached_property
     def base(self) -> str:
-        """The base model, as it is given or as the adapter names it."""
+        """The base model, as it is given or as the adapter named it at first."""
         from loft_jax.hub.peft_load import base_model_of
 
         if not (self.model or self.adapter):
@@ -108,20 +110,42 @@ class Source:
     def load(
         self, *, param_dtype: str = "float32", quantization: Quantization = "none"
     ) -> tuple["Llama", Any]:
-        """The model, with the adapter on it, and its tokenizer."""
+        """Loads the base model and puts the adapter on it.
+
+        Args:
+            param_dtype: What weights are stored in.
+            quantization: What the kernels of the base model are stored in.
+
+        Returns:
+            The model, to evaluate, and its tokenizer.
+
+        Raises:
+            InputError: One of them cannot be read, they do not fit, or the adapter was replaced by
+                one for another base model meanwhile.
+        """
         from loft_jax.hub import load_peft_adapter, load_pretrained, load_tokenizer
+        from loft_jax.hub.peft_load import base_model_of
 
         base = self.base
         model = load_pretrained(base, param_dtype=param_dtype, quantization=quantization)
         if self.adapter:
             load_peft_adapter(self.adapter, model)
+            if not self.model and (now := base_model_of(self.adapter)) != base:
+                raise InputError(
+                    f"{self.adapter}: names the base model {shown(now)}, and {shown(base)} before "
+                    "that was loaded; expected an adapter that is not being replaced"
+                )
         model.eval()
         return model, load_tokenizer(base)
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure a model on examples: loss and perplexity, or accuracy among given answers."""
+    """Measure a model on examples: loss and perplexity, or accuracy among given answers.
+
+    Prints one line of JSON. What is too large for a number, as the perplexity of a loss of more
+    than 700 nats, is null.
+    """
 
     source: Annotated[Source, tyro.conf.arg(name="")]
     data: DataConfig
@@ -155,7 +179,7 @@ class Evaluate:
             raise InputError(
                 "the loss is no number; expected finite weights, in the model and in the adapter"
             )
-        print(json.dumps(found))
+        print(json.dumps({k: v if math.isfinite(v) else None for k, v in found.items()}))
         return 0
 
 
@@ -199,7 +223,11 @@ class Generate:
 
 @dataclass(frozen=True)
 class Export:
-    """Write a checkpoint of a run as a PEFT adapter (or a whole model, for method "full")."""
+    """Write a checkpoint of a run as a PEFT adapter (or a whole model, for method "full").
+
+    Settings are those that were saved with the checkpoint; of the run's config.yaml only `model`
+    counts, the place of the base model, which may have moved.
+    """
 
     run: tyro.conf.Positional[str]
     """Output folder of the run."""
@@ -212,11 +240,15 @@ class Export:
         """Runs the command."""
         from loft_jax.hub import load_tokenizer
         from loft_jax.training.checkpoint import Checkpoints
-        from loft_jax.training.model import export_trained, restore_model
+        from loft_jax.training.model import export_trained, restore_model, trained_with
 
-        config = config_from_dict(load_config(Path(self.run) / "config.yaml"))
+        check_output(self.output)
+        now = load_config(Path(self.run) / "config.yaml")
         checkpoints = Checkpoints(Path(self.run) / "checkpoints", read_only=True)
         step = self._step(checkpoints.steps(), checkpoints.best_step())
+        config = trained_with(checkpoints.run_of(step), f"{checkpoints.folder}/{step}")
+        # Of what the file says now only the place is taken: the base model may have moved.
+        config = dataclasses.replace(config, model=now.get("model", config.model))
         model = restore_model(config, checkpoints, step)
         tokenizer = load_tokenizer(config.model)
         Path(self.output).mkdir(parents=True, exist_ok=True)
@@ -257,6 +289,7 @@ class Merge:
 
         if not self.source.adapter:
             raise InputError("adapter is not given; expected the folder of a PEFT adapter to merge")
+        check_output(self.output)
         base = self.source.base
         dtype = str(stored_dtype(base)) if self.dtype == "base" else self.dtype
         model, tokenizer = self.source.load(param_dtype=dtype)
@@ -413,7 +446,9 @@ def _messages_shown() -> Iterator[None]:
 
 
 def _usage() -> str:
-    lines = [f"  {name:10}{(kind.__doc__ or '').strip()}" for name, kind in _COMMANDS.items()]
+    lines = [
+        f"  {name:10}{(kind.__doc__ or '').splitlines()[0]}" for name, kind in _COMMANDS.items()
+    ]
     return "\n".join(["usage: loft-jax COMMAND [options]; loft-jax COMMAND --help", "", *lines])
 
 

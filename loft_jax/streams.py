@@ -1,4 +1,4 @@
-"""What a command says, to readers who may leave."""
+"""Standard output and standard error, when nobody reads them or they cannot take a letter."""
 
 import contextlib
 import os
@@ -9,11 +9,12 @@ from typing import Any, TextIO
 
 @contextlib.contextmanager
 def readers_may_leave() -> Iterator[None]:
-    """Keeps a command at work when nobody reads what it says any more.
+    """Keeps a command at work when nobody reads what it writes any more.
 
     Where a pipe's reader has gone, as `head` does, what is written there is lost and nothing fails,
     at the end of the interpreter neither. Of standard error that holds for every failure, a full
-    disk too: progress is no result. A stream that was closed from the start takes all and keeps
+    disk too: progress is no result. A letter that a stream's encoding lacks is written as its
+    escape, as in `\\xe9`. A stream that was closed from the start takes all and keeps
     nothing, and no file that is opened later gets its number.
 
     Raises:
@@ -21,8 +22,8 @@ def readers_may_leave() -> Iterator[None]:
     """
     before = sys.stdout, sys.stderr
     _occupy_numbers()
-    sys.stdout = _Told(before[0], BrokenPipeError)
-    sys.stderr = _Told(before[1], OSError)
+    sys.stdout = _ForgivingStream(before[0], BrokenPipeError)
+    sys.stderr = _ForgivingStream(before[1], OSError)
     try:
         yield
     finally:
@@ -40,15 +41,19 @@ def _occupy_numbers() -> None:
     os.close(number)
 
 
-class _Told:
-    """A text stream that loses what it cannot write, if the reason is one of some."""
+class _ForgivingStream:
+    """A text stream that drops what it cannot write, if the reason is of a given kind."""
 
     def __init__(self, stream: TextIO | None, lost: type[OSError]) -> None:
         self._stream = stream or open(os.devnull, "w")  # noqa: SIM115  # Python's are not closed
         self._lost = lost
 
     def write(self, text: str) -> int:
-        self._safely(self._stream.write, text)
+        try:
+            self._safely(self._stream.write, text)
+        except UnicodeEncodeError as error:
+            escaped = text.encode(error.encoding, "backslashreplace").decode(error.encoding)
+            self._safely(self._stream.write, escaped)
         return len(text)
 
     def flush(self) -> None:

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from loft_jax import LoRAConfig, add_lora, load_pretrained, save_peft_adapter
 from loft_jax.cli import main
 from loft_jax.data import DataConfig, eval_batches, load_examples, tokenize
-from loft_jax.evaluation.perplexity import perplexity
+from loft_jax.evaluation.perplexity import Perplexity, perplexity
 from loft_jax.hub import load_tokenizer
 from tests.tiny import save_tiny_llama
 from tests.training.conftest import make_config, workspace  # noqa: F401
@@ -83,6 +83,64 @@ def test_merged_weights_are_stored_as_those_of_the_base(workspace, tmp_path, cap
                 tensor.astype(np.float32),
                 weights[name].astype(ml_dtypes.bfloat16).astype(np.float32),
             )
+
+
+def test_an_export_is_of_what_was_trained(workspace, tmp_path, flags, capsys):  # noqa: F811
+    """Whatever config.yaml says since, but for the place of the base; and not of another base."""
+    base = tmp_path / "base"
+    shutil.copytree(workspace / "model", base)
+    pissa = ["--model", str(base), "--method", "pissa", "--alpha", "4"]
+    assert main(["finetune", *flags, *pissa]) == 0
+    base = base.rename(tmp_path / "moved")
+    settings = tmp_path / "run" / "config.yaml"
+    text = settings.read_text().replace("alpha: 4.0", "alpha: 64.0").replace("rank: 4", "rank: 2")
+    settings.write_text(text.replace(str(tmp_path / "base"), str(base)))
+    export = ["export", str(tmp_path / "run"), "--output"]
+    assert main([*export, str(tmp_path / "exported")]) == 0
+    trained = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    exported = load_file(tmp_path / "exported" / "adapter" / "adapter_model.safetensors")
+    for name, tensor in trained.items():
+        np.testing.assert_array_equal(tensor, exported[name], err_msg=name)
+    scalings = [
+        json.loads(Path(folder, "adapter", "adapter_config.json").read_text())["lora_alpha"]
+        for folder in (tmp_path / "run", tmp_path / "exported")
+    ]
+    assert scalings[0] == scalings[1]
+    shutil.rmtree(base)
+    save_tiny_llama(base, seed=1)
+    capsys.readouterr()
+    assert main([*export, str(tmp_path / "garbage")]) == 2
+    assert "cannot export with another model: " in capsys.readouterr().err
+    assert not (tmp_path / "garbage").exists()
+
+
+def test_an_adapter_that_is_replaced_while_its_base_loads(
+    workspace,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    capsys,
+):
+    adapter = tmp_path / "adapter"
+    model = add_lora(load_pretrained(workspace / "model"), LoRAConfig(rank=2), rngs=nnx.Rngs(0))
+    save_peft_adapter(adapter, model, base_model=str(workspace / "model"))
+
+    def replaced_meanwhile(*arguments, **options):
+        loaded = load_pretrained(*arguments, **options)
+        save_peft_adapter(adapter, model, base_model="another")
+        return loaded
+
+    monkeypatch.setattr("loft_jax.hub.load_pretrained", replaced_meanwhile)
+    assert main(["generate", "--adapter", str(adapter), "--prompt", "a"]) == 2
+    assert "names the base model 'another', and " in capsys.readouterr().err
+
+
+def test_a_perplexity_too_large_for_a_number_is_null(workspace, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr(
+        "loft_jax.evaluation.perplexity.perplexity", lambda *_: Perplexity(nll=800.0, tokens=1)
+    )
+    evaluate = ["evaluate", "--model", str(workspace / "model")]
+    assert main([*evaluate, "--data.path", str(workspace / "test.jsonl")]) == 0
+    assert '"perplexity": null' in capsys.readouterr().out
 
 
 def test_evaluating_on_a_quantized_base(workspace, capsys):  # noqa: F811

@@ -56,3 +56,11 @@ def test_a_real_command(streams):
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def test_a_letter_that_the_encoding_lacks_is_written_as_its_escape(monkeypatch, tmp_path):
+    with (tmp_path / "out").open("w", encoding="ascii") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        with readers_may_leave():
+            print("caf\xe9")
+    assert (tmp_path / "out").read_text() == "caf\\xe9\n"

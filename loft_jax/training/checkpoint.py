@@ -7,7 +7,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ class Checkpoints:
             read_only: Change nothing: a run may be writing there.
 
         Raises:
-            InputError: The folder cannot be made or read.
+            InputError: The folder cannot be made or read; or what lies in all its checkpoints, or
+                with `read_only` in any, may not be opened.
         """
         self.folder = Path(folder).resolve()
         policies: list[Any] = [LatestN(keep_last)]
@@ -76,7 +78,8 @@ class Checkpoints:
             )
         with explained(f"{self.folder}: cannot hold checkpoints"):
             if read_only:
-                os.listdir(self.folder)
+                for _, problem in self._unopenable():
+                    raise problem
             else:
                 self._prepare()
             self._manager = _Manager(
@@ -97,7 +100,9 @@ class Checkpoints:
         seen = self.folder / "seen-by-all"
         if is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
-            seen.touch()
+            seen.unlink(missing_ok=True)
+            seen.touch(exist_ok=False)  # and not what a link there leads to
+            self._put_unopenable_aside()
             self._mend_losses()
         wait_for_all("checkpoint folder made")
         if not all_agree(seen.exists()):
@@ -107,6 +112,28 @@ class Checkpoints:
         wait_for_all("checkpoint folder seen")
         if is_main():
             seen.unlink()
+
+    def _unopenable(self) -> list[tuple[int, InputError]]:
+        """The steps of checkpoints that Orbax must not even look at, and why."""
+        found = []
+        for step in self._on_disk():
+            try:
+                _check_entries(self.folder / str(step))
+            except InputError as error:
+                found.append((step, error))
+        return found
+
+    def _on_disk(self) -> list[int]:
+        return [int(name) for name in os.listdir(self.folder) if re.fullmatch("[0-9]+", name)]
+
+    def _put_unopenable_aside(self) -> None:
+        """Unless there is no other: then all stay where they are."""
+        found = self._unopenable()
+        if found and len(found) == len(self._on_disk()):
+            raise found[0][1]
+        for step, problem in found:
+            _log.warning("%s", problem)
+            self._put_aside(step)
 
     def _mend_losses(self) -> None:
         """Writes again what Orbax reads of a loss and our own copy says otherwise.
@@ -127,7 +154,8 @@ class Checkpoints:
             file.unlink()
             if loss is not None:
                 file.write_text(text, encoding="utf-8")
-            _log.warning("%s: damaged; its loss is %s", self.folder / step, loss or "not known")
+            told = "not known" if loss is None else loss
+            _log.warning("%s: damaged; its loss is %s", self.folder / step, told)
 
     def save(self, state: TrainState, run: dict[str, Any], eval_loss: float | None) -> None:
         """Copies what is to be saved, and goes on to write it while training does.
@@ -173,21 +201,30 @@ class Checkpoints:
         except jax.errors.JaxRuntimeError:
             raise  # of another process that is gone
         except Exception as error:  # Orbax and TensorStore wrap what the disk says in their own
-            complete = sorted(
-                int(path.name) for path in self.folder.glob("[0-9]*") if path.suffix == ""
-            )
+            complete = sorted(self._on_disk())
             raise InputError(
                 f"{self.folder}: cannot write a checkpoint: {_why(error)}; those of steps "
                 f"{complete} are complete"
             ) from error
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, newest first; waits for one that is being written."""
+        """Finds the complete checkpoints; waits for one that is being written.
+
+        Returns:
+            Their steps, newest first.
+
+        Raises:
+            InputError: The last one cannot be written.
+        """
         self.wait()
         return sorted(self._manager.all_steps(), reverse=True)
 
     def best_step(self) -> int | None:
-        """Step of the readable checkpoint with the lowest evaluation loss; None without one."""
+        """Finds the best of the checkpoints whose plain values can be read.
+
+        Returns:
+            The step of the one with the lowest evaluation loss; None if there is none with a loss.
+        """
         losses = {}
         for step in self.steps():
             with contextlib.suppress(InputError):
@@ -196,14 +233,28 @@ class Checkpoints:
         return min(evaluated, key=lambda step: losses[step], default=None)
 
     def newest_run(self) -> dict[str, Any] | None:
-        """The plain values of the newest checkpoint that they can be read of; None without one."""
+        """Reads the plain values of the newest checkpoint that they can be read of.
+
+        Returns:
+            As from `run_of`; None without one.
+        """
         for step in self.steps():
             with contextlib.suppress(InputError):
                 return self.run_of(step)
         return None
 
     def run_of(self, step: int) -> dict[str, Any]:
-        """The plain values that were saved with a checkpoint."""
+        """Reads the plain values that were saved with a checkpoint.
+
+        Args:
+            step: One of `steps()`.
+
+        Returns:
+            What `save` was given, with `eval_loss` and the digest of the arrays.
+
+        Raises:
+            InputError: They cannot be read, or are not those that were saved.
+        """
         folder = self.folder / str(step)
         run = read_json(folder / "run" / "metadata")
         checksum = run.pop("checksum", None)
@@ -235,6 +286,7 @@ class Checkpoints:
             run = self.run_of(step)
             # Not by way of the manager, which would wait for processes that found it damaged.
             with explained(f"{folder}: cannot be read"):
+                _check_entries(folder)
                 state = ocp.StandardCheckpointHandler().restore(
                     folder / "state",
                     args=ocp.args.StandardRestore(jax.tree.map(_abstract, like)),
@@ -274,23 +326,41 @@ class Checkpoints:
                 continue
             if damaged:
                 _log.warning("falling back to the checkpoint of step %d", step)
-                self._put_aside(damaged)
+                if is_main():
+                    for each in damaged:
+                        self._put_aside(each)
+                wait_for_all("damaged checkpoints put aside")
+                self._manager.reload()
             return found
         which = f": none of those of steps {damaged} can be read" if damaged else ""
         raise InputError(f"{self.folder}: no checkpoint to resume from{which}")
 
-    def _put_aside(self, steps: Sequence[int]) -> None:
-        for step in steps if is_main() else ():
-            aside = self.folder / f"{step}-damaged"
-            shutil.rmtree(aside, ignore_errors=True)
-            (self.folder / str(step)).rename(aside)
-        wait_for_all("damaged checkpoints put aside")
-        self._manager.reload()
+    def _put_aside(self, step: int) -> None:
+        aside = self.folder / f"{step}-damaged"
+        shutil.rmtree(aside, ignore_errors=True)
+        (self.folder / str(step)).rename(aside)
 
     def close(self) -> None:
         """Releases what the manager holds; `wait` has told of what could not be written."""
         with contextlib.suppress(Exception):
             self._manager.close()
+
+
+def _check_entries(folder: Path) -> None:
+    """Refuses what Orbax would open in a checkpoint though it is no file of it.
+
+    A pipe, which nobody may ever write to, or a link, which may lead to anything.
+    """
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            entry = Path(place, name)
+            try:
+                mode = entry.lstat().st_mode
+            except FileNotFoundError:  # a run that is training removes its older ones
+                continue
+            if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+                kind = "a link" if stat.S_ISLNK(mode) else "a pipe or a device"
+                raise InputError(f"{entry}: is {kind}, expected a file or a folder")
 
 
 def _loss(metrics: Any) -> float:

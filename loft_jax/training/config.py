@@ -32,6 +32,26 @@ Move = Literal["tangent", "alternate"]
 StateDtype = Literal["float32", "bfloat16"]
 
 
+def check_output(folder: str) -> None:
+    """Refuses before any work a folder that nothing could be written to at its end.
+
+    Args:
+        folder: As the user gives it.
+
+    Raises:
+        InputError: It is a bucket, or its name is no UTF-8, which writers of weights need.
+
+    Example:
+        >>> check_output("gs://bucket/run")
+        Traceback (most recent call last):
+        loft_jax.errors.InputError: output is 'gs://bucket/run', expected a folder; mount the bucket
+    """
+    if "://" in folder:
+        raise InputError(f"output is {shown(folder)}, expected a folder; mount the bucket")
+    if any("\ud800" <= letter <= "\udfff" for letter in folder):  # Python's for other bytes
+        raise InputError(f"output is {shown(folder)}, expected a name in UTF-8")
+
+
 @dataclass(frozen=True)
 class MeshConfig:
     """Sizes of the mesh; one of them may be -1 and takes the devices that the others leave.
@@ -229,47 +249,49 @@ class FinetuneConfig:
                 raise InputError(f"{name} is {shown(given)}, expected one of {', '.join(known)}")
         for name, given in _numbers(dataclasses.asdict(self)):
             most = 2**32 - 1 if name == "seed" else 2**31 - 1
-            if isinstance(given, int) and given > most:
-                raise InputError(f"{name} is {shown(given)}, expected at most {most}")
+            if isinstance(given, int) and abs(given) > most:
+                limit = f"at most {most}" if given > 0 else f"at least {-most}"
+                raise InputError(f"{name} is {shown(given)}, expected {limit}")
             if isinstance(given, float) and not math.isfinite(given):
-                raise InputError(f"{name} is {given}, expected a finite number")
+                raise InputError(f"{name} is {shown(given)}, expected a finite number")
         for name, low in least.items():
             if (given := getattr(self, name)) is not None and not given >= low:
                 raise InputError(f"{name} is {shown(given)}, expected at least {low}")
         for name in ("b1", "b2", "dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}, expected a number in [0, 1)")
+            if not 0 <= (given := getattr(self, name)) < 1:
+                raise InputError(f"{name} is {shown(given)}, expected a number in [0, 1)")
         for name in ("learning_rate", "epochs", "lora_plus_ratio", "damping"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} is {getattr(self, name)}, expected a positive number")
+            if not (given := getattr(self, name)) > 0:
+                raise InputError(f"{name} is {shown(given)}, expected a positive number")
         if self.batch_size % self.accumulation_steps:
             raise InputError(
-                f"batch_size is {self.batch_size}, not a multiple of accumulation_steps "
-                f"{self.accumulation_steps}"
+                f"batch_size is {shown(self.batch_size)}, not a multiple of accumulation_steps "
+                f"{shown(self.accumulation_steps)}"
             )
         for names, methods in _OF_METHODS.items():
             for name in names if self.method not in methods else ():
                 if (given := getattr(self, name)) != getattr(type(self), name):
                     raise InputError(
-                        f"{name} is {given!r}, but only method {' or '.join(methods)} has it"
+                        f"{name} is {shown(given)}, but only method {' or '.join(methods)} has it"
                     )
         if self.init != "kaiming_uniform" and self.method in ("pissa", "full"):
             raise InputError(
-                f"init is {self.init!r}, but method {self.method} has a start of its own"
+                f"init is {shown(self.init)}, but method {self.method} has a start of its own"
             )
         if self.method == "full" and self.quantization != "none":
             raise InputError(
-                f"quantization is {self.quantization!r}, but method full trains the weights; "
+                f"quantization is {shown(self.quantization)}, but method full trains the weights; "
                 "expected none"
             )
         # The command line makes a run before it has read what it is called.
-        if isinstance(self.output, str) and "://" in self.output:
-            raise InputError(f"output is {self.output!r}, expected a folder; mount the bucket")
+        if isinstance(self.output, str):
+            check_output(self.output)
         if self.profile_steps and not (
             len(self.profile_steps) == 2 and 1 <= self.profile_steps[0] <= self.profile_steps[1]
         ):
             raise InputError(
-                f"profile_steps is {list(self.profile_steps)}, expected a first and a last step"
+                f"profile_steps is {shown(list(self.profile_steps))}, expected a first and a last "
+                "step"
             )
         if self.choices and not self.eval_path:
             raise InputError("choices are given without eval_path, the examples to compare them on")

@@ -28,7 +28,15 @@ _PLACES = {"model", "data.path", "data.name", "data.split", "eval_path", "eval_s
 
 
 def save_config(config: FinetuneConfig, path: str | os.PathLike[str]) -> None:
-    """Writes a configuration as YAML."""
+    """Writes a configuration as YAML.
+
+    Args:
+        config: Of a run.
+        path: Of the file, which is replaced whole.
+
+    Raises:
+        OSError: It cannot be written.
+    """
     text = yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
@@ -36,6 +44,12 @@ def save_config(config: FinetuneConfig, path: str | os.PathLike[str]) -> None:
 
 def load_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads the fields that a YAML file sets, checked by name and type.
+
+    Args:
+        path: Of the file.
+
+    Returns:
+        Those fields alone, in plain values.
 
     Raises:
         InputError: The file cannot be read, is no mapping, sets an unknown field, or sets a field
@@ -98,7 +112,13 @@ def checked_fields(fields: Any, where: str) -> dict[str, Any]:
 
 
 def config_from_dict(fields: dict[str, Any]) -> FinetuneConfig:
-    """Makes a configuration of plain values, as `config_to_dict` gives them.
+    """Makes a configuration of plain values.
+
+    Args:
+        fields: As `config_to_dict` gives them, or some of them.
+
+    Returns:
+        The configuration, with defaults for the others.
 
     Raises:
         InputError: A field that has no default is missing, or a value is out of its range.
@@ -107,7 +127,14 @@ def config_from_dict(fields: dict[str, Any]) -> FinetuneConfig:
 
 
 def config_to_dict(config: FinetuneConfig) -> dict[str, Any]:
-    """The configuration in plain values, as JSON and YAML hold them."""
+    """Takes a configuration apart.
+
+    Args:
+        config: Of a run.
+
+    Returns:
+        Its fields in plain values, as JSON and YAML hold them.
+    """
     return _plain(dataclasses.asdict(config))
 
 
@@ -182,6 +209,8 @@ def _made(cls: Any, fields: dict[str, Any], prefix: str = "") -> Any:
     return cls(**values)
 
 
+_LARGEST = 2**32 - 1  # integer of any field: a seed
+
 _EXPECTED = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
 
 
@@ -209,6 +238,9 @@ def _typed(hint: Any, value: Any, *, where: str) -> Any:
             }
         expected = "a mapping"
     else:
+        if type(value) is int and hint is int and abs(value) > _LARGEST:
+            limit = f"at most {_LARGEST}" if value > 0 else f"at least {-_LARGEST}"
+            raise InputError(f"{where} is {shown(value)}, expected {limit}")
         if type(value) is hint:
             return value
         if hint is float and type(value) in (int, str):

@@ -17,7 +17,6 @@ from loft_jax.training.checkpoint import Checkpoints
 from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.config_io import (
     check_same_run,
-    checked_fields,
     config_from_dict,
     config_to_dict,
     load_config,
@@ -27,7 +26,7 @@ from loft_jax.training.distributed import is_main, wait_for_all
 from loft_jax.training.interrupt import StopRequest
 from loft_jax.training.mesh import check_batch, make_mesh
 from loft_jax.training.metrics import MetricsLog, check_wandb, read_metrics
-from loft_jax.training.model import with_precision
+from loft_jax.training.model import trained_with, with_precision
 from loft_jax.training.one_run import only_run
 from loft_jax.training.outcome import rise_of_loss
 from loft_jax.training.plot import plot_losses
@@ -120,7 +119,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, progress: bool = T
         rows = read_metrics(folder / "metrics.jsonl")
         if is_main():
             plot_losses(rows, folder / "loss.png")
-            if done == run.steps and (told := rise_of_loss(rows)):
+            if done == run.steps and (told := rise_of_loss(rows, held_out=bool(config.eval_path))):
                 _log.warning(
                     "%s: expected it to fall; a smaller learning_rate than %g may train",
                     *(told, config.learning_rate),
@@ -162,8 +161,7 @@ def _checkpoints(config: FinetuneConfig, resume: bool) -> Iterator[Checkpoints]:
 def _started_with(checkpoints: Checkpoints, folder: Path) -> dict[str, Any]:
     """The configuration that a run to resume was started with."""
     if (saved := checkpoints.newest_run()) is not None:
-        fields = checked_fields(saved.get("config"), str(checkpoints.folder))
-        return config_to_dict(with_precision(config_from_dict(fields)))
+        return config_to_dict(trained_with(saved, str(checkpoints.folder)))
     if checkpoints.steps() or not (folder / "config.yaml").exists():
         found = ", none of those it holds can be read" if checkpoints.steps() else ""
         raise InputError(f"{checkpoints.folder}: no checkpoint to resume from{found}")

@@ -15,6 +15,7 @@ from tensorboardX.summary import scalar
 
 from loft_jax.errors import InputError, explained
 from loft_jax.files import read_text, regular_file, replacing
+from loft_jax.training.own_file import own_file
 
 _MOST_BYTES = 2**30  # of a metrics file: three million rows
 
@@ -56,7 +57,15 @@ class MetricsLog:
         self._wandb = _wandb_run(Path(folder), wandb, last) if wandb else None
 
     def write(self, step: int, **values: float) -> None:
-        """Adds the values of a step by name; those that are infinite or no number stay out."""
+        """Adds the values of a step.
+
+        Args:
+            step: Behind which they were measured.
+            values: By name; those that are infinite or no number stay out.
+
+        Raises:
+            InputError: The folder cannot be written.
+        """
         values = {name: value for name, value in values.items() if math.isfinite(value)}
         with self._writable():
             self._file.write(json.dumps({"step": step, **values}) + "\n")
@@ -142,8 +151,9 @@ def _wandb_run(folder: Path, project: str, last: int) -> Any:
 
     file = folder / "wandb_id"
     if last < 0 or not file.exists():
-        file.write_text(secrets.token_hex(8), encoding="utf-8")
-    known = read_text(file, "the name of a run of Weights & Biases", most_bytes=100)
+        with replacing(file) as partial:
+            partial.write_text(secrets.token_hex(8), encoding="utf-8")
+    known = read_text(own_file(file), "the name of a run of Weights & Biases", most_bytes=100)
     run = wandb.init(project=project, name=folder.name, dir=folder, id=known, resume="allow")
     # By a step of our own: W&B takes no row that lies before its last one, as a resumed run's may.
     run.define_metric("*", step_metric="step")

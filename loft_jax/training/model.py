@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +11,14 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 
-from loft_jax.errors import InputError
+from loft_jax.errors import InputError, explained
 from loft_jax.hub import load_pretrained, save_peft_adapter, save_pretrained
 from loft_jax.lora import LoRAConfig, add_lora, lora_layers
 from loft_jax.models import Llama, LlamaConfig
 from loft_jax.models.quantized import quantize_kernels
 from loft_jax.training.checkpoint import Checkpoints
 from loft_jax.training.config import FinetuneConfig, Method
+from loft_jax.training.config_io import checked_fields, config_from_dict
 from loft_jax.training.digest import tree_digest
 from loft_jax.training.optimizer import make_optimizer
 from loft_jax.training.parts import split_model
@@ -83,6 +84,33 @@ _CONSTANTS = (
     "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_theta", "rope_scaling",
 )  # fmt: skip
 """Of a model's configuration, what changes its forward pass and no shape of its weights."""
+
+
+def check_fingerprints(saved: Mapping[str, Any], now: Mapping[str, str], *, doing: str) -> None:
+    """Refuses other contents than a run was started with, whatever they are called and wherever.
+
+    Args:
+        saved: The fingerprints that a checkpoint of the run has, by field.
+        now: Those of what the fields lead to now.
+        doing: What cannot be done with others, for the message.
+
+    Raises:
+        InputError: One differs; names its field.
+    """
+    for name, fingerprint in now.items():
+        if saved[name] != fingerprint:
+            raise InputError(
+                f"cannot {doing} with another {name}: what it holds now is not what the run "
+                f"was started with ({_TOLD[name]})"
+            )
+
+
+_TOLD = {
+    "model": "its weights are others, or its configuration",
+    "data.path": "its examples are others, or their order or their tokens",
+    "eval_path": "its examples are others, or their order",
+}
+"""What makes the fingerprint of a field another one."""
 
 
 def abstract_model(sizes: LlamaConfig, config: FinetuneConfig) -> Llama:
@@ -174,23 +202,53 @@ def _refuse_embeddings(model: Llama) -> None:
 
 
 def trained_kind(method: Method) -> type[nnx.Variable[Any]]:
-    """The kind of variable that a method trains."""
+    """Tells what a method trains.
+
+    Args:
+        method: Of a run.
+
+    Returns:
+        The kind of its variables.
+    """
     return nnx.Param if method == "full" else nnx.LoRAParam
 
 
 def scaling_of(model: Llama) -> Callable[[str], float]:
-    """The s of `W = W0 + s A B` by a pair's path (`"layers/self_attn/q_proj"`)."""
+    """Tells how the products of a model's adapters are scaled.
+
+    Args:
+        model: With its adapters.
+
+    Returns:
+        Gives the s of `W = W0 + s A B` by a pair's path (`"layers/self_attn/q_proj"`).
+    """
     scalings = {
         path.replace(".", "/"): layer.lora_scaling for path, layer in lora_layers(model).items()
     }
     return scalings.__getitem__
 
 
+def trained_with(run: Mapping[str, Any], where: str) -> FinetuneConfig:
+    """The configuration that a checkpoint was made with; `config.yaml` may say another since.
+
+    Args:
+        run: The plain values of the checkpoint.
+        where: The checkpoint, for messages.
+
+    Returns:
+        The configuration, by name of its precision.
+
+    Raises:
+        InputError: There is none, or a field of it is not what it should be.
+    """
+    return with_precision(config_from_dict(checked_fields(run.get("config"), where)))
+
+
 def restore_model(config: FinetuneConfig, checkpoints: Checkpoints, step: int) -> Llama:
     """The model of a run as it was at one of its checkpoints.
 
     Args:
-        config: Of the run.
+        config: As from `trained_with`; its model may have moved.
         checkpoints: Of the run.
         step: One of `checkpoints.steps()`.
 
@@ -198,9 +256,14 @@ def restore_model(config: FinetuneConfig, checkpoints: Checkpoints, step: int) -
         The model, with its trained parameters.
 
     Raises:
-        InputError: The checkpoint cannot be read, or is damaged.
+        InputError: The checkpoint cannot be read, or is damaged; or the base model is not the one
+            that the run was started with.
     """
-    model = load_model(config)
+    base = load_base(config)
+    with explained(f"{checkpoints.folder / str(step)}: does not tell what it was trained on"):
+        saved = checkpoints.run_of(step)["fingerprints"]
+        check_fingerprints(saved, {"model": base_fingerprint(base)}, doing="export")
+    model = adapted(base, config)
     parts = split_model(model, trained_kind(config.method))
     # Only the shape of the optimizer's state matters here, and that is the same at every rate.
     tx = make_optimizer(config, lambda count: 0.0, scaling_of(model))

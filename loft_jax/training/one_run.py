@@ -11,6 +11,7 @@ from pathlib import Path
 from loft_jax.errors import InputError, cut, explained, reason
 from loft_jax.files import locked, read_text
 from loft_jax.training.distributed import all_agree, is_main
+from loft_jax.training.own_file import own_file
 
 _log = logging.getLogger(__name__)
 _MOST_BYTES = 1000
@@ -27,7 +28,8 @@ def only_run(folder: Path) -> Iterator[None]:
         folder: Made if missing.
 
     Raises:
-        InputError: The folder cannot be made, or another run holds it; then on every process.
+        InputError: The folder cannot be made, its `.lock` is a link, or another run holds it; then
+            on every process.
     """
     with contextlib.ExitStack() as held:
         problem = InputError(f"{folder}: the first process cannot have it for this run")
@@ -46,7 +48,7 @@ def _hold(folder: Path, held: contextlib.ExitStack) -> None:
     file = folder / ".lock"
     with explained(f"{folder}: cannot hold a run"):
         folder.mkdir(parents=True, exist_ok=True)
-        file.touch()
+        own_file(file)
     try:
         held.enter_context(locked(file))
     except BlockingIOError as error:

@@ -24,6 +24,7 @@ from loft_jax.training.held_out import HeldOut
 from loft_jax.training.model import (
     adapted,
     base_fingerprint,
+    check_fingerprints,
     export_trained,
     load_base,
     scaling_of,
@@ -154,7 +155,8 @@ class Run:
         if not checkpoints.steps():
             return self._initial(*own)
         with explained(f"{checkpoints.folder}: does not tell what the run was started with"):
-            self._check_fingerprints((checkpoints.newest_run() or {})["fingerprints"])
+            saved = (checkpoints.newest_run() or {})["fingerprints"]
+            check_fingerprints(saved, self._fingerprints, doing="resume")
         shapes = jax.eval_shape(self._initial, *own)
         del own  # its memory is needed for what is read
         like = jax.tree.map(
@@ -162,27 +164,29 @@ class Run:
             shapes,
             self._shardings.state,
         )
-        state, saved = checkpoints.restore_newest(like)
+        state, plain = checkpoints.restore_newest(like)
         with explained(f"{checkpoints.folder}: has no place in the data to go on from"):
-            self.stream.set_state(saved["data"])
+            self.stream.set_state(plain["data"])
         _log.info("resumed at step %d of %d", int(whole(state.step)), self.steps)
         return state
 
-    def _check_fingerprints(self, saved: Mapping[str, Any]) -> None:
-        """Whatever they are called and wherever they lie: same contents, same run."""
-        for name, fingerprint in self._fingerprints.items():
-            if saved[name] != fingerprint:
-                raise InputError(
-                    f"cannot resume with another {name}: what it holds now is not what the run "
-                    f"was started with ({_TOLD[name]})"
-                )
-
     def placed(self, batch: Batch) -> dict[str, jax.Array]:
-        """A batch of the stream as the step takes it."""
+        """Puts a batch of the stream on the devices.
+
+        Args:
+            batch: Of this process.
+
+        Returns:
+            The arrays by name, as the step takes them.
+        """
         return place_batch(predicted(batch), self._shardings.batch)
 
     def speedometer(self) -> Speedometer:
-        """A clock for the steps of this run."""
+        """Starts a clock for the steps of this run.
+
+        Returns:
+            It knows the sizes of the model, and what the method trains of it.
+        """
         full = self.config.method == "full"
         return Speedometer(self._sizes, full=full, devices=self._mesh.size)
 
@@ -213,6 +217,11 @@ class Run:
     def save(self, checkpoints: Checkpoints, state: TrainState, eval_loss: float | None) -> None:
         """Saves all that a resumed run needs.
 
+        Args:
+            checkpoints: Of the run.
+            state: Behind the step to save.
+            eval_loss: The evaluation loss at this step, if there is one.
+
         Raises:
             InputError: Parameters are not finite, or nothing can be written.
         """
@@ -229,7 +238,14 @@ class Run:
         checkpoints.save(state, plain, eval_loss)
 
     def export(self, state: TrainState) -> Path:
-        """Writes the adapter, or the whole model for method "full"."""
+        """Writes the adapter, or the whole model for method "full".
+
+        Args:
+            state: Behind the last step.
+
+        Returns:
+            The folder that was written.
+        """
         folder, method = Path(self.config.output), self.config.method
         if method == "full" and (folder / "model").exists():
             return folder / "model"  # whole, or not there: this run was at its end before
@@ -238,19 +254,18 @@ class Run:
         )
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Mean loss on the held-out examples, and accuracy if there are choices."""
+        """Measures the model on the held-out examples.
+
+        Args:
+            state: Of which its parameters are used.
+
+        Returns:
+            The mean loss, and accuracy if there are choices; empty without such examples.
+        """
         return {} if self._held_out is None else self._held_out.measure(self._trained(state))
 
     def _trained(self, state: TrainState) -> Llama:
         return self.parts.merged(state.params, state.streams)
-
-
-_TOLD = {
-    "model": "its weights are others, or its configuration",
-    "data.path": "its examples are others, or their order or their tokens",
-    "eval_path": "its examples are others, or their order",
-}
-"""What makes the fingerprint of a field another one."""
 
 
 def _placed(x: jax.Array, sharding: NamedSharding) -> jax.Array:

@@ -1,3 +1,6 @@
+import os
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,6 +79,56 @@ def test_falls_back_from_a_damaged_checkpoint(checkpoints, damage, caplog):
     assert str(checkpoints.folder / "2") in caplog.text
     assert checkpoints.steps() == [1]
     assert (checkpoints.folder / "2-damaged" / "run").is_dir()  # put aside, not thrown away
+
+
+def kinds_of_files(checkpoints, step):
+    """Of each folder of a checkpoint one, and all that Orbax opens by name."""
+    files = [f for f in (checkpoints.folder / str(step)).rglob("*") if f.is_file()]
+    return sorted({f.parent if f.parent.name == "d" else f: f for f in files}.values())
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_what_is_no_file_of_a_checkpoint_is_never_opened(tmp_path, checkpoints, kind, caplog):
+    for step in (1, 2):
+        checkpoints.save(state_at(step), {}, float(step))
+    checkpoints.wait()
+    files = [f.relative_to(checkpoints.folder) for f in kinds_of_files(checkpoints, 2)]
+    assert {"_CHECKPOINT_METADATA", "metrics", "manifest.ocdbt"} <= {f.name for f in files}
+    for number, file in enumerate(files):
+        folder = tmp_path / str(number)
+        shutil.copytree(checkpoints.folder, folder)
+        (folder / file).unlink()
+        if kind == "pipe":
+            os.mkfifo(folder / file)
+        else:
+            (folder / file).symlink_to(checkpoints.folder / file)
+        with pytest.raises(InputError, match=f"{folder / file}: is a {kind}"):
+            Checkpoints(folder, read_only=True)
+        again = Checkpoints(folder, keep_last=2)
+        assert f"{folder / file}: is a {kind}" in caplog.text
+        assert again.steps() == [1]
+        again.close()
+        assert (folder / "2-damaged").is_dir()
+
+
+def test_a_pipe_that_came_later_is_not_opened_and_the_only_checkpoint_stays(checkpoints):
+    checkpoints.save(state_at(1), {}, None)
+    checkpoints.wait()
+    victim = checkpoints.folder / "1" / "state" / "manifest.ocdbt"
+    victim.unlink()
+    os.mkfifo(victim)
+    with pytest.raises(InputError, match="is a pipe or a device"):
+        checkpoints.restore(1, state_at(0))
+    with pytest.raises(InputError, match="is a pipe or a device"):
+        Checkpoints(checkpoints.folder)
+    assert victim.exists()
+
+
+def test_what_a_link_leads_to_is_left_alone(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "seen-by-all").symlink_to(tmp_path / "made")
+    Checkpoints(tmp_path / "checkpoints").close()
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("read_only", [False, True])
@@ -169,3 +222,13 @@ def test_the_best_stay_over_a_resume_whatever_befell_their_losses(tmp_path, dama
     assert second.steps() == [4, 1]
     second.close()
     assert ("its loss is 1.0" in caplog.text) == (damage is not None)
+
+
+def test_a_loss_of_zero_is_known(tmp_path, caplog):
+    first = Checkpoints(tmp_path)
+    first.save(state_at(1), {}, 0.0)
+    first.wait()
+    first.close()
+    (tmp_path / "1" / "metrics" / "metrics").write_text("{")
+    Checkpoints(tmp_path).close()
+    assert "its loss is 0.0" in caplog.text

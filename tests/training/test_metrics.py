@@ -132,3 +132,15 @@ def test_a_log_that_cannot_be_written_names_the_folder(tmp_path):
             log.write(1, train_loss=1.0)
         with contextlib.suppress(OSError):  # what is buffered is tried again
             log._file.close()
+
+
+def test_a_link_in_place_of_the_name_of_a_run_is_not_followed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", Recorded())
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "wandb_id").symlink_to(tmp_path / "victim")
+    with pytest.raises(InputError, match="wandb_id: is a link"):
+        MetricsLog(tmp_path / "run", resumed_at=1, wandb="project")
+    MetricsLog(tmp_path / "run", wandb="project").close()
+    assert (tmp_path / "victim").read_text() == "mine"
+    assert (tmp_path / "run" / "wandb_id").is_file()

@@ -62,3 +62,14 @@ def test_of_several_processes_all_fail_if_the_first_does(tmp_path, monkeypatch):
     monkeypatch.setattr("loft_jax.training.one_run.all_agree", lambda ok: False)
     with pytest.raises(InputError, match="the first process cannot have it"), only_run(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("name", ["victim", "missing"])
+def test_a_link_in_place_of_the_lock_is_refused(tmp_path, name):
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / name)
+    with pytest.raises(InputError, match=r"\.lock: is a link"), only_run(tmp_path / "run"):
+        pass
+    assert (tmp_path / "victim").read_text() == "mine"
+    assert not (tmp_path / "missing").exists()

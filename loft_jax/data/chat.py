@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from loft_jax.data.templates import Chat, Message, Rendered, Start, render_chats
-from loft_jax.data.text import encode_continuations, encode_plain
+from loft_jax.data.text import decoded, encode_continuations, encode_plain
 from loft_jax.data.told import tell
 from loft_jax.errors import InputError, shown
 
@@ -161,7 +161,7 @@ def _end_of_turn(
 ) -> int | None:
     """The place behind the special token that closes a turn; a line break may follow."""
     last = max((index for index, token in enumerate(piece) if token in special), default=None)
-    if last is None or str(tokenizer.decode(piece[last + 1 :])).strip():
+    if last is None or decoded(tokenizer, piece[last + 1 :]).strip():
         return None
     return last + 1
 
@@ -198,18 +198,20 @@ class _Seen:
         """Warns once of what is not learned."""
         if self.turns and not self.closed:
             tell(
+                tokenizer,
                 "the chat template closes the assistant's turns with no special token, so no end "
                 "is learned, and generation will not stop by itself: to learn one, let the "
                 f"template write {{{{ eos_token }}}} ({shown(tokenizer.eos_token)}) behind what "
-                "the assistant says"
+                "the assistant says",
             )
         if self.partial:
             tell(
+                tokenizer,
                 "the chat template leaves out or rewrites some of what the assistant says (its "
                 f"reasoning, say) in {self.partial} of {self.turns} turns, and that is not "
-                f"learned: the first such text is {shown(self.lost)}"
+                f"learned: the first such text is {shown(self.lost)}",
             )
         template = str(tokenizer.chat_template)
         fields = sorted(self.fields.difference(_REASONING))
         if unread := [name for name in fields if name not in template]:
-            tell(f"the chat template does not use {shown(unread)} of the conversations")
+            tell(tokenizer, f"the chat template does not use {shown(unread)} of the conversations")

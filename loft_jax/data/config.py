@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from loft_jax.errors import InputError
+from loft_jax.errors import InputError, shown
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,16 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.max_length < 1:
-            raise InputError(f"max_length is {self.max_length}; expected at least 1 token")
+            raise InputError(f"max_length is {shown(self.max_length)}; expected at least 1 token")
         pairs = zip((0, *self.buckets), self.buckets, strict=False)
         if any(low >= high for low, high in pairs):
-            raise InputError(f"buckets are {self.buckets}; expected positive, increasing lengths")
+            raise InputError(
+                f"buckets are {shown(self.buckets)}; expected positive, increasing lengths"
+            )
         if self.buckets and self.buckets[-1] < self.max_length:
             raise InputError(
-                f"the largest of buckets {self.buckets} is below max_length {self.max_length}; "
-                "rows of that length would fit nowhere"
+                f"the largest of buckets {shown(self.buckets)} is below max_length "
+                f"{shown(self.max_length)}; rows of that length would fit nowhere"
             )
 
     @property

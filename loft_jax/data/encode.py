@@ -81,8 +81,9 @@ def tokenize(
     - `messages`: the tokenizer's chat template; loss on every assistant turn. A field `tools`
       beside it, a list of JSON schemas of what the assistant may call or the JSON text of one, is
       given to the template too.
-    - `prompt` and `completion`: BOS (if the tokenizer has it) + prompt + completion + EOS; loss on
-      the completion and EOS. The two are tokenized apart, so the completion's tokens are its own.
+    - `prompt` and `completion`: BOS (or whatever the tokenizer puts before a text) + prompt +
+      completion + EOS; loss on the completion and EOS. The two are tokenized apart, so the
+      completion's tokens are its own.
     - `text`: BOS + text + EOS; loss on all of it that has something before it. One that is longer
       than `max_length` becomes several examples, each beginning with the last token of the one
       before: every token is predicted once.
@@ -176,13 +177,32 @@ def truncate(example: Example, max_length: int) -> Example:
 
 
 def pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The token that fills a row: any will do, since it is never attended to."""
+    """The token that fills a row: any will do, since it is never attended to.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+
+    Returns:
+        Its id: of padding, else of EOS, else 0.
+    """
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(token for token in candidates if token is not None)
 
 
 def text_of(row: Mapping[str, Any], field: str, index: int) -> str:
-    """The text in a field of a row, or an error that names both."""
+    """The text in a field of a row.
+
+    Args:
+        row: An example.
+        field: The name of the field.
+        index: Of the row, for the message.
+
+    Returns:
+        The text.
+
+    Raises:
+        InputError: There is something else, or nothing.
+    """
     value = row.get(field)
     if not isinstance(value, str):
         kind = type(value).__name__
@@ -191,7 +211,17 @@ def text_of(row: Mapping[str, Any], field: str, index: int) -> str:
 
 
 def column_names(rows: "Dataset | Sequence[Mapping[str, Any]]") -> list[str]:
-    """The fields of the examples."""
+    """The fields of the examples.
+
+    Args:
+        rows: As `load_examples` gives them or as plain dicts, of which the first one says.
+
+    Returns:
+        Their names.
+
+    Raises:
+        InputError: There is no example.
+    """
     if len(rows) == 0:
         raise InputError("the dataset is empty; expected examples")
     return list(rows[0] if isinstance(rows, Sequence) else rows.column_names)
@@ -208,7 +238,7 @@ def _encoded(
     columns = column_names(rows)
     encode, used = _encoder(columns, config)
     used = [name for name in used if name in columns]
-    tell_unused(columns, used, config)
+    tell_unused(tokenizer, columns, used, config)
     if not isinstance(rows, Sequence):
         rows = rows.select_columns(used)
     yield from encode(_chunks(rows), tokenizer, config)
@@ -255,7 +285,7 @@ def _encode_completions(
             joins.add(prompt, completion)
         for (index, _), start, end in zip(numbered, starts, ends, strict=True):
             yield index, start + end, [False] * len(start) + [True] * len(end)
-    joins.tell()
+    joins.tell(tokenizer)
 
 
 def _encode_texts(

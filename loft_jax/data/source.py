@@ -2,10 +2,12 @@
 
 import csv
 import glob
+import itertools
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loft_jax.data.config import DataConfig
 from loft_jax.errors import InputError, cut, explained, shown
@@ -24,6 +26,8 @@ _BUILDERS = {
     ".parquet": "parquet",
     ".txt": "text",
 }
+_MOST_ROW = 2**26  # characters of a line, and of a row of CSV
+_log = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -33,7 +37,9 @@ def load_examples(config: DataConfig) -> "Dataset":
     A local path never touches the network, no code of a folder is run, and nothing is written
     beside it: what `datasets` converts goes to its own cache. CSV and TSV cells are read as text,
     and so are the texts of JSON, whatever they look like. In a folder, hidden files, folders and
-    files with other endings (a README, say) are passed over; files may differ in their fields.
+    files with other endings (a README, say) are passed over; files of JSON may differ in their
+    fields. Columns that stand for files (images, sounds) are passed over with a warning: nothing
+    that they name is opened.
 
     Args:
         config: Its `path`, `split` and `name` are used.
@@ -45,19 +51,23 @@ def load_examples(config: DataConfig) -> "Dataset":
         InputError: The path is missing or unreadable, its ending is unknown, the hub cannot be
             reached or does not have it, the split does not exist, or there is no example.
     """
-    path = Path(config.path).expanduser()
-    if path.is_dir():
+    with explained(f"{cut(config.path)}: cannot be looked for, expected {_EXPECTED}"):
+        path = Path(config.path).expanduser()
+        is_folder, is_there = path.is_dir(), path.exists()
+    if is_folder:
         saved = any((path / name).exists() for name in (_SAVED_SPLITS, _SAVED))
         read = _read_saved if saved else _read_folder
         examples = read(path, config)
-    elif path.exists():
+    elif is_there:
         examples = _read_files({"train": [path]}, config, source=path)
     elif path.suffix.lower() in _BUILDERS or not _HUB_ID.fullmatch(config.path):
-        raise InputError(f"{config.path}: no such file or folder; expected {_EXPECTED}")
+        raise InputError(f"{cut(config.path)}: no such file or folder; expected {_EXPECTED}")
     else:
         examples = _read_hub(config)
     if len(examples) == 0:
-        raise InputError(f"{config.path}: split {config.split!r} has no examples; expected some")
+        raise InputError(
+            f"{config.path}: split {shown(config.split)} has no examples; expected some"
+        )
     return examples
 
 
@@ -108,10 +118,20 @@ def _build(
     # Not `load_dataset`, which reports to the hub what it is asked to load.
     if builder == "parquet":
         return _checked(Dataset.from_parquet(patterns, split=split))
+    files = [file for part in by_split.values() for file in part]
     if builder == "text":
+        for file in files:
+            for _ in _lines(file):  # that it has no endless one
+                pass
         return Dataset.from_text(patterns, split=split)
+    columns = _csv_columns(files[0], separator)
+    for file in files[1:]:
+        if set(found := _csv_columns(file, separator)) != set(columns):
+            raise InputError(
+                f"{file}: has the columns {shown(found)}; expected those of {files[0].name}, "
+                f"{shown(columns)}"
+            )
     # Without these, pandas reads the words "None" and "NA" as missing, and "1" as a number.
-    columns = _csv_columns(next(iter(by_split.values()))[0], separator)
     features = Features({column: Value("string") for column in columns})
     return Dataset.from_csv(
         patterns, split=split, features=features, sep=separator, na_filter=False
@@ -119,9 +139,15 @@ def _build(
 
 
 def _csv_columns(file: Path, separator: str) -> list[str]:
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.reader(lines, delimiter=separator)
-        header, first = next(reader), next(reader, [])
+    """The columns of a file, all rows of which are short enough to be held."""
+    limit = csv.field_size_limit(_MOST_ROW)
+    try:
+        rows = _csv_rows(file, separator)
+        header, first = next(rows), next(rows, [])
+        for _ in rows:
+            pass
+    finally:
+        csv.field_size_limit(limit)
     if len(first) > len(header):  # pandas would take the first columns for an index
         raise ValueError(f"the first row has {len(first)} cells and the header {len(header)}")
     if len(set(header)) < len(header):
@@ -129,12 +155,46 @@ def _csv_columns(file: Path, separator: str) -> list[str]:
     return header
 
 
+def _csv_rows(file: Path, separator: str) -> Iterator[list[str]]:
+    size = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal size
+        for number, line in enumerate(_lines(file), 1):
+            size += len(line)
+            if size > _MOST_ROW:  # within quotes a row goes on behind its line
+                raise InputError(
+                    f"{file}: the row at line {number} is longer than {_MOST_ROW} characters; "
+                    "expected a shorter one (a quote that is never closed makes one row of all)"
+                )
+            yield line
+
+    for row in csv.reader(lines(), delimiter=separator):
+        size = 0
+        yield row
+
+
+def _lines(file: Path) -> Iterator[str]:
+    """The lines of a text, each short enough to be held: a file may have no line break at all."""
+    with file.open(encoding="utf-8-sig", newline="") as text:
+        for number in itertools.count(1):
+            line = text.readline(_MOST_ROW + 1)
+            if len(line) > _MOST_ROW:
+                raise InputError(
+                    f"{file}: line {number} is longer than {_MOST_ROW} characters; expected a "
+                    "shorter one"
+                )
+            if not line:
+                return
+            yield line
+
+
 def _read_folder(folder: Path, config: DataConfig) -> "Dataset":
     by_split: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir()):
         hidden = file.name.startswith(".")
         if not (hidden or file.is_dir()) and file.suffix.lower() in _BUILDERS:
-            by_split.setdefault(_split_of(file), []).append(file)
+            by_split.setdefault(_split_of(file), []).append(inside(folder, file.name))
     if not by_split:
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "nothing"
         raise InputError(f"{folder}: no data file (found {cut(found)}); expected {_EXPECTED}")
@@ -162,15 +222,36 @@ def _read_saved(folder: Path, config: DataConfig) -> "Dataset":
         sizes = {name: len(rows) for name, rows in splits.items()}
         part, *more = ReadInstruction.from_spec(config.split).to_absolute(sizes)
         if more:
-            raise ValueError(f"split is {config.split!r}; expected one split or a slice of one")
+            raise ValueError(
+                f"split is {shown(config.split)}; expected one split or a slice of one"
+            )
         return _checked(splits[part.splitname]).select(range(part.from_, part.to))
 
 
 def _checked(rows: "Dataset") -> "Dataset":
-    """Rows of a binary file, in which texts may be no UTF-8 and offsets lead nowhere."""
+    """Rows of a binary file, in which texts may be no UTF-8 and offsets lead nowhere.
+
+    It says what its columns are, and how rows are handed out. Columns of which `datasets` would
+    open whatever file or address they name as soon as a row is read are left out.
+    """
+    rows = rows.with_format(None)
+    if odd := [name for name, feature in rows.features.items() if not _is_plain(feature)]:
+        _log.warning("the columns %s hold no plain values and are passed over", shown(odd))
+        rows = rows.remove_columns(odd)
     for batch in rows.data.table.to_batches():
         batch.validate(full=True)
     return rows
+
+
+def _is_plain(feature: Any) -> bool:
+    """Whether a value stands for itself, and for no file."""
+    from datasets import ClassLabel, Json, LargeList, List, Value
+
+    if isinstance(feature, Mapping):
+        return all(map(_is_plain, feature.values()))
+    if isinstance(feature, (List, LargeList)):
+        return _is_plain(feature.feature)
+    return isinstance(feature, (Value, ClassLabel, Json))
 
 
 _SAVED_SPLITS, _SAVED, _SAVED_FEATURES = "dataset_dict.json", "state.json", "dataset_info.json"
@@ -186,8 +267,8 @@ def _check_saved(folder: Path) -> None:
             raise ValueError(f"{_SAVED_SPLITS} names the split {shown(odd[0])}; expected a word")
         parts = [inside(folder, name) for name in names]
     for part in parts:
-        regular_file(part / _SAVED_FEATURES, "the features of a saved dataset")
-        for file in read_json(part / _SAVED)["_data_files"]:
+        regular_file(inside(part, _SAVED_FEATURES), "the features of a saved dataset")
+        for file in read_json(inside(part, _SAVED))["_data_files"]:
             regular_file(inside(part, file["filename"]), "rows of a saved dataset")
 
 
@@ -200,7 +281,7 @@ def _read_hub(config: DataConfig) -> "Dataset":
     ):
         builder = load_dataset_builder(config.path, config.name)
         if builder.name != "json":
-            return load_dataset(config.path, config.name, split=config.split)
+            return _checked(load_dataset(config.path, config.name, split=config.split))
         manager = DownloadManager()
         fetched = manager.download_and_extract(dict(builder.config.data_files))
         by_split = {

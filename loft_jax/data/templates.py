@@ -113,8 +113,9 @@ def render_chats(
             _idle.append(worker)
     if dated:
         tell(
+            tokenizer,
             "the chat template writes the day: it is 26 July 2024 in every example, so that what "
-            "is learned does not depend on the day of the run"
+            "is learned does not depend on the day of the run",
         )
 
 

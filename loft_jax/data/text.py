@@ -10,10 +10,14 @@ if TYPE_CHECKING:
 
 _WORD_START = "▁"  # how SentencePiece-like tokenizers write a space
 _ANCHOR = "\n"
+_ANY = "a"
 
 
 def encode_starts(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of texts that open a row: BOS once, if the tokenizer adds it at all, and no EOS.
+    """Token ids of texts that open a row: behind what the tokenizer puts first, and without EOS.
+
+    What it puts first is BOS as a rule, or nothing, or several tokens. They stand there once, even
+    if a text has all of them itself.
 
     Args:
         tokenizer: A transformers tokenizer.
@@ -21,12 +25,23 @@ def encode_starts(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) ->
 
     Returns:
         One list of ids a text.
+
+    Raises:
+        InputError: The tokenizer fails on one.
     """
+    first = _put_first(tokenizer)
     encoded = encode_plain(tokenizer, texts)
-    bos = tokenizer.bos_token_id
-    if bos is None or bos not in tokenizer("")["input_ids"][:1]:
-        return encoded
-    return [ids if ids[:1] == [bos] else [bos, *ids] for ids in encoded]
+    return [ids if ids[: len(first)] == first else [*first, *ids] for ids in encoded]
+
+
+def _put_first(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """What the tokenizer puts before a text: what stands before one that it is known to have."""
+    (text,) = encode_plain(tokenizer, [_ANY])
+    with explained("the tokenizer cannot encode a text"):
+        whole = tokenizer(_ANY, verbose=False)["input_ids"]
+    places = range(len(whole) - len(text) + 1)
+    start = next((at for at in places if whole[at : at + len(text)] == text), 0)
+    return list(whole[:start])
 
 
 def encode_continuations(
@@ -44,7 +59,7 @@ def encode_continuations(
     Returns:
         One list of ids a text.
     """
-    first = tokenizer.convert_ids_to_tokens(encode_plain(tokenizer, ["a"])[0])[:1]
+    first = [_token(tokenizer, token) for token in encode_plain(tokenizer, [_ANY])[0][:1]]
     if not (first and first[0].startswith(_WORD_START)):
         return encode_plain(tokenizer, texts)
     (anchor,) = encode_plain(tokenizer, [_ANCHOR])
@@ -75,7 +90,7 @@ def check_tokens(
         InputError: One of them is of another model.
     """
     if vocab_size is not None and (largest := max(ids, default=0)) >= vocab_size:
-        token = tokenizer.convert_ids_to_tokens([largest])[0]
+        token = _token(tokenizer, largest)
         raise InputError(
             f"{where}: the tokenizer gives token {largest} ({shown(token)}), and the weights have "
             f"{vocab_size} rows; expected a tokenizer and weights that belong together"
@@ -100,3 +115,28 @@ def encode_plain(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> 
     with explained("the tokenizer cannot encode a text"):
         # verbose=False: a text over the tokenizer's own limit is cut here later, by max_length
         return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def decoded(
+    tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], *, special: bool = True
+) -> str:
+    """The text of token ids.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        ids: Of tokens that it has.
+        special: Whether special tokens are written too.
+
+    Returns:
+        The text.
+
+    Raises:
+        InputError: The tokenizer fails on them.
+    """
+    with explained("the tokenizer cannot decode tokens"):
+        return str(tokenizer.decode(list(ids), skip_special_tokens=not special))
+
+
+def _token(tokenizer: "PreTrainedTokenizerBase", number: int) -> str:
+    with explained("the tokenizer cannot name a token"):
+        return str(tokenizer.convert_ids_to_tokens([number])[0])

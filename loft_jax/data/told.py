@@ -1,31 +1,53 @@
-"""What rows have and nothing is learned from, told by the log: each sentence once a process.
+"""What rows have and nothing is learned from, told by the log: each sentence once a run.
 
-A run looks at its held-out examples again and again; they need not be told of each time.
+A run looks at its held-out examples again and again; they need not be told of each time. It has a
+tokenizer of its own, and what was told is kept as long as that.
 """
 
 import dataclasses
-import functools
 import logging
+import weakref
 from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 from loft_jax.data.config import DataConfig
 from loft_jax.errors import shown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
 
 _CONTEXT = 20  # characters shown of each side of a join
 
 
-@functools.lru_cache(maxsize=1000)
-def tell(sentence: str, level: int = logging.WARNING) -> None:
-    """Logs a sentence, if it was not logged before."""
-    _log.log(level, "%s", sentence)
+_told: "weakref.WeakKeyDictionary[PreTrainedTokenizerBase, set[str]]" = weakref.WeakKeyDictionary()
 
 
-def tell_unused(columns: Collection[str], used: Collection[str], config: DataConfig) -> None:
+def tell(tokenizer: "PreTrainedTokenizerBase", sentence: str, level: int = logging.WARNING) -> None:
+    """Logs a sentence, if it was not logged before with this tokenizer.
+
+    Args:
+        tokenizer: That of the run.
+        sentence: Whole, with its numbers and names: another number is told again.
+        level: Of the log.
+    """
+    told = _told.setdefault(tokenizer, set())
+    if sentence not in told:
+        told.add(sentence)
+        _log.log(level, "%s", sentence)
+
+
+def tell_unused(
+    tokenizer: "PreTrainedTokenizerBase",
+    columns: Collection[str],
+    used: Collection[str],
+    config: DataConfig,
+) -> None:
     """Tells which fields are passed over: a warning if examples could be read from them.
 
     Args:
+        tokenizer: That of the run.
         columns: The fields of the rows.
         used: Those that are read.
         config: Its field names are used.
@@ -33,18 +55,20 @@ def tell_unused(columns: Collection[str], used: Collection[str], config: DataCon
     others = [name for name in columns if name not in used]
     if rivals := sorted(config.fields.intersection(others)):
         tell(
+            tokenizer,
             f"the fields {shown(rivals)} of the rows are not used: {shown(list(used))} go before "
-            "them"
+            "them",
         )
     if rest := [name for name in others if name not in rivals]:
-        tell(f"the fields {shown(rest)} of the rows are not used", logging.INFO)
+        tell(tokenizer, f"the fields {shown(rest)} of the rows are not used", logging.INFO)
 
 
 @dataclasses.dataclass
 class Joins:
     """Whether white space stands between prompts and what follows them."""
 
-    apart: bool = False
+    apart: int = 0
+    joined: int = 0
     first: str = ""  # how the first prompt without it is joined
 
     def add(self, prompt: str, following: str) -> None:
@@ -52,15 +76,18 @@ class Joins:
         if not (prompt and following):
             return
         if prompt[-1].isspace() or following[0].isspace():
-            self.apart = True
-        elif not self.first:
-            self.first = prompt[-_CONTEXT:] + following[:_CONTEXT]
+            self.apart += 1
+        else:
+            self.joined += 1
+            self.first = self.first or prompt[-_CONTEXT:] + following[:_CONTEXT]
 
-    def tell(self) -> None:
-        """Warns if there is none in any pair."""
-        if self.first and not self.apart:
+    def tell(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Warns if there is none in most pairs."""
+        if self.joined > self.apart:
             tell(
-                "no prompt has white space between it and what follows, and none is put there: the "
-                f"first of them becomes {shown(self.first)}; where words are to be apart, begin "
-                "the completion or choice with a space"
+                tokenizer,
+                f"{self.joined} of {self.joined + self.apart} times there is no white space "
+                "between a prompt and what follows, and none is put there: the first of them "
+                f"becomes {shown(self.first)}; where words are to be apart, begin the completion "
+                "or choice with a space",
             )

@@ -214,7 +214,7 @@ def _questions(
             f"field {missing[0]!r} is missing; found the fields {shown(sorted(columns))}; expected "
             f"{needed} to score answers{'' if choices else ' (or choices given for all rows)'}"
         )
-    tell_unused(columns, needed, config)
+    tell_unused(tokenizer, columns, needed, config)
     joins = Joins()
     prompts, offered, answers = [], [], []
     for index in range(len(rows)):
@@ -228,7 +228,7 @@ def _questions(
             if choices
             else _own_answer(row, index)
         )
-    joins.tell()
+    joins.tell(tokenizer)
     known = sorted({choice for row_choices in offered for choice in row_choices})
     encoded = dict(zip(known, encode_continuations(tokenizer, known), strict=True))
     if untold := [choice for choice, ids in encoded.items() if not ids]:

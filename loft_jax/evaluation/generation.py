@@ -10,14 +10,15 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from loft_jax.data.text import check_tokens, encode_starts
-from loft_jax.errors import InputError
+from loft_jax.data.text import check_tokens, decoded, encode_starts
+from loft_jax.errors import InputError, shown
 from loft_jax.evaluation._inference import inference_state
 from loft_jax.models import Llama
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_MOST_NEW = 2**20  # new tokens, for which the cache has room from the start
 _BUCKET = 64  # lengths are rounded up to powers of two from here, so that few shapes are compiled
 
 
@@ -37,7 +38,7 @@ def generate(
     Args:
         model: A Llama, with or without LoRA layers.
         prompts: Tokens of each prompt, at least one.
-        max_new_tokens: At most this many tokens are added to each.
+        max_new_tokens: At most this many tokens are added to each; 2^20 or fewer.
         temperature: Logits are divided by it before sampling; 0 takes the most likely token.
         top_k: Sample among this many most likely tokens only.
         top_p: Sample among the fewest most likely tokens whose probabilities sum up to this.
@@ -49,7 +50,8 @@ def generate(
         The new tokens of each prompt, an ending token included.
 
     Raises:
-        InputError: An empty prompt, a token outside the vocabulary, or a number out of its range.
+        InputError: An empty prompt, a token outside the vocabulary, a number out of its range, or
+            the model's output is no number.
 
     Example:
         >>> from loft_jax.models import LlamaConfig
@@ -78,7 +80,7 @@ def generate(
     ends[[token for token in eos_token_ids if 0 <= token < vocab]] = True
 
     graphdef, state = inference_state(model)
-    new, counts = _generate(
+    new, counts, finite = _generate(
         graphdef,
         _bucket(max_new_tokens),
         temperature > 0,
@@ -88,10 +90,15 @@ def generate(
         jnp.asarray(ends),
         max_new_tokens,
         jnp.float32(temperature),
-        vocab if top_k is None else top_k,
+        vocab if top_k is None else min(top_k, vocab),
         jnp.float32(top_p),
         jax.random.key(seed),
     )
+    if not finite:
+        raise InputError(
+            "the model's output is no number; expected finite weights, in the model and in the "
+            "adapter"
+        )
     return [
         row[:count].tolist() for row, count in zip(np.asarray(new), np.asarray(counts), strict=True)
     ]
@@ -124,7 +131,7 @@ def generate_text(
     for number, ids in enumerate(tokens):
         check_tokens(ids, tokenizer, model.config.vocab_size, where=f"prompt {number}")
     continued = generate(model, tokens, max_new_tokens=max_new_tokens, **sampling)
-    return [str(tokenizer.decode(new, skip_special_tokens=True)) for new in continued]
+    return [decoded(tokenizer, new, special=False) for new in continued]
 
 
 def _check(
@@ -141,16 +148,18 @@ def _check(
             raise InputError(f"prompt {number} has no tokens, expected at least one")
         if min(prompt) < 0 or max(prompt) >= vocab:
             raise InputError(f"prompt {number} has tokens outside the vocabulary, 0 to {vocab - 1}")
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens}, expected 1 or more")
+    if not 1 <= max_new_tokens <= _MOST_NEW:
+        raise InputError(
+            f"max_new_tokens is {shown(max_new_tokens)}, expected 1 to {_MOST_NEW} (2^20)"
+        )
     if not temperature >= 0:
         raise InputError(f"temperature is {temperature}, expected 0 or more")
     if top_k is not None and top_k < 1:
-        raise InputError(f"top_k is {top_k}, expected 1 or more")
+        raise InputError(f"top_k is {shown(top_k)}, expected 1 or more")
     if not 0 < top_p <= 1:
         raise InputError(f"top_p is {top_p}, expected more than 0 and at most 1")
     if not 0 <= seed < 2**32:
-        raise InputError(f"seed is {seed}, expected 0 to 2^32 - 1")
+        raise InputError(f"seed is {shown(seed)}, expected 0 to 2^32 - 1")
 
 
 def _bucket(length: int) -> int:
@@ -171,30 +180,34 @@ def _generate(
     top_k: jax.Array,
     top_p: jax.Array,
     key: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Tokens ``(b, room)`` of which the first ``(b,)`` count; prompts ``(b, t)`` padded left."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Tokens ``(b, room)`` of which the first ``(b,)`` count, and whether all logits are finite.
+
+    The prompts ``(b, t)`` are padded left.
+    """
     model = nnx.merge(graphdef, state)
     batch, width = tokens.shape
 
-    def pick(step: jax.Array, hidden: jax.Array) -> jax.Array:
-        logits = model.logits(hidden[:, -1])  # (b, vocab)
+    def pick(step: jax.Array, logits: jax.Array) -> jax.Array:
         if not sampled:
             return logits.argmax(-1).astype(jnp.int32)
         logits = _truncate(logits / temperature, top_k, top_p)
         return jax.random.categorical(jax.random.fold_in(key, step), logits).astype(jnp.int32)
 
     def going(carry: Any) -> jax.Array:
-        step, _, _, done, _, _ = carry
-        return (step < max_new_tokens) & ~done.all()
+        step, _, _, done, finite, _, _ = carry
+        return (step < max_new_tokens) & ~done.all() & finite
 
     def add(carry: Any) -> Any:
-        step, new, counts, done, hidden, cache = carry
-        token = jnp.where(done, 0, pick(step, hidden))
+        step, new, counts, done, finite, hidden, cache = carry
+        logits = model.logits(hidden[:, -1])  # (b, vocab)
+        finite = (jnp.isfinite(logits).all(-1) | done).all()
+        token = jnp.where(done, 0, pick(step, logits))
         new = new.at[:, step].set(token)
         counts = counts + ~done
         done = done | ends[token]
         hidden, cache = model.hidden_states(token[:, None], cache=cache)
-        return step + 1, new, counts, done, hidden, cache
+        return step + 1, new, counts, done, finite, hidden, cache
 
     hidden, cache = model.hidden_states(
         tokens, segment_ids=real, cache=model.init_cache(batch, width + room)
@@ -202,10 +215,9 @@ def _generate(
     new = jnp.zeros((batch, room), jnp.int32)
     counts = jnp.zeros(batch, jnp.int32)
     done = jnp.zeros(batch, bool)
-    _, new, counts, *_ = lax.while_loop(
-        going, add, (jnp.int32(0), new, counts, done, hidden[:, -1:], cache)
-    )
-    return new, counts
+    start = (jnp.int32(0), new, counts, done, jnp.bool_(True), hidden[:, -1:], cache)
+    _, new, counts, _, finite, *_ = lax.while_loop(going, add, start)
+    return new, counts, finite
 
 
 def _truncate(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:

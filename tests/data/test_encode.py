@@ -269,12 +269,15 @@ def test_only_fields_that_are_used_are_decoded():
     assert len(encode(rows)) == 1
 
 
-def test_words_that_run_together_are_told_once(caplog):
-    apart = {"prompt": "Q? ", "completion": "A"}
-    for joined in [{"prompt": "Q?", "completion": "A"}, {"prompt": "", "completion": "B"}]:
-        encode([joined, joined])
-        encode([joined, {"prompt": "Q?", "completion": "A"}, apart])
-    assert len(caplog.records) == 1
+def test_words_that_run_together_in_most_rows_are_told_once_a_run(caplog):
+    joined, apart = {"prompt": "Q?", "completion": "A"}, {"prompt": "Q? ", "completion": "A"}
+    encode([{"prompt": "", "completion": "B"}, joined, apart])
+    assert not caplog.records
+    for tokenizer in (tiny_tokenizer(), tiny_tokenizer()):  # of a run each
+        for _ in range(2):
+            encode([joined, apart, joined], tokenizer)
+    assert len(caplog.records) == 2
+    assert "2 of 3 times there is no white space" in caplog.text
     assert "the first of them becomes 'Q?A'" in caplog.text
 
 

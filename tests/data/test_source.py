@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from loft_jax.data import DataConfig, load_examples
+from loft_jax.data import DataConfig, load_examples, source
 from loft_jax.errors import InputError
 
 ROWS = [{"prompt": "a b", "completion": " c"}, {"prompt": "d", "completion": ' "e", f'}]
@@ -294,6 +294,8 @@ def test_hub_dataset_is_read_as_its_files_would_be(tmp_path, monkeypatch, ending
     ("options", "message"),
     [
         ({"max_length": 0}, "max_length is 0"),
+        ({"max_length": -(10**5000)}, "max_length is <int>"),
+        ({"buckets": (10**4000, 5), "max_length": 32}, r"buckets are \(1000.{0,200}; expected"),
         ({"buckets": (64, 32), "max_length": 32}, "increasing"),
         ({"buckets": (0, 64), "max_length": 32}, "positive"),
         ({"buckets": (16, 32), "max_length": 64}, "below max_length 64"),
@@ -310,3 +312,89 @@ def test_texts_of_parquet_that_are_no_utf8_are_refused_when_they_are_read(tmp_pa
     file.write_bytes(file.read_bytes().replace(b"a dull", b"a \xf1ull"))
     with pytest.raises(InputError, match=r"rows\.parquet: cannot be read as parquet: .*UTF8"):
         load_examples(DataConfig(str(file)))
+
+
+FEATURES = [
+    datasets.Image(), datasets.Audio(), datasets.Video(), datasets.Pdf(),
+    {"in": datasets.Image()}, datasets.List(datasets.Audio()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("feature", FEATURES, ids=str)
+def test_what_columns_name_is_not_opened(tmp_path, caplog, saved, feature):
+    os.mkfifo(tmp_path / "pipe")
+    kept = {
+        "text": datasets.Value("string"),
+        "tags": datasets.List({"kind": datasets.ClassLabel(names=["a", "b"])}),
+    }
+    stored = datasets.Features({**kept, "file": feature})
+    value = {"bytes": None, "path": str(tmp_path / "pipe")}
+    value = {"in": value} if isinstance(feature, dict) else value
+    value = [value] if isinstance(feature, datasets.List) else value
+    row = {"text": "a joy", "tags": [{"kind": 1}]}
+    table = pa.Table.from_pylist([{**row, "file": value}], schema=stored.arrow_schema)
+    path = tmp_path / "rows.parquet"
+    if saved:
+        path = tmp_path / "saved"
+        datasets.Dataset(table.replace_schema_metadata()).save_to_disk(str(path))
+        info = path / "dataset_info.json"
+        content = json.loads(info.read_text())
+        info.write_text(json.dumps({**content, "features": stored.to_dict()}))
+    else:
+        pq.write_table(table, path)
+    assert read(path) == [row]
+    assert "the columns ['file'] hold no plain values" in caplog.text
+
+
+def test_rows_of_a_saved_dataset_are_handed_out_plain(tmp_path):
+    datasets.Dataset.from_list(ROWS).with_format("arrow").save_to_disk(str(tmp_path / "saved"))
+    assert load_examples(DataConfig(str(tmp_path / "saved")))[0] == ROWS[0]
+
+
+def test_a_folder_has_no_links_that_leave_it(tmp_path):
+    write(tmp_path / "outside.jsonl")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").symlink_to(tmp_path / "outside.jsonl")
+    with pytest.raises(InputError, match=r"data: names the file 'train.jsonl', expected one insid"):
+        read(tmp_path / "data")
+    assert read(tmp_path / "data" / "train.jsonl") == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "found"),
+    [
+        ("a.txt", "one\n" + "x" * 101, "line 2"),
+        ("a.csv", "text\n" + "x" * 101, "line 2"),
+        ("a.tsv", "x" * 101, "line 1"),
+        ("a.csv", 'text\nb\n"' + "x\n" * 60, "the row at line 52"),
+    ],
+)
+def test_lines_that_do_not_end_are_refused(tmp_path, monkeypatch, name, text, found):
+    monkeypatch.setattr(source, "_MOST_ROW", 100)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=rf"{name}: {found} is longer than 100 characters"):
+        read(tmp_path / name)
+    (tmp_path / name).write_text("text\n" + f"{'x' * 90}\n" * 9)
+    assert len(read(tmp_path / name)) >= 9
+
+
+def test_long_cells_are_read(tmp_path):
+    rows = [{"prompt": "a" * 200_000, "completion": "\n".join(["b"] * 90_000)}]
+    assert read(write(tmp_path / "rows.csv", rows)) == rows
+
+
+def test_files_of_csv_have_the_same_columns(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,completion\na,b\n")
+    (tmp_path / "b.csv").write_text("completion,prompt\nd,c\n")
+    assert read(tmp_path)[1] == {"prompt": "c", "completion": "d"}
+    (tmp_path / "b.csv").write_text("prompt,completion,source\nc,d,web\n")
+    with pytest.raises(InputError, match=r"b\.csv: has the columns .*'source'.*those of a\.csv"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["~nosuchuser/x.jsonl", "x" * 30_000, "a\0.jsonl"])
+def test_path_that_cannot_be_looked_for(path):
+    with pytest.raises(InputError, match=r"cannot be looked for|no such file") as raised:
+        read(path)
+    assert len(str(raised.value)) < 1000

@@ -7,7 +7,6 @@ from flax import nnx
 
 from loft_jax.data import DataConfig
 from loft_jax.data.text import encode_continuations, encode_starts
-from loft_jax.data.told import tell
 from loft_jax.errors import InputError
 from loft_jax.evaluation import choices as module
 from loft_jax.evaluation.choices import score_choices
@@ -232,10 +231,9 @@ def test_token_that_the_model_has_no_weights_for(field):
 
 
 def test_words_that_run_together_are_told_once(caplog):
-    tell.cache_clear()
-    rows = [{"prompt": "Q?", "completion": "yes"}]
+    rows, tokenizer = [{"prompt": "Q?", "completion": "yes"}], tiny_tokenizer()
     for _ in range(2):
-        score_choices(Counting(), TOKENIZER, rows, CONFIG, choices=["yes"], progress=False)
+        score_choices(Counting(), tokenizer, rows, CONFIG, choices=["yes"], progress=False)
     assert len(caplog.records) == 1
     assert "'Q?yes'" in caplog.text
 

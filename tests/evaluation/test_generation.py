@@ -103,6 +103,26 @@ def test_dropout_is_off_and_stays_as_it_was(tiny_llama):
     assert not model.layers.self_attn.v_proj.lora_dropout.deterministic
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_weights_that_are_no_numbers_are_refused(tiny_llama, bad):
+    _, whole = tiny_llama
+    model = nnx.merge(*nnx.split(whole))
+    new = generate(model, PROMPTS, max_new_tokens=5, eos_token_ids=())
+    seen = {token for prompt in PROMPTS for token in prompt}
+    late = next(token for token in new[0] if token not in seen)
+    model.embed_tokens.embedding[...] = model.embed_tokens.embedding[...].at[late].set(bad)
+    with pytest.raises(InputError, match="the model's output is no number; expected finite"):
+        generate(model, PROMPTS, max_new_tokens=5, eos_token_ids=())
+
+
+def test_more_likely_tokens_than_there_are(tiny_llama):
+    _, model = tiny_llama
+    draw = lambda top_k: generate(  # noqa: E731
+        model, PROMPTS, max_new_tokens=5, temperature=1.0, top_k=top_k
+    )
+    assert draw(2**70) == draw(None)
+
+
 def test_text_in_and_out(tiny_llama):
     folder, model = tiny_llama
     tokenizer = tiny_tokenizer()
@@ -149,6 +169,8 @@ def test_no_prompts_no_texts(tiny_llama):
         ([[1], []], {}, "prompt 1 has no tokens"),
         ([[1, 400]], {}, "prompt 0 has tokens outside the vocabulary, 0 to 399"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ([[1]], {"max_new_tokens": 2**40}, "expected 1 to 1048576 (2^20)"),
+        ([[1]], {"max_new_tokens": 10**5000}, "max_new_tokens is <int>"),
         ([[1]], {"temperature": -1.0}, "temperature is -1.0"),
         ([[1]], {"top_k": 0}, "top_k is 0"),
         ([[1]], {"top_p": 0.0}, "top_p is 0.0"),

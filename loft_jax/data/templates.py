@@ -16,7 +16,7 @@ from loft_jax.errors import InputError, cut, explained, shown
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_SECONDS = 10.0  # that a row may take
+_SECONDS = 4.0  # that a row may take
 _MEMORY = 2**31  # bytes that rendering may take
 _CHARACTERS = 2**24  # that a row may become
 _ROWS = 64  # handed over at once, or as many as have this many characters:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from loft_jax.data.chat import encode_chats
 from loft_jax.data.config import DataConfig
-from loft_jax.data.templates import Chat
+from loft_jax.data.templates import Chat, Message
 from loft_jax.data.text import check_tokens, encode_continuations, encode_starts
 from loft_jax.data.told import Joins, tell_unused
 from loft_jax.errors import InputError, explained, shown
@@ -152,6 +152,56 @@ def tokenize(
 
 
 _EMPTY = "an empty completion or text, or no assistant turn"
+
+
+def encode_prompts(
+    tokenizer: "PreTrainedTokenizerBase", prompts: "Sequence[str | Sequence[Message]]"
+) -> list[list[int]]:
+    """Token ids of what a model is to continue, as they stand before what is learned in training.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        prompts: Texts, as in the field `prompt` of rows; or conversations that the assistant is to
+            answer, as in the field `messages`, which the chat template writes.
+
+    Returns:
+        One list of ids a prompt.
+
+    Raises:
+        InputError: A conversation is no list of messages, or has the assistant's last; or there is
+            no chat template, or it cannot be followed.
+    """
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    chats = [
+        _asked(f"prompt {number}", prompt)
+        for number, prompt in enumerate(prompts)
+        if not isinstance(prompt, str)
+    ]
+    starts = iter(encode_starts(tokenizer, texts))
+    turns = encode_chats(tokenizer, chats) if chats else iter(())
+    return [
+        next(starts) if isinstance(prompt, str) else _before_last_turn(*next(turns))
+        for prompt in prompts
+    ]
+
+
+def _asked(where: str, messages: Any) -> Chat:
+    """A conversation with an answer, in front of which the prompt of the answer ends."""
+    if not (isinstance(messages, list) and messages and all(map(_is_message, messages))):
+        raise InputError(
+            f"{where}: found {shown(messages)}; expected a text, or a list of messages, each with "
+            "the texts role and content"
+        )
+    if messages[-1]["role"] == "assistant":
+        raise InputError(f"{where}: the assistant's is the last message; expected one to answer")
+    return Chat(where, [*messages, {"role": "assistant", "content": "x"}])
+
+
+def _before_last_turn(ids: list[int], said: list[bool]) -> list[int]:
+    end = len(said) - said[::-1].index(True)
+    while said[end - 1]:
+        end -= 1
+    return ids[:end]
 
 
 def truncate(example: Example, max_length: int) -> Example:

@@ -10,7 +10,9 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from loft_jax.data.text import check_tokens, decoded, encode_starts
+from loft_jax.data.encode import encode_prompts
+from loft_jax.data.templates import Message
+from loft_jax.data.text import check_tokens, decoded
 from loft_jax.errors import InputError, shown
 from loft_jax.evaluation._inference import inference_state
 from loft_jax.models import Llama
@@ -107,17 +109,18 @@ def generate(
 def generate_text(
     model: Llama,
     tokenizer: "PreTrainedTokenizerBase",
-    prompts: Sequence[str],
+    prompts: "Sequence[str | Sequence[Message]]",
     *,
     max_new_tokens: int,
     **sampling: Any,
 ) -> list[str]:
-    """Continues texts; as :func:`generate`, between strings.
+    """Continues texts, or answers in conversations; as :func:`generate`, between strings.
 
     Args:
         model: A Llama.
         tokenizer: Its tokenizer.
-        prompts: Texts, tokenized as prompts are in training: behind BOS, if the tokenizer adds it.
+        prompts: Texts, or lists of messages that the chat template writes; tokenized as in
+            training by :func:`loft_jax.data.encode.encode_prompts`.
         max_new_tokens: At most this many tokens are added to each.
         **sampling: As for :func:`generate`.
 
@@ -125,9 +128,9 @@ def generate_text(
         The new text of each prompt, without special tokens.
 
     Raises:
-        InputError: As for :func:`generate`.
+        InputError: As for :func:`generate`, or a conversation cannot be written.
     """
-    tokens = encode_starts(tokenizer, prompts)
+    tokens = encode_prompts(tokenizer, prompts)
     for number, ids in enumerate(tokens):
         check_tokens(ids, tokenizer, model.config.vocab_size, where=f"prompt {number}")
     continued = generate(model, tokens, max_new_tokens=max_new_tokens, **sampling)

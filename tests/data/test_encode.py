@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loft_jax.data import DataConfig, Example, tokenize
-from loft_jax.data.encode import truncate
+from loft_jax.data.encode import encode_prompts, truncate
 from loft_jax.errors import InputError
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
@@ -297,3 +297,40 @@ def test_token_that_the_model_has_no_weights_for():
     tokenizer.pad_token = "<|tool|>"
     with pytest.raises(InputError, match=rf"padding: the tokenizer gives token {whole - 1}"):
         tokenize(rows[:1], tokenizer, DataConfig("rows"), vocab_size=whole - 1)
+
+
+def test_prompts_to_continue_are_what_stands_before_an_answer_in_training():
+    chats = [
+        [{"role": "user", "content": "hi"}],
+        [
+            {"role": "system", "content": "be brief"},
+            {"role": "user", "content": "two?"},
+            {"role": "assistant", "content": "2"},
+            {"role": "user", "content": "three?"},
+        ],
+    ]
+    found = encode_prompts(TOKENIZER, ["a text", *chats, "<s>another"])
+    for chat, ids in zip(chats, found[1:3], strict=True):
+        answered = [*chat, {"role": "assistant", "content": "three, I say"}]
+        (example,) = encode([{"messages": answered}])
+        assert ids == example.tokens[: len(ids)].tolist()
+        assert example.loss_mask[len(ids)]
+        assert ids == TOKENIZER.apply_chat_template(
+            chat, add_generation_prompt=True, return_dict=False
+        )
+    rows = [{"prompt": text, "completion": "x"} for text in ("a text", "<s>another")]
+    for ids, example in zip((found[0], found[3]), encode(rows), strict=True):
+        assert ids == example.tokens[~example.loss_mask].tolist()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ([], "expected a text, or a list of messages"),
+        ([{"role": "user"}], "expected a text, or a list of messages"),
+        ([{"role": "assistant", "content": "hi"}], "expected one to answer"),
+    ],
+)
+def test_prompts_that_cannot_be_answered_are_refused(prompt, said):
+    with pytest.raises(InputError, match=rf"prompt 1: .*{said}"):
+        encode_prompts(TOKENIZER, ["x", prompt])

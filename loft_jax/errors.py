@@ -49,8 +49,8 @@ def cut(text: str) -> str:
         Its beginning, with escapes in the place of what cannot be printed.
 
     Example:
-        >>> cut("\x1b[2J"), len(cut("x" * 10_000))
-        ('\\x1b[2J', 200)
+        >>> print(cut(chr(27) + "[2J"), len(cut("x" * 10_000)))
+        \\x1b[2J 200
     """
     printable = "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: _SHOWN + 1]

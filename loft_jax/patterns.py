@@ -13,7 +13,7 @@ _SECONDS = 4.0
 _LONGEST = 200_000  # characters; one that names every layer of a large model has a quarter of it
 _MOST_COPIES = 100_000  # of what counted repetitions, as in `a{9}`, repeat: they are unrolled
 
-
+# Read by `re` as letters, or as a set of letters, and by `regex` as a fuzzy match or a class.
 _OTHERWISE = re.compile(r"\{[a-z]|\[\[:")
 _COUNT = re.compile(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}")
 
@@ -55,7 +55,7 @@ class Patterns:
                 if len(pattern) > _LONGEST:
                     raise ValueError(f"it has more than {_LONGEST} characters")
                 if _OTHERWISE.search(pattern):
-                    raise ValueError("it has a form that not all libraries read alike")
+                    raise ValueError("it has '{' and a letter, or '[[:', which is read in two ways")
                 re.compile(pattern)  # which takes less than the other
                 counts = (int(n or 1) for found in _COUNT.findall(pattern) for n in found)
                 if math.prod(max(n, 1) for n in counts) > _MOST_COPIES:

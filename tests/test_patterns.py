@@ -78,5 +78,5 @@ def test_the_time_of_compiling_counts(monkeypatch):
 
 @pytest.mark.parametrize("pattern", ["(?:proj){e<=1}", "[[:alpha:]]+"])
 def test_forms_that_re_reads_otherwise_are_refused(pattern):
-    with pytest.raises(InputError, match="not all libraries read alike"):
+    with pytest.raises(InputError, match="which is read in two ways"):
         Patterns("p").check(pattern)

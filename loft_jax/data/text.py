@@ -78,12 +78,12 @@ def check_tokens(
     *,
     where: str,
 ) -> None:
-    """Refuses tokens that a model has no weights for; looked up all the same, they are any others.
+    """Refuses tokens that a model has no weights for: looking them up gives those of other tokens.
 
     Args:
         ids: Of tokens.
         tokenizer: That gave them.
-        vocab_size: The tokens that the model has weights for; None asks for nothing.
+        vocab_size: How many tokens the model has weights for; None checks nothing.
         where: Names what they stand for, in the error.
 
     Raises:

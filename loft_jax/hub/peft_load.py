@@ -151,8 +151,8 @@ def _read_unchanged(
 ) -> tuple[PeftConfig, Safetensors, dict[str, _Filled]]:
     """Settings and factors of one adapter, should another be written to its place meanwhile.
 
-    Writers remove the configuration, replace the weights, and put the new configuration there: of
-    an adapter whose both files are the same before and after, all that was read is of it.
+    A writer removes the configuration, replaces the weights, and then writes its configuration. So
+    if both files are the same before and after reading, all that was read is of one adapter.
     """
     deadline = time.monotonic() + _SECONDS_OF_WRITING
     while True:

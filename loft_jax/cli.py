@@ -40,7 +40,7 @@ from loft_jax.training.distributed import (
 )
 
 if TYPE_CHECKING:
-    from loft_jax.models import Llama
+    from loft_jax.models.family import LanguageModel
     from loft_jax.training.loop import RunResult
 
 # Models, optimizers and data are imported by the commands that use them: help comes at once.
@@ -109,7 +109,7 @@ class Source:
 
     def load(
         self, *, param_dtype: str = "float32", quantization: Quantization = "none"
-    ) -> tuple["Llama", Any]:
+    ) -> tuple["LanguageModel", Any]:
         """Loads the base model and puts the adapter on it.
 
         Args:
@@ -159,8 +159,8 @@ class Evaluate:
     def __call__(self) -> int:
         """Runs the command."""
         from loft_jax.data import eval_batches, load_examples, tokenize
-        from loft_jax.evaluation.choices import bring_choices, score_choices
-        from loft_jax.evaluation.perplexity import perplexity
+        from loft_jax.tasks.causal_lm import perplexity
+        from loft_jax.tasks.choice import bring_choices, score_choices
 
         rows = load_examples(self.data)
         model, tokenizer = self.source.load(quantization=self.quantization)
@@ -203,7 +203,7 @@ class Generate:
 
     def __call__(self) -> int:
         """Runs the command."""
-        from loft_jax.evaluation.generation import generate_text
+        from loft_jax.generation import generate_text
 
         model, tokenizer = self.source.load(quantization=self.quantization)
         prompts = [prompt.replace("\\n", "\n") for prompt in self.prompt]
@@ -249,10 +249,13 @@ class Export:
         config = trained_with(checkpoints.run_of(step), f"{checkpoints.folder}/{step}")
         # Of what the file says now only the place is taken: the base model may have moved.
         config = dataclasses.replace(config, model=now.get("model", config.model))
-        model = restore_model(config, checkpoints, step)
+        model, task = restore_model(config, checkpoints, step)
         tokenizer = load_tokenizer(config.model)
         Path(self.output).mkdir(parents=True, exist_ok=True)
-        print(export_trained(model, tokenizer, config.method, self.output, base_model=config.model))
+        trained = export_trained(
+            model, tokenizer, config.method, task, self.output, base_model=config.model
+        )
+        print(trained)
         return 0
 
     def _step(self, steps: Sequence[int], best: int | None) -> int:
@@ -303,7 +306,7 @@ class Plan:
     """Compile the train step for TPUs that are not there, and tell what each chip would hold."""
 
     model: str
-    """A config.json, a folder with one, a GGUF file, a hub id, or a name such as llama-2-7b."""
+    """A config.json, a folder with one, a GGUF file, a hub id, or a well-known name."""
     topology: tuple[str, ...]
     """Slices: generation (v4, v5e, v5p, v6e) and grid of chips, as in v5e:2x4 v5p:2x2x4."""
     method: tuple[Method, ...] = ("lora", "loft")

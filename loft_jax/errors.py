@@ -107,3 +107,25 @@ def explained(message: str) -> Iterator[None]:
         if type(error).__name__ != "PanicException":  # what Rust extensions raise
             raise
         raise InputError(f"{message}: {reason(error)}") from error
+
+
+@contextlib.contextmanager
+def naming(where: object) -> Iterator[None]:
+    """Puts the file before what is wrong with its values.
+
+    Args:
+        where: The file, or a place in it.
+
+    Raises:
+        InputError: As it was raised, with the place in front.
+
+    Example:
+        >>> with naming("config.json"):
+        ...     raise InputError("hidden_size is 0")
+        Traceback (most recent call last):
+        loft_jax.errors.InputError: config.json: hidden_size is 0
+    """
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error

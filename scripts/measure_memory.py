@@ -51,8 +51,8 @@ def measure(options: Options) -> dict[str, Any]:
     import jax
 
     from loft_jax.data import DataConfig, eval_batches, load_examples, tokenize
-    from loft_jax.evaluation.perplexity import perplexity
     from loft_jax.hub import load_tokenizer
+    from loft_jax.tasks.causal_lm import perplexity
     from loft_jax.training.config import FinetuneConfig, MeshConfig
     from loft_jax.training.mesh import make_mesh
     from loft_jax.training.model import load_model

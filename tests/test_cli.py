@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 from loft_jax import LoRAConfig, add_lora, load_pretrained, save_peft_adapter
 from loft_jax.cli import main
 from loft_jax.data import DataConfig, eval_batches, load_examples, tokenize
-from loft_jax.evaluation.perplexity import Perplexity, perplexity
 from loft_jax.hub import load_tokenizer
+from loft_jax.tasks.causal_lm import Perplexity, perplexity
 from tests.tiny import save_tiny_llama
 from tests.training.conftest import make_config, workspace  # noqa: F401
 
@@ -136,7 +136,7 @@ def test_an_adapter_that_is_replaced_while_its_base_loads(
 
 def test_a_perplexity_too_large_for_a_number_is_null(workspace, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setattr(
-        "loft_jax.evaluation.perplexity.perplexity", lambda *_: Perplexity(nll=800.0, tokens=1)
+        "loft_jax.tasks.causal_lm.perplexity", lambda *_: Perplexity(nll=800.0, tokens=1)
     )
     evaluate = ["evaluate", "--model", str(workspace / "model")]
     assert main([*evaluate, "--data.path", str(workspace / "test.jsonl")]) == 0

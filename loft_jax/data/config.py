@@ -23,7 +23,11 @@ class DataConfig:
         prompt_field: Holds the text the model is given.
         completion_field: Holds the text the model is to give; the loss is on it and on EOS. It is
             tokenized apart from the prompt, so a space between the two belongs to the completion.
-        text_field: Holds plain text; the loss is on all of it.
+        text_field: Holds plain text; the loss is on all of it. For classification, the text that
+            the label is of.
+        text_pair_field: For classification, holds the second text of a pair, if rows have it.
+        label_field: For classification, holds the label: a text, or a whole number from 0; a
+            decimal number for regression.
         max_length: The longest row, in tokens. A longer text becomes several rows; a longer example
             of another kind loses the left of its prompt first (never BOS), then its end. Of a
             question with answers to compare, the prompt with the longest of them.
@@ -45,6 +49,8 @@ class DataConfig:
     prompt_field: str = "prompt"
     completion_field: str = "completion"
     text_field: str = "text"
+    text_pair_field: str = "text_pair"
+    label_field: str = "label"
     max_length: int = 1024
     packing: bool = False
     buckets: tuple[int, ...] = ()

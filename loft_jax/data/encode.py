@@ -40,6 +40,18 @@ class Example(NamedTuple):
     loss_mask: np.ndarray
 
 
+class Labelled(NamedTuple):
+    """What examples with a label have beside their tokens.
+
+    Args:
+        token_types: (total,) int32: 1 in the second text of a pair, else 0.
+        labels: (n,), int32 places among the labels, or float32 numbers.
+    """
+
+    token_types: np.ndarray
+    labels: np.ndarray
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenizedData:
     """Many examples as tokens, end to end in two flat arrays.
@@ -49,12 +61,14 @@ class TokenizedData:
         loss_mask: (total,) bool.
         offsets: (n + 1,) int64: example `i` is `offsets[i]:offsets[i + 1]`.
         pad_id: The token that fills a row; it is never attended to.
+        labelled: Of examples whose label is learned; None for others.
     """
 
     tokens: np.ndarray
     loss_mask: np.ndarray
     offsets: np.ndarray
     pad_id: int
+    labelled: "Labelled | None" = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

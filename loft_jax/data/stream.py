@@ -143,6 +143,11 @@ class EvalBatches(Sequence[Batch]):
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def order(self) -> np.ndarray:
+        """The examples in the order that they come in, (n,)."""
+        return np.concatenate(self._rows)[:, 0]
+
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
@@ -191,12 +196,23 @@ def _batch(
     examples = [[data[index] for index in members] for members in rows]
     longest = max(sum(len(example.tokens) for example in row) for row in examples)
     length = smallest_bucket(buckets, longest)
-    return pad_batch(examples, batch_size=batch_size, length=length, pad_id=data.pad_id)
+    batch = pad_batch(examples, batch_size=batch_size, length=length, pad_id=data.pad_id)
+    if data.labelled is not None:  # each row is one example
+        types, labels = data.labelled
+        batch["token_types"] = np.zeros((batch_size, length), np.int32)
+        batch["labels"] = np.zeros(batch_size, labels.dtype)
+        for row, (index,) in enumerate(rows):
+            start, end = data.offsets[index : index + 2]
+            batch["token_types"][row, : end - start] = types[start:end]
+            batch["labels"][row] = labels[index]
+    return batch
 
 
 def _check(data: TokenizedData, config: DataConfig, batch_size: int) -> None:
     if batch_size < 1:
         raise InputError(f"batch size is {batch_size}; expected at least 1")
+    if data.labelled is not None and config.packing:
+        raise InputError("packing is true, but rows with a label each are not packed")
     if (longest := int(data.lengths.max())) > config.max_length:
         raise InputError(
             f"an example has {longest} tokens and max_length is {config.max_length}; "
@@ -207,6 +223,8 @@ def _check(data: TokenizedData, config: DataConfig, batch_size: int) -> None:
 def _fingerprint(data: TokenizedData, settings: Sequence[int]) -> str:
     """What a place in the stream is a place of."""
     digest = hashlib.blake2b(digest_size=16)
-    for array in (data.tokens, data.loss_mask, data.offsets, np.asarray(settings, np.int64)):
+    labelled = data.labelled or ()
+    kept = (data.tokens, data.loss_mask, data.offsets, *labelled, np.asarray(settings, np.int64))
+    for array in kept:
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

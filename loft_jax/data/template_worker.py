@@ -25,7 +25,7 @@ class _OneDay(datetime):
 
     @classmethod
     def now(cls, tz: Any = None) -> "_OneDay":
-        """The day that Llama's templates write where there is no clock."""
+        """The day that templates write where there is no clock."""
         cls.asked = True
         return cls(2024, 7, 26)
 

@@ -74,7 +74,7 @@ def render_chats(
 
     A template is a program in the files of a model. It runs in another process, under limits on
     its time, its memory and what it writes, and what it raises becomes one message. There it is
-    always 26 July 2024, the day that Llama's templates write where they know none: a template that
+    always 26 July 2024, the day that many templates write where they know none: a template that
     prints the day would teach another text every day. A warning says so where it matters.
 
     Args:

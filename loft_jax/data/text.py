@@ -49,7 +49,7 @@ def encode_continuations(
 ) -> list[list[int]]:
     """Token ids of texts that continue a row: no special tokens, no space put before them.
 
-    SentencePiece-like tokenizers (Llama 1 and 2) put a space before every text they are given. In
+    SentencePiece-like tokenizers put a space before every text they are given. In
     mid-row that space is not there: each text is encoded behind an anchor, and the anchor is cut.
 
     Args:

@@ -8,7 +8,7 @@ from loft_jax.hub.gguf_io import GGUF
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_CONTROL, _USER_DEFINED = 3, 4  # llama.cpp's token types that are never split
+_CONTROL, _USER_DEFINED = 3, 4  # types of tokens in GGUF that are never split
 
 
 def gguf_tokenizer(file: GGUF) -> "PreTrainedTokenizerFast":
@@ -68,7 +68,7 @@ def gguf_tokenizer(file: GGUF) -> "PreTrainedTokenizerFast":
         raise InputError(f"{file.path}: its tokenizer puts a bos token first; not supported")
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        model_max_length=file.field("llama.context_length"),
+        model_max_length=file.field(f"{file.field('general.architecture')}.context_length"),
         clean_up_tokenization_spaces=False,
         **named,
     )

@@ -31,6 +31,7 @@ _UNDERSTOOD = {
     "lora_dropout",
     "lora_ga_config",
     "megatron_core",
+    "modules_to_save",
     "peft_type",
     "peft_version",
     "qalora_group_size",
@@ -55,6 +56,7 @@ _KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
     "target_modules": _NAMES,
     "exclude_modules": _NAMES,
     "layers_pattern": _NAMES,
+    "modules_to_save": ((NoneType, list), "a list of texts"),
     "layers_to_transform": ((NoneType, int, list), "a number or a list of numbers"),
     "rank_pattern": ((NoneType, dict), "an object"),
     "alpha_pattern": ((NoneType, dict), "an object"),
@@ -127,6 +129,11 @@ class PeftConfig:
     def use_dora(self) -> bool:
         """Whether all modules have a magnitude beside their factors."""
         return bool(self.settings.get("use_dora"))
+
+    @property
+    def modules_to_save(self) -> tuple[str, ...]:
+        """Names, or ends of names, of the modules that are held whole."""
+        return tuple(self.settings.get("modules_to_save") or ())
 
     def strength(self, name: str) -> Strength:
         """Gives the rank and alpha of a module."""
@@ -206,6 +213,8 @@ def peft_settings(
     dropout: float,
     use_rslora: bool,
     use_dora: bool,
+    modules_to_save: Collection[str] = (),
+    fan_in_fan_out: bool = False,
 ) -> dict[str, Any]:
     """Writes down an adapter so that PEFT finds these modules, no others, at their strengths.
 
@@ -217,6 +226,8 @@ def peft_settings(
         dropout: Rate used in training.
         use_rslora: Whether all of them scale by ``alpha / sqrt(rank)``.
         use_dora: Whether all of them have a magnitude.
+        modules_to_save: Names of modules that are saved whole.
+        fan_in_fan_out: Whether the adapted weights are ``(in, out)`` in PyTorch.
 
     Returns:
         The content of ``adapter_config.json``.
@@ -229,14 +240,14 @@ def peft_settings(
         "base_model_name_or_path": base_model,
         "bias": "none",
         "exclude_modules": None,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": fan_in_fan_out,
         "inference_mode": True,
         "init_lora_weights": True,
         "layers_pattern": None,
         "layers_to_transform": None,
         "lora_alpha": _whole(alpha),
         "lora_dropout": dropout,
-        "modules_to_save": None,
+        "modules_to_save": list(modules_to_save) or None,
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": _pattern(modules, "rank", rank),

@@ -3,6 +3,7 @@
 import os
 import re
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,7 +15,7 @@ from jax.typing import DTypeLike
 
 from loft_jax.errors import InputError, shown
 from loft_jax.files import inside
-from loft_jax.hub.peft_config import PeftConfig, Strength
+from loft_jax.hub.peft_config import PeftConfig, Strength, ends_with
 from loft_jax.hub.peft_names import (
     CONFIG_NAME,
     PREFIX,
@@ -22,6 +23,7 @@ from loft_jax.hub.peft_names import (
     NameRule,
     listed,
     module_names,
+    saved_tensors,
     tensor_name,
 )
 from loft_jax.hub.safetensors_io import Safetensors
@@ -30,6 +32,7 @@ from loft_jax.lora.axes import WeightAxes
 from loft_jax.lora.inject import insert_lora
 from loft_jax.lora.layers import weight_axes
 from loft_jax.lora.targets import is_adaptable, named_modules
+from loft_jax.models.family import Head, flat_parameters
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -87,13 +90,18 @@ def load_peft_adapter(
     _check_folder(folder)
     if not (folder / WEIGHTS_NAME).exists() and (folder / "adapter_model.bin").exists():
         raise InputError(f"{folder}: holds adapter_model.bin, expected {WEIGHTS_NAME}")
-    config, file, filled = _read_unchanged(folder, _slots(model, hf_name))
+    config, file, filled, saved = _read_unchanged(folder, model, _slots(model, hf_name))
     existing = lora_layers(model)
     if existing:
         _check_same_layers(file, config, existing, filled)
     values = {path: _values(file, existing.get(path), f, dtype) for path, f in filled.items()}
     if not existing:
         insert_lora(model, _lora_config(config, filled), rngs=nnx.Rngs(0))
+    parameters = flat_parameters(model, nnx.Param)
+    for path, stored in saved.items():
+        held = jnp.asarray(stored, dtype or stored.dtype)
+        sharding = parameters[path].get_value().sharding
+        parameters[path].set_value(jax.device_put(held, sharding))
     layers = lora_layers(model)
     for path, arrays in values.items():
         for name, array in arrays.items():
@@ -119,6 +127,32 @@ def base_model_of(folder: str | os.PathLike[str]) -> str:
     if not isinstance(name, str) or not name:
         raise InputError(f"{path}: base_model_name_or_path is {shown(name)}; name the base model")
     return name
+
+
+def head_of(folder: str | os.PathLike[str]) -> tuple[Head, int | None]:
+    """The head that a model needs for an adapter.
+
+    Args:
+        folder: Of the adapter.
+
+    Returns:
+        What the head gives, by PEFT's task, and how many labels it has, by the tensors that the
+        adapter holds whole; None where it has no such tensors.
+
+    Raises:
+        InputError: The adapter is missing or damaged.
+    """
+    _check_folder(Path(folder))
+    config = PeftConfig.read(inside(Path(folder), CONFIG_NAME))
+    if config.settings.get("task_type") != "SEQ_CLS":
+        return "causal-lm", None
+    shapes = Safetensors(Path(folder) / WEIGHTS_NAME).shapes
+    weights = [
+        shape[0]
+        for name, shape in shapes.items()
+        if ends_with(name.rpartition(".")[0], config.modules_to_save) and len(shape) == 2
+    ]
+    return "sequence-classification", weights[0] if len(weights) == 1 else None
 
 
 def _check_folder(folder: Path) -> None:
@@ -147,9 +181,9 @@ class _Filled(NamedTuple):
 
 
 def _read_unchanged(
-    folder: Path, slots: dict[str, _Slot]
-) -> tuple[PeftConfig, Safetensors, dict[str, _Filled]]:
-    """Settings and factors of one adapter, should another be written to its place meanwhile.
+    folder: Path, model: nnx.Module, slots: dict[str, _Slot]
+) -> tuple[PeftConfig, Safetensors, dict[str, _Filled], dict[str, np.ndarray]]:
+    """All that one adapter holds, should another be written to its place meanwhile.
 
     A writer removes the configuration, replaces the weights, and then writes its configuration. So
     if both files are the same before and after reading, all that was read is of one adapter.
@@ -160,15 +194,17 @@ def _read_unchanged(
         try:
             config = PeftConfig.read(inside(folder, CONFIG_NAME))
             file = Safetensors(folder / WEIGHTS_NAME)
-            by_module = _by_module(file, slots)
+            whole = _whole_parameters(config, model, slots)
+            by_module = _by_module(file, slots, {name for name, _ in whole.values()})
             _check_complete(file, config, slots, by_module)
             filled = _filled(file, config, slots, by_module)
+            saved = _saved(file, model, whole)
         except InputError:
             if _identity(folder) == before:
                 raise
         else:
             if _identity(folder) == before:
-                return config, file, filled
+                return config, file, filled, saved
         if time.monotonic() > deadline:
             raise InputError(f"{folder}: is written to all the time, expected an adapter at rest")
         time.sleep(0.05)
@@ -207,11 +243,54 @@ def _slots(model: nnx.Module, hf_name: NameRule | None) -> dict[str, _Slot]:
     return slots
 
 
-def _by_module(file: Safetensors, slots: dict[str, _Slot]) -> dict[str, dict[str, str]]:
+def _whole_parameters(
+    config: PeftConfig, model: nnx.Module, slots: dict[str, _Slot]
+) -> dict[str, tuple[str, bool]]:
+    """What `modules_to_save` holds, by path of ours: the tensor, and whether it is transposed."""
+    found: dict[str, tuple[str, bool]] = {}
+    for name, slot in slots.items():
+        parts = name.split(".")
+        inside = (".".join(parts[: end + 1]) for end in range(len(parts)))
+        if any(ends_with(module, config.modules_to_save) for module in inside):
+            found |= saved_tensors(model, slot.path)
+    return found
+
+
+def _saved(
+    file: Safetensors, model: nnx.Module, whole: dict[str, tuple[str, bool]]
+) -> dict[str, np.ndarray]:
+    """The parameters that the file holds whole, laid out as ours."""
+    parameters = flat_parameters(model, nnx.Param)
+    values = {}
+    for path, (name, transposed) in whole.items():
+        if name not in file.shapes:
+            name = name.removeprefix(PREFIX)
+        if name not in file.shapes:
+            raise InputError(
+                f"{file.path}: tensor {name!r} is missing, which modules_to_save of {CONFIG_NAME} "
+                "names"
+            )
+        shape = parameters[path].shape
+        expected = shape[::-1] if transposed else shape
+        if file.shapes[name] != expected:
+            raise InputError(
+                f"{file.path}: tensor {shown(name)} is {file.shapes[name]}, and the model's is "
+                f"{expected}; expected the same labels"
+            )
+        values[path] = file.read(name).T if transposed else file.read(name)
+    return values
+
+
+def _by_module(
+    file: Safetensors, slots: dict[str, _Slot], whole: Collection[str]
+) -> dict[str, dict[str, str]]:
     """Names of the tensors of every module in the file, as A, B and magnitude."""
+    held = {*whole, *(name.removeprefix(PREFIX) for name in whole)}
     by_module: dict[str, dict[str, str]] = {}
     unknown: list[str] = []
     for tensor in file.shapes:
+        if tensor in held:
+            continue
         factor, base = _FACTOR.fullmatch(tensor), _BASE.fullmatch(tensor)
         if base:
             _check_base_weight(file, tensor, slots.get(base["module"]))

@@ -6,6 +6,7 @@ from flax import nnx
 
 from loft_jax.errors import InputError, shown
 from loft_jax.lora.axes import WeightAxes
+from loft_jax.models.family import flat_parameters
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -68,6 +69,36 @@ def tensor_name(name: str, factor: str, layer: nnx.Module) -> str:
     if isinstance(layer, nnx.Embed):
         return f"{PREFIX}{name}.lora_embedding_{factor}"
     return f"{PREFIX}{name}.lora_{factor}.weight"
+
+
+def saved_tensors(model: nnx.Module, module: str) -> dict[str, tuple[str, bool]]:
+    """The parameters of a module that an adapter holds whole.
+
+    Args:
+        model: Whose table of parameters is the rule; without one, names are ours and kernels are
+            transposed.
+        module: Its dotted path.
+
+    Returns:
+        By dotted path of ours, the tensor's name in a file, and whether it is transposed there.
+
+    Raises:
+        InputError: The model has no such module, or none with parameters.
+    """
+    table = getattr(model, "table", None)
+    found: dict[str, tuple[str, bool]] = {}
+    for path in flat_parameters(model, nnx.Param):
+        if path.startswith(f"{module}."):
+            if table is not None:
+                tensor = table.tensor(path)
+                found[path] = (f"{PREFIX}{tensor.name}", tensor.transposed)
+            else:
+                owner, _, name = path.rpartition(".")
+                last = "bias" if name == "bias" else "weight"
+                found[path] = (f"{PREFIX}{owner}.{last}", name == "kernel")
+    if not found:
+        raise InputError(f"modules_to_save: {shown(module)} has no parameters in the model")
+    return found
 
 
 def listed(names: Iterable[str]) -> str:

@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,19 @@ from loft_jax.hub.host_arrays import whole
 from loft_jax.hub.peft_config import Strength, peft_settings
 from loft_jax.hub.peft_names import (
     CONFIG_NAME,
+    PREFIX,
     WEIGHTS_NAME,
     NameRule,
     listed,
     module_names,
+    saved_tensors,
     tensor_name,
 )
 from loft_jax.hub.safetensors_io import write_safetensors
 from loft_jax.lora import lora_layers
 from loft_jax.lora.layers import weight_axes
 from loft_jax.lora.targets import is_adaptable, named_modules
+from loft_jax.models.family import flat_parameters
 
 
 def save_peft_adapter(
@@ -37,6 +40,7 @@ def save_peft_adapter(
     base_model: str | None = None,
     hf_name: NameRule | None = None,
     task_type: str | None = "CAUSAL_LM",
+    modules_to_save: Sequence[str] = (),
 ) -> None:
     """Writes the LoRA factors of a model as an adapter that PEFT loads.
 
@@ -58,6 +62,7 @@ def save_peft_adapter(
             its stack or None. By default ``model.hf_name`` where the model has it, and else the
             path itself.
         task_type: PEFT's task, None for a base model that is no transformer.
+        modules_to_save: Paths of modules without LoRA that are written whole, as a new head is.
 
     Of several processes all call this, and the first one writes.
 
@@ -103,6 +108,13 @@ def save_peft_adapter(
                 tensors[tensor_name(name, factor, layer)] = np.ascontiguousarray(matrix)
             if use_dora:
                 tensors[tensor_name(name, "magnitude", layer)] = magnitude[index]
+    heads: list[str] = []
+    parameters = flat_parameters(model, nnx.Param)
+    for module in modules_to_save:
+        for path, (name, transposed) in saved_tensors(model, module).items():
+            value = whole(parameters[path].get_value())
+            tensors[name] = np.ascontiguousarray(value.T if transposed else value)
+        heads.append(name.removeprefix(PREFIX).rpartition(".")[0])
     adapted = {id(layer) for layer in layers.values()}
     others = [
         name
@@ -118,9 +130,20 @@ def save_peft_adapter(
         dropout=max(_dropout_rate(layer) for layer in layers.values()),
         use_rslora=use_rslora,
         use_dora=use_dora,
+        modules_to_save=heads,
+        fan_in_fan_out=_fan_in_fan_out(model, layers),
     )
     if jax.process_index() == 0:
         _write(Path(folder), settings, tensors)
+
+
+def _fan_in_fan_out(model: nnx.Module, layers: dict[str, Any]) -> bool:
+    """Whether PyTorch has the adapted weights as ``(in, out)``, which PEFT wants to be told."""
+    table = getattr(model, "table", None)
+    linear = [path for path, layer in layers.items() if not isinstance(layer, nnx.Embed)]
+    if table is None or not linear:
+        return False
+    return not any(table.tensor(table.weight(path)).transposed for path in linear)
 
 
 def _names_or_path(

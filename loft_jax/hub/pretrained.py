@@ -1,7 +1,5 @@
 """Whole models: from a folder, a GGUF file or the Hugging Face hub, and back to a folder."""
 
-import contextlib
-import dataclasses
 import functools
 import json
 import logging
@@ -10,7 +8,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, overload
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +17,7 @@ from flax import nnx
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
-from loft_jax.errors import InputError, cut, explained, shown
+from loft_jax.errors import InputError, cut, explained, naming, shown
 from loft_jax.files import MOST_CONFIG, inside, new_folder, read_json, regular_file
 from loft_jax.hub.gguf_io import open_gguf
 from loft_jax.hub.gguf_tokenizer import gguf_tokenizer
@@ -33,9 +31,20 @@ from loft_jax.hub.safetensors_io import (
     write_checkpoint,
 )
 from loft_jax.hub.tokenizer_folder import folder_tokenizer
-from loft_jax.models import Llama, LlamaConfig, Quantization, Remat
-from loft_jax.models.llama_layout import hf_tensor_name
+from loft_jax.models import Head, Quantization, Remat
+from loft_jax.models.family import (
+    Family,
+    LanguageModel,
+    ModelConfig,
+    ParameterTable,
+    PretrainedModel,
+    SequenceClassifier,
+    flat_parameters,
+    with_end_tokens,
+    with_labels,
+)
 from loft_jax.models.quantized import QuantizedParam, quantize, quantize_kernels
+from loft_jax.models.registry import family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,15 +63,10 @@ _TOKENIZER_PATTERNS = (
     "merges.txt",
     "chat_template*",
 )
-_EMBEDDING = "model.embed_tokens.weight"
 _MAX_SHARD_BYTES = 5 * 10**9
 
-# Older checkpoints carry the rotary frequencies, which the configuration already gives.
-_RECOMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-
-
-Placement = Callable[[LlamaConfig, str, tuple[int, ...]], Sharding]
-"""Where a parameter goes: by configuration of the model, dotted path and shape."""
+Placement = Callable[[ParameterTable, str, tuple[int, ...]], Sharding]
+"""Where a parameter goes: by the model's table, dotted path and shape."""
 
 
 class _Source(Protocol):
@@ -74,16 +78,100 @@ class _Source(Protocol):
     def read(self, name: str, region: Region = ...) -> np.ndarray: ...
 
 
+class _Renamed:
+    """A source under the names that Hugging Face has for its tensors today.
+
+    Older ones are translated, a model without its head gets the prefix that it has inside of one
+    with a head, and what says nothing is left out.
+    """
+
+    def __init__(self, source: _Source, family: Family) -> None:
+        self.path = source.path
+        self._source = source
+        names = {name: family.today(name) for name in source.shapes}
+        if not any(name.startswith(family.prefix) for name in names.values()):
+            names = {old: family.prefix + new for old, new in names.items()}
+        self._names: dict[str, str] = {}
+        for old, new in names.items():
+            if re.fullmatch(family.ignored, new):
+                continue
+            if new in self._names:
+                raise InputError(
+                    f"{self.path}: tensors {shown(self._names[new])} and {shown(old)} are both "
+                    f"{shown(new)} today; expected one of them"
+                )
+            self._names[new] = old
+        self.shapes = {new: source.shapes[old] for new, old in self._names.items()}
+
+    def read(self, name: str, region: Region = ...) -> np.ndarray:
+        return self._source.read(self._names[name], region)
+
+
+class _Opened(NamedTuple):
+    """A model before its weights are read."""
+
+    family: Family
+    config: ModelConfig
+    source: _Source
+
+
+@overload
 def load_pretrained(
     path_or_hub_id: str | os.PathLike[str],
     *,
+    head: Literal["causal-lm"] = "causal-lm",
+    dtype: DTypeLike = ...,
+    param_dtype: DTypeLike = ...,
+    remat: Remat = ...,
+    quantization: Quantization = ...,
+    placement: Placement | None = ...,
+    seed: int = ...,
+) -> LanguageModel: ...
+
+
+@overload
+def load_pretrained(
+    path_or_hub_id: str | os.PathLike[str],
+    *,
+    head: Literal["sequence-classification"],
+    labels: Sequence[str] | None = ...,
+    dtype: DTypeLike = ...,
+    param_dtype: DTypeLike = ...,
+    remat: Remat = ...,
+    quantization: Quantization = ...,
+    placement: Placement | None = ...,
+    seed: int = ...,
+) -> SequenceClassifier: ...
+
+
+@overload
+def load_pretrained(
+    path_or_hub_id: str | os.PathLike[str],
+    *,
+    head: Head,
+    labels: Sequence[str] | None = ...,
+    dtype: DTypeLike = ...,
+    param_dtype: DTypeLike = ...,
+    remat: Remat = ...,
+    quantization: Quantization = ...,
+    placement: Placement | None = ...,
+    seed: int = ...,
+) -> PretrainedModel: ...
+
+
+def load_pretrained(
+    path_or_hub_id: str | os.PathLike[str],
+    *,
+    head: Head = "causal-lm",
+    labels: Sequence[str] | None = None,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
     remat: Remat = "dots",
     quantization: Quantization = "none",
     placement: Placement | None = None,
-) -> Llama:
-    """Loads a Llama with its weights.
+    seed: int = 0,
+) -> PretrainedModel:
+    """Loads a model with its weights.
 
     Tensors are read one by one into the stacked parameters. On a mesh, a host reads what its own
     devices need: what it holds at a time is the shard of one device, of one stacked parameter, and
@@ -92,16 +180,20 @@ def load_pretrained(
     Args:
         path_or_hub_id: A folder with ``config.json`` and safetensors, a ``.gguf`` file, a folder
             with exactly one of those, or a model's name on the Hugging Face hub.
+        head: What the model is to give.
+        labels: Of a head of "sequence-classification": names of what it tells apart, or one name
+            of the number that it gives; by default those of the checkpoint.
         dtype: What the model computes in.
         param_dtype: What its parameters are stored in.
-        remat: What the backward pass computes again, as for :class:`Llama`.
-        quantization: What the kernels of the decoder layers are stored in, as for
+        remat: What the backward pass computes again.
+        quantization: What the kernels of the layers are stored in, as for
             :func:`loft_jax.models.quantized.quantize_kernels`; each is quantized when it is read.
-        placement: Where a parameter goes, by the model's configuration, the parameter's dotted path
-            and its shape; by default on the default device.
+        placement: Where a parameter goes, by the model's table of parameters, the parameter's
+            dotted path and its shape; by default on the default device.
+        seed: Of the head, where the checkpoint has none.
 
     Returns:
-        The model.
+        The model, a :class:`loft_jax.models.family.PretrainedModel` of its family.
 
     Raises:
         InputError: No such model, a hub that cannot be reached, a file that cannot be read, an
@@ -110,35 +202,63 @@ def load_pretrained(
     Example:
         >>> model = load_pretrained("HuggingFaceTB/SmolLM2-135M")  # doctest: +SKIP
     """
-    config, source = _open(_resolve(path_or_hub_id, _WEIGHT_PATTERNS))
+    family, config, source = _open(_resolve(path_or_hub_id, _WEIGHT_PATTERNS))
+    with naming(source.path):
+        make = family.model(head)
+    if labels is not None:
+        config = with_labels(config, labels)
 
-    def made() -> Llama:
-        model = Llama(config, dtype=dtype, param_dtype=param_dtype, remat=remat, rngs=nnx.Rngs(0))
+    def made() -> PretrainedModel:
+        return make(config, dtype=dtype, param_dtype=param_dtype, remat=remat, rngs=nnx.Rngs(seed))
+
+    def made_quantized() -> PretrainedModel:
+        model = made()
         quantize_kernels(model, quantization)
         return model
 
-    model = nnx.eval_shape(made)
+    model = nnx.eval_shape(made_quantized)
+    table = model.table
     graphdef, state = nnx.split(model)
-    parameters = {".".join(map(str, path)): value for path, value in nnx.to_flat_state(state)}
-    _check(parameters, source, config)
+    variables = {".".join(map(str, path)): value for path, value in nnx.to_flat_state(state)}
+    parameters = {p: value for p, value in variables.items() if isinstance(value, nnx.Param)}
+    absent = _check(parameters, source, table)
+    drawn = _drawn(made, [path for path in variables if path in absent or path not in parameters])
     for path, parameter in parameters.items():
-        sharding = None if placement is None else placement(config, path, parameter.shape)
-        value = _load_parameter(path, parameter, source, sharding)
+        sharding = None if placement is None else placement(table, path, parameter.shape)
+        if path in absent:
+            value = jax.device_put(np.asarray(drawn[path]), sharding)
+        else:
+            value = _load_parameter(path, parameter, source, table, sharding)
         if isinstance(parameter, QuantizedParam):
-            place = None if placement is None else functools.partial(placement, config)
+            place = None if placement is None else functools.partial(placement, table)
             value = quantize(value, quantization, name=path, placement=place)
         parameter.set_value(value)
+    for path, variable in variables.items():
+        if path not in parameters:  # of a random stream
+            variable.set_value(drawn[path])
     return nnx.merge(graphdef, state)
 
 
-def load_model_config(path_or_hub_id: str | os.PathLike[str]) -> LlamaConfig:
+def _drawn(make: Callable[[], PretrainedModel], paths: Sequence[str]) -> dict[str, jax.Array]:
+    """Initial values of some variables of a model; the others are not computed."""
+    if not paths:
+        return {}
+
+    def draw() -> dict[str, jax.Array]:
+        variables = flat_parameters(make())
+        return {path: variables[path].get_value() for path in paths}
+
+    return jax.jit(draw)()
+
+
+def load_model_config(path_or_hub_id: str | os.PathLike[str]) -> tuple[Family, ModelConfig]:
     """Reads what a model is made of, and none of its weights.
 
     Args:
         path_or_hub_id: As for :func:`load_pretrained`, or a ``config.json`` itself.
 
     Returns:
-        Its configuration.
+        Its family and its configuration.
 
     Raises:
         InputError: No such model, or an unsupported configuration.
@@ -147,7 +267,8 @@ def load_model_config(path_or_hub_id: str | os.PathLike[str]) -> LlamaConfig:
     if path.suffix != ".json":
         path = _resolve(path_or_hub_id, (_CONFIG_NAME,))
         if (file := _gguf_file(path)) is not None:
-            return open_gguf(file).config
+            gguf = open_gguf(file)
+            return gguf.family, gguf.config
         path /= _CONFIG_NAME
     return _read_config(path)
 
@@ -164,8 +285,10 @@ def stored_dtype(path_or_hub_id: str | os.PathLike[str]) -> np.dtype:
     Raises:
         InputError: No such model, or a file that cannot be read.
     """
-    source = _open(_resolve(path_or_hub_id, _WEIGHT_PATTERNS))[1]
-    return source.read(_EMBEDDING, (slice(0, 1), slice(0, 1))).dtype
+    family, config, source = _open(_resolve(path_or_hub_id, _WEIGHT_PATTERNS))
+    table = next(iter(family.models.values())).parameter_table(config)
+    first = next(iter(table.tensors.values()))
+    return source.read(first.name, (slice(0, 1), slice(0, 1))).dtype
 
 
 def load_tokenizer(path_or_hub_id: str | os.PathLike[str]) -> "PreTrainedTokenizerBase":
@@ -189,7 +312,7 @@ def load_tokenizer(path_or_hub_id: str | os.PathLike[str]) -> "PreTrainedTokeniz
 
 def save_pretrained(
     folder: str | os.PathLike[str],
-    model: Llama,
+    model: PretrainedModel,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     *,
     base_model: str | os.PathLike[str] | None = None,
@@ -211,30 +334,30 @@ def save_pretrained(
             such base model.
     """
     folder = Path(folder)
-    parameters = {
-        ".".join(map(str, path)): value for path, value in nnx.to_flat_state(nnx.state(model))
-    }
+    parameters = flat_parameters(model, nnx.Param)
     for path, parameter in parameters.items():
         if isinstance(parameter, nnx.LoRAParam):
             raise InputError(
                 f"{path.rpartition('.')[0]}: still carries LoRA factors; merge them before saving"
             )
     if jax.process_index() > 0:
-        for _ in _hf_tensors(parameters):  # has its part in each of them
+        for _ in _hf_tensors(parameters, model.table):  # has its part in each of them
             pass
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: exists and is not an empty folder")
     with new_folder(folder) as partial:
         config = model.config.to_hf()
-        config["torch_dtype"] = str(np.dtype(model.embed_tokens.embedding.dtype))
+        config["architectures"] = [model.architecture]
+        config["torch_dtype"] = str(np.dtype(next(iter(parameters.values())).dtype))
         (partial / _CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         shapes = {
             name: (shape, np.dtype(parameter.dtype))
             for path, parameter in parameters.items()
-            for name, shape in _hf_shapes(path, parameter.shape).items()
+            for name, shape in model.table.names(path, parameter.shape).items()
         }
-        write_checkpoint(partial, shapes, _hf_tensors(parameters), max_shard_bytes=_MAX_SHARD_BYTES)
+        tensors = _hf_tensors(parameters, model.table)
+        write_checkpoint(partial, shapes, tensors, max_shard_bytes=_MAX_SHARD_BYTES)
         if base_model is not None:
             generation = inside(_resolve(base_model, _WEIGHT_PATTERNS), _GENERATION_NAME)
             if generation.is_file():
@@ -275,101 +398,97 @@ def _gguf_file(path: Path) -> Path | None:
     return files[0]
 
 
-def _open(path: Path) -> tuple[LlamaConfig, _Source]:
+def _open(path: Path) -> _Opened:
     if (file := _gguf_file(path)) is not None:
         if file.suffix != ".gguf":
             raise InputError(f"{file}: expected a folder or a .gguf file")
         gguf = open_gguf(file)
-        return gguf.config, gguf
+        return _Opened(gguf.family, gguf.config, _Renamed(gguf, gguf.family))
     if (path / ADAPTER_CONFIG_NAME).exists():
         raise InputError(
             f"{path}: holds {ADAPTER_CONFIG_NAME} beside {_CONFIG_NAME}, so that transformers "
             "would load another model, which that names; expected a model alone"
         )
-    config = _read_config(path / _CONFIG_NAME)
+    family, config = _read_config(path / _CONFIG_NAME)
     if (path / _GENERATION_NAME).exists():
         generation = read_json(inside(path, _GENERATION_NAME), most_bytes=MOST_CONFIG)
         ends = generation.get("eos_token_id")
         if ends is not None:  # as transformers generates, whatever the model's own says
-            with _naming(path / _GENERATION_NAME):
-                config = dataclasses.replace(
-                    config, eos_token_id=tuple(ends) if isinstance(ends, list) else ends
-                )
+            with (
+                explained(f"{path / _GENERATION_NAME}: cannot be read as a configuration"),
+                naming(path / _GENERATION_NAME),
+            ):
+                config = with_end_tokens(config, ends)
     # Where there are both, transformers reads the one file too.
     one, index = path / FILE_NAME, path / INDEX_NAME
     if one.exists() and index.exists():
         _log.warning("%s: read from %s, as transformers does, not by its index", path, FILE_NAME)
-    return config, Safetensors(index if index.exists() and not one.exists() else one)
+    source = Safetensors(index if index.exists() and not one.exists() else one)
+    return _Opened(family, config, _Renamed(source, family))
 
 
-def _read_config(path: Path) -> LlamaConfig:
+def _read_config(path: Path) -> tuple[Family, ModelConfig]:
     content = read_json(inside(path.parent, path.name), most_bytes=MOST_CONFIG)
     if (name := content.get("transformers_weights")) is not None:
         raise InputError(
             f"{path}: transformers_weights is {shown(name)}, which is not supported; expected "
             f"weights in {FILE_NAME} or named by {INDEX_NAME}"
         )
-    with _naming(path):
-        return LlamaConfig.from_hf(content)
+    with explained(f"{path}: cannot be read as a configuration"), naming(path):
+        family = family_of(content.get("model_type"))
+        return family, family.config.from_hf(content)
 
 
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Puts the file before what is wrong with its values."""
-    with explained(f"{path}: cannot be read as a configuration"):
-        try:
-            yield
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from error
+def _check(parameters: Mapping[str, Any], source: _Source, table: ParameterTable) -> set[str]:
+    """Everything that is expected is there in its shape, and nothing else is.
 
-
-def _hf_shapes(path: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """The tensors that make up one of our parameters, in order of layers, and their shapes."""
-    stacked = path.startswith("layers.")
-    shapes = {}
-    for layer in range(shape[0]) if stacked else (None,):
-        name, transposed = hf_tensor_name(path, layer)
-        one = shape[1:] if stacked else shape
-        shapes[name] = one[::-1] if transposed else one
-    return shapes
-
-
-def _check(parameters: Mapping[str, Any], source: _Source, config: LlamaConfig) -> None:
-    """Everything that is expected is there in its shape, and nothing else is."""
-    expected: dict[str, tuple[int, ...]] = {}
+    Returns:
+        Paths of the optional parameters that the source lacks.
+    """
+    absent: set[str] = set()
+    expected: set[str] = set()
     for path, parameter in parameters.items():
-        expected |= _hf_shapes(path, parameter.shape)
-    for name, shape in expected.items():
-        found = source.shapes.get(name)
-        if found is None:
-            raise InputError(f"{source.path}: tensor {name!r} is missing, expected shape {shape}")
-        if found != shape:
-            raise InputError(
-                f"{source.path}: tensor {name!r} has shape {found}, expected {shape} from the "
-                "configuration"
-            )
-    for name in source.shapes.keys() - expected.keys():
-        if _RECOMPUTED.fullmatch(name):
+        names = table.names(path, parameter.shape)
+        expected.update(names)
+        if table.tensor(path).optional and not source.shapes.keys() & names.keys():
+            absent.add(path)
             continue
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            if not np.array_equal(source.read(name), source.read(_EMBEDDING)):
+        for name, shape in names.items():
+            found = source.shapes.get(name)
+            if found is None:
                 raise InputError(
-                    f"{source.path}: tensor {name!r} differs from the embedding, but the "
-                    "configuration ties the two (tie_word_embeddings)"
+                    f"{source.path}: tensor {name!r} is missing, expected shape {shape}"
                 )
-            continue
-        raise InputError(
-            f"{source.path}: tensor {name!r} of shape {source.shapes[name]} is not part of the "
-            "configured model"
-        )
+            if found != shape:
+                raise InputError(
+                    f"{source.path}: tensor {name!r} has shape {found}, expected {shape} from the "
+                    "configuration"
+                )
+    tied = {tensor.tied: tensor.name for tensor in table.tensors.values() if tensor.tied}
+    for name in source.shapes.keys() - expected:
+        if name not in tied:
+            raise InputError(
+                f"{source.path}: tensor {name!r} of shape {source.shapes[name]} is not part of the "
+                "configured model"
+            )
+        if not np.array_equal(source.read(name), source.read(tied[name])):
+            raise InputError(
+                f"{source.path}: tensor {name!r} differs from the embedding, but the "
+                "configuration ties the two (tie_word_embeddings)"
+            )
+    return absent
 
 
 def _load_parameter(
-    path: str, parameter: Any, source: _Source, sharding: Sharding | None
+    path: str,
+    parameter: Any,
+    source: _Source,
+    table: ParameterTable,
+    sharding: Sharding | None,
 ) -> jax.Array:
     if sharding is None:
         everything = tuple(slice(0, size) for size in parameter.shape)
-        return jnp.asarray(_read_shard(path, parameter, source, everything))
+        return jnp.asarray(_read_shard(path, parameter, source, table, everything))
     devices: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(parameter.shape).items():
         assert index is not None
@@ -379,36 +498,34 @@ def _load_parameter(
         devices.setdefault(bounds, []).append(device)
     shards = []
     for bounds, copies in devices.items():
-        values = _read_shard(path, parameter, source, tuple(slice(*bound) for bound in bounds))
+        region = tuple(slice(*bound) for bound in bounds)
+        values = _read_shard(path, parameter, source, table, region)
         shards += [jax.device_put(values, device) for device in copies]
         jax.block_until_ready(shards)  # before the next one takes memory
     return jax.make_array_from_single_device_arrays(parameter.shape, sharding, shards)
 
 
-def _read_shard(path: str, parameter: Any, source: _Source, index: Sequence[slice]) -> np.ndarray:
+def _read_shard(
+    path: str, parameter: Any, source: _Source, table: ParameterTable, index: Sequence[slice]
+) -> np.ndarray:
     """A region of one of our parameters, all its layers, transposed and cast on the way."""
     values = np.empty([axis.stop - axis.start for axis in index], parameter.dtype)
-    names = list(_hf_shapes(path, parameter.shape))
-    if path.startswith("layers."):
-        layers, names, index = values, names[index[0]], index[1:]
-    else:
-        layers = values[None]
+    names, tensor = list(table.names(path, parameter.shape)), table.tensor(path)
+    layers = values if tensor.stacked else values[None]
+    if tensor.stacked:
+        names, index = names[index[0]], index[1:]
     for layer, name in zip(layers, names, strict=True):
-        transposed = hf_tensor_name(path, 0 if layers is values else None)[1]
-        tensor = source.read(name, tuple(index[::-1] if transposed else index))
-        layer[...] = tensor.T if transposed else tensor
+        read = source.read(name, tuple(index[::-1] if tensor.transposed else index))
+        layer[...] = read.T if tensor.transposed else read
     return values
 
 
-def _hf_tensors(parameters: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """Hugging Face's tensors, in the order of :func:`_hf_shapes`."""
+def _hf_tensors(
+    parameters: Mapping[str, Any], table: ParameterTable
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Hugging Face's tensors, in the order of the table's names."""
     for path, parameter in parameters.items():
-        values = whole(parameter.get_value())
-        layers = values if path.startswith("layers.") else values[None]
-        for layer, (name, shape) in zip(
-            layers, _hf_shapes(path, parameter.shape).items(), strict=True
-        ):
-            transposed = hf_tensor_name(path, 0 if layers is values else None)[1]
-            tensor = layer.T if transposed else layer
-            assert tensor.shape == shape
-            yield name, tensor
+        values, tensor = whole(parameter.get_value()), table.tensor(path)
+        layers = values if tensor.stacked else values[None]
+        for layer, name in zip(layers, table.names(path, parameter.shape), strict=True):
+            yield name, layer.T if tensor.transposed else layer

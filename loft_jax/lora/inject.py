@@ -352,9 +352,8 @@ def _check_not_shared(model: nnx.Module, layers: dict[str, Any]) -> None:
             owner = adapted.get(id(value))
             if owner is not None and layers[owner] is not module:
                 raise InputError(f"{owner}: its weight is shared with {path}.{name}; cannot merge")
-    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
-    for path, layer in layers.items():
-        if tied and isinstance(layer, nnx.Embed):
+    for path in getattr(model, "tied_modules", ()):
+        if path in layers:
             raise InputError(
                 f"{path}: its weight is the output head's too (config.tie_word_embeddings), "
                 f"which its LoRA factors leave alone; cannot merge"

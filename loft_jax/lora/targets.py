@@ -12,8 +12,8 @@ from loft_jax.lora.config import ALL_LINEAR, LoRAConfig
 from loft_jax.lora.layers import SUPPORTED
 from loft_jax.patterns import Patterns
 
-# The output head as Hugging Face models call it: "all-linear" leaves it out, as PEFT does.
-_HEAD = "lm_head"
+# What most models call their head; those of a family say it themselves.
+_HEADS = ("lm_head",)
 _SHOWN = 8
 
 
@@ -54,10 +54,11 @@ def select(model: nnx.Module, config: LoRAConfig) -> dict[str, nnx.Module]:
         for path in _matching("exclude_modules", pattern, layers, layers, config.patterns)
     }
     if config.target_modules == ALL_LINEAR:
+        heads = getattr(model, "output_modules", _HEADS)  # left out, as PEFT does
         chosen = [
             path
             for path, layer in layers.items()
-            if path != _HEAD and not isinstance(layer, nnx.Embed)
+            if path not in heads and not isinstance(layer, nnx.Embed)
         ]
         if not chosen:
             raise InputError(f"target_modules: {ALL_LINEAR!r}, but the model has no linear layer")

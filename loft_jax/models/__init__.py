@@ -1,7 +1,8 @@
-"""Model families in Flax NNX, one file each, beside what the rest must know of them."""
+"""Model families in Flax NNX, one file each, and what the library needs to know of them."""
 
-from loft_jax.models.llama import Llama, Remat
-from loft_jax.models.llama_config import LlamaConfig, RopeScaling
+from loft_jax.models.family import Head, Remat
+from loft_jax.models.llama import Llama, LlamaConfig
 from loft_jax.models.quantized import Quantization
+from loft_jax.models.rope import RopeScaling
 
-__all__ = ["Llama", "LlamaConfig", "Quantization", "Remat", "RopeScaling"]
+__all__ = ["Head", "Llama", "LlamaConfig", "Quantization", "Remat", "RopeScaling"]

@@ -1,6 +1,7 @@
 """Who sees whom, the keys and values that were seen, and attention over them."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,29 @@ class KVCache:
             segment_ids=jnp.zeros((batch, length), jnp.int32),
             length=jnp.zeros((), jnp.int32),
         )
+
+    def written(
+        self, layer: jax.Array, keys: jax.Array, values: jax.Array
+    ) -> tuple["KVCache", jax.Array, jax.Array]:
+        """Writes the keys and values of new tokens behind those of a layer.
+
+        Args:
+            layer: Its number.
+            keys: ``(b, kv_heads, t, head_dim)``.
+            values: ``(b, kv_heads, t, head_dim)``.
+
+        Returns:
+            The cache, and all keys and values of the layer, ``(b, kv_heads, s, head_dim)``.
+        """
+        start = (layer, 0, 0, self.length, 0)
+        cache = dataclasses.replace(
+            self,
+            keys=lax.dynamic_update_slice(self.keys, keys[None].astype(self.keys.dtype), start),
+            values=lax.dynamic_update_slice(
+                self.values, values[None].astype(self.values.dtype), start
+            ),
+        )
+        return cache, cache.keys[layer], cache.values[layer]
 
 
 def visibility(
@@ -104,14 +128,22 @@ def positions_from(visible: jax.Array) -> jax.Array:
     return jnp.maximum(visible.sum(-1, dtype=jnp.int32) - 1, 0)
 
 
-def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array) -> jax.Array:
+def attend(
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    visible: jax.Array,
+    dropout: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
     """Grouped-query attention, softmax in float32.
 
     Args:
         queries: ``(b, t, heads, head_dim)``; heads ``g·i … g·i+g-1`` share key head ``i``.
         keys: ``(b, kv_heads, s, head_dim)``.
         values: ``(b, kv_heads, s, head_dim)``.
-        visible: ``(b or 1, t, s)`` bool. A query that sees nothing (padding) gets a finite mean.
+        visible: ``(b or 1, t or 1, s)`` bool. A query that sees nothing (padding) gets a finite
+            mean.
+        dropout: On the weights, if there is one.
 
     Returns:
         ``(b, t, heads, head_dim)`` in the dtype of ``queries``.
@@ -123,5 +155,7 @@ def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.
     scores = jnp.einsum("bkgtd,bksd->bkgts", grouped, keys, preferred_element_type=jnp.float32)
     scores = jnp.where(visible[:, None, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)  # (b, kv_heads, g, t, s)
+    if dropout is not None:
+        weights = dropout(weights)
     mixed = jnp.einsum("bkgts,bksd->bkgtd", weights, values)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)

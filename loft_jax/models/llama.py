@@ -1,27 +1,196 @@
-"""The Llama family in Flax NNX: all decoder layers stacked under one scan.
+"""The Llama family: configuration, model, parameters, and how GGUF files hold it.
 
 Module names are Hugging Face's. ``layers`` is one decoder layer whose parameters have a leading
-axis of layers; so has whatever is added to it (LoRA factors, dropout streams).
+axis of layers.
 """
 
 import dataclasses
 import functools
-from typing import Any, Literal, overload
+import re
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jax import lax
 from jax.typing import DTypeLike
 
+from loft_jax.errors import InputError, shown
+from loft_jax.models import config_checks
 from loft_jax.models.activations import embeddings_laid_out, laid_out
 from loft_jax.models.attention import KVCache, attend, positions_from, visibility
-from loft_jax.models.llama_config import LlamaConfig
-from loft_jax.models.llama_layout import hf_module_name
-from loft_jax.models.rope import rotate, rotation
+from loft_jax.models.family import (
+    Family,
+    LanguageModel,
+    ParameterTable,
+    Remat,
+    embedding,
+    linear,
+    norm,
+)
+from loft_jax.models.rope import RopeScaling, inverse_frequencies, read_rope, rotate, rotation
+from loft_jax.models.stack import run_layers, stack_layers
 
-Remat = Literal["none", "dots", "full"]
-"""What the backward pass computes again; see :class:`Llama`."""
+_ARCHITECTURE = "LlamaForCausalLM"
+
+# Fields that change what a Llama computes, with the one value that is implemented.
+_ONLY: Mapping[str, Any] = {
+    "hidden_act": "silu",
+    "pretraining_tp": 1,
+    "attention_dropout": 0.0,
+    "partial_rotary_factor": 1.0,
+    "rope_interleaved": False,
+    "quantization_config": None,
+    "sliding_window": None,
+}
+
+_SIZES: Mapping[str, int] = {
+    "vocab_size": config_checks.MOST_TOKENS,
+    "hidden_size": config_checks.MOST_HIDDEN,
+    "intermediate_size": config_checks.MOST_FEATURES,
+    "num_hidden_layers": config_checks.MOST_LAYERS,
+    "num_attention_heads": config_checks.MOST_HEADS,
+    "num_key_value_heads": config_checks.MOST_HEADS,
+    "head_dim": config_checks.MOST_HEAD_DIM,
+    "max_position_embeddings": config_checks.MOST_POSITIONS,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes and constants of a Llama, under the names of Hugging Face's ``config.json``.
+
+    Example:
+        >>> config = LlamaConfig.from_hf(
+        ...     dict(model_type="llama", vocab_size=64, hidden_size=32, intermediate_size=48,
+        ...          num_hidden_layers=2, num_attention_heads=4)
+        ... )
+        >>> config.num_key_value_heads, config.head_dim
+        (4, 8)
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        config_checks.check_values(
+            self,
+            sizes=_SIZES,
+            positive=("rms_norm_eps", "rope_theta", "initializer_range"),
+            flags=("tie_word_embeddings", "attention_bias", "mlp_bias"),
+        )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(
+                f"config: num_key_value_heads is {self.num_key_value_heads}, "
+                f"expected a divisor of num_attention_heads ({self.num_attention_heads})"
+            )
+        if self.head_dim % 2:
+            raise InputError(f"config: head_dim is {self.head_dim}, expected an even number")
+
+    @property
+    def max_length(self) -> None:
+        """Positions are computed, for any of them."""
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":
+        """Reads the contents of a Hugging Face ``config.json``.
+
+        Takes what Llama 1, 2 and 3.x, SmolLM2 and TinyLlama write, the older keys
+        (``rope_theta``, ``rope_scaling``) as well as the newer one (``rope_parameters``). Absent
+        fields take the defaults transformers gives them; fields that transformers' own Llama does
+        not read either (a version, a cache switch) have no effect.
+
+        Args:
+            config: The parsed JSON.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            InputError: Another architecture, or a field whose value is not supported.
+        """
+        config_checks.check_kind(
+            config, model_type="llama", architectures=[_ARCHITECTURE], only=_ONLY
+        )
+        sizes: dict[str, Any] = {
+            name: config_checks.required(config, name)
+            for name in (
+                "vocab_size",
+                "hidden_size",
+                "intermediate_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+            )
+        }
+        heads = sizes["num_attention_heads"]
+        head_dim = config.get("head_dim")
+        if head_dim is None:
+            if sizes["hidden_size"] % heads:
+                raise InputError(
+                    f"config: hidden_size is {shown(sizes['hidden_size'])}, expected a multiple of "
+                    f"num_attention_heads ({heads})"
+                )
+            head_dim = sizes["hidden_size"] // heads
+        kv_heads = config.get("num_key_value_heads")
+        optional = config_checks.present(
+            config,
+            (
+                "max_position_embeddings",
+                "rms_norm_eps",
+                "tie_word_embeddings",
+                "attention_bias",
+                "mlp_bias",
+                "initializer_range",
+                "bos_token_id",
+                "pad_token_id",
+            ),
+        )
+        rope_theta, rope_scaling = read_rope(config)
+        return cls(
+            **sizes,
+            **optional,
+            num_key_value_heads=heads if kv_heads is None else kv_heads,
+            head_dim=head_dim,
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
+            eos_token_id=config_checks.tokens(config.get("eos_token_id")),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """Gives the contents of a ``config.json`` that transformers loads.
+
+        Rotary settings are written under the older keys, which every release reads.
+        """
+        fields = dataclasses.asdict(self)
+        if self.rope_scaling is not None:
+            fields["rope_scaling"] = {
+                name: value for name, value in fields["rope_scaling"].items() if value is not None
+            }
+        if isinstance(self.eos_token_id, tuple):
+            fields["eos_token_id"] = list(self.eos_token_id)
+        return {
+            "architectures": [_ARCHITECTURE],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            **fields,
+        }
 
 
 class SelfAttention(nnx.Module):
@@ -65,17 +234,7 @@ class SelfAttention(nnx.Module):
         keys = rotate(keys, cos, sin).swapaxes(1, 2)  # (b, kv_heads, t, head_dim)
         values = values.swapaxes(1, 2)
         if cache is not None:
-            start = (layer, 0, 0, cache.length, 0)
-            cache = dataclasses.replace(
-                cache,
-                keys=lax.dynamic_update_slice(
-                    cache.keys, keys[None].astype(cache.keys.dtype), start
-                ),
-                values=lax.dynamic_update_slice(
-                    cache.values, values[None].astype(cache.values.dtype), start
-                ),
-            )
-            keys, values = cache.keys[layer], cache.values[layer]  # (b, kv_heads, s, head_dim)
+            cache, keys, values = cache.written(layer, keys, values)
         mixed = attend(queries, keys, values, visible)
         mixed = laid_out(mixed.reshape(*x.shape[:2], -1), features=2)
         return laid_out(self.o_proj(mixed)), cache
@@ -106,7 +265,7 @@ class MLP(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """Attention, then the MLP, each behind a norm and beside the residual stream."""
+    """Attention, then the MLP, each after a norm and added to the residual stream."""
 
     def __init__(
         self, config: LlamaConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
@@ -132,7 +291,7 @@ class DecoderLayer(nnx.Module):
         return x + self.mlp(self.post_attention_layernorm(x)), cache
 
 
-class Llama(nnx.Module):
+class Llama(LanguageModel):
     """A decoder-only language model of the Llama family.
 
     Args:
@@ -156,6 +315,8 @@ class Llama(nnx.Module):
         https://arxiv.org/abs/2407.21783.
     """
 
+    architecture = _ARCHITECTURE
+
     def __init__(
         self,
         config: LlamaConfig,
@@ -178,12 +339,11 @@ class Llama(nnx.Module):
             rngs=rngs,
         )
 
-        @nnx.split_rngs(splits=config.num_hidden_layers)
-        @nnx.vmap(in_axes=0, out_axes=0)
-        def stack(rngs: nnx.Rngs) -> DecoderLayer:
-            return DecoderLayer(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-
-        self.layers = stack(rngs)
+        self.layers = stack_layers(
+            config.num_hidden_layers,
+            lambda rngs: DecoderLayer(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs),
+            rngs,
+        )
         self.norm = _norm(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         if not config.tie_word_embeddings:
             self.lm_head = nnx.Linear(
@@ -197,52 +357,6 @@ class Llama(nnx.Module):
                 rngs=rngs,
             )
 
-    @overload
-    def __call__(
-        self,
-        tokens: jax.Array,
-        *,
-        positions: jax.Array | None = None,
-        segment_ids: jax.Array | None = None,
-        cache: None = None,
-    ) -> jax.Array: ...
-
-    @overload
-    def __call__(
-        self,
-        tokens: jax.Array,
-        *,
-        positions: jax.Array | None = None,
-        segment_ids: jax.Array | None = None,
-        cache: KVCache,
-    ) -> tuple[jax.Array, KVCache]: ...
-
-    def __call__(
-        self,
-        tokens: jax.Array,
-        *,
-        positions: jax.Array | None = None,
-        segment_ids: jax.Array | None = None,
-        cache: KVCache | None = None,
-    ) -> jax.Array | tuple[jax.Array, KVCache]:
-        """Gives the logits of the token after each token.
-
-        Args:
-            tokens: ``(b, t)`` int32.
-            positions: ``(b, t)`` int32; by default each token's place within its segment.
-            segment_ids: ``(b, t)`` int32: 0 for padding, equal numbers for tokens of one text.
-                Texts in one row do not see each other. By default every row is one text, unpadded.
-            cache: What came before these tokens, from :meth:`init_cache` or an earlier call.
-
-        Returns:
-            Logits ``(b, t, vocab)`` float32; with a cache, also the cache extended by the tokens.
-        """
-        hidden, cache = self.hidden_states(
-            tokens, positions=positions, segment_ids=segment_ids, cache=cache
-        )
-        logits = self.logits(hidden)
-        return logits if cache is None else (logits, cache)
-
     def hidden_states(
         self,
         tokens: jax.Array,
@@ -252,35 +366,16 @@ class Llama(nnx.Module):
         branch_ids: jax.Array | None = None,
         cache: KVCache | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Gives what the head reads, for callers that want logits of a few tokens only.
-
-        Args:
-            tokens: As for :meth:`__call__`, and so are the others.
-            positions: ``(b, t)`` int32.
-            segment_ids: ``(b, t)`` int32.
-            branch_ids: ``(b, t)`` int32: several ways to go on with one text, in one row. 0 for
-                what all of them see, equal numbers for the tokens of one; branches do not see each
-                other, and each is at the positions behind what all see. Not with a cache.
-            cache: What came before.
-
-        Returns:
-            ``(b, t, hidden)`` in the compute dtype, and the extended cache (None without one).
-
-        Raises:
-            ValueError: Branches are given with a cache.
-        """
+        """Gives what the head reads; as :meth:`LanguageModel.hidden_states`."""
         batch, length = tokens.shape
         visible, cache = visibility(batch, length, segment_ids, cache, branch_ids)
         if positions is None:
             positions = positions_from(visible)
-        cos, sin = rotation(self.config, positions)
+        config = self.config
+        frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        cos, sin = rotation(frequencies, positions)
         x = embeddings_laid_out(self.embed_tokens(tokens))  # (b, t, hidden)
-        graphdef, state = nnx.split(self.layers)
-        params, rest = nnx.split_state(state, nnx.Param, ...)
-        x, cache, rest = _scan_layers(
-            graphdef, self.remat, params, rest, x, cos, sin, visible, cache
-        )
-        nnx.update(self.layers, rest)  # dropout streams that were drawn from
+        x, cache = run_layers(self.layers, x, cos, sin, visible, cache=cache, remat=self.remat)
         if cache is not None:
             cache = dataclasses.replace(cache, length=cache.length + length)
         return self.norm(x), cache
@@ -303,9 +398,29 @@ class Llama(nnx.Module):
             dtype=self.dtype,
         )
 
-    def hf_name(self, path: str, layer: int | None) -> str:
-        """Hugging Face's name of a module; as :func:`llama_layout.hf_module_name`."""
-        return hf_module_name(path, layer)
+    @staticmethod
+    def parameter_table(config: LlamaConfig) -> ParameterTable:
+        """The parameters of a Llama."""
+        layer = "model.layers.{}"
+        attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
+        tied = "lm_head.weight" if config.tie_word_embeddings else ""
+        return ParameterTable(
+            {
+                **embedding("embed_tokens", "model.embed_tokens", ("vocab", "embed"), tied=tied),
+                **norm("layers.input_layernorm", f"{layer}.input_layernorm"),
+                **linear("layers.self_attn.q_proj", f"{attention}.q_proj", ("embed", "heads")),
+                **linear("layers.self_attn.k_proj", f"{attention}.k_proj", ("embed", "kv_heads")),
+                **linear("layers.self_attn.v_proj", f"{attention}.v_proj", ("embed", "kv_heads")),
+                **linear("layers.self_attn.o_proj", f"{attention}.o_proj", ("heads", "embed")),
+                **norm("layers.post_attention_layernorm", f"{layer}.post_attention_layernorm"),
+                **linear("layers.mlp.gate_proj", f"{mlp}.gate_proj", ("embed", "mlp")),
+                **linear("layers.mlp.up_proj", f"{mlp}.up_proj", ("embed", "mlp")),
+                **linear("layers.mlp.down_proj", f"{mlp}.down_proj", ("mlp", "embed")),
+                **norm("norm", "model.norm"),
+                **linear("lm_head", "lm_head", ("embed", "vocab")),
+            },
+            units={"heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads},
+        )
 
 
 def _norm(
@@ -320,44 +435,158 @@ def _norm(
     )
 
 
-# Compiled on its own so that a model called outside jit does not compile its scan at every call.
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _scan_layers(
-    graphdef: nnx.GraphDef[DecoderLayer],
-    remat: Remat,
-    params: nnx.State,
-    rest: nnx.State,
-    x: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
-    visible: jax.Array,
-    cache: KVCache | None,
-) -> tuple[jax.Array, KVCache | None, nnx.State]:
-    """Runs every layer; ``rest`` is all state that is no parameter, returned where it changed."""
+class _GGUF:
+    """GGUF files of the architecture "llama"."""
 
-    def body(carry: Any, scanned: Any) -> tuple[Any, nnx.State]:
-        x, cache = carry
-        params, rest, index = scanned
-        before = {path: variable.get_value() for path, variable in nnx.to_flat_state(rest)}
-        layer = nnx.merge(graphdef, params, rest)
-        x, cache = layer(x, cos, sin, visible, cache, index)
-        # What stays the same is left alone: NNX lets no outer variable be set from inside a trace.
-        changed = [
-            (path, variable)
-            for path, variable in nnx.to_flat_state(nnx.state(layer, nnx.Not(nnx.Param)))
-            if variable.get_value() is not before[path]
-        ]
-        return (laid_out(x), cache), nnx.from_flat_state(changed)
+    architecture = "llama"
 
-    # By default only the products with weights are kept for the backward pass: what lies between
-    # them is cheap to compute again, and costs more memory traffic than it saves.
-    policies = jax.checkpoint_policies
-    keep = {
-        "full": policies.nothing_saveable,
-        "dots": policies.dots_with_no_batch_dims_saveable,
-        "none": policies.everything_saveable,
-    }[remat]
-    body = jax.checkpoint(body, prevent_cse=False, policy=keep)
-    count = jax.tree.leaves(params)[0].shape[0]
-    (x, cache), rest = lax.scan(body, (x, cache), (params, rest, jnp.arange(count)))
-    return x, cache, rest
+    # Their names -> Hugging Face's.
+    _top: Mapping[str, str] = {
+        "token_embd": "model.embed_tokens",
+        "output_norm": "model.norm",
+        "output": "lm_head",
+    }
+    _in_layer: Mapping[str, str] = {
+        "attn_norm": "input_layernorm",
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_norm": "post_attention_layernorm",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+    }
+
+    def name(self, name: str) -> str:
+        """Hugging Face's name of a tensor; one that has none keeps its own."""
+        if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
+            layer, module, parameter = match.groups()
+            if module in self._in_layer:
+                return f"model.layers.{layer}.{self._in_layer[module]}.{parameter}"
+        module, _, parameter = name.rpartition(".")
+        return f"{self._top[module]}.{parameter}" if module in self._top else name
+
+    def stored_rows(self, name: str, rows: np.ndarray, config: LlamaConfig) -> np.ndarray:
+        """Where each row is stored: files keep two that are rotated together side by side."""
+        heads = {
+            "q_proj": config.num_attention_heads,
+            "k_proj": config.num_key_value_heads,
+        }.get(name.split(".")[-2])
+        if heads is None:
+            return rows
+        return rows.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)  # (heads, 2, head_dim / 2)
+
+    def config(
+        self, metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+    ) -> LlamaConfig:
+        """The configuration, from the metadata and the shapes by Hugging Face's names."""
+        for key in ("llama.expert_count", "llama.attention.sliding_window"):
+            if metadata.get(key):
+                raise InputError(f"{key} is {shown(metadata[key])}, which is not supported")
+        hidden_size = _field(metadata, "llama.embedding_length")
+        heads = _field(metadata, "llama.attention.head_count")
+        head_dim = metadata.get("llama.attention.key_length", hidden_size // heads)
+        for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
+            if metadata.get(key, head_dim) != head_dim:
+                raise InputError(
+                    f"{key} is {shown(metadata[key])}, expected the head size, {shown(head_dim)}"
+                )
+        return LlamaConfig(
+            vocab_size=shapes.get("model.embed_tokens.weight", (0,))[0],
+            hidden_size=hidden_size,
+            intermediate_size=_field(metadata, "llama.feed_forward_length"),
+            num_hidden_layers=_field(metadata, "llama.block_count"),
+            num_attention_heads=heads,
+            num_key_value_heads=metadata.get("llama.attention.head_count_kv", heads),
+            head_dim=head_dim,
+            max_position_embeddings=_field(metadata, "llama.context_length"),
+            # float32 in the file: the shortest decimal that is the same float32 was meant
+            rms_norm_eps=_shortest(_field(metadata, "llama.attention.layer_norm_rms_epsilon")),
+            rope_theta=_shortest(metadata.get("llama.rope.freq_base", 10_000.0)),
+            rope_scaling=self._rope_scaling(metadata, shapes),
+            tie_word_embeddings="lm_head.weight" not in shapes,
+            attention_bias="model.layers.0.self_attn.q_proj.bias" in shapes,
+            mlp_bias="model.layers.0.mlp.gate_proj.bias" in shapes,
+            bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
+            eos_token_id=metadata.get("tokenizer.ggml.eos_token_id"),
+            pad_token_id=metadata.get("tokenizer.ggml.padding_token_id"),
+        )
+
+    def _rope_scaling(
+        self, metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+    ) -> RopeScaling | None:
+        if "rope_freqs.weight" in shapes:
+            raise InputError(
+                "holds the tensor 'rope_freqs.weight', which stretches rotary frequencies as "
+                "'llama3' does; only 'none' and 'linear' are supported in GGUF. Expected the same "
+                "model as a Hugging Face folder"
+            )
+        kind = metadata.get("llama.rope.scaling.type", "none")
+        if kind == "none":
+            return None
+        if kind == "linear":
+            return RopeScaling("linear", _shortest(_field(metadata, "llama.rope.scaling.factor")))
+        raise InputError(
+            f"llama.rope.scaling.type is {shown(kind)}, only 'none' and 'linear' are supported"
+        )
+
+
+def _field(metadata: Mapping[str, Any], key: str) -> Any:
+    if key not in metadata:
+        raise InputError(f"field {key!r} is missing")
+    return metadata[key]
+
+
+def _shortest(value: float) -> float:
+    return float(str(np.float32(value)))
+
+
+def _llama_2(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=128,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+    )
+
+
+def _llama_3(hidden: int, mlp: int, layers: int, heads: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_theta=500_000.0,
+    )
+
+
+# As in the config.json that was published with each.
+_WELL_KNOWN: Mapping[str, LlamaConfig] = {
+    "llama-2-7b": _llama_2(4096, 11_008, 32, 32, 32),
+    "llama-2-13b": _llama_2(5120, 13_824, 40, 40, 40),
+    "llama-2-70b": _llama_2(8192, 28_672, 80, 64, 8),
+    "llama-3-8b": _llama_3(4096, 14_336, 32, 32),
+    "llama-3-70b": _llama_3(8192, 28_672, 80, 64),
+}
+
+FAMILY = Family(
+    model_type="llama",
+    config=LlamaConfig,
+    models={"causal-lm": Llama},
+    prefix="model.",
+    # Older checkpoints carry the rotary frequencies, which the configuration already gives.
+    ignored=r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
+    sizes=_WELL_KNOWN,
+    gguf=_GGUF(),
+)

@@ -21,6 +21,7 @@ from flax import nnx
 from jax.sharding import Sharding
 
 from loft_jax.errors import InputError
+from loft_jax.models.family import PretrainedModel
 
 Quantization = Literal["none", "int8", "nf4"]
 """What frozen kernels are stored in; see :func:`quantize_kernels`."""
@@ -45,13 +46,13 @@ class QuantizedParam(nnx.Param):
         return (value if isinstance(value, jax.Array) else dequantize(value))[key]
 
 
-def quantize_kernels(model: Any, quantization: Quantization) -> None:
-    """Quantizes the kernels of the linear layers of a Llama's decoder layers, in place.
+def quantize_kernels(model: PretrainedModel, quantization: Quantization) -> None:
+    """Quantizes the kernels of the linear layers in a model's stack of layers, in place.
 
-    Embeddings, norms and the output head stay as they are.
+    Embeddings, norms and heads stay as they are.
 
     Args:
-        model: A `Llama`; under `nnx.eval_shape`, of shapes only.
+        model: Of a family; under `nnx.eval_shape`, of shapes only.
         quantization: "int8": integers with a scale for each output. "nf4": 4-bit NormalFloats with
             a scale for each output and 64 inputs. "none" does nothing.
 
@@ -70,9 +71,10 @@ def quantize_kernels(model: Any, quantization: Quantization) -> None:
     """
     if quantization == "none":
         return
-    for path, module in nnx.iter_modules(model.layers):
-        if isinstance(module, nnx.Linear):
-            name = ".".join(map(str, ("layers", *path, "kernel")))
+    tensors = model.table.tensors
+    for path, module in nnx.iter_modules(model):
+        name = ".".join(map(str, (*path, "kernel")))
+        if isinstance(module, nnx.Linear) and tensors[name].stacked:
             kernel = quantize(module.kernel[...], quantization, name=name)
             module.kernel = QuantizedParam(kernel)
 

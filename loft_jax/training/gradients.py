@@ -5,64 +5,63 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from loft_jax.models.activations import laid_out
-from loft_jax.models.loss import Arrays
+from loft_jax.tasks.task import Arrays
 from loft_jax.training.parts import Parts
 
 Tree = Any
-Sums = tuple[jax.Array, Tree, Tree]
-"""Of the loss, of the gradients, and the counters of the random streams behind them."""
+Loss = Callable[[Any, Arrays], tuple[jax.Array, jax.Array]]
+"""Of a model and a batch: the summed loss, and its weight."""
+
+Sums = tuple[jax.Array, jax.Array, Tree, Tree]
+"""Of the loss, of its weight, of the gradients, and the counters of the random streams after."""
 
 
 def make_gradients(
-    parts: Parts, accumulation_steps: int, mesh: Mesh | AbstractMesh | None
+    parts: Parts, loss: Loss, accumulation_steps: int, mesh: Mesh | AbstractMesh | None
 ) -> Callable[[Tree, Tree, Tree, Arrays], Sums]:
-    """The sums that a step divides by its number of tokens.
+    """The sums that a step divides by their weight.
 
     Args:
         parts: From `split_model`.
+        loss: Of a task.
         accumulation_steps: Parts of the batch, computed one after the other; divides its rows.
         mesh: That the step is split over, if it is.
 
     Returns:
         A function of trained parameters, counters of the random streams, frozen parameters and a
-        batch from `predicted`. Over copies of the model (`data`) it adds parts up once, behind the
-        last one, in float32; with dropout each copy then draws its own masks.
+        batch as the loss takes it. Over copies of the model (`data`) it adds parts up once, after
+        the last one, in float32; with dropout each copy then draws its own masks.
     """
 
     def summed_loss(
         params: Tree, streams: Tree, frozen: Tree, batch: Arrays
-    ) -> tuple[jax.Array, Tree]:
+    ) -> tuple[jax.Array, tuple[jax.Array, Tree]]:
         model = nnx.merge(parts.graphdef, params, streams, frozen, copy=True)
-        rows = {key: jnp.asarray(value) for key, value in batch.items()}
-        hidden, _ = model.hidden_states(
-            rows["tokens"], positions=rows["positions"], segment_ids=rows["segment_ids"]
-        )  # (b, t, hidden)
-        logits = model.logits(jnp.take_along_axis(hidden, rows["places"][..., None], axis=1))
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, rows["targets"])  # (b, k)
+        total, weight = loss(model, batch)
         streams = nnx.to_pure_dict(nnx.state(model, nnx.RngCount))
-        return jnp.sum(losses * rows["weights"]), streams
+        return total, (weight, streams)
 
     def summed_gradients(params: Tree, streams: Tree, frozen: Tree, batch: Arrays) -> Sums:
         value_and_grad = jax.value_and_grad(summed_loss, has_aux=True)
         if accumulation_steps == 1:
-            (loss, streams), grads = value_and_grad(params, streams, frozen, batch)
-            return loss, grads, streams
+            (total, (weight, streams)), grads = value_and_grad(params, streams, frozen, batch)
+            return total, weight, grads, streams
 
         def add(carry: Sums, part: Arrays) -> tuple[Sums, None]:
-            loss, grads, streams = carry
+            total, weight, grads, streams = carry
             part = jax.tree.map(laid_out, part)
-            (more, streams), extra = value_and_grad(params, streams, frozen, part)
-            return (loss + more, jax.tree.map(jnp.add, grads, extra), streams), None
+            (more, (heavier, streams)), extra = value_and_grad(params, streams, frozen, part)
+            grads = jax.tree.map(jnp.add, grads, extra)
+            return (total + more, weight + heavier, grads, streams), None
 
         divided = jax.tree.map(
             lambda x: jnp.reshape(x, (accumulation_steps, -1, *x.shape[1:])), batch
         )
-        start = (jnp.zeros([]), jax.tree.map(jnp.zeros_like, params), streams)
+        start = (jnp.zeros([]), jnp.zeros([]), jax.tree.map(jnp.zeros_like, params), streams)
         return jax.lax.scan(add, start, divided)[0]
 
     def summed_in_each_copy(params: Tree, streams: Tree, frozen: Tree, batch: Arrays) -> Sums:
@@ -74,8 +73,8 @@ def make_gradients(
             ),
             frozen,
         )
-        loss, grads, streams = summed_gradients(params, streams, frozen, batch)
-        return *jax.lax.psum((loss, grads), "data"), streams
+        total, weight, grads, streams = summed_gradients(params, streams, frozen, batch)
+        return *jax.lax.psum((total, weight, grads), "data"), streams
 
     if accumulation_steps == 1 or mesh is None or not _copies_apart(mesh):
         return summed_gradients

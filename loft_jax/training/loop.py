@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from loft_jax.errors import InputError
 from loft_jax.hub.host_arrays import whole
+from loft_jax.tasks.task import Measured
 from loft_jax.training.checkpoint import Checkpoints
 from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.config_io import (
@@ -169,8 +170,9 @@ def _started_with(checkpoints: Checkpoints, folder: Path) -> dict[str, Any]:
     return config_to_dict(with_precision(config_from_dict(load_config(folder / "config.yaml"))))
 
 
-def _named(evaluation: dict[str, float]) -> dict[str, float]:
-    return {f"eval_{name}": value for name, value in evaluation.items()}
+def _named(measured: Measured | None) -> dict[str, float]:
+    values = {} if measured is None else measured.values
+    return {f"eval_{name}": value for name, value in values.items()}
 
 
 def _evaluation(rows: Sequence[dict[str, Any]], step: int) -> dict[str, float]:
@@ -231,7 +233,7 @@ def _train(
                     loss=f"{values['train_loss']:.4f}",
                     tokens_s=f"{values['tokens_per_second']:.0f}",
                 )
-            measured = {}
+            measured: Measured | None = None
             if evaluates:
                 with speed.spent_on("eval"):
                     measured = run.evaluate(state)
@@ -240,7 +242,7 @@ def _train(
                 with speed.spent_on("save"):
                     skipped = _check_skipped(state, run, skipped)
                     if last or stopped or not whole(state.skipped)[1]:
-                        run.save(checkpoints, state, measured.get("loss"))
+                        run.save(checkpoints, state, measured)
             if stopped and not last:
                 break
     checkpoints.wait()

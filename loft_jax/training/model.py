@@ -2,20 +2,30 @@
 
 import dataclasses
 import hashlib
+import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 
 from loft_jax.errors import InputError, explained
 from loft_jax.hub import load_pretrained, save_peft_adapter, save_pretrained
 from loft_jax.lora import LoRAConfig, add_lora, lora_layers
-from loft_jax.models import Llama, LlamaConfig
+from loft_jax.models.family import (
+    Family,
+    ModelConfig,
+    ParameterTable,
+    PretrainedModel,
+    with_labels,
+)
 from loft_jax.models.quantized import quantize_kernels
+from loft_jax.tasks.registry import make_task
+from loft_jax.tasks.task import Task
 from loft_jax.training.checkpoint import Checkpoints
 from loft_jax.training.config import FinetuneConfig, Method
 from loft_jax.training.config_io import checked_fields, config_from_dict
@@ -29,43 +39,51 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def load_model(config: FinetuneConfig, mesh: Mesh | None = None) -> Llama:
+Model = TypeVar("Model", bound=PretrainedModel)
+
+
+def load_model(config: FinetuneConfig, task: Task, mesh: Mesh | None = None) -> PretrainedModel:
     """Loads the base model of a run and adds its adapters, as they start.
 
     Args:
         config: Its model, precision, method and LoRA fields are used.
+        task: Of the run.
         mesh: As for `load_base`.
 
     Returns:
         The model, in training mode.
     """
-    return adapted(load_base(config, mesh), config)
+    return adapted(load_base(config, task, mesh), config, task)
 
 
-def load_base(config: FinetuneConfig, mesh: Mesh | None = None) -> Llama:
+def load_base(config: FinetuneConfig, task: Task, mesh: Mesh | None = None) -> PretrainedModel:
     """Loads the base model of a run.
 
     Args:
-        config: Its model, precision, quantization and method are used.
+        config: Its model, precision, quantization, method and seed are used.
+        task: Of the run.
         mesh: Where its weights are split over; by default all lie on one device.
 
     Returns:
         The model, without adapters.
     """
 
-    def placement(sizes: LlamaConfig, path: str, shape: tuple[int, ...]) -> Sharding:
+    def placement(table: ParameterTable, path: str, shape: tuple[int, ...]) -> Sharding:
         assert mesh is not None
-        return NamedSharding(mesh, parameter_spec(path, shape, sizes, mesh))
+        return NamedSharding(mesh, parameter_spec(path, shape, table, mesh))
 
     return load_pretrained(
         config.model,
+        head=task.head,
+        labels=task.labels,
+        seed=config.seed,
         **_computation(config),
         quantization=config.quantization,
         placement=None if mesh is None else placement,
     )
 
 
-def base_fingerprint(base: Llama) -> str:
+def base_fingerprint(base: PretrainedModel) -> str:
     """What tells one base model from another, wherever its files lie and whatever its mesh.
 
     Args:
@@ -75,15 +93,17 @@ def base_fingerprint(base: Llama) -> str:
         32 hexadecimal digits, of every bit of its weights, in the dtypes they are held in, and of
         the constants of its forward pass.
     """
-    constants = [getattr(base.config, name) for name in _CONSTANTS]
+    constants = {k: v for k, v in base.config.to_hf().items() if k not in _NOT_COMPUTED_WITH}
     weights = tree_digest(nnx.to_pure_dict(nnx.state(base, nnx.Param)))
-    return hashlib.blake2b(repr((constants, weights)).encode(), digest_size=16).hexdigest()
+    told = json.dumps((constants, weights), sort_keys=True)
+    return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
 
 
-_CONSTANTS = (
-    "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_theta", "rope_scaling",
+_NOT_COMPUTED_WITH = (
+    "architectures", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id",
+    "max_position_embeddings",
 )  # fmt: skip
-"""Of a model's configuration, what changes its forward pass and no shape of its weights."""
+"""Of a model's configuration, what does not change its forward pass."""
 
 
 def check_fingerprints(saved: Mapping[str, Any], now: Mapping[str, str], *, doing: str) -> None:
@@ -113,21 +133,26 @@ _TOLD = {
 """What makes the fingerprint of a field another one."""
 
 
-def abstract_model(sizes: LlamaConfig, config: FinetuneConfig) -> Llama:
+def abstract_model(
+    family: Family, sizes: ModelConfig, config: FinetuneConfig, task: Task
+) -> PretrainedModel:
     """The model of a run as shapes: what `load_model` gives, with nothing read or allocated.
 
     Args:
-        sizes: Of the base model.
+        family: Of the base model.
+        sizes: Its configuration.
+        task: Of the run.
         config: As for `load_model`.
 
     Returns:
         The model, with a `jax.ShapeDtypeStruct` in the place of every array.
     """
 
-    def made() -> Llama:
-        model = Llama(sizes, rngs=nnx.Rngs(0), **_computation(config))
+    def made() -> PretrainedModel:
+        labelled = sizes if task.labels is None else with_labels(sizes, task.labels)
+        model = family.model(task.head)(labelled, rngs=nnx.Rngs(0), **_computation(config))
         quantize_kernels(model, config.quantization)
-        return adapted(model, config)
+        return adapted(model, config, task)
 
     return nnx.eval_shape(made)
 
@@ -156,12 +181,15 @@ def _computation(config: FinetuneConfig) -> dict[str, Any]:
     return {"dtype": config.dtype, "param_dtype": param_dtype, "remat": config.remat}
 
 
-def adapted(model: Llama, config: FinetuneConfig) -> Llama:
+def adapted(model: Model, config: FinetuneConfig, task: Task) -> Model:
     """Adds the adapters of a run to its base model, in place, as they start.
+
+    A head that trains beside them becomes float32.
 
     Args:
         model: The base model; under `nnx.eval_shape`, of shapes only.
         config: Its method and LoRA fields are used.
+        task: Of the run.
 
     Returns:
         The same model, in training mode; without adapters for method "full".
@@ -187,11 +215,14 @@ def adapted(model: Llama, config: FinetuneConfig) -> Llama:
         add_lora(model, lora, rngs=nnx.Rngs(config.seed))
         if config.method == "lora-fa":
             _refuse_embeddings(model)
+        heads = trained_kind(config.method, task.head_modules(model))
+        for _, variable in nnx.to_flat_state(nnx.state(model, heads)):
+            variable.set_value(variable.get_value().astype(jnp.float32))
     model.train()
     return model
 
 
-def _refuse_embeddings(model: Llama) -> None:
+def _refuse_embeddings(model: PretrainedModel) -> None:
     """What starts with an A of zero learns nothing from B alone."""
     for path, layer in lora_layers(model).items():
         if isinstance(layer, nnx.Embed):
@@ -201,19 +232,27 @@ def _refuse_embeddings(model: Llama) -> None:
             )
 
 
-def trained_kind(method: Method) -> type[nnx.Variable[Any]]:
+def trained_kind(method: Method, heads: Sequence[str] = ()) -> Any:
     """Tells what a method trains.
 
     Args:
         method: Of a run.
+        heads: Paths of the modules that train beside adapters.
 
     Returns:
-        The kind of its variables.
+        A filter of NNX for its variables.
     """
-    return nnx.Param if method == "full" else nnx.LoRAParam
+    if method == "full":
+        return nnx.Param
+    insides = tuple(f"{head}." for head in heads)
+
+    def in_heads(path: Sequence[Any], value: Any) -> bool:
+        return ".".join(map(str, path)).startswith(insides)
+
+    return nnx.Any(nnx.LoRAParam, nnx.All(nnx.Param, in_heads)) if heads else nnx.LoRAParam
 
 
-def scaling_of(model: Llama) -> Callable[[str], float]:
+def scaling_of(model: PretrainedModel) -> Callable[[str], float]:
     """Tells how the products of a model's adapters are scaled.
 
     Args:
@@ -244,7 +283,9 @@ def trained_with(run: Mapping[str, Any], where: str) -> FinetuneConfig:
     return with_precision(config_from_dict(checked_fields(run.get("config"), where)))
 
 
-def restore_model(config: FinetuneConfig, checkpoints: Checkpoints, step: int) -> Llama:
+def restore_model(
+    config: FinetuneConfig, checkpoints: Checkpoints, step: int
+) -> tuple[PretrainedModel, Task]:
     """The model of a run as it was at one of its checkpoints.
 
     Args:
@@ -253,18 +294,23 @@ def restore_model(config: FinetuneConfig, checkpoints: Checkpoints, step: int) -
         step: One of `checkpoints.steps()`.
 
     Returns:
-        The model, with its trained parameters.
+        The model, with its trained parameters, and the task that it was trained on.
 
     Raises:
         InputError: The checkpoint cannot be read, or is damaged; or the base model is not the one
             that the run was started with.
     """
-    base = load_base(config)
     with explained(f"{checkpoints.folder / str(step)}: does not tell what it was trained on"):
-        saved = checkpoints.run_of(step)["fingerprints"]
+        run = checkpoints.run_of(step)
+        told = run["task"]
+        task = make_task(
+            told["name"], None, config.data, choices=config.choices, labels=told["labels"]
+        )
+        base = load_base(config, task)
+        saved = run["fingerprints"]
         check_fingerprints(saved, {"model": base_fingerprint(base)}, doing="export")
-    model = adapted(base, config)
-    parts = split_model(model, trained_kind(config.method))
+    model = adapted(base, config, task)
+    parts = split_model(model, trained_kind(config.method, task.head_modules(model)))
     # Only the shape of the optimizer's state matters here, and that is the same at every rate.
     tx = make_optimizer(config, lambda count: 0.0, scaling_of(model))
     here = SingleDeviceSharding(jax.local_devices()[0])  # whatever mesh it was saved from
@@ -273,13 +319,14 @@ def restore_model(config: FinetuneConfig, checkpoints: Checkpoints, step: int) -
         jax.eval_shape(lambda: initial_state(parts, tx)),
     )
     state, _ = checkpoints.restore(step, like)
-    return parts.merged(state.params, state.streams)
+    return parts.merged(state.params, state.streams), task
 
 
 def export_trained(
-    model: Llama,
+    model: PretrainedModel,
     tokenizer: "PreTrainedTokenizerBase",
     method: Method,
+    task: Task,
     folder: str | os.PathLike[str],
     *,
     base_model: str,
@@ -290,6 +337,7 @@ def export_trained(
         model: The trained model.
         tokenizer: Goes with a whole model.
         method: Of the run.
+        task: Of the run.
         folder: Where `adapter/` or `model/` goes.
         base_model: What the run began with, as users name it.
 
@@ -297,7 +345,13 @@ def export_trained(
         The folder that was written.
     """
     if method != "full":
-        save_peft_adapter(Path(folder) / "adapter", model, base_model=base_model)
+        save_peft_adapter(
+            Path(folder) / "adapter",
+            model,
+            base_model=base_model,
+            task_type=task.peft_type,
+            modules_to_save=task.head_modules(model),
+        )
         return Path(folder) / "adapter"
     save_pretrained(Path(folder) / "model", model, tokenizer, base_model=base_model)
     return Path(folder) / "model"

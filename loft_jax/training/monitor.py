@@ -12,10 +12,9 @@ import jax
 import numpy as np
 
 from loft_jax.hub.host_arrays import whole
-from loft_jax.models import LlamaConfig
 from loft_jax.models.activations import gathered
 from loft_jax.optim.conditioning import factor_grams
-from loft_jax.training.flops import flops_per_token, peak_flops
+from loft_jax.training.flops import ModelFlops, peak_flops
 
 _PARTS = ("data", "eval", "save")
 
@@ -27,15 +26,15 @@ class Speedometer:
     interval after data, evaluation and saving is the steps'.
     """
 
-    def __init__(self, config: LlamaConfig, *, full: bool, devices: int) -> None:
+    def __init__(self, flops: ModelFlops, *, full: bool, devices: int) -> None:
         """Starts the clock.
 
         Args:
-            config: Of the model.
+            flops: Of the model.
             full: Whether all weights are trained.
             devices: How many compute.
         """
-        self._config, self._full, self._devices = config, full, devices
+        self._model_flops, self._full, self._devices = flops, full, devices
         self._peak = peak_flops(jax.local_devices()[0])
         self.restart()
 
@@ -58,7 +57,7 @@ class Speedometer:
         """Counts a step of so many tokens, padding apart, in rows of a length."""
         self._steps += 1
         self._tokens += tokens
-        self._flops += tokens * flops_per_token(self._config, length, full=self._full)
+        self._flops += tokens * self._model_flops.per_token(length, full=self._full)
 
     def read(self) -> dict[str, float]:
         """The figures of the interval, which ends; what was computed in it must have ended too.

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
-from loft_jax.models import Llama
+from loft_jax.models.family import PretrainedModel
 
 Tree = Any
 
@@ -19,17 +19,17 @@ class Parts(NamedTuple):
         frozen: All the rest: base weights, random keys.
     """
 
-    graphdef: nnx.GraphDef[Llama]
+    graphdef: nnx.GraphDef[PretrainedModel]
     params: Tree
     streams: Tree
     frozen: Tree
 
-    def merged(self, params: Tree, streams: Tree) -> Llama:
+    def merged(self, params: Tree, streams: Tree) -> PretrainedModel:
         """The model with other parameters and counters."""
         return nnx.merge(self.graphdef, params, streams, self.frozen, copy=True)
 
 
-def split_model(model: Llama, trained: type[nnx.Variable[Any]]) -> Parts:
+def split_model(model: PretrainedModel, trained: type[nnx.Variable[Any]]) -> Parts:
     """Takes a model apart.
 
     Args:

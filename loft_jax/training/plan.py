@@ -20,8 +20,11 @@ import optax
 from loft_jax.data import DataConfig
 from loft_jax.errors import InputError
 from loft_jax.hub import load_model_config
-from loft_jax.models import LlamaConfig, Quantization, Remat
-from loft_jax.models.llama_sizes import LLAMA_SIZES
+from loft_jax.models import Quantization, Remat
+from loft_jax.models.family import Family, ModelConfig
+from loft_jax.models.registry import WELL_KNOWN
+from loft_jax.tasks.registry import TASKS, make_task
+from loft_jax.tasks.task import Task
 from loft_jax.training.collectives import Collective, find_collectives
 from loft_jax.training.config import FinetuneConfig, MeshConfig, Method, SecondMoment, StateDtype
 from loft_jax.training.mesh import check_batch, make_mesh
@@ -41,7 +44,7 @@ class PlanConfig:
 
     Args:
         model: A config.json, a folder that has one, a GGUF file, a model on the Hugging Face hub,
-            or one of the names in `LLAMA_SIZES`. No weights are read.
+            or one of the names in `WELL_KNOWN`. No weights are read.
         topology: Generation and grid of chips, as in "v5e:2x4".
         method: "loft"; "lora" is AdamW on the factors; "full" is AdamW on all weights, then stored
             in float32.
@@ -120,7 +123,7 @@ class StepPlan:
 def plan_step(config: PlanConfig) -> StepPlan:
     """Compiles a train step ahead of time for TPUs that are not there.
 
-    A Llama-2-7B takes one to two minutes; nothing of its size is allocated.
+    A model of 7 billion weights takes one to two minutes; nothing of its size is allocated.
 
     Args:
         config: What to compile.
@@ -133,12 +136,12 @@ def plan_step(config: PlanConfig) -> StepPlan:
             there is no libtpu.
 
     Example:
-        >>> plan = plan_step(PlanConfig("llama-2-7b", "v5e:2x4"))  # doctest: +SKIP
+        >>> plan = plan_step(PlanConfig("config.json", "v5e:2x4"))  # doctest: +SKIP
         >>> plan.total < plan.memory  # doctest: +SKIP
         True
     """
-    parts, tx, shardings, topology, batch = _prepare(config)
-    step: Any = make_step(parts, tx, config.accumulation_steps, shardings)
+    task, parts, tx, shardings, topology, batch = _prepare(config)
+    step: Any = make_step(parts, task.loss, tx, config.accumulation_steps, shardings)
     state = _abstract_state(parts, tx)
 
     start = time.perf_counter()
@@ -198,7 +201,7 @@ def check_plan(config: PlanConfig) -> None:
         InputError: As `plan_step`.
 
     Example:
-        >>> check_plan(PlanConfig("llama-2-7b", "v5e:2x4"))  # doctest: +SKIP
+        >>> check_plan(PlanConfig("config.json", "v5e:2x4"))  # doctest: +SKIP
     """
     _prepare(config)
 
@@ -206,6 +209,7 @@ def check_plan(config: PlanConfig) -> None:
 class _Prepared(NamedTuple):
     """All that a step is compiled from."""
 
+    task: Task
     parts: Parts
     tx: optax.GradientTransformation
     shardings: StepShardings
@@ -229,39 +233,44 @@ def _prepare(config: PlanConfig) -> _Prepared:
         quantization=config.quantization,
         **_loft_settings(config),
     )
-    sizes = plan_model(config.model)
-    model = abstract_model(sizes, run)
+    family, sizes = plan_model(config.model)
+    task = _task_of(family, sizes)
+    model = abstract_model(family, sizes, run, task)
     topology = load_topology(config.topology, config.slices)
     mesh = make_mesh(config.mesh, topology.devices)
     check_batch(rows, config.accumulation_steps, mesh)
-    parts = split_model(model, trained_kind(config.method))
+    parts = split_model(model, trained_kind(config.method, task.head_modules(model)))
     tx = make_optimizer(run, make_schedule(run, steps=1000), scaling_of(model))
-    shardings = step_shardings(parts, tx, sizes, mesh, offload_optimizer=config.offload_optimizer)
-    return _Prepared(parts, tx, shardings, topology, _abstract_batch(rows, tokens))
+    shardings = step_shardings(
+        parts, tx, model.table, mesh, offload_optimizer=config.offload_optimizer
+    )
+    return _Prepared(task, parts, tx, shardings, topology, task.shapes(rows, tokens))
 
 
-def plan_model(name: str) -> LlamaConfig:
-    """The sizes of a model.
+def _task_of(family: Family, sizes: ModelConfig) -> Task:
+    """The first task that the family has a model for."""
+    name = next(name for name, task in TASKS.items() if task.head in family.models)
+    return make_task(name, None, DataConfig(""), labels=getattr(sizes, "labels", ()))
+
+
+def plan_model(name: str) -> tuple[Family, ModelConfig]:
+    """The family and the sizes of a model.
 
     Args:
         name: As `PlanConfig.model`.
 
     Returns:
-        Its configuration.
+        Its family and its configuration.
 
     Raises:
-        InputError: No such model, or one that is not a Llama.
-
-    Example:
-        >>> plan_model("llama-2-7b").num_hidden_layers
-        32
+        InputError: No such model, or one of a family that is not known.
     """
-    if name.lower() in LLAMA_SIZES:
-        return LLAMA_SIZES[name.lower()]
+    if name.lower() in WELL_KNOWN:
+        return WELL_KNOWN[name.lower()]
     try:
         return load_model_config(name)
     except InputError as error:
-        raise InputError(f"{error}; known by name: {', '.join(LLAMA_SIZES)}") from error
+        raise InputError(f"{error}; known by name: {', '.join(WELL_KNOWN)}") from error
 
 
 def plan_table(plans: Sequence[StepPlan]) -> str:
@@ -355,15 +364,6 @@ def _abstract_state(parts: Parts, tx: optax.GradientTransformation) -> TrainStat
         return initial_state(parts._replace(params=params, streams=streams), tx)
 
     return jax.eval_shape(start, parts.params, parts.streams)
-
-
-def _abstract_batch(rows: int, tokens: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch as `predicted` gives it, the loss being on every token."""
-    dtypes = dict.fromkeys(("tokens", "positions", "segment_ids", "places", "targets"), jnp.int32)
-    return {
-        name: jax.ShapeDtypeStruct((rows, tokens), dtype)
-        for name, dtype in {**dtypes, "weights": jnp.float32}.items()
-    }
 
 
 def _collectives(compiled: jax.stages.Compiled) -> tuple[Collective, ...] | None:

@@ -1,5 +1,6 @@
 """What a run is made of, from its configuration: data, model, optimizer, compiled step."""
 
+import dataclasses
 import logging
 import math
 from collections.abc import Mapping
@@ -10,16 +11,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from loft_jax.data import Batch, load_examples, tokenize, train_stream
+from loft_jax.data import Batch, load_examples, train_stream
 from loft_jax.errors import InputError, explained
 from loft_jax.hub import load_model_config, load_tokenizer
 from loft_jax.hub.host_arrays import whole
-from loft_jax.models import Llama
 from loft_jax.optim.state import state_bytes
+from loft_jax.tasks.registry import infer_task, make_task
+from loft_jax.tasks.task import Measured, within
 from loft_jax.training.checkpoint import Checkpoints
 from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.config_io import config_to_dict
 from loft_jax.training.distributed import place_batch
+from loft_jax.training.flops import ModelFlops
 from loft_jax.training.held_out import HeldOut
 from loft_jax.training.model import (
     adapted,
@@ -34,7 +37,7 @@ from loft_jax.training.monitor import Speedometer, largest_condition, memory_in_
 from loft_jax.training.optimizer import make_optimizer, make_schedule
 from loft_jax.training.parts import split_model
 from loft_jax.training.shardings import step_shardings
-from loft_jax.training.step import TrainState, initial_state, make_step, predicted
+from loft_jax.training.step import TrainState, initial_state, make_step
 
 _log = logging.getLogger(__name__)
 
@@ -45,6 +48,7 @@ class Run:
     Attributes:
         config: What it was made from.
         progress: Whether bars are shown.
+        task: What is learned.
         steps: How many there are.
         stream: Of training batches.
         parts: The model; its trained parameters are those of a state.
@@ -67,12 +71,17 @@ class Run:
         self.progress = progress
         self._mesh = mesh
         self._tokenizer = load_tokenizer(config.model)
-        self._sizes = load_model_config(config.model)
-        rows = load_examples(config.data)
-        data = tokenize(rows, self._tokenizer, config.data, vocab_size=self._sizes.vocab_size)
-        self.stream = train_stream(
-            data, config.data, batch_size=config.batch_size, seed=config.seed
-        )
+        family, sizes = load_model_config(config.model)
+        data = within(config.data, sizes)
+        rows, held_out = load_examples(data), None
+        if config.eval_path:
+            held_out = load_examples(
+                dataclasses.replace(data, path=config.eval_path, split=config.eval_split)
+            )
+        name = infer_task(family, rows, held_out, data, choices=config.choices)
+        self.task = make_task(name, rows, data, choices=config.choices)
+        tokens = self.task.tokenize(rows, self._tokenizer, data, vocab_size=sizes.vocab_size)
+        self.stream = train_stream(tokens, data, batch_size=config.batch_size, seed=config.seed)
         most = 2**31 - 1  # steps are counted in 32 bits
         self.steps = config.steps or math.ceil(
             min(config.epochs * self.stream.rows_per_epoch / config.batch_size, most + 1)
@@ -84,23 +93,31 @@ class Run:
                 f"reflora_warmup_steps is {config.reflora_warmup}, and the run has {self.steps} "
                 "steps: it would be plain LoRA; expected fewer"
             )
-        self._held_out = (
-            HeldOut(config, self._tokenizer, vocab_size=self._sizes.vocab_size, progress=progress)
-            if config.eval_path
-            else None
-        )
-        base = load_base(config, mesh)
+        self._held_out = None
+        if held_out is not None:
+            self._held_out = HeldOut(
+                self.task,
+                held_out,
+                self._tokenizer,
+                data,
+                batch_size=config.eval_batch_size,
+                vocab_size=sizes.vocab_size,
+                progress=progress,
+            )
+        base = load_base(config, self.task, mesh)
         self._fingerprints = {
             "model": base_fingerprint(base),
             "data.path": self.stream.get_state()["fingerprint"],
             "eval_path": self._held_out.fingerprint if self._held_out else "",
         }
-        model = adapted(base, config)
+        self._flops = ModelFlops.of(base)
+        model = adapted(base, config, self.task)
         self.schedule = make_schedule(config, self.steps)
         tx = make_optimizer(config, self.schedule, scaling_of(model))
-        parts = split_model(model, trained_kind(config.method))
+        heads = self.task.head_modules(model)
+        parts = split_model(model, trained_kind(config.method, heads))
         self._shardings = step_shardings(
-            parts, tx, self._sizes, mesh, offload_optimizer=config.offload_optimizer
+            parts, tx, model.table, mesh, offload_optimizer=config.offload_optimizer
         )
         layout = self._shardings.state
         self._own: Any = (
@@ -122,6 +139,7 @@ class Run:
         )
         self.step = make_step(
             self.parts,
+            self.task.loss,
             tx,
             config.accumulation_steps,
             self._shardings,
@@ -179,7 +197,7 @@ class Run:
         Returns:
             The arrays by name, as the step takes them.
         """
-        return place_batch(predicted(batch), self._shardings.batch)
+        return place_batch(self.task.inputs(batch), self._shardings.batch)
 
     def speedometer(self) -> Speedometer:
         """Starts a clock for the steps of this run.
@@ -188,7 +206,7 @@ class Run:
             It knows the sizes of the model, and what the method trains of it.
         """
         full = self.config.method == "full"
-        return Speedometer(self._sizes, full=full, devices=self._mesh.size)
+        return Speedometer(self._flops, full=full, devices=self._mesh.size)
 
     def report(
         self, state: TrainState, metrics: Mapping[str, jax.Array], skipped: int
@@ -214,13 +232,13 @@ class Run:
             **memory_in_use(),
         }
 
-    def save(self, checkpoints: Checkpoints, state: TrainState, eval_loss: float | None) -> None:
+    def save(self, checkpoints: Checkpoints, state: TrainState, measured: Measured | None) -> None:
         """Saves all that a resumed run needs.
 
         Args:
             checkpoints: Of the run.
             state: Behind the step to save.
-            eval_loss: The evaluation loss at this step, if there is one.
+            measured: The evaluation at this step, if there is one.
 
         Raises:
             InputError: Parameters are not finite, or nothing can be written.
@@ -234,8 +252,10 @@ class Run:
             "config": config_to_dict(self.config),
             "data": self.stream.get_state(),
             "fingerprints": self._fingerprints,
+            "task": {"name": self.task.name, "labels": list(self.task.labels or ())},
         }
-        checkpoints.save(state, plain, eval_loss)
+        rank = None if measured is None else self.task.rank(measured.values)
+        checkpoints.save(state, plain, rank)
 
     def export(self, state: TrainState) -> Path:
         """Writes the adapter, or the whole model for method "full".
@@ -250,21 +270,26 @@ class Run:
         if method == "full" and (folder / "model").exists():
             return folder / "model"  # whole, or not there: this run was at its end before
         return export_trained(
-            self._trained(state), self._tokenizer, method, folder, base_model=self.config.model
+            self._trained(state),
+            self._tokenizer,
+            method,
+            self.task,
+            folder,
+            base_model=self.config.model,
         )
 
-    def evaluate(self, state: TrainState) -> dict[str, float]:
+    def evaluate(self, state: TrainState) -> Measured | None:
         """Measures the model on the held-out examples.
 
         Args:
             state: Of which its parameters are used.
 
         Returns:
-            The mean loss, and accuracy if there are choices; empty without such examples.
+            What the task measures; None without such examples.
         """
-        return {} if self._held_out is None else self._held_out.measure(self._trained(state))
+        return None if self._held_out is None else self._held_out.measure(self._trained(state))
 
-    def _trained(self, state: TrainState) -> Llama:
+    def _trained(self, state: TrainState) -> Any:
         return self.parts.merged(state.params, state.streams)
 
 

@@ -1,8 +1,8 @@
 """Rules for how every array of a run lies on its mesh.
 
-Models name the axes of their parameters (`loft_jax.models.llama_layout.logical_axes`); here these
-names meet those of the mesh. All is GSPMD: the compiled step is the one of a single device, with
-shardings at its borders and on the residual stream.
+Models name the axes of their parameters (`ParameterTable.logical_axes`); here these names meet
+those of the mesh. All is GSPMD: the compiled step is the one of a single device, with shardings at
+its borders and on the residual stream.
 """
 
 import math
@@ -14,9 +14,8 @@ import jax
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from loft_jax.models import LlamaConfig
 from loft_jax.models.activations import BATCH_AXES
-from loft_jax.models.llama_layout import logical_axes
+from loft_jax.models.family import ParameterTable
 from loft_jax.optim.state import state_shardings
 from loft_jax.training.parts import Parts
 from loft_jax.training.step import HOST_MEMORY, StepShardings, TrainState
@@ -37,7 +36,7 @@ _RULES: Mapping[str | None, str] = {
 def step_shardings(
     parts: Parts,
     tx: optax.GradientTransformation,
-    config: LlamaConfig,
+    table: ParameterTable,
     mesh: Mesh,
     *,
     offload_optimizer: bool = False,
@@ -51,7 +50,7 @@ def step_shardings(
     Args:
         parts: From `split_model`; shapes are enough.
         tx: The optimizer.
-        config: Of the model.
+        table: Of the model's parameters.
         mesh: From `make_mesh`.
         offload_optimizer: Whether the optimizer's state lies in the memory of the hosts.
 
@@ -67,7 +66,7 @@ def step_shardings(
                 parameter_spec(
                     jax.tree_util.keystr(path, simple=True, separator="."),
                     leaf.shape,
-                    config,
+                    table,
                     mesh,
                 ),
             ),
@@ -93,7 +92,7 @@ def step_shardings(
 
 
 def parameter_spec(
-    path: str, shape: Sequence[int], config: LlamaConfig, mesh: Mesh
+    path: str, shape: Sequence[int], table: ParameterTable, mesh: Mesh
 ) -> PartitionSpec:
     """How one array of a model is split.
 
@@ -110,22 +109,21 @@ def parameter_spec(
     Args:
         path: Dotted path of the array.
         shape: Its shape.
-        config: Of the model.
+        table: Of the model's parameters.
         mesh: From `make_mesh`.
 
     Returns:
         A mesh axis, several, or None for each axis of the array.
 
     Example:
+        >>> from loft_jax.models.family import ParameterTable, linear
         >>> from loft_jax.training.config import MeshConfig
         >>> from loft_jax.training.mesh import make_mesh
-        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
-        ...                      num_hidden_layers=2, num_attention_heads=4,
-        ...                      num_key_value_heads=2, head_dim=8)
+        >>> table = ParameterTable(linear("layers.up", "model.layers.{}.up", ("embed", "mlp")))
         >>> mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-        >>> parameter_spec("layers.mlp.up_proj.kernel", (2, 32, 48), config, mesh)
+        >>> parameter_spec("layers.up.kernel", (2, 32, 48), table, mesh)
         P(None, 'fsdp', 'tensor')
-        >>> parameter_spec("layers.mlp.up_proj.lora_b", (2, 4, 48), config, mesh)
+        >>> parameter_spec("layers.up.lora_b", (2, 4, 48), table, mesh)
         P(None, None, ('tensor', 'fsdp'))
     """
     path = re.sub(r"\.kernel\.(qvalue|scale)$", ".kernel", path)  # of a quantized one
@@ -133,18 +131,18 @@ def parameter_spec(
     factors = {"lora_a": -2, "lora_start_a": -2, "lora_b": -1, "lora_start_b": -1}  # its long axis
     if name not in ("kernel", "embedding", "bias", "scale", "lora_magnitude", *factors):
         return PartitionSpec()
-    own = logical_axes(path)
+    own = table.logical_axes(path)
     split = [_mesh_axes(axis) for axis in own]
     if name in factors:
         long = factors[name]
-        (other,) = set(logical_axes(f"{module}.kernel")[-2:]) - {own[long]}
-        split[long] += _mesh_axes(other)
-        heads = {}
+        weight = table.logical_axes(table.weight(module))
+        split[long] += _mesh_axes(weight[-1] if long == -2 else weight[-2])
+        counts: Mapping[str, int] = {}
     else:
-        heads = {"heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads}
+        counts = table.units
     spec: list[Any] = []
     for axis, size, names in zip(own, shape, split, strict=True):
-        units = math.gcd(size, heads.get(axis or "", size))
+        units = math.gcd(size, counts.get(axis or "", size))
         while names and units % math.prod(mesh.shape[name] for name in names):
             names = names[:-1]
         spec.append(names[0] if len(names) == 1 else names or None)

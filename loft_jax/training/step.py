@@ -5,13 +5,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec, use_abstract_mesh
 
-from loft_jax.data import Batch
-from loft_jax.models.loss import Arrays
-from loft_jax.training.gradients import make_gradients
+from loft_jax.tasks.task import Arrays
+from loft_jax.training.gradients import Loss, make_gradients
 from loft_jax.training.parts import Parts
 
 Tree = Any
@@ -60,35 +58,9 @@ def initial_state(parts: Parts, tx: optax.GradientTransformation) -> TrainState:
     return TrainState(*counters, params, tx.init(params), streams)
 
 
-def predicted(batch: Batch) -> Batch:
-    """Adds which tokens of a batch are to be predicted, so that only they meet the output head.
-
-    Where the loss is on completions only, most positions carry none, and logits are the largest
-    array of a step: (b, t, vocab) in float32.
-
-    Args:
-        batch: `tokens` and `loss_mask` (b, t), as `loft_jax.data` makes them.
-
-    Returns:
-        The batch without `loss_mask`, with `places` (b, k) int32, the positions whose next token is
-        predicted, `targets` (b, k) int32, those tokens, and `weights` (b, k) float32, 0 where a row
-        has fewer than k. k is a power of two or t, so that few shapes are compiled.
-    """
-    learned = batch["loss_mask"][:, 1:] > 0  # (b, t - 1)
-    length = learned.shape[1] + 1
-    most = max(1, int(learned.sum(axis=1).max()))
-    k = min(length, 1 << (most - 1).bit_length())
-    # A stable sort brings the learned positions to the front, in order.
-    places = np.argsort(~learned, axis=1, kind="stable")[:, :k].astype(np.int32)
-    places = np.pad(places, ((0, 0), (0, k - places.shape[1])))
-    weights = np.arange(k) < learned.sum(axis=1, keepdims=True)
-    targets = np.take_along_axis(batch["tokens"], np.minimum(places + 1, length - 1), axis=1)
-    out = {key: batch[key] for key in ("tokens", "positions", "segment_ids")}
-    return {**out, "places": places, "targets": targets, "weights": weights.astype(np.float32)}
-
-
 def make_step(
     parts: Parts,
+    loss: Loss,
     tx: optax.GradientTransformation,
     accumulation_steps: int = 1,
     shardings: StepShardings | None = None,
@@ -97,16 +69,17 @@ def make_step(
 ) -> Callable[[TrainState, Tree, Arrays], tuple[TrainState, dict[str, jax.Array]]]:
     """Compiles the step of a run.
 
-    The loss is the mean over all predicted tokens of the batch, however many parts it is computed
-    in: sums of loss and gradient are divided once, by the tokens of the whole batch. Over copies of
-    the model (`data`) they are added up once too, behind the last part, in float32; with dropout
-    each copy then draws its own.
+    The loss is the mean over all that weighs in the batch, however many parts it is computed in:
+    sums of loss and gradient are divided once, by the weight of the whole batch. Over copies of the
+    model (`data`) they are added up once too, after the last part, in float32; with dropout each
+    copy then draws its own.
 
     A step whose loss or gradient is not finite leaves parameters and optimizer as they are. From
     `max_skipped_steps` of them in a row on all are skipped, however late the caller notices.
 
     Args:
         parts: From `split_model`.
+        loss: Of a task.
         tx: The optimizer.
         accumulation_steps: Parts of the batch, computed one after the other; divides its rows.
         shardings: Where its arguments and results lie on a mesh, from
@@ -115,13 +88,13 @@ def make_step(
         max_skipped_steps: Steps skipped in a row after which nothing moves.
 
     Returns:
-        A jitted function of state (donated), frozen parameters and a batch from `predicted`. It
-        gives the next state and metrics: `loss` (nats a token), `grad_norm` (global norm of the
+        A jitted function of state (donated), frozen parameters and a batch as the loss takes it. It
+        gives the next state and metrics: `loss` (the mean), `grad_norm` (global norm of the
         gradients; where the optimizer clips by the norm of projected ones, that norm) and
         `update_norm` (global norm of what was added to the parameters).
     """
     gradients = make_gradients(
-        parts, accumulation_steps, None if shardings is None else shardings.batch.mesh
+        parts, loss, accumulation_steps, None if shardings is None else shardings.batch.mesh
     )
 
     def moved(opt_state: Tree, kind: str) -> Tree:
@@ -141,17 +114,17 @@ def make_step(
     def step(
         state: TrainState, frozen: Tree, batch: Arrays
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        loss, grads, streams = gradients(state.params, state.streams, frozen, batch)
-        count = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+        total, weight, grads, streams = gradients(state.params, state.streams, frozen, batch)
+        count = jnp.maximum(weight, 1.0)
         grads = jax.tree.map(lambda g: g / count, grads)
         # What the optimizer can compute without gradients, such as bases, would else be computed
         # early and lie beside the activations.
-        grads, state, loss, count, streams = jax.lax.optimization_barrier(
-            (grads, state, loss, count, streams)
+        grads, state, total, count, streams = jax.lax.optimization_barrier(
+            (grads, state, total, count, streams)
         )
         grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        total, streak = state.skipped
+        finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
+        skipped_in_all, streak = state.skipped
         moves = finite & (streak < max_skipped_steps)
 
         def update(params: Tree, opt_state: Tree) -> tuple[Tree, Tree, jax.Array, jax.Array]:
@@ -172,9 +145,9 @@ def make_step(
             state.params,
             state.opt_state,
         )
-        skipped = jnp.where(moves, jnp.stack([total, 0]), state.skipped + 1)
+        skipped = jnp.where(moves, jnp.stack([skipped_in_all, 0]), state.skipped + 1)
         metrics = {
-            "loss": loss / count,
+            "loss": total / count,
             "grad_norm": grad_norm,
             "update_norm": update_norm,
         }

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from loft_jax.data import Example
 from loft_jax.data.batches import bucket_lengths, pack, pad_batch, smallest_bucket
 from loft_jax.hub.pretrained import load_pretrained
-from loft_jax.models.loss import summed_loss
+from loft_jax.tasks.causal_lm import CausalLM, predicted
 from tests.tiny import save_tiny_llama
 
 
@@ -89,13 +89,10 @@ def test_packed_rows_give_the_loss_of_separate_rows(tmp_path):
 
     @nnx.jit
     def loss(model, batch):
-        logits = model(
-            batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]
-        )
-        return summed_loss(logits, batch)
+        return CausalLM().loss(model, batch)
 
     def loss_of(rows, **shape):
-        return np.asarray(loss(model, pad_batch(rows, pad_id=0, **shape)))
+        return np.asarray(loss(model, predicted(pad_batch(rows, pad_id=0, **shape))))
 
     packed = loss_of([examples[:3], examples[3:]], batch_size=2, length=32)
     separate = sum(loss_of([[one]], batch_size=1, length=12) for one in examples)

@@ -11,7 +11,6 @@ import jax
 from flax import nnx
 
 from loft_jax.data import DataConfig, eval_batches, load_examples, tokenize
-from loft_jax.evaluation.choices import bring_choices
 from loft_jax.hub import (
     load_model_config,
     load_peft_adapter,
@@ -21,6 +20,7 @@ from loft_jax.hub import (
 )
 from loft_jax.hub.pretrained import stored_dtype
 from loft_jax.lora import LoRAConfig, add_lora
+from loft_jax.tasks.choice import bring_choices
 from loft_jax.training.checkpoint import Checkpoints
 from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.config_io import config_from_dict, load_config, save_config

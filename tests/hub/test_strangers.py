@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from loft_jax.errors import InputError
-from loft_jax.evaluation.generation import generate
+from loft_jax.generation import generate
 from loft_jax.hub import (
     load_model_config,
     load_peft_adapter,

@@ -250,7 +250,7 @@ def test_parts_of_a_run_and_how_they_lie_on_a_mesh(fields, quantization):
 
         def spec(name, module=module, layer=layer):
             path = f"layers.{module}.{name}"
-            return parameter_spec(path, getattr(layer, name).shape, model.config, mesh)
+            return parameter_spec(path, getattr(layer, name).shape, model.table, mesh)
 
         for factor in "ab":
             assert spec(f"lora_start_{factor}") == spec(f"lora_{factor}")

@@ -5,7 +5,7 @@ import transformers
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from loft_jax.models import LlamaConfig
-from loft_jax.models.rope import rotate, rotation
+from loft_jax.models.rope import inverse_frequencies, rotate, rotation
 
 SIZES = {
     "model_type": "llama",
@@ -38,7 +38,9 @@ def test_rotation_equals_transformers(scaling):
     queries = torch.tensor(x)
     expected, _ = apply_rotary_pos_emb(queries, queries, cos, sin, unsqueeze_dim=2)
 
-    found = rotate(x, *rotation(LlamaConfig.from_hf(hf), positions))
+    config = LlamaConfig.from_hf(hf)
+    frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    found = rotate(x, *rotation(frequencies, positions))
     # float32 angles of up to 2000 radians: one unit in the last place is 1.2e-4
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-3)
     near = positions < 100

@@ -17,12 +17,13 @@ from loft_jax import LoRAConfig, add_lora, load_pretrained, loft, save_pretraine
 from loft_jax.hub.safetensors_io import Safetensors
 from loft_jax.models import Llama, LlamaConfig
 from loft_jax.models.quantized import quantize_kernels
+from loft_jax.tasks.causal_lm import CausalLM, predicted
 from loft_jax.training.config import MeshConfig
 from loft_jax.training.digest import tree_digest
 from loft_jax.training.mesh import make_mesh
 from loft_jax.training.parts import split_model
 from loft_jax.training.shardings import parameter_spec, step_shardings
-from loft_jax.training.step import initial_state, make_step, predicted
+from loft_jax.training.step import initial_state, make_step
 
 # Three layers, so that no other axis has the size of the stack.
 CONFIG = LlamaConfig(
@@ -76,13 +77,13 @@ def run(sizes, accumulation_steps=1, quantization="none"):
     tx = loft(1e-2, eps=1e-3, weight_decay=0.1, max_grad_norm=1.0)
     state, frozen, found = initial_state(parts, tx), parts.frozen, {}
     if sizes is None:
-        step = make_step(parts, tx, accumulation_steps)
+        step = make_step(parts, CausalLM().loss, tx, accumulation_steps)
     else:
         mesh = make_mesh(MeshConfig(*sizes))
-        shardings = step_shardings(parts, tx, CONFIG, mesh)
+        shardings = step_shardings(parts, tx, Llama.parameter_table(CONFIG), mesh)
         state = jax.device_put(state, shardings.state)
         frozen = jax.device_put(frozen, shardings.frozen)
-        step = make_step(parts, tx, accumulation_steps, shardings)
+        step = make_step(parts, CausalLM().loss, tx, accumulation_steps, shardings)
         text = step.lower(state, frozen, next(batches())).compile().as_text().splitlines()
         entry = text.index(next(line for line in text if line.startswith("ENTRY")))
         found["reduced_in_loops"] = [line for line in text[:entry] if " all-reduce(" in line]
@@ -113,8 +114,8 @@ def load(folder, sizes):
         read[0] += tensor.nbytes
         return tensor
 
-    def placement(config, path, shape):
-        return NamedSharding(mesh, parameter_spec(path, shape, config, mesh))
+    def placement(table, path, shape):
+        return NamedSharding(mesh, parameter_spec(path, shape, table, mesh))
 
     def unaligned(shape, dtype=float, *how, empty=np.empty, **others):
         """What a CPU device has to copy; an array aligned to 64 bytes it takes for its own."""

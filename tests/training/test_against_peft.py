@@ -13,10 +13,11 @@ from peft.optimizers import (
 from transformers import LlamaForCausalLM
 
 from loft_jax import save_peft_adapter
+from loft_jax.tasks.causal_lm import CausalLM, predicted
 from loft_jax.training.model import load_model, scaling_of, trained_kind
 from loft_jax.training.optimizer import make_optimizer
 from loft_jax.training.parts import split_model
-from loft_jax.training.step import initial_state, make_step, predicted
+from loft_jax.training.step import initial_state, make_step
 
 RANK, ALPHA, RATE, DECAY = 4, 8.0, 3e-3, 0.1
 ROWS, TOKENS, VOCAB = 6, 24, 400
@@ -94,14 +95,14 @@ def test_losses_are_those_of_peft(
             **settings,
         }
     )
-    model = load_model(config)
+    model = load_model(config, CausalLM())
     theirs = torch_model(config, model, tmp_path)
     optimizer = make_torch_optimizer(theirs)
     trained = [p for p in theirs.parameters() if p.requires_grad]
 
     tx = make_optimizer(config, optax.constant_schedule(RATE), scaling_of(model))
     parts = split_model(model, trained_kind(config.method))
-    state, step = initial_state(parts, tx), make_step(parts, tx)
+    state, step = initial_state(parts, tx), make_step(parts, CausalLM().loss, tx)
     losses = []
     for tokens in batches():
         state, metrics = step(state, parts.frozen, batch_of(tokens))

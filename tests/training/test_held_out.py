@@ -1,13 +1,22 @@
 """What a run measures on its held-out examples."""
 
+import dataclasses
 import json
 
 import pytest
 
+from loft_jax.data import load_examples
 from loft_jax.errors import InputError
-from loft_jax.evaluation.choices import score_choices
 from loft_jax.hub import load_pretrained, load_tokenizer
+from loft_jax.tasks.causal_lm import CausalLM
+from loft_jax.tasks.choice import Choice, score_choices
 from loft_jax.training.held_out import HeldOut
+
+
+def held_out(task, config, tokenizer, path, **options):
+    data = dataclasses.replace(config.data, path=str(path))
+    rows = load_examples(data)
+    return HeldOut(task, rows, tokenizer, data, batch_size=16, progress=False, **options)
 
 
 def test_rows_with_answers_of_their_own_are_compared(make_config, workspace, tmp_path):
@@ -25,11 +34,11 @@ def test_rows_with_answers_of_their_own_are_compared(make_config, workspace, tmp
     ]
     path = tmp_path / "questions.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = make_config(eval_path=str(path))
+    config = make_config()
     model, tokenizer = load_pretrained(config.model), load_tokenizer(config.model)
-    measured = HeldOut(config, tokenizer, progress=False).measure(model)
+    measured = held_out(Choice(), config, tokenizer, path).measure(model)
     scores = score_choices(model, tokenizer, rows, config.data, progress=False)
-    assert measured == {
+    assert measured.values == {
         "loss": pytest.approx(scores.nll),
         "accuracy": scores.accuracy,
         "accuracy_norm": scores.accuracy_norm,
@@ -38,18 +47,18 @@ def test_rows_with_answers_of_their_own_are_compared(make_config, workspace, tmp
 
 
 def test_examples_without_answers_give_the_loss_of_a_token(make_config, workspace):
-    config = make_config(eval_path=str(workspace / "test.jsonl"))
-    held_out = HeldOut(config, load_tokenizer(config.model), progress=False)
-    assert set(held_out.measure(load_pretrained(config.model))) == {"loss"}
+    config = make_config()
+    examples = held_out(CausalLM(), config, load_tokenizer(config.model), workspace / "test.jsonl")
+    assert set(examples.measure(load_pretrained(config.model)).values) == {"loss"}
 
 
 def test_answers_without_weights_are_refused_before_there_is_a_model(make_config, tmp_path):
     path = tmp_path / "questions.jsonl"
     row = {"prompt": "Is it dull?", "choices": [" yes", " no"], "answer": 1}
     path.write_text(json.dumps(row) + "\n")
-    config = make_config(eval_path=str(path))
+    config = make_config()
     tokenizer = load_tokenizer(config.model)
     largest = max(tokenizer(" yes no Is it dull?")["input_ids"])
-    HeldOut(config, tokenizer, vocab_size=largest + 1, progress=False)
+    held_out(Choice(), config, tokenizer, path, vocab_size=largest + 1)
     with pytest.raises(InputError, match=rf"row 0: the tokenizer gives token {largest} "):
-        HeldOut(config, tokenizer, vocab_size=largest, progress=False)
+        held_out(Choice(), config, tokenizer, path, vocab_size=largest)

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from loft_jax.errors import InputError
-from loft_jax.models import LlamaConfig
+from loft_jax.models import Llama, LlamaConfig
 from loft_jax.training.config import MeshConfig
 from loft_jax.training.mesh import check_batch, make_mesh
 from loft_jax.training.shardings import parameter_spec
@@ -25,7 +25,7 @@ MESHES = ([8, 1, 1], [1, 8, 1], [2, 2, 2], [1, 4, 2])
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is for Linux on x86-64"
 )
-CONFIG = LlamaConfig(400, 32, 48, 3, 4, 2, 8)
+TABLE = Llama.parameter_table(LlamaConfig(400, 32, 48, 3, 4, 2, 8))
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_heads_that_tensor_does_not_divide_stay_whole():
     attention = "layers.self_attn."
 
     def spec(name, *shape):
-        return parameter_spec(attention + name, shape, CONFIG, mesh)
+        return parameter_spec(attention + name, shape, TABLE, mesh)
 
     assert spec("q_proj.kernel", 3, 32, 32) == PartitionSpec(None, "fsdp", "tensor")
     assert spec("k_proj.kernel", 3, 32, 16) == PartitionSpec(None, "fsdp", None)
@@ -161,7 +161,7 @@ def test_heads_that_tensor_does_not_divide_stay_whole():
 
 def test_sizes_that_the_mesh_does_not_divide_stay_whole():
     mesh = AbstractMesh((1, 8, 1), ("data", "fsdp", "tensor"))
-    spec = parameter_spec("embed_tokens.embedding", (401, 36), CONFIG, mesh)
+    spec = parameter_spec("embed_tokens.embedding", (401, 36), TABLE, mesh)
     assert spec == PartitionSpec("tensor", None)
 
 

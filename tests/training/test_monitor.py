@@ -4,19 +4,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loft_jax.models import LlamaConfig
 from loft_jax.training import monitor
-from loft_jax.training.flops import flops_per_token
+from loft_jax.training.flops import ModelFlops
 from loft_jax.training.monitor import Speedometer, largest_condition, memory_in_use
 
-CONFIG = LlamaConfig(400, 32, 48, 2, 4, 2, 8)
+FLOPS = ModelFlops(weights=10_000, width=64)
 
 
 def test_time_is_split_and_adds_up(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(monitor, "peak_flops", lambda device: 1e6)
-    speed = Speedometer(CONFIG, full=False, devices=2)
+    speed = Speedometer(FLOPS, full=False, devices=2)
     for seconds, part in ((1.0, "data"), (5.0, "eval"), (2.0, "save"), (1.0, "data")):
         with speed.spent_on(part):
             now[0] += seconds
@@ -27,14 +26,14 @@ def test_time_is_split_and_adds_up(monkeypatch):
     assert values["tokens_per_second"] == 10.0
     assert values["seconds_per_step"] == 2.0
     assert [values[f"seconds_{part}"] for part in ("data", "eval", "save")] == [2.0, 5.0, 2.0]
-    assert values["mfu"] == pytest.approx(10 * flops_per_token(CONFIG, 16, full=False) / 2e6)
+    assert values["mfu"] == pytest.approx(10 * FLOPS.per_token(16, full=False) / 2e6)
     speed.count(1, 16)
     now[0] += 1.0
     assert speed.read()["seconds_data"] == 0.0
 
 
 def test_no_share_of_a_peak_that_is_not_known():
-    speed = Speedometer(CONFIG, full=True, devices=1)
+    speed = Speedometer(FLOPS, full=True, devices=1)
     speed.count(1, 16)
     assert "mfu" not in speed.read()
 
@@ -44,7 +43,7 @@ def test_flops_are_those_that_xla_counts():
     import jax
     from flax import nnx
 
-    from loft_jax.models import Llama
+    from loft_jax.models import Llama, LlamaConfig
 
     config = LlamaConfig(512, 256, 512, 4, 4, 4, 64)
     model = Llama(config, rngs=nnx.Rngs(0))
@@ -54,7 +53,7 @@ def test_flops_are_those_that_xla_counts():
     lowered = forward.lower(state, jnp.zeros((rows, length), jnp.int32))
     unrolled = lowered.compile().cost_analysis()["flops"]
     # XLA counts the body of the scan once.
-    full = flops_per_token(config, length, full=True) / 3 * rows * length
+    full = ModelFlops.of(model).per_token(length, full=True) / 3 * rows * length
     head = 2 * 256 * 512 * rows * length
     body = (full - head) / 4
     assert unrolled == pytest.approx(head + body, rel=0.1)

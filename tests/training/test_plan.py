@@ -10,7 +10,7 @@ import pytest
 
 from loft_jax.cli import main
 from loft_jax.errors import InputError
-from loft_jax.models.llama_sizes import LLAMA_SIZES
+from loft_jax.models.registry import WELL_KNOWN
 from loft_jax.training.config import MeshConfig
 from loft_jax.training.plan import PlanConfig, plan_model, plan_step, plan_table
 from loft_jax.training.topology import load_topology
@@ -206,7 +206,7 @@ def test_the_users_environment_stays(monkeypatch):
 
 def test_models_by_name_have_their_published_sizes():
     def parameters(name):
-        c = LLAMA_SIZES[name]
+        c = WELL_KNOWN[name][1]
         width, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         layer = c.hidden_size * (2 * width + 2 * kv + 3 * c.intermediate_size + 2)
         return c.num_hidden_layers * layer + c.hidden_size * (2 * c.vocab_size + 1)
@@ -218,5 +218,5 @@ def test_models_by_name_have_their_published_sizes():
         "llama-3-8b": 8_030_261_248,
         "llama-3-70b": 70_553_706_496,
     }
-    assert {name: parameters(name) for name in LLAMA_SIZES} == published
-    assert plan_model("Llama-2-7B") is LLAMA_SIZES["llama-2-7b"]
+    assert {name: parameters(name) for name in published} == published
+    assert plan_model("Llama-2-7B") is WELL_KNOWN["llama-2-7b"]

@@ -9,8 +9,11 @@ from loft_jax.hub import load_pretrained
 from loft_jax.lora import LoRAConfig, add_lora
 from loft_jax.optim.links import clip_by_projected_norm, project_gradients
 from loft_jax.optim.loft import loft
+from loft_jax.tasks.causal_lm import CausalLM, predicted
 from loft_jax.training.parts import split_model
-from loft_jax.training.step import initial_state, make_step, predicted
+from loft_jax.training.step import initial_state, make_step
+
+LOSS = CausalLM().loss
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,7 @@ def test_loss_and_gradient_are_those_of_every_position(parts, learned):
     value, grads = jax.value_and_grad(lambda p: plain_loss(parts, p, batch))(parts.params)
     tx = optax.sgd(1.0)
     state = initial_state(parts, tx)
-    after, metrics = make_step(parts, tx)(state, parts.frozen, predicted(batch))
+    after, metrics = make_step(parts, LOSS, tx)(state, parts.frozen, predicted(batch))
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
     expected = jax.tree.map(lambda p, g: p - g, parts.params, grads)
     jax.tree.map(
@@ -72,7 +75,7 @@ def test_accumulation_equals_the_large_batch(parts, tx):
     results = []
     for accumulation in (1, 4):
         state = initial_state(parts, tx)
-        step = make_step(parts, tx, accumulation)
+        step = make_step(parts, LOSS, tx, accumulation)
         for seed in (None, 2, 3):
             rows = batch if seed is None else random_batch(seed)
             state, metrics = step(state, parts.frozen, predicted(rows))
@@ -110,7 +113,7 @@ def test_dropout_draws_anew_at_every_step(workspace):
             layer.lora_b.set_value(jnp.ones_like(layer.lora_b[...]))
     dropping = split_model(model, nnx.LoRAParam)
     tx = optax.sgd(0.0)
-    step, state = make_step(dropping, tx), initial_state(dropping, tx)
+    step, state = make_step(dropping, LOSS, tx), initial_state(dropping, tx)
     losses = []
     for _ in range(3):
         state, metrics = step(state, dropping.frozen, predicted(random_batch(0)))
@@ -130,7 +133,7 @@ def assert_equal(x, y):
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count(parts):
     tx = loft(1e-2, eps=1e-3, max_grad_norm=1.0)
-    step = make_step(parts, tx, max_skipped_steps=3)
+    step = make_step(parts, LOSS, tx, max_skipped_steps=3)
     good = [predicted(random_batch(seed)) for seed in range(3)]
     bad = broken(random_batch(7))
 
@@ -155,7 +158,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(parts):
 def test_behind_too_many_skipped_steps_nothing_moves(parts):
     """So that it does not matter when somebody looks."""
     tx = optax.sgd(1.0)
-    step = make_step(parts, tx, max_skipped_steps=2)
+    step = make_step(parts, LOSS, tx, max_skipped_steps=2)
     state = initial_state(parts, tx)
     for batch in [broken(random_batch(0))] * 2 + [predicted(random_batch(1))]:
         state, _ = step(state, parts.frozen, batch)
@@ -172,7 +175,7 @@ def test_the_norm_told_is_the_one_that_clips(parts):
         optax.chain(project_gradients(), clip_by_projected_norm(1.0)),
         optax.sgd(1.0),
     ):
-        _, metrics = make_step(parts, tx)(initial_state(parts, tx), parts.frozen, batch)
+        _, metrics = make_step(parts, LOSS, tx)(initial_state(parts, tx), parts.frozen, batch)
         norms.append(float(metrics["grad_norm"]))
     np.testing.assert_allclose(norms[0], norms[1], rtol=1e-6)
     assert abs(norms[2] / norms[0] - 1) > 0.1

@@ -18,10 +18,11 @@ from loft_jax.data.encode import column_names, pad_id, text_of, truncate
 from loft_jax.data.text import check_tokens, encode_continuations, encode_starts
 from loft_jax.data.told import Joins, tell_unused
 from loft_jax.errors import InputError, shown
-from loft_jax.evaluation._inference import inference_state
-from loft_jax.models import Llama
 from loft_jax.models.activations import gathered
-from loft_jax.models.loss import Arrays
+from loft_jax.models.family import LanguageModel
+from loft_jax.models.inference import inference_state
+from loft_jax.tasks.causal_lm import CausalLM
+from loft_jax.tasks.task import Arrays, Evaluation, Measured
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,6 +32,57 @@ _log = logging.getLogger(__name__)
 
 # Predicted tokens of a row are padded to a multiple of this.
 _MULTIPLE = 8
+
+
+class Choice(CausalLM):
+    """A language model that is asked which of several answers is the likeliest.
+
+    It learns as a language model does, from prompts and completions; only its evaluation differs.
+    """
+
+    name = "choice"
+
+    def __init__(self, choices: Sequence[str] = ()) -> None:
+        """Says what is compared.
+
+        Args:
+            choices: The answers of every row; empty if each row brings its own.
+        """
+        self.choices = tuple(choices)
+
+    def evaluation(
+        self,
+        rows: Any,
+        tokenizer: "PreTrainedTokenizerBase",
+        data: DataConfig,
+        *,
+        batch_size: int,
+        vocab_size: int | None = None,
+        progress: bool = True,
+    ) -> Evaluation:
+        """Measures the loss of the right answers, and the accuracy of the likeliest."""
+        check_choices(tokenizer, rows, data, choices=self.choices, vocab_size=vocab_size)
+
+        def measure(model: LanguageModel) -> Measured:
+            scores = score_choices(
+                model,
+                tokenizer,
+                rows,
+                data,
+                choices=self.choices,
+                batch_size=batch_size,
+                progress=progress,
+            )
+            names = ("accuracy", "accuracy_norm", "nll", "count")
+            report = {name: getattr(scores, name) for name in names}
+            values = {"loss": scores.nll, "accuracy": scores.accuracy}
+            right = {"accuracy": scores.right}
+            if not self.choices:  # labels of every row are what they are; answers differ in length
+                values["accuracy_norm"] = scores.accuracy_norm
+                right["accuracy_norm"] = scores.right_norm
+            return Measured(values, report, right)
+
+        return measure
 
 
 @dataclass(frozen=True)
@@ -65,7 +117,7 @@ class ChoiceScores:
 
 
 def score_choices(
-    model: Llama,
+    model: LanguageModel,
     tokenizer: "PreTrainedTokenizerBase",
     rows: "Dataset | Sequence[Mapping[str, Any]]",
     config: DataConfig,

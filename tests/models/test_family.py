@@ -3,7 +3,6 @@ from flax import nnx
 
 from loft_jax.errors import InputError
 from loft_jax.models import Llama, LlamaConfig
-from loft_jax.models.llama_layout import hf_module_name, hf_tensor_name, logical_axes
 
 CONFIG = LlamaConfig(
     vocab_size=64,
@@ -16,6 +15,7 @@ CONFIG = LlamaConfig(
     attention_bias=True,
     mlp_bias=True,
 )
+TABLE = Llama.parameter_table(CONFIG)
 SIZES = {
     "layers": 2,
     "vocab": 64,
@@ -40,15 +40,15 @@ def parameters(model):
 
 def test_every_parameter_has_the_axes_of_its_shape():
     for path, parameter in parameters(abstract()).items():
-        assert tuple(SIZES[name] for name in logical_axes(path)) == parameter.shape, path
+        assert tuple(SIZES[name] for name in TABLE.logical_axes(path)) == parameter.shape, path
 
 
 def test_factors_share_the_axes_of_their_weight():
-    assert logical_axes("layers.mlp.down_proj.lora_a") == ("layers", "mlp", None)
-    assert logical_axes("layers.mlp.down_proj.lora_b") == ("layers", None, "embed")
-    assert logical_axes("embed_tokens.lora_a") == ("vocab", None)
-    assert logical_axes("lm_head.lora_b") == (None, "vocab")
-    assert logical_axes("layers.self_attn.k_proj.bias") == ("layers", "kv_heads")
+    assert TABLE.logical_axes("layers.mlp.down_proj.lora_a") == ("layers", "mlp", None)
+    assert TABLE.logical_axes("layers.mlp.down_proj.lora_b") == ("layers", None, "embed")
+    assert TABLE.logical_axes("embed_tokens.lora_a") == ("vocab", None)
+    assert TABLE.logical_axes("lm_head.lora_b") == (None, "vocab")
+    assert TABLE.logical_axes("layers.self_attn.k_proj.bias") == ("layers", "kv_heads")
 
 
 def test_names_are_those_of_transformers():
@@ -61,11 +61,7 @@ def test_names_are_those_of_transformers():
     }
     ours = {}
     for path, parameter in parameters(abstract()).items():
-        stacked = path.startswith("layers.")
-        for layer in range(2) if stacked else (None,):
-            name, transposed = hf_tensor_name(path, layer)
-            shape = parameter.shape[1:] if stacked else parameter.shape
-            ours[name] = shape[::-1] if transposed else shape
+        ours |= TABLE.names(path, parameter.shape)
     assert ours == theirs
 
 
@@ -79,12 +75,12 @@ def test_model_gives_the_name_of_a_module():
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: logical_axes("layers.self_attn.qkv.kernel"),
-        lambda: logical_axes("layers.self_attn.q_proj.lora_c"),
-        lambda: hf_module_name("layers.self_attn.q_proj", None),
-        lambda: hf_module_name("norm", 0),
-        lambda: hf_module_name("head", None),
-        lambda: hf_tensor_name("lm_head.lora_a", None),
+        lambda: TABLE.logical_axes("layers.self_attn.qkv.kernel"),
+        lambda: TABLE.logical_axes("layers.self_attn.q_proj.lora_c"),
+        lambda: TABLE.module_name("layers.self_attn.q_proj", None),
+        lambda: TABLE.module_name("norm", 0),
+        lambda: TABLE.module_name("head", None),
+        lambda: TABLE.names("lm_head.lora_a", (32, 4)),
     ],
 )
 def test_unknown_paths_are_refused(call):

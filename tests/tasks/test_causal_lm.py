@@ -6,8 +6,8 @@ from flax import nnx
 
 from loft_jax.data import DataConfig, eval_batches, tokenize
 from loft_jax.errors import InputError
-from loft_jax.evaluation import perplexity as module
-from loft_jax.evaluation.perplexity import Perplexity, perplexity
+from loft_jax.tasks import causal_lm as module
+from loft_jax.tasks.causal_lm import Perplexity, perplexity
 from tests.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -56,8 +56,11 @@ class Bigram(nnx.Module):
         self.table = nnx.Param(table.astype(np.float32))
         self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
 
-    def __call__(self, tokens, *, positions, segment_ids):
-        return self.dropout(self.table[...][tokens])
+    def hidden_states(self, tokens, *, positions, segment_ids):
+        return self.dropout(self.table[...][tokens]), None
+
+    def logits(self, hidden):
+        return hidden
 
 
 def test_evaluation_is_without_dropout_and_leaves_the_model_training():

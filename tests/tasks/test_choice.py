@@ -8,8 +8,8 @@ from flax import nnx
 from loft_jax.data import DataConfig
 from loft_jax.data.text import encode_continuations, encode_starts
 from loft_jax.errors import InputError
-from loft_jax.evaluation import choices as module
-from loft_jax.evaluation.choices import score_choices
+from loft_jax.tasks import choice as module
+from loft_jax.tasks.choice import score_choices
 from tests.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

@@ -8,9 +8,9 @@ import torch
 from flax import nnx
 from transformers import AutoModelForCausalLM
 
+from loft_jax import generation as module
 from loft_jax.errors import InputError
-from loft_jax.evaluation import generation as module
-from loft_jax.evaluation.generation import generate, generate_text
+from loft_jax.generation import generate, generate_text
 from loft_jax.lora import LoRAConfig, add_lora
 from tests.tiny import tiny_tokenizer
 

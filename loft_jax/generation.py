@@ -14,8 +14,8 @@ from loft_jax.data.encode import encode_prompts
 from loft_jax.data.templates import Message
 from loft_jax.data.text import check_tokens, decoded
 from loft_jax.errors import InputError, shown
-from loft_jax.evaluation._inference import inference_state
-from loft_jax.models import Llama
+from loft_jax.models.family import LanguageModel
+from loft_jax.models.inference import inference_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,7 +25,7 @@ _BUCKET = 64  # lengths are rounded up to powers of two from here, so that few s
 
 
 def generate(
-    model: Llama,
+    model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -38,7 +38,7 @@ def generate(
     """Continues each prompt until it ends its text or is long enough.
 
     Args:
-        model: A Llama, with or without LoRA layers.
+        model: A language model, with or without LoRA layers.
         prompts: Tokens of each prompt, at least one.
         max_new_tokens: At most this many tokens are added to each; 2^20 or fewer.
         temperature: Logits are divided by it before sampling; 0 takes the most likely token.
@@ -56,7 +56,7 @@ def generate(
             the model's output is no number.
 
     Example:
-        >>> from loft_jax.models import LlamaConfig
+        >>> from loft_jax.models import Llama, LlamaConfig
         >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
         ...                      num_hidden_layers=2, num_attention_heads=4,
         ...                      num_key_value_heads=2, head_dim=8)
@@ -107,7 +107,7 @@ def generate(
 
 
 def generate_text(
-    model: Llama,
+    model: LanguageModel,
     tokenizer: "PreTrainedTokenizerBase",
     prompts: "Sequence[str | Sequence[Message]]",
     *,
@@ -117,7 +117,7 @@ def generate_text(
     """Continues texts, or answers in conversations; as :func:`generate`, between strings.
 
     Args:
-        model: A Llama.
+        model: A language model.
         tokenizer: Its tokenizer.
         prompts: Texts, or lists of messages that the chat template writes; tokenized as in
             training by :func:`loft_jax.data.encode.encode_prompts`.
@@ -171,7 +171,7 @@ def _bucket(length: int) -> int:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _generate(
-    graphdef: nnx.GraphDef[Llama],
+    graphdef: nnx.GraphDef[LanguageModel],
     room: int,
     sampled: bool,
     state: nnx.State,

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loft_jax.cli import main
 from loft_jax.data import DataConfig
-from loft_jax.evaluation.choices import score_choices
 from loft_jax.hub import load_pretrained, load_tokenizer
+from loft_jax.tasks.choice import score_choices
 from tests.tiny import save_tiny_llama, tiny_tokenizer
 
 WORDS = ("the", "plot", "goes", "nowhere", "joy", "start", "dull", "naïve", "日本", "four", "two")

@@ -1,0 +1,187 @@
+"""Checks of the values in a model's configuration, the same for every family."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, TypeGuard
+
+from loft_jax.errors import InputError, shown
+
+# What no model comes near: larger sizes are damage, or meant to take all memory.
+MOST_TOKENS = 2**24
+MOST_HIDDEN = 2**20
+MOST_FEATURES = 2**22  # of an MLP
+MOST_HEAD_DIM = 2**16
+MOST_LAYERS = 2**13
+MOST_HEADS = 2**14
+MOST_POSITIONS = 2**31
+
+_MOST_NUMBER = 3e38  # of float32, in which it is computed
+
+
+def is_positive(value: Any) -> TypeGuard[int | float]:
+    """Whether a value is a positive number that float32 holds."""
+    return type(value) in (int, float) and 0 < value <= _MOST_NUMBER
+
+
+def required(config: Mapping[str, Any], name: str) -> int:
+    """A size that a ``config.json`` must have.
+
+    Raises:
+        InputError: It is missing, or no positive integer.
+    """
+    if config.get(name) is None:
+        raise InputError(f"config: {name} is missing")
+    value = config[name]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"config: {name} is {shown(value)}, expected an integer of 1 or more")
+    return value
+
+
+def present(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """The fields that a ``config.json`` sets, of some that have defaults."""
+    return {name: config[name] for name in names if config.get(name) is not None}
+
+
+def tokens(value: Any) -> Any:
+    """Tokens as a configuration holds them: several as a tuple."""
+    return tuple(value) if isinstance(value, (list, tuple)) else value
+
+
+def check_kind(
+    config: Mapping[str, Any],
+    *,
+    model_type: str,
+    architectures: Iterable[str],
+    only: Mapping[str, Any],
+) -> None:
+    """Checks that a ``config.json`` is of a family, and sets nothing that is not implemented.
+
+    Args:
+        config: Its contents.
+        model_type: Of the family.
+        architectures: Hugging Face's classes of models that are read.
+        only: Fields that change what a model computes, with the one value that is implemented.
+
+    Raises:
+        InputError: It is of another kind, or sets such a field to another value.
+    """
+    if config.get("model_type") != model_type:
+        raise InputError(
+            f"config: model_type is {shown(config.get('model_type'))}, expected {model_type!r}"
+        )
+    named = config.get("architectures") or ()
+    if not isinstance(named, (list, tuple)):
+        raise InputError(f"config: architectures is {shown(named)}, expected a list")
+    known = {name.lower() for name in architectures}
+    for name in named:
+        if str(name).lower() not in known:
+            raise InputError(
+                f"config: architectures names {shown(name)}, only "
+                f"{', '.join(map(repr, architectures))} is supported"
+            )
+    for name, value in only.items():
+        found = config.get(name, value)
+        if found is not None and found != value:
+            raise InputError(f"config: {name} is {shown(found)}, only {value!r} is supported")
+
+
+def check_values(
+    config: Any,
+    *,
+    sizes: Mapping[str, int],
+    positive: Iterable[str] = (),
+    rates: Iterable[str] = (),
+    flags: Iterable[str] = (),
+) -> None:
+    """Checks the fields of a configuration, and those of its special tokens.
+
+    Args:
+        config: A dataclass.
+        sizes: Names of integers, and the largest that each may be.
+        positive: Names of positive numbers.
+        rates: Names of numbers in [0, 1).
+        flags: Names of truth values.
+
+    Raises:
+        InputError: Names the field, what it is, and what was expected.
+    """
+    for name, most in sizes.items():
+        value = getattr(config, name)
+        if type(value) is not int or not 1 <= value <= most:
+            raise InputError(
+                f"config: {name} is {shown(value)}, expected an integer from 1 to {most}"
+            )
+    for name in positive:
+        if not is_positive(value := getattr(config, name)):
+            raise InputError(f"config: {name} is {shown(value)}, expected a positive number")
+    for name in rates:
+        value = getattr(config, name)
+        if type(value) not in (int, float) or not 0 <= value < 1:
+            raise InputError(f"config: {name} is {shown(value)}, expected a number in [0, 1)")
+    for name in flags:
+        if not isinstance(value := getattr(config, name), bool):
+            raise InputError(f"config: {name} is {shown(value)}, expected true or false")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(config, name)
+        several = value if isinstance(value, tuple) and name == "eos_token_id" else (value,)
+        if not all(token is None or type(token) is int for token in several):
+            raise InputError(f"config: {name} is {shown(value)}, expected a token's number")
+
+
+def check_one_of(config: Any, name: str, known: Collection[str]) -> None:
+    """Checks a field that is one of some names.
+
+    Raises:
+        InputError: It is another.
+    """
+    if (value := getattr(config, name)) not in known:
+        raise InputError(
+            f"config: {name} is {shown(value)}, expected one of {', '.join(map(repr, known))}"
+        )
+
+
+def labels(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The labels of a ``config.json``, in the order of the logits.
+
+    Args:
+        config: Its contents; ``id2label`` is read, else ``num_labels``, else there are two.
+
+    Returns:
+        Their names.
+
+    Raises:
+        InputError: ``id2label`` does not name the labels from 0 on.
+    """
+    names = config.get("id2label")
+    if names is None:
+        count = config.get("num_labels", 2)
+        if type(count) is not int or not 1 <= count <= _MOST_LABELS:
+            raise InputError(f"config: num_labels is {shown(count)}, expected 1 to {_MOST_LABELS}")
+        return tuple(f"LABEL_{number}" for number in range(count))
+    if not isinstance(names, Mapping) or not 1 <= len(names) <= _MOST_LABELS:
+        raise InputError(f"config: id2label is {shown(names)}, expected names by number")
+    by_number = {str(number): name for number, name in names.items()}
+    found = [by_number.get(str(number)) for number in range(len(names))]
+    if not all(isinstance(name, str) for name in found) or len(set(found)) < len(found):
+        raise InputError(
+            f"config: id2label is {shown(names)}, expected another name for each number from 0 on"
+        )
+    return tuple(str(name) for name in found)
+
+
+_MOST_LABELS = 2**16
+
+
+def labels_to_hf(names: Sequence[str]) -> dict[str, Any]:
+    """The fields of a ``config.json`` that say what logits stand for.
+
+    Args:
+        names: Of the labels; one stands for a number.
+
+    Returns:
+        Fields as transformers reads them.
+    """
+    return {
+        "id2label": {str(number): name for number, name in enumerate(names)},
+        "label2id": {name: number for number, name in enumerate(names)},
+        "problem_type": "regression" if len(names) == 1 else "single_label_classification",
+    }

@@ -1,0 +1,61 @@
+"""The families that the library has, one line each."""
+
+from collections.abc import Mapping
+
+from loft_jax.errors import InputError, shown
+from loft_jax.models import llama
+from loft_jax.models.family import Family, ModelConfig
+
+_FAMILIES = (llama.FAMILY,)
+
+FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _FAMILIES}
+"""By Hugging Face's ``model_type``."""
+
+WELL_KNOWN: Mapping[str, tuple[Family, ModelConfig]] = {
+    name: (family, config) for family in _FAMILIES for name, config in family.sizes.items()
+}
+"""Families and configurations of well-known models, by name."""
+
+
+def family_of(model_type: object) -> Family:
+    """Finds a family.
+
+    Args:
+        model_type: What a ``config.json`` says.
+
+    Returns:
+        The family.
+
+    Raises:
+        InputError: There is none; lists those that there are.
+
+    Example:
+        >>> family_of("transformer-xl")
+        Traceback (most recent call last):
+        loft_jax.errors.InputError: config: model_type is 'transformer-xl', expected one of ...
+    """
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise InputError(
+            f"config: model_type is {shown(model_type)}, expected one of {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[model_type]
+
+
+def gguf_family(architecture: object) -> Family:
+    """Finds the family of a GGUF file.
+
+    Args:
+        architecture: What the file says.
+
+    Returns:
+        The family.
+
+    Raises:
+        InputError: None of those here is read from GGUF files of that architecture.
+    """
+    readable = {f.gguf.architecture: f for f in _FAMILIES if f.gguf is not None}
+    if not isinstance(architecture, str) or architecture not in readable:
+        raise InputError(
+            f"architecture is {shown(architecture)}, expected one of {', '.join(readable)}"
+        )
+    return readable[architecture]

@@ -1,0 +1,102 @@
+"""Layers of one kind, stacked along the first axis of their parameters and run by a scan.
+
+The parameters of a stack are those of one layer with a leading axis; so is whatever is added to it
+(LoRA factors, dropout streams).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from loft_jax.models.activations import laid_out
+from loft_jax.models.attention import KVCache
+from loft_jax.models.family import Remat
+
+Layer = TypeVar("Layer", bound=nnx.Module)
+
+
+def stack_layers(count: int, make: Callable[[nnx.Rngs], Layer], rngs: nnx.Rngs) -> Layer:
+    """Makes layers that differ in their random numbers only.
+
+    Args:
+        count: How many.
+        make: Makes one of them.
+        rngs: For their initial parameters.
+
+    Returns:
+        One module; each of its parameters is ``(count, ...)``.
+    """
+    return nnx.split_rngs(splits=count)(nnx.vmap(in_axes=0, out_axes=0)(make))(rngs)
+
+
+def run_layers(
+    layers: nnx.Module,
+    x: jax.Array,
+    *shared: Any,
+    cache: KVCache | None = None,
+    remat: Remat,
+) -> tuple[jax.Array, KVCache | None]:
+    """Runs every layer of a stack, one after the other.
+
+    Args:
+        layers: From `stack_layers`. Each is called as ``layer(x, *shared, cache, index)`` and gives
+            the next x and the cache. Random streams that were drawn from are updated in place.
+        x: ``(b, t, hidden)``.
+        *shared: What every layer is given.
+        cache: What came before; None without one.
+        remat: What the backward pass computes again.
+
+    Returns:
+        ``(b, t, hidden)``, and the cache with the keys and values of every layer.
+    """
+    graphdef, state = nnx.split(layers)
+    params, rest = nnx.split_state(state, nnx.Param, ...)
+    x, cache, rest = _scan(graphdef, remat, params, rest, x, shared, cache)
+    nnx.update(layers, rest)  # dropout streams that were drawn from
+    return x, cache
+
+
+# Compiled on its own so that a model called outside jit does not compile its scan at every call.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _scan(
+    graphdef: nnx.GraphDef[Any],
+    remat: Remat,
+    params: nnx.State,
+    rest: nnx.State,
+    x: jax.Array,
+    shared: tuple[Any, ...],
+    cache: KVCache | None,
+) -> tuple[jax.Array, KVCache | None, nnx.State]:
+    """Runs every layer; ``rest`` is all state that is no parameter, returned where it changed."""
+
+    def body(carry: Any, scanned: Any) -> tuple[Any, nnx.State]:
+        x, cache = carry
+        params, rest, index = scanned
+        before = {path: variable.get_value() for path, variable in nnx.to_flat_state(rest)}
+        layer = nnx.merge(graphdef, params, rest)
+        x, cache = layer(x, *shared, cache, index)
+        # What stays the same is left alone: NNX lets no outer variable be set from inside a trace.
+        changed = [
+            (path, variable)
+            for path, variable in nnx.to_flat_state(nnx.state(layer, nnx.Not(nnx.Param)))
+            if variable.get_value() is not before[path]
+        ]
+        return (laid_out(x), cache), nnx.from_flat_state(changed)
+
+    # By default only the products with weights are kept for the backward pass: what lies between
+    # them is cheap to compute again, and costs more memory traffic than it saves.
+    policies = jax.checkpoint_policies
+    keep = {
+        "full": policies.nothing_saveable,
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "none": policies.everything_saveable,
+    }[remat]
+    body = jax.checkpoint(body, prevent_cse=False, policy=keep)
+    count = jax.tree.leaves(params)[0].shape[0]
+    (x, cache), rest = lax.scan(body, (x, cache), (params, rest, jnp.arange(count)))
+    return x, cache, rest

@@ -1,0 +1,168 @@
+"""Predicting the next token: prompts and completions, conversations, plain texts."""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from tqdm import tqdm
+
+from loft_jax.data import DataConfig, TokenizedData, eval_batches, tokenize
+from loft_jax.data.batches import Batch
+from loft_jax.errors import InputError
+from loft_jax.models.activations import gathered
+from loft_jax.models.family import LanguageModel
+from loft_jax.models.inference import inference_state
+from loft_jax.tasks.task import Arrays, Evaluation, Measured, Task, TaskName
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class CausalLM(Task):
+    """A language model; the loss is the mean cross entropy of the tokens that are to be learned."""
+
+    name: ClassVar[TaskName] = "causal-lm"
+    head = "causal-lm"
+    peft_type = "CAUSAL_LM"
+
+    def tokenize(
+        self,
+        rows: Any,
+        tokenizer: "PreTrainedTokenizerBase",
+        data: DataConfig,
+        *,
+        vocab_size: int | None = None,
+    ) -> TokenizedData:
+        """As :func:`loft_jax.data.tokenize`."""
+        return tokenize(rows, tokenizer, data, vocab_size=vocab_size)
+
+    def inputs(self, batch: Batch) -> Batch:
+        """As `predicted`."""
+        return predicted(batch)
+
+    def shapes(self, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Those of a batch whose loss is on every token."""
+        names = ("tokens", "positions", "segment_ids", "places", "targets")
+        shapes = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in names}
+        return {**shapes, "weights": jax.ShapeDtypeStruct((rows, length), jnp.float32)}
+
+    def loss(self, model: LanguageModel, inputs: Arrays) -> tuple[jax.Array, jax.Array]:
+        """The sum of `-log p(token | what stands before it)`, and the number of those tokens."""
+        arrays = {name: jnp.asarray(value) for name, value in inputs.items()}
+        hidden, _ = model.hidden_states(
+            arrays["tokens"], positions=arrays["positions"], segment_ids=arrays["segment_ids"]
+        )  # (b, t, hidden)
+        logits = model.logits(jnp.take_along_axis(hidden, arrays["places"][..., None], axis=1))
+        scores = logits.astype(jnp.float32)
+        losses = optax.softmax_cross_entropy_with_integer_labels(scores, arrays["targets"])
+        return jnp.sum(losses * arrays["weights"]), jnp.sum(arrays["weights"])
+
+    def evaluation(
+        self,
+        rows: Any,
+        tokenizer: "PreTrainedTokenizerBase",
+        data: DataConfig,
+        *,
+        batch_size: int,
+        vocab_size: int | None = None,
+        progress: bool = True,
+    ) -> Evaluation:
+        """Measures the loss, and reports the perplexity."""
+        tokens = tokenize(rows, tokenizer, data, vocab_size=vocab_size)
+        batches = eval_batches(tokens, data, batch_size=batch_size)
+
+        def measure(model: LanguageModel) -> Measured:
+            found = perplexity(model, batches, progress=progress)
+            report = {"nll": found.nll, "tokens": found.tokens, "perplexity": found.perplexity}
+            return Measured({"loss": found.nll}, report)
+
+        return measure
+
+
+def predicted(batch: Batch) -> Batch:
+    """Adds which tokens of a batch are to be predicted, so that only they meet the output head.
+
+    Where the loss is on completions only, most positions carry none, and logits are the largest
+    array of a step: (b, t, vocab) in float32.
+
+    Args:
+        batch: `tokens` and `loss_mask` (b, t), as `loft_jax.data` makes them.
+
+    Returns:
+        The batch without `loss_mask`, with `places` (b, k) int32, the positions whose next token is
+        predicted, `targets` (b, k) int32, those tokens, and `weights` (b, k) float32, 0 where a row
+        has fewer than k. k is a power of two or t, so that few shapes are compiled.
+    """
+    learned = batch["loss_mask"][:, 1:] > 0  # (b, t - 1)
+    length = learned.shape[1] + 1
+    most = max(1, int(learned.sum(axis=1).max()))
+    k = min(length, 1 << (most - 1).bit_length())
+    # A stable sort brings the learned positions to the front, in order.
+    places = np.argsort(~learned, axis=1, kind="stable")[:, :k].astype(np.int32)
+    places = np.pad(places, ((0, 0), (0, k - places.shape[1])))
+    weights = np.arange(k) < learned.sum(axis=1, keepdims=True)
+    targets = np.take_along_axis(batch["tokens"], np.minimum(places + 1, length - 1), axis=1)
+    out = {key: batch[key] for key in ("tokens", "positions", "segment_ids")}
+    return {**out, "places": places, "targets": targets, "weights": weights.astype(np.float32)}
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """What `perplexity` found.
+
+    Args:
+        nll: Mean negative log-likelihood, nats a token.
+        tokens: The number of tokens it is the mean of.
+    """
+
+    nll: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """`exp(nll)`; infinite where that overflows."""
+        return math.inf if self.nll >= 700 else math.exp(self.nll)
+
+
+def perplexity(
+    model: LanguageModel, batches: Sequence[Batch], *, progress: bool = True
+) -> Perplexity:
+    """Mean negative log-likelihood of the tokens that carry the loss, all weighing the same.
+
+    Args:
+        model: A language model.
+        batches: From `loft_jax.data.eval_batches`.
+        progress: Show a bar.
+
+    Returns:
+        The mean over all tokens of all batches.
+
+    Raises:
+        InputError: No token carries the loss.
+
+    Example:
+        >>> perplexity(model, eval_batches(data, config, batch_size=8)).nll  # doctest: +SKIP
+        3.91
+    """
+    graphdef, state = inference_state(model)
+    total = weight = 0.0  # float64: float32 sums of one batch each
+    for batch in tqdm(batches, desc="perplexity", leave=False, disable=not progress):
+        loss, count = _sums(graphdef, state, predicted(batch))
+        total += float(loss)
+        weight += float(count)
+    if weight == 0:
+        raise InputError("the evaluation batches hold no token to predict; expected some")
+    return Perplexity(nll=total / weight, tokens=int(weight))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sums(graphdef: nnx.GraphDef, state: nnx.State, inputs: Arrays) -> tuple[jax.Array, jax.Array]:
+    loss, count = CausalLM().loss(nnx.merge(graphdef, state), inputs)
+    return gathered(loss), gathered(count)

@@ -1,0 +1,371 @@
+"""Telling texts, or pairs of texts, apart by labels, or by a number."""
+
+import functools
+import logging
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from tqdm import tqdm
+
+from loft_jax.data import DataConfig, TokenizedData, eval_batches
+from loft_jax.data.batches import Batch
+from loft_jax.data.encode import Labelled, column_names, pad_id, text_of
+from loft_jax.data.text import check_tokens
+from loft_jax.data.told import tell_unused
+from loft_jax.errors import InputError, explained, shown
+from loft_jax.models.activations import gathered
+from loft_jax.models.family import SequenceClassifier
+from loft_jax.models.inference import inference_state
+from loft_jax.tasks.task import Arrays, Evaluation, Measured, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
+_CHUNK = 1000  # rows handed to the tokenizer at once
+
+
+class _OfTexts(Task):
+    """What classification and regression share: one text or one pair of texts, and its label."""
+
+    head = "sequence-classification"
+    peft_type = "SEQ_CLS"
+    trains_head = True
+    label_dtype: ClassVar[Any]
+    reported_loss: ClassVar[str]  # what `evaluate` calls the loss
+
+    @abstractmethod
+    def label(self, value: Any, where: str) -> float:
+        """A label of a row, as the loss needs it.
+
+        Args:
+            value: As the row has it.
+            where: The row and its field, for messages.
+
+        Raises:
+            InputError: It is none.
+        """
+
+    @abstractmethod
+    def losses(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
+        """The loss of each row.
+
+        Args:
+            logits: (b, labels) float32.
+            labels: (b,).
+
+        Returns:
+            (b,) float32.
+        """
+
+    @abstractmethod
+    def metrics(self, logits: np.ndarray, labels: np.ndarray) -> Measured:
+        """What an evaluation says beside the loss.
+
+        Args:
+            logits: (n, labels) float64.
+            labels: (n,).
+
+        Returns:
+            Values and truth of each row, without the loss.
+        """
+
+    def tokenize(
+        self,
+        rows: Any,
+        tokenizer: "PreTrainedTokenizerBase",
+        data: DataConfig,
+        *,
+        vocab_size: int | None = None,
+    ) -> TokenizedData:
+        """Encodes texts as the tokenizer does: with its special tokens, and cut to `max_length`.
+
+        Of a pair that is too long the longer text is cut.
+        """
+        columns = column_names(rows)
+        if missing := [f for f in (data.text_field, data.label_field) if f not in columns]:
+            raise InputError(
+                f"field {missing[0]!r} is missing; found the fields {shown(sorted(columns))}; "
+                f"expected {[data.text_field, data.label_field]} for {self.name}"
+            )
+        pairs = data.text_pair_field in columns
+        used = [data.text_field, *([data.text_pair_field] if pairs else []), data.label_field]
+        tell_unused(tokenizer, columns, used, data)
+        filler = pad_id(tokenizer)
+        check_tokens([filler], tokenizer, vocab_size, where="padding")
+        labels: list[float] = []
+        tokens: list[np.ndarray] = []
+        types: list[np.ndarray] = []
+        cut = 0
+        for start in tqdm(range(0, len(rows), _CHUNK), desc="tokenizing", leave=False, delay=2):
+            some = [(i, rows[i]) for i in range(start, min(start + _CHUNK, len(rows)))]
+            where = f"field {data.label_field!r}"
+            labels += [
+                self.label(row.get(data.label_field), f"row {i}: {where}") for i, row in some
+            ]
+            texts = [[text_of(row, field, i) for i, row in some] for field in used[:-1]]
+            with explained("the tokenizer cannot encode a text"):
+                encoded = tokenizer(
+                    *texts, truncation="longest_first", max_length=data.max_length, verbose=False
+                )
+                whole = tokenizer(*texts, verbose=False)["input_ids"]
+            for number, (index, _) in enumerate(some):
+                ids = encoded["input_ids"][number]
+                check_tokens(ids, tokenizer, vocab_size, where=f"row {index}")
+                cut += len(ids) < len(whole[number])
+                tokens.append(np.asarray(ids, np.int32))
+                kinds = encoded.get("token_type_ids")
+                types.append(np.asarray(kinds[number] if kinds else [0] * len(ids), np.int32))
+        if empty := [index for index, ids in enumerate(tokens) if not len(ids)]:
+            raise InputError(f"row {empty[0]}: the text has no token; expected some text")
+        if cut:
+            _log.warning(
+                "shortened %d of %d examples to max_length %d", cut, len(rows), data.max_length
+            )
+        joined = np.concatenate(tokens)
+        return TokenizedData(
+            tokens=joined,
+            loss_mask=np.ones(len(joined), bool),
+            offsets=np.cumsum([0, *map(len, tokens)], dtype=np.int64),
+            pad_id=filler,
+            labelled=Labelled(np.concatenate(types), np.asarray(labels, self.label_dtype)),
+        )
+
+    def inputs(self, batch: Batch) -> Batch:
+        """The tokens, their kinds, and the labels; rows of padding weigh nothing."""
+        kept = {name: batch[name] for name in ("tokens", "segment_ids", "token_types", "labels")}
+        real = np.any(batch["segment_ids"] > 0, axis=1)  # (b,)
+        return {**kept, "weights": np.asarray(real, np.float32)}
+
+    def shapes(self, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Those of any batch."""
+        names = ("tokens", "segment_ids", "token_types")
+        return {
+            **{name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in names},
+            "labels": jax.ShapeDtypeStruct((rows,), self.label_dtype),
+            "weights": jax.ShapeDtypeStruct((rows,), jnp.float32),
+        }
+
+    def logits(self, model: SequenceClassifier, inputs: Arrays) -> jax.Array:
+        """What the model says, (b, labels) float32."""
+        tokens, *kinds = (jnp.asarray(inputs[n]) for n in ("tokens", "segment_ids", "token_types"))
+        return model(tokens, segment_ids=kinds[0], token_types=kinds[1])
+
+    def loss(self, model: SequenceClassifier, inputs: Arrays) -> tuple[jax.Array, jax.Array]:
+        """The sum of the rows' losses, and the number of rows."""
+        losses = self.losses(self.logits(model, inputs), jnp.asarray(inputs["labels"]))
+        weights = jnp.asarray(inputs["weights"])
+        return jnp.sum(losses * weights), jnp.sum(weights)
+
+    def evaluation(
+        self,
+        rows: Any,
+        tokenizer: "PreTrainedTokenizerBase",
+        data: DataConfig,
+        *,
+        batch_size: int,
+        vocab_size: int | None = None,
+        progress: bool = True,
+    ) -> Evaluation:
+        """Measures the loss of a row, and what `metrics` says."""
+        tokens = self.tokenize(rows, tokenizer, data, vocab_size=vocab_size)
+        batches = eval_batches(tokens, data, batch_size=batch_size)
+
+        def measure(model: SequenceClassifier) -> Measured:
+            graphdef, state = inference_state(model)
+            logits, labels, total = [], [], 0.0
+            for batch in tqdm(batches, desc=self.name, leave=False, disable=not progress):
+                inputs = self.inputs(batch)
+                loss, found = _loss_and_logits(graphdef, state, self, inputs)
+                real = inputs["weights"] > 0
+                total += float(loss)
+                logits.append(np.asarray(found, np.float64)[real])
+                labels.append(inputs["labels"][real])
+            found = self.metrics(np.concatenate(logits), np.concatenate(labels))
+            count = sum(map(len, labels))
+            values = {"loss": total / count, **found.values}
+            report = {**found.values, self.reported_loss: total / count}
+            return Measured(values, {**report, "count": count}, _by_row(found.right, batches.order))
+
+        return measure
+
+
+def _by_row(right: Mapping[str, Sequence[bool]], order: np.ndarray) -> dict[str, tuple[bool, ...]]:
+    """Truth values in the order of the rows, from the order of the batches."""
+    places = np.argsort(order)
+    return {name: tuple(np.asarray(values)[places].tolist()) for name, values in right.items()}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _loss_and_logits(
+    graphdef: nnx.GraphDef, state: nnx.State, task: _OfTexts, inputs: Arrays
+) -> tuple[jax.Array, jax.Array]:
+    model = nnx.merge(graphdef, state)
+    loss, _ = task.loss(model, inputs)
+    return gathered(loss), gathered(task.logits(model, inputs))
+
+
+class Classification(_OfTexts):
+    """One of several labels; the loss is the cross entropy."""
+
+    name = "classification"
+    label_dtype = np.int32
+    reported_loss = "nll"
+    labels: tuple[str, ...]
+
+    def __init__(self, labels: Sequence[str]) -> None:
+        """Says what is told apart.
+
+        Args:
+            labels: Names, in the order of the model's logits.
+
+        Raises:
+            InputError: There are fewer than two, or two are the same.
+        """
+        self.labels = tuple(labels)
+        if len(self.labels) < 2:
+            raise InputError(f"labels are {shown(list(labels))}, expected two at least")
+        if len(set(self.labels)) < len(self.labels):
+            raise InputError(f"labels are {shown(list(labels))}, expected each once")
+        self._places = {name: place for place, name in enumerate(self.labels)}
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other.labels == self.labels
+
+    def __hash__(self) -> int:
+        return hash(self.labels)
+
+    def label(self, value: Any, where: str) -> int:
+        """The place of a label: of a name, or the whole number that it is."""
+        if isinstance(value, str) and value in self._places:
+            return self._places[value]
+        if isinstance(value, (int, np.integer)) and 0 <= value < len(self.labels):
+            return int(value)
+        raise InputError(
+            f"{where} is {shown(value)}; expected one of {shown(list(self.labels))}, or its number"
+        )
+
+    def losses(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
+        """Cross entropy, in nats."""
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+    def metrics(self, logits: np.ndarray, labels: np.ndarray) -> Measured:
+        """Accuracy, F1 (of label 1 of two, or the mean over the labels) and Matthews' correlation.
+
+        The metrics of GLUE's classification tasks.
+        """
+        chosen = np.where(np.isnan(logits).any(axis=1), -1, logits.argmax(axis=1))
+        count = len(self.labels)
+        right = chosen == labels
+        hits = np.bincount(labels[right], minlength=count).astype(float)
+        said = np.bincount(chosen[chosen >= 0], minlength=count).astype(float)
+        true = np.bincount(labels, minlength=count).astype(float)
+        f1 = np.divide(2 * hits, said + true, out=np.zeros(count), where=said + true > 0)
+        n = float(len(labels))
+        spread = math.sqrt((n**2 - said @ said) * (n**2 - true @ true))
+        values = {
+            "accuracy": float(right.mean()),
+            "f1": float(f1[1] if count == 2 else f1.mean()),
+            "matthews": (hits.sum() * n - said @ true) / spread if spread else 0.0,
+        }
+        return Measured(values, {}, {"accuracy": tuple(map(bool, right))})
+
+    def rank(self, values: Mapping[str, float]) -> float:
+        """The share of rows that are wrong."""
+        return 1.0 - values["accuracy"]
+
+
+class Regression(_OfTexts):
+    """A number; the loss is the squared error."""
+
+    name = "regression"
+    label_dtype = np.float32
+    reported_loss = "mse"
+    labels = ("LABEL_0",)  # as transformers calls a single output
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+    def label(self, value: Any, where: str) -> float:
+        """The number itself."""
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+        raise InputError(f"{where} is {shown(value)}; expected a finite number")
+
+    def losses(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
+        """Squared error of the one number that the model gives."""
+        return jnp.square(logits[:, 0] - labels)
+
+    def metrics(self, logits: np.ndarray, labels: np.ndarray) -> Measured:
+        """Pearson's and Spearman's correlation, as STS-B has them; 0 where one side is constant."""
+        given, true = logits[:, 0], labels.astype(np.float64)
+        values = {
+            "pearson": _correlation(given, true),
+            "spearman": _correlation(_ranks(given), _ranks(true)),
+        }
+        return Measured(values, {})
+
+
+def _correlation(x: np.ndarray, y: np.ndarray) -> float:
+    x, y = x - x.mean(), y - y.mean()
+    spread = math.sqrt((x @ x) * (y @ y))
+    return float(x @ y / spread) if spread else 0.0
+
+
+def _ranks(x: np.ndarray) -> np.ndarray:
+    """Places in order; those that are equal share the mean of theirs."""
+    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[inverse]
+
+
+def labels_of(rows: Any, field: str) -> tuple[str, ...] | None:
+    """The labels that rows have.
+
+    Args:
+        rows: As `load_examples` gives them or as plain dicts.
+        field: That holds the label.
+
+    Returns:
+        Their names: those that the dataset knows of its whole numbers, or the numbers themselves;
+        texts in alphabetical order. None if they are decimal numbers.
+
+    Raises:
+        InputError: They are of several kinds, or none of these.
+    """
+    features = getattr(rows, "features", None)
+    if names := getattr(features[field] if features and field in features else None, "names", None):
+        return tuple(names)
+    values = [rows[index].get(field) for index in range(len(rows))]
+    if all(isinstance(value, str) for value in values):
+        return tuple(sorted(set(values)))
+    for index, value in enumerate(values):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise InputError(
+                f"row {index}: field {field!r} is {shown(value)}; expected texts or numbers in all "
+                "rows"
+            )
+        if isinstance(value, int) and value < 0:
+            raise InputError(f"row {index}: field {field!r} is {value}; expected 0 or more")
+    if any(isinstance(value, float) for value in values):
+        return None
+    most = max(values)
+    if most >= _MOST_LABELS:
+        raise InputError(
+            f"field {field!r} goes up to {most}; expected labels below {_MOST_LABELS}, or decimal "
+            "numbers for regression"
+        )
+    return tuple(str(number) for number in range(most + 1))
+
+
+_MOST_LABELS = 10_000

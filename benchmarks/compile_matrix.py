@@ -5,16 +5,15 @@ compiled by libtpu for a slice that it fits (`loft-jax plan`), for LoRA with Ada
 its exact second moment in float32 and bfloat16 and with the factored one. No TPU and no weights are
 needed.
 
-Writes into the output folder `compile_matrix.jsonl`, one line a compiled step as soon as it is
-there, and `compile_matrix.md`, the table of all lines. A step that has a line is not compiled
-again: stop it at any time and start it again; remove the file to measure anew.
+Adds to `compile_matrix.jsonl` in the folder of results one line a compiled step as soon as it is
+there, and writes `compile_matrix.md`, the table of the latest line of each step. A step that has a
+line of this revision, JAX and libtpu is not compiled again: stop it at any time and start it again.
 
     python -m benchmarks.compile_matrix  # everything
     python -m benchmarks.compile_matrix --models llama-2-7b --ranks 16
 """
 
 import dataclasses
-import importlib.metadata
 import itertools
 import json
 import sys
@@ -27,8 +26,9 @@ import jax
 import tyro
 from tqdm import tqdm
 
+from benchmarks.history import RESULTS, Entry, History, Row
 from loft_jax.errors import InputError
-from loft_jax.training.plan import PlanConfig, StepPlan, plan_method, plan_step
+from loft_jax.training.plan import PlanConfig, plan_step
 
 # The smallest slices of v5e that every step below fits, 16 rows of 256 tokens.
 SLICES = {"llama-2-7b": "v5e:2x4", "llama-3-8b": "v5e:2x4", "llama-2-70b": "v5e:4x4"}
@@ -53,13 +53,13 @@ class Options:
         models: Some of the three.
         ranks: Of the adapters.
         methods: Some of the four.
-        output: Folder of the lines and the table.
+        results: Folder of the results: add to those that are kept, or start others.
     """
 
     models: tuple[str, ...] = tuple(SLICES)
     ranks: tuple[int, ...] = (16, 4, 32)
     methods: tuple[str, ...] = tuple(METHODS)
-    output: str = "runs/compile_matrix"
+    results: Path = RESULTS
 
     def __post_init__(self) -> None:
         for name, known in (("models", SLICES), ("methods", METHODS)):
@@ -67,23 +67,38 @@ class Options:
                 raise InputError(f"{name}: unknown {min(unknown)!r}, expected some of {[*known]}")
 
 
-def cases(options: Options) -> list[PlanConfig]:
+def cases(options: Options) -> list[Row]:
     """All steps, those that are compared with each other side by side."""
     return [
-        PlanConfig(model, SLICES[model], rank=rank, target_modules=TARGETS, **METHODS[method])
+        {"model": model, "topology": SLICES[model], "rank": rank, "method": method}
         for rank, model, method in itertools.product(options.ranks, options.models, options.methods)
     ]
 
 
-def as_line(plan: StepPlan) -> dict[str, Any]:
-    """A plan as JSON has it, with what it was compiled by."""
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
-    # Tuples become lists, as they come back from the file.
-    return json.loads(json.dumps({**dataclasses.asdict(plan), "total": plan.total, **versions}))
+def compile_step(case: Row) -> Row:
+    """What the step of a case takes of a chip; sizes are None where it does not fit."""
+    config = PlanConfig(
+        case["model"],
+        case["topology"],
+        rank=case["rank"],
+        target_modules=TARGETS,
+        **METHODS[case["method"]],
+    )
+    plan = plan_step(config)
+    measured = {**dataclasses.asdict(plan), "total": plan.total}
+    del measured["config"]
+    return measured
 
 
-def table(lines: Sequence[dict[str, Any]]) -> str:
-    """The lines as Markdown, each step beside LoRA of the same model and rank."""
+def latest(entries: Sequence[Entry]) -> list[Entry]:
+    """The last entry of each step, models and ranks in the order of the table."""
+    by_case = {json.dumps(entry.case): entry for entry in entries}
+    order = {name: place for place, name in enumerate(SLICES)}
+    return sorted(by_case.values(), key=lambda e: (order[e.case["model"]], e.case["rank"]))
+
+
+def table(entries: Sequence[Entry]) -> str:
+    """The entries as Markdown, each step beside LoRA of the same model and rank."""
     rows = [
         "MiB on each chip, 16 rows of 256 tokens, bfloat16 weights and computation, float32 "
         "adapters on q, k, v, up and down, each layer recomputed in the backward pass.",
@@ -93,60 +108,50 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
         "| --- | --- " + "| ---: " * 11 + "|",
     ]
     totals = {
-        (line["config"]["model"], line["config"]["rank"]): line["total"]
-        for line in lines
-        if line["config"]["method"] == "lora"
+        (entry.case["model"], entry.case["rank"]): entry.measured["total"]
+        for entry in entries
+        if entry.case["method"] == "lora"
     }
-    for line in lines:
-        config = PlanConfig(**line["config"])
+    for entry in entries:
+        case, line = entry.case, entry.measured
         names = ("weights", "adapter", "optimizer_state", "other", "temporaries", "program")
-        cells = [config.model, config.topology, str(config.rank), plan_method(config)]
+        cells = [case["model"], case["topology"], str(case["rank"]), case["method"]]
         if line["total"] is None:
             cells += ["does not fit", *[""] * 8]
         else:
             cells += [f"{line[name] / 2**20:,.1f}" for name in (*names, "total")]
             cells.append(f"{line['total'] / line['memory']:.1%}")
-            base = totals.get((config.model, config.rank))
-            compared = base is not None and config.method != "lora"
+            base = totals.get((case["model"], case["rank"]))
+            compared = base is not None and case["method"] != "lora"
             cells.append(f"{line['total'] / base - 1:+.1%}" if compared and base else "")
         rows.append(f"| {' | '.join(cells)} |")
-    made = sorted({f"jax {line['jax']}, libtpu {line['libtpu']}" for line in lines})
+    made = sorted({f"jax {e.made_with['jax']}, libtpu {e.made_with['libtpu']}" for e in entries})
     return "\n".join([*rows, "", f"Made by `benchmarks/compile_matrix.py`: {'; '.join(made)}.", ""])
 
 
 def main(options: Options) -> None:
     """Compiles what is missing, and writes the table after each step."""
     jax.config.update("jax_platforms", "cpu")  # compiling must not take a TPU that is there
-    folder = Path(options.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "compile_matrix.jsonl"
-    # A line that was being written when the program was killed has no end.
-    text = file.read_text(encoding="utf-8") if file.exists() else ""
-    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-    def save() -> None:
-        partial = file.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        partial.replace(file)
-        (folder / "compile_matrix.md").write_text(table(lines), encoding="utf-8")
-
-    done = [line["config"] for line in lines]
-    wanted = cases(options)
-    missing = [
-        case for case in wanted if json.loads(json.dumps(dataclasses.asdict(case))) not in done
+    history = History(options.results, "compile_matrix")
+    made_with = ("revision", "jax", "libtpu")
+    done = [
+        entry.case
+        for entry in history.read()
+        if all(entry.made_with[name] == history.made_with[name] for name in made_with)
     ]
+    wanted = cases(options)
+    missing = [case for case in wanted if case not in done]
     bar = tqdm(missing, initial=len(wanted) - len(missing), total=len(wanted), unit="step")
     for case in bar:
-        bar.set_description(f"{case.model} rank {case.rank} {plan_method(case)}")
-        lines.append(as_line(plan_step(case)))
-        order = {name: place for place, name in enumerate(SLICES)}
-        lines.sort(key=lambda line: (order[line["config"]["model"]], line["config"]["rank"]))
-        save()
-    print(table(lines))
+        bar.set_description(f"{case['model']} rank {case['rank']} {case['method']}")
+        history.append(case, compile_step(case))
+        page = table(latest(history.read()))
+        (options.results / "compile_matrix.md").write_text(page, encoding="utf-8")
+    print(table(latest(history.read())))
 
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Options, description=__doc__))
+        main(tyro.cli(Options, prog="python -m benchmarks.compile_matrix", description=__doc__))
     except InputError as error:
         sys.exit(f"compile_matrix: {error}")

@@ -1,9 +1,11 @@
 """Measures what base weights take: on each device of a mesh, on the host while they load, in bits.
 
-Loads a model onto meshes of CPU devices, each in a process of its own, and as int8 and nf4; prints
-one line of JSON a case and a table. On CPUs the arrays of all devices are in the memory of the
-host; what it held beyond them at its peak, files that are mapped apart, is what loading takes. The
-model is written as safetensors first.
+Loads a model onto meshes of CPU devices, each in a process of its own, and as int8 and nf4; adds
+one line a case to `memory.jsonl` in the folder of results, and prints a table. On CPUs the arrays
+of all devices are in the memory of the host; what it held beyond them at its peak, files that are
+mapped apart, is what loading takes. The model is written as safetensors first.
+
+    python -m benchmarks.memory
 """
 
 import json
@@ -32,11 +34,13 @@ class Options:
         model: Folder, GGUF file or hub id.
         data: JSON lines whose prompts are texts for the loss of the model, with its weights as they
             are and quantized.
+        results: Folder of the results: add to those that are kept, or start others.
         case: One mesh and quantization, as in "1,8,1 nf4", in this process; by default all.
     """
 
     model: str = "assets/SmolLM2-135M-Instruct.Q4_1.gguf"
     data: str = "assets/reviews/test.jsonl"
+    results: Path = Path("benchmarks/results")
     case: str = ""
 
 
@@ -77,8 +81,6 @@ def measure(options: Options) -> dict[str, Any]:
     shards = [x.addressable_shards[0].data for x in arrays]
     held = sum(shard.nbytes for x in arrays for shard in (s.data for s in x.addressable_shards))
     line: dict[str, Any] = {
-        "mesh": sizes,
-        "quantization": quantization,
         "weights": sum(map(_bytes, arrays)),
         "on_a_device": sum(map(_bytes, shards)),
         "largest_shard": max(map(_bytes, shards)),
@@ -133,8 +135,10 @@ def main(options: Options) -> None:
     if options.case:
         print(json.dumps(measure(options)))
         return
+    from benchmarks.history import History, table
     from loft_jax import load_pretrained, load_tokenizer, save_pretrained
 
+    history = History(options.results, "memory")
     lines = []
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
@@ -147,21 +151,20 @@ def main(options: Options) -> None:
         texts = Path(folder) / "texts.jsonl"
         rows = map(json.loads, Path(options.data).read_text(encoding="utf-8").splitlines())
         texts.write_text("".join(json.dumps({"text": row["prompt"]}) + "\n" for row in rows))
-        for case in CASES:
-            words = [f"--model={model}", f"--data={texts}", f"--case={' '.join(case)}"]
+        for sizes, quantization in CASES:
+            words = [f"--model={model}", f"--data={texts}", f"--case={sizes} {quantization}"]
             command = [sys.executable, "-m", "benchmarks.memory", *words]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            print(done.stdout, end="", flush=True)
-            lines.append(json.loads(done.stdout))
-    print("\n| mesh | stored in | weights | on a device | largest shard | host beside | NLL |")
-    print("| --- | --- " + "| ---: " * 5 + "|")
-    for line in lines:
-        sizes = ("weights", "on_a_device", "largest_shard", "host_beside")
-        cells = [line["mesh"].replace(",", " x "), line["quantization"].replace("none", "bfloat16")]
-        cells += [f"{line[name] / 2**20:.1f} MiB" for name in sizes]
-        cells.append(f"{line['nll']:.4f}" if "nll" in line else "")
-        print(f"| {' | '.join(cells)} |")
+            measured = json.loads(done.stdout)
+            case = {"model": options.model, "mesh": sizes, "quantization": quantization}
+            history.append(case, measured)
+            cells = [sizes.replace(",", " x "), quantization.replace("none", "bfloat16")]
+            names = ("weights", "on_a_device", "largest_shard", "host_beside")
+            cells += [f"{measured[name] / 2**20:.1f} MiB" for name in names]
+            lines.append([*cells, f"{measured['nll']:.4f}" if "nll" in measured else ""])
+    head = ("mesh", "stored in", "weights", "on a device", "largest shard", "host beside", "NLL")
+    print("\n".join(table(head, lines)))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    main(tyro.cli(Options, prog="python -m benchmarks.memory", description=__doc__))

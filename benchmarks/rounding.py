@@ -8,11 +8,14 @@ do at the precisions "default" and "high"; emulated, so that any machine gives t
 A distance is ‖W - W₆₄‖ over the distance that W₆₄ has come from its start, in the Frobenius norm:
 at the first step, the largest over all steps, and at the last.
 
+Adds a line a row to `rounding.jsonl` in the folder of results, and prints the table.
+
     python -m benchmarks.rounding
 """
 
-import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -20,9 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tyro
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
+from benchmarks.history import RESULTS, History, table
 from loft_jax import loft
 from loft_jax.optim import full_moment
 from loft_jax.optim.tall import matmul
@@ -60,6 +65,14 @@ CASES: tuple[tuple[str, dict[str, Any], Callable[..., jax.Array]], ...] = (
     ("direction in three passes of bfloat16", {}, in_bfloat16(3)),
     ("direction in one pass of bfloat16", {}, in_bfloat16(1)),
 )
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where the results go."""
+
+    results: Path = RESULTS
+    """Folder of the results: add to those that are kept, or start others."""
 
 
 def path(shape: tuple[int, int, int], steps: int, dtype: DTypeLike, **numbers: Any) -> np.ndarray:
@@ -107,13 +120,10 @@ def path(shape: tuple[int, int, int], steps: int, dtype: DTypeLike, **numbers: A
     return a @ b
 
 
-def main() -> int:
-    """Prints the table as Markdown."""
+def main(options: Options) -> None:
+    """Measures all cases and prints them."""
     jax.config.update("jax_enable_x64", True)
-    lines = [
-        "| problem (in, out, r), eps | with | first step | largest | last step |",
-        "| --- | --- | ---: | ---: | ---: |",
-    ]
+    history, lines = History(options.results, "rounding"), []
     for shape, steps, learning_rate, eps in PROBLEMS:
         numbers = {"learning_rate": learning_rate, "eps": eps}
         exact = path(shape, steps, jnp.float64, **numbers)
@@ -122,13 +132,17 @@ def main() -> int:
             with mock.patch.object(full_moment, "matmul", product):
                 found = path(shape, steps, jnp.float32, **numbers, **settings)
             distance = np.linalg.norm(found[1:] - exact[1:], axis=(1, 2)) / come
-            cells = (f"{shape}, {eps:g}", name, *(f"{distance[i]:.1e}" for i in (0, -1)))
-            lines.append(
-                f"| {cells[0]} | {name} | {cells[2]} | {distance.max():.1e} | {cells[3]} |"
-            )
-    print("\n".join(lines))
-    return 0
+            measured = {
+                "first": float(distance[0]),
+                "largest": float(distance.max()),
+                "last": float(distance[-1]),
+            }
+            history.append({"problem": shape, "steps": steps, **numbers, "with": name}, measured)
+            cells = [f"{value:.1e}" for value in measured.values()]
+            lines.append([f"{shape}, {eps:g}", name, *cells])
+    head = ("problem (in, out, r), eps", "with", "first step", "largest", "last step")
+    print("\n".join(table(head, lines)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(tyro.cli(Options, prog="python -m benchmarks.rounding", description=__doc__))

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from benchmarks import compile_matrix
+from benchmarks import compile_matrix, history
 from benchmarks.compile_matrix import Options
 from loft_jax.errors import InputError
 from loft_jax.training.plan import StepPlan
@@ -28,11 +28,13 @@ def compiled(monkeypatch):
         return StepPlan(config, (1, 8, 1), 2**30, *sizes, (), 1.0)
 
     monkeypatch.setattr(compile_matrix, "plan_step", plan_step)
+    versions = {"date": "2026-01-01", "revision": "abc", "jax": "1", "libtpu": "2"}
+    monkeypatch.setattr(history, "made_with", lambda: dict(versions))
     return calls
 
 
 def test_finished_steps_are_not_compiled_again(compiled, tmp_path, capsys):
-    few = {"models": ("llama-2-7b",), "ranks": (16,), "output": str(tmp_path)}
+    few = {"models": ("llama-2-7b",), "ranks": (16,), "results": tmp_path}
     compile_matrix.main(Options(**few, methods=("lora",)))
     compile_matrix.main(Options(**few, methods=("lora", "loft full")))
     assert [(c.method, c.second_moment) for c in compiled] == [
@@ -41,7 +43,8 @@ def test_finished_steps_are_not_compiled_again(compiled, tmp_path, capsys):
     ]
     file = tmp_path / "compile_matrix.jsonl"
     whole = file.read_text()
-    assert [json.loads(line)["total"] for line in whole.splitlines()] == [120 << 20, 180 << 20]
+    totals = [json.loads(line)["measured"]["total"] for line in whole.splitlines()]
+    assert totals == [120 << 20, 180 << 20]
     table = (tmp_path / "compile_matrix.md").read_text()
     assert table in capsys.readouterr().out
     assert "| 16 | loft full | 40.0 | 10.0 | 8.0 | 2.0 | 120.0 | 0.0 | 180.0 |" in table
@@ -53,8 +56,21 @@ def test_finished_steps_are_not_compiled_again(compiled, tmp_path, capsys):
     assert file.read_text() == whole
 
 
+def test_another_revision_is_measured_anew_and_shown(compiled, tmp_path, monkeypatch, capsys):
+    few = Options(models=("llama-2-7b",), ranks=(16,), methods=("lora",), results=tmp_path)
+    compile_matrix.main(few)
+    later = {**history.made_with(), "revision": "def", "jax": "3"}
+    monkeypatch.setattr(history, "made_with", lambda: later)
+    compile_matrix.main(few)
+    assert len(compiled) == len((tmp_path / "compile_matrix.jsonl").read_text().splitlines()) == 2
+    table = (tmp_path / "compile_matrix.md").read_text()
+    assert table.count("| lora |") == 1
+    assert "jax 3" in table
+    assert "jax 1" not in table
+
+
 def test_a_step_that_does_not_fit_has_a_row(compiled, tmp_path):
-    compile_matrix.main(Options(models=("llama-3-8b",), ranks=(32,), output=str(tmp_path)))
+    compile_matrix.main(Options(models=("llama-3-8b",), ranks=(32,), results=tmp_path))
     assert len(compiled) == 4
     table = (tmp_path / "compile_matrix.md").read_text()
     assert table.count("does not fit") == 3

@@ -1,4 +1,4 @@
-from benchmarks.report import aims
+from benchmarks.optimizer.aims import aims
 
 
 def test_aims_compare_with_the_same_case_only():

@@ -9,7 +9,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from scipy.stats import t as student
 
-from experiments.log import Setting, Summary
+from experiments.log import Setting
+from experiments.summary import Summary
 
 Verdict = Literal["better", "as good", "within the noise", "worse by less than 1 %", "worse"]
 

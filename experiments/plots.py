@@ -7,7 +7,8 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 
-from experiments.log import Setting, Summary
+from experiments.log import Setting
+from experiments.summary import Summary
 
 matplotlib.use("agg")
 

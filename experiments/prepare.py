@@ -308,9 +308,9 @@ def read_articles(path: Path) -> list[list[str]]:
     """
     articles: list[list[str]] = []
     lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    for before, line, behind in zip(["", *lines], lines, [*lines[1:], ""], strict=False):
+    for before, line, after in zip(["", *lines], lines, [*lines[1:], ""], strict=False):
         # A line of a formula looks like a title, but stands within a paragraph.
-        if re.fullmatch(r"= [^=].* =", line) and not (before or behind):
+        if re.fullmatch(r"= [^=].* =", line) and not (before or after):
             articles.append([])
         if line and not articles:
             raise PrepareError(f"{path}: begins with {line!r:.80}, expected '= Title ='")

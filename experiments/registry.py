@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from experiments.log import Result, ResultLog, Setting, Summary, summarize
+from experiments.log import Result, ResultLog, Setting
 from experiments.matrix import MATRIX_METHODS, MATRIX_TASKS, MatrixRuns, MatrixTask
 from experiments.methods import METHODS
 from experiments.runs import LanguageRuns
+from experiments.summary import Summary, summarize
 from experiments.tasks import BEFORE, LANGUAGE_TASKS, LanguageTask, Task
 from loft_jax.errors import InputError
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from experiments import tables
 from experiments.claims import CLAIMS, HIGHER_IS_BETTER, Claim, Finding, findings
-from experiments.log import Result, ResultLog, Setting, Summary
+from experiments.log import Result, ResultLog, Setting
 from experiments.plots import plot_headline, plot_ranks, plot_task
 from experiments.registry import TASKS, read_results, summaries_of
 from experiments.runs import PACKAGES
+from experiments.summary import Summary
 from experiments.tasks import BEFORE, WHOLE, Task
 
 _INTRODUCTION = """\

@@ -5,7 +5,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from experiments.claims import CLAIMS, HIGHER_IS_BETTER, Finding, arrived, gain_over
-from experiments.log import Setting, Summary, steps_to_match
+from experiments.log import Setting
+from experiments.summary import Summary, steps_to_match
 from experiments.tasks import WHOLE, Task
 
 AT_RATE_OF_FULL = ("loft-factored", "loft", "loft-alternate", "lora", "rslora", "reflora", "dora")

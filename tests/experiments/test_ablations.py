@@ -92,7 +92,7 @@ def test_every_part_matters(float64):
 
 
 def test_the_plain_clip_is_of_the_factors_own_gradients(float64):
-    # Behind a clip to a norm, Adam with an epsilon above it makes steps in proportion to that norm.
+    # After a clip to a norm, Adam with an epsilon above it makes steps in proportion to that norm.
     schedule = optax.constant_schedule(0.1)
     small, smaller, projected = (
         run(loft_with(part, config(max_grad_norm=norm, eps=1e3), schedule, 1.0))[0]

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from experiments.claims import Claim, findings
-from experiments.log import Cell, Result, summarize
+from experiments.log import Cell, Result
+from experiments.summary import summarize
 
 BETTER = (Claim("it is better", "loft", "lora"),)
 AS_GOOD = (Claim("it does as well", "loft", "lora", at_least_equal=True),)

@@ -9,8 +9,9 @@ import pytest
 
 from experiments import registry
 from experiments.__main__ import main
-from experiments.log import Cell, Result, ResultLog, summarize
+from experiments.log import Cell, Result, ResultLog
 from experiments.registry import TASKS
+from experiments.summary import summarize
 
 
 def run(results, assets, *arguments):

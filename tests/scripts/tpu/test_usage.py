@@ -38,7 +38,7 @@ def test_help_is_the_header():
     [
         ((), "no command is given"),
         (("fly", *HOSTS), "unknown command fly"),
-        (("up", "down", *HOSTS), "unexpected word down behind up"),
+        (("up", "down", *HOSTS), "unexpected word down after up"),
         (("status", "--zone", "z"), "--name is missing"),
         (("status", "--name", "n"), "--zone is missing"),
         (("status", "--name", "--zone", "z"), "--name: its value is missing"),
@@ -50,7 +50,7 @@ def test_help_is_the_header():
         (("up", *SLICE, "--spot=yes"), "--spot takes no value"),
         (("up", *SLICE, "--poll", "soon"), "--poll is soon, expected seconds"),
         (("logs", *HOSTS, "--worker", "all"), "--worker is all, expected a whole number"),
-        (("status", *HOSTS, "--", "--rank", "4"), "status takes nothing behind --"),
+        (("status", *HOSTS, "--", "--rank", "4"), "status takes nothing after --"),
         (("launch", *HOSTS), "the flags of loft-jax finetune are missing"),
         (("launch", *HOSTS, "--"), "the flags of loft-jax finetune are missing"),
         (("install", *HOSTS, "--repo", "r", "--source", "."), "--source and --repo"),

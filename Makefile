@@ -26,7 +26,8 @@ assets: | $(BIN)/python
 clean:
 	rm -rf .venv assets build dist *.egg-info
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	find loft_jax scripts tests -name __pycache__ -prune -exec rm -rf {} +
+	find loft_jax benchmarks examples experiments scripts tests \
+	  -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || { \

@@ -215,7 +215,7 @@ def read_pieces(path: Path, count: int) -> list[tuple[str, float]]:
     """
     data = path.read_bytes()
     pieces: list[tuple[str, float]] = []
-    at = 4  # behind the longest piece's length, which nothing here needs
+    at = 4  # after the longest piece's length, which nothing here needs
     while at < len(data):
         if at + 8 > len(data):
             raise InputError(f"{path}: ends within piece {len(pieces)}, expected a whole one")

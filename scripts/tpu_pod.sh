@@ -148,7 +148,7 @@ parse() {
         ;;
       -*) refuse "unknown flag $flag" ;;
       *)
-        [[ -z $command ]] || refuse "unexpected word $flag behind $command"
+        [[ -z $command ]] || refuse "unexpected word $flag after $command"
         command=$flag
         ;;
     esac
@@ -186,9 +186,9 @@ check() {
   [[ $ref != -* ]] || refuse "--ref is $ref, expected a branch, tag or commit"
   case $command in
     launch | resume | run)
-      ((${#run_args[@]})) || refuse 'the flags of loft-jax finetune are missing, behind --'
+      ((${#run_args[@]})) || refuse 'the flags of loft-jax finetune are missing after --'
       ;;
-    *) ((${#run_args[@]} == 0)) || refuse "$command takes nothing behind --" ;;
+    *) ((${#run_args[@]} == 0)) || refuse "$command takes nothing after --" ;;
   esac
 }
 
@@ -456,7 +456,7 @@ start_all() { # MODE
   fi
   # All are asked before one is started: the run of a host must not meet another on the next.
   remote all "$PRELUDE$REFUSE_GOING" || return
-  # By the id, a host knows that it has done this before, and the connection failed behind it.
+  # By the id, a host knows that it has done this before, and the connection failed after it.
   id=$(fingerprint)-$(date +%s)-$$
   script="if [ \"\$(cat run.id 2>/dev/null)\" = $id ]; then exit 0; fi; $REFUSE_GOING"
   script+='[ -x venv/bin/loft-jax ] || { echo "loft-jax is not installed" >&2; exit 1; }; '
@@ -490,7 +490,7 @@ follow() { # WORKER
   local code script tries=0
   : >"$work/log"
   while true; do
-    # From the byte behind those that were shown; --pid ends with that process.
+    # From the byte after those that were shown; --pid ends with that process.
     # shellcheck disable=SC2016
     script='if going; then exec tail -f -c +FROM --pid="$(cat run.pid)" run.log; fi; '\
 'if [ -e run.log ]; then exec tail -c +FROM run.log; fi'

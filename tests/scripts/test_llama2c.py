@@ -2,7 +2,6 @@ import itertools
 import json
 import struct
 import sys
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loft_jax.errors import InputError
 from loft_jax.hub import load_pretrained, load_tokenizer
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # as it is for a script
-
-import llama2c
+from scripts import llama2c
 
 LAYERS, HIDDEN, SEQ_LEN = 2, 20, 16
 WORDS = ("the", "cat", "there", "is", "at", "theist", "teacher", "ch", "chat")

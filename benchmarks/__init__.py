@@ -1,0 +1,1 @@
+"""What LoFT costs: speed, memory and rounding, measured."""

@@ -1,0 +1,55 @@
+"""Time and temporaries of the `update` group, drawn."""
+
+import itertools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.history import Row
+from benchmarks.optimizer.aims import shape_of
+
+
+def plot(rows: Sequence[Row], path: Path) -> bool:
+    """Draws time over AdamW's and temporaries over shapes, one column a rank.
+
+    Args:
+        rows: From `latest`; those of the update group are drawn.
+        path: PNG file to write.
+
+    Returns:
+        Whether matplotlib is installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    rows = [row for row in rows if row["group"] == "update"]
+    ranks = sorted({row["rank"] for row in rows})
+    if not ranks:
+        return True
+    values = {
+        "to_adamw": "time / adamw",
+        "temp_share": "temporaries / bf16 base weight",
+    }
+    figure = Figure(figsize=(4 * len(ranks) + 2, 7), layout="constrained")
+    grid = figure.subplots(2, len(ranks), squeeze=False, sharex=True, sharey="row")
+    shapes = list(dict.fromkeys(shape_of(row) for row in rows))
+    for (line, key), (column, rank) in itertools.product(enumerate(values), enumerate(ranks)):
+        axes = grid[line][column]
+        for name in dict.fromkeys(row["optimizer"] for row in rows):
+            mine = [row for row in rows if (row["optimizer"], row["rank"]) == (name, rank)]
+            points = [(shapes.index(shape_of(row)), row[key]) for row in mine if row.get(key)]
+            if points:
+                axes.plot(*zip(*points, strict=True), "o-", label=name, markersize=4)
+        axes.set(yscale="log", title=f"r {rank}" if line == 0 else "")
+        axes.set_xticks(range(len(shapes)), shapes, rotation=30, ha="right")
+        axes.grid(alpha=0.3)
+        if column == 0:
+            axes.set_ylabel(values[key])
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center")
+    partial = path.with_suffix(".partial.png")
+    FigureCanvasAgg(figure).print_png(partial)
+    os.replace(partial, path)
+    return True

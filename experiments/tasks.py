@@ -1,0 +1,379 @@
+"""The tasks that methods are compared on: data, model, length of a run, and the sweep."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from experiments.ablations import ABLATIONS
+from experiments.log import Cell, grid
+from loft_jax.data import DataConfig
+from loft_jax.training.config import FinetuneConfig
+
+SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+UNCLIPPED = ("lora", "reflora", "loft")
+"""Methods that run without a clip too, as `lora-unclipped`."""
+
+WHOLE = {**dict.fromkeys(ABLATIONS, "loft"), **{f"{name}-unclipped": name for name in UNCLIPPED}}
+"""What is left of a method without a part, and that method."""
+
+BEFORE = "before"
+"""The model as it was before training, in the place of a method."""
+
+WITHOUT_RANK = ("full", "full-linear")
+"""Methods that train no adapters."""
+
+
+class Sweep(NamedTuple):
+    """Methods at every seed of a task, with something else than usual.
+
+    Attributes:
+        methods: That run.
+        ranks: That each runs at.
+        eps: Adam's epsilon; None is that of the task.
+        alpha: LoRA's alpha; None is the rank.
+        rates: Learning rates; None is those of the task.
+    """
+
+    methods: tuple[str, ...]
+    ranks: tuple[int, ...]
+    eps: float | None = None
+    alpha: float | None = None
+    rates: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What methods are compared on, and how they are swept.
+
+    Args:
+        name: On the command line and in the log.
+        title: In the report.
+        steps: Optimizer steps of a run.
+        methods: That are compared.
+        ranks: That each runs at.
+        rates: Learning rates that each runs at.
+        more: What is swept besides: ablations, other values of eps and alpha, and one more rate
+            where the best was the first or the last.
+        note: What the report says of the task.
+        eps: Adam's epsilon.
+        seeds: Seeds of the sweep.
+        final_seeds: Seeds at the best rate.
+        measure: What a method is judged by.
+        always_tests: Whether runs of the sweep are tested too.
+    """
+
+    name: str
+    title: str
+    steps: int
+    methods: tuple[str, ...]
+    ranks: tuple[int, ...]
+    rates: tuple[float, ...]
+    more: tuple[Sweep, ...] = ()
+    note: str = ""
+    eps: float = 1e-8
+    seeds: tuple[int, ...] = (0,)
+    final_seeds: tuple[int, ...] = (0, 1, 2)
+    measure: str = "loss"
+    always_tests: bool = False
+
+    def cells(self, sweep: Sweep | None = None) -> list[Cell]:
+        """The runs of one sweep, or of all that are planned."""
+        planned = (sweep,) if sweep else (Sweep(self.methods, self.ranks), *self.more)
+        found = []
+        for one in planned:
+            if BEFORE in one.methods:
+                found.append(Cell(self.name, BEFORE, 0, 0.0, eps=self.eps))
+            found += grid(
+                self.name,
+                [method for method in one.methods if method != BEFORE],
+                one.ranks,
+                self.rates if one.rates is None else one.rates,
+                self.seeds,
+                without_rank=WITHOUT_RANK,
+                eps=self.eps if one.eps is None else one.eps,
+                alpha=one.alpha,
+            )
+        return list(dict.fromkeys(found))
+
+    @property
+    def digest(self) -> str:
+        """Of what the task says of a run; what methods are set to, and the code, are not in it."""
+        left_out = {"title", "note", "methods", "ranks", "rates", "more", "measure"}
+        left_out |= {"seeds", "final_seeds", "always_tests"}
+        what = {k: v for k, v in dataclasses.asdict(self).items() if k not in left_out}
+        return hashlib.blake2b(json.dumps(what).encode(), digest_size=4).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageTask(Task):
+    """A language model, and what it is taught.
+
+    Args:
+        model: File or folder below the assets.
+        data: Folder of the files below, under the assets.
+        max_length: Tokens of a row at most.
+        batch_size: Rows of a step.
+        packing: Whether texts are put into rows of the full length.
+        choices: Answers to compare; empty where rows bring their own, or have none.
+        train: File to train on, and its split: with slices, as `datasets` writes them.
+        validation: The same to choose learning rates by.
+        test: The same to report.
+    """
+
+    model: str
+    data: str
+    max_length: int
+    batch_size: int
+    packing: bool = False
+    choices: tuple[str, ...] = ()
+    train: tuple[str, str] = ("train.jsonl", "train")
+    validation: tuple[str, str] = ("validation.jsonl", "train")
+    test: tuple[str, str] = ("test.jsonl", "train")
+
+    def config(self, assets: Path) -> FinetuneConfig:
+        """A run of this task, but for its method, rank, learning rate and seed.
+
+        Args:
+            assets: Where models and data lie.
+
+        Returns:
+            Its configuration; held-out rows are those of validation.
+        """
+        (train, split), (validation, eval_split) = self.train, self.validation
+        return FinetuneConfig(
+            model=str(assets / self.model),
+            data=DataConfig(
+                str(assets / self.data / train),
+                split=split,
+                max_length=self.max_length,
+                packing=self.packing,
+            ),
+            output="",
+            eval_path=str(assets / self.data / validation),
+            eval_split=eval_split,
+            choices=self.choices,
+            schedule="linear",
+            warmup_steps=max(1, self.steps // 12),
+            steps=self.steps,
+            batch_size=self.batch_size,
+            eval_batch_size=32,
+        )
+
+    def tested(self, config: FinetuneConfig) -> FinetuneConfig:
+        """The same run, its held-out rows those of the test."""
+        name, split = self.test
+        return replace(
+            config, eval_path=str(Path(config.eval_path).with_name(name)), eval_split=split
+        )
+
+
+FIVE_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+ON_SMOLLM2 = ("lora", "loft", "loft-factored", "loft-alternate", "full", "reflora")
+EPSILONS = (1e-6, 1e-4)
+ALPHAS = (1.0, 10.0, 16.0, 64.0)
+ALL_METHODS = (
+    "lora", "rslora", "lora-plus", "lora-fa", "pissa", "dora", "riemannian",
+    "reflora", "reflora-balanced", "reflora-s",
+    "loft", "loft-factored", "loft-diagonal", "loft-muon",
+    "loft-alternate", "loft-alternate-factored", "full",
+)  # fmt: skip
+LONG_METHODS = (
+    "lora", "rslora", "dora", "reflora",
+    "loft", "loft-factored", "loft-alternate", "full-linear",
+)  # fmt: skip
+
+LANGUAGE_TASKS = {
+    task.name: task
+    for task in (
+        LanguageTask(
+            name="stories",
+            title="A model of children's stories moved to Shakespeare",
+            note=(
+                "stories260K, a Llama of 260 thousand parameters, learns the language of "
+                "Shakespeare's plays: packed rows of 128 tokens; 29 texts of 2000 characters for "
+                "validation, 30 for the test."
+            ),
+            model="experiments/stories260k",
+            data="experiments/tinyshakespeare",
+            max_length=128,
+            packing=True,
+            steps=100,
+            batch_size=4,
+            methods=ALL_METHODS,
+            ranks=(1, 2, 4, 8, 16),
+            rates=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+            more=(
+                Sweep((BEFORE, "full-linear"), (1,)),
+                Sweep(("lora", "loft", "loft-factored", "loft-alternate"), (32,)),
+                Sweep(("loft-balanced",), (4,)),
+                Sweep(tuple(WHOLE), (4,)),
+                *(Sweep(("lora", "loft", "loft-factored", "full"), (4,), eps) for eps in EPSILONS),
+                *(Sweep(("lora", "loft", "loft-diagonal"), (4,), alpha=a) for a in ALPHAS),
+                Sweep(("lora-fa",), (1, 2), rates=(3e-1,)),
+                Sweep(("lora-plus",), (8, 16), rates=(3e-4,)),
+            ),
+            seeds=(0, 1, 2),
+            always_tests=True,
+        ),
+        LanguageTask(
+            name="stories-long",
+            title="The same for five times the steps",
+            note="As `stories`, with 500 steps: how much of a lead is speed, and how much stays.",
+            model="experiments/stories260k",
+            data="experiments/tinyshakespeare",
+            max_length=128,
+            packing=True,
+            steps=500,
+            batch_size=4,
+            methods=LONG_METHODS,
+            ranks=(4, 16),
+            rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+            seeds=(0, 1, 2),
+            always_tests=True,
+        ),
+        LanguageTask(
+            name="sentiment",
+            title="Sentiment of film reviews",
+            note=(
+                "SmolLM2-135M-Instruct, its 4-bit weights dequantized, tells whether a sentence "
+                "of a film review is for or against: the more likely of two words; 200 sentences "
+                "for validation, 400 for the test."
+            ),
+            model=SMOLLM2,
+            data="reviews",
+            max_length=96,
+            steps=60,
+            batch_size=8,
+            choices=(" negative", " positive"),
+            methods=ON_SMOLLM2,
+            ranks=(8,),
+            rates=FIVE_RATES,
+            more=(Sweep((BEFORE,), (8,)),),
+            train=("train.jsonl", "train[200:]"),
+            validation=("train.jsonl", "train[:200]"),
+            measure="accuracy",
+        ),
+        LanguageTask(
+            name="arc-easy",
+            title="ARC-Easy",
+            note=(
+                "SmolLM2-135M-Instruct answers questions of science: the likeliest of the "
+                "answers, by character; 100 questions for validation, 500 for the test. Losses of "
+                "validation and test, by which rates are chosen, are of a whole right answer; the "
+                "training loss is of a token."
+            ),
+            model=SMOLLM2,
+            data="experiments/arc_easy",
+            max_length=128,
+            steps=60,
+            batch_size=8,
+            methods=ON_SMOLLM2,
+            ranks=(8,),
+            rates=FIVE_RATES,
+            more=(Sweep((BEFORE,), (8,)), Sweep(("lora",), (8,), rates=(1e-2,))),
+            validation=("validation.jsonl", "train[:100]"),
+            test=("test.jsonl", "train[:500]"),
+            measure="accuracy_norm",
+        ),
+        LanguageTask(
+            name="openbookqa",
+            title="OpenBookQA",
+            note=("As ARC-Easy, with the questions of OpenBookQA."),
+            model=SMOLLM2,
+            data="experiments/openbookqa",
+            max_length=128,
+            steps=60,
+            batch_size=8,
+            methods=ON_SMOLLM2,
+            ranks=(8,),
+            rates=FIVE_RATES,
+            more=(Sweep((BEFORE,), (8,)), Sweep(("lora",), (8,), rates=(1e-2,))),
+            validation=("validation.jsonl", "train[:100]"),
+            test=("test.jsonl", "train[:500]"),
+            measure="accuracy_norm",
+        ),
+        LanguageTask(
+            name="shakespeare",
+            title="SmolLM2 on tinyshakespeare",
+            note=(
+                "SmolLM2-135M-Instruct learns the language of Shakespeare's plays: packed rows of "
+                "128 tokens; 8 texts of 2000 characters for validation, 24 for the test."
+            ),
+            model=SMOLLM2,
+            data="experiments/tinyshakespeare",
+            max_length=128,
+            packing=True,
+            steps=60,
+            batch_size=2,
+            methods=ON_SMOLLM2,
+            ranks=(8,),
+            rates=FIVE_RATES,
+            more=(
+                Sweep((BEFORE,), (8,)),
+                Sweep(("lora", "loft"), (4, 16)),
+                Sweep(("lora",), (4, 8, 16), rates=(1e-2,)),
+                Sweep(("reflora",), (8,), rates=(1e-2,)),
+                Sweep(("loft",), (8,), 1e-4),
+            ),
+            validation=("validation.jsonl", "train[:8]"),
+            test=("test.jsonl", "train[:24]"),
+        ),
+        LanguageTask(
+            name="wikitext",
+            title="SmolLM2 on WikiText-2",
+            note=(
+                "SmolLM2-135M-Instruct learns the language of WikiText-2: packed rows of 128 "
+                "tokens; 8 texts for validation, 24 for the test."
+            ),
+            model=SMOLLM2,
+            data="experiments/wikitext2",
+            max_length=128,
+            packing=True,
+            steps=60,
+            batch_size=2,
+            methods=ON_SMOLLM2,
+            ranks=(8,),
+            rates=FIVE_RATES,
+            more=(
+                Sweep((BEFORE,), (8,)),
+                Sweep(("loft",), (4,)),
+                Sweep(("lora",), (16,)),
+                Sweep(("lora",), (8, 16), rates=(1e-2,)),
+                Sweep(("reflora",), (8,), rates=(1e-2,)),
+            ),
+            validation=("validation.jsonl", "train[:8]"),
+            test=("test.jsonl", "train[:24]"),
+        ),
+        LanguageTask(
+            name="wikitext-long",
+            title="The same for almost seven times the steps",
+            note=(
+                "As `wikitext`, with 400 steps and one seed; each method at the three rates that "
+                "stand around its best of 60 steps."
+            ),
+            model=SMOLLM2,
+            data="experiments/wikitext2",
+            max_length=128,
+            packing=True,
+            steps=400,
+            batch_size=2,
+            methods=("loft-factored",),
+            ranks=(8,),
+            rates=(1e-4, 3e-4, 1e-3),
+            more=(
+                Sweep(("lora",), (8,), rates=(1e-3, 3e-3, 1e-2)),
+                Sweep(("full",), (8,), rates=(3e-5, 1e-4, 3e-4)),
+            ),
+            final_seeds=(0,),
+            always_tests=True,
+            validation=("validation.jsonl", "train[:8]"),
+            test=("test.jsonl", "train[:24]"),
+        ),
+    )
+}
+"""Tasks by name."""

@@ -1,1 +1,0 @@
-"""What `compare.py` runs, and the page it makes of it."""

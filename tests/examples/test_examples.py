@@ -1,0 +1,70 @@
+"""The examples run, and print what they promise."""
+
+import re
+import runpy
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from examples import export_peft, nnx_optimizer, optax_loop, resume_orbax
+from loft_jax import load_peft_adapter, load_pretrained
+
+FOLDER = Path(__file__).parents[2] / "examples"
+NAMES = {"optax_loop", "nnx_optimizer", "resume_orbax", "export_peft"}
+
+
+def numbers(text):
+    return [float(number) for number in re.findall(r"\d+\.\d+", text)]
+
+
+def test_every_example_is_tested():
+    assert {file.stem for file in FOLDER.glob("*.py")} == NAMES
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_an_example_is_short_and_says_its_idea(name):
+    file = FOLDER / f"{name}.py"
+    assert len(file.read_text().splitlines()) <= 65
+    assert runpy.run_path(str(file))["__doc__"]
+
+
+def test_loft_goes_one_way_from_two_splits_of_one_product(capsys):
+    optax_loop.main()
+    _, *losses = capsys.readouterr().out.splitlines()
+    adam, adam_split, loft, loft_split = (numbers(line)[-1] for line in losses)
+    assert loft == pytest.approx(loft_split, abs=2e-4)
+    assert abs(adam - adam_split) > 10 * abs(loft - loft_split)
+
+
+def test_a_model_of_your_own_learns(capsys):
+    nnx_optimizer.main()
+    before, after, merged = numbers(capsys.readouterr().out)
+    assert before < 0.5
+    assert after > 0.95
+    assert merged == pytest.approx(after, abs=0.005)  # rounding may turn a row
+
+
+def test_an_interrupted_run_ends_with_the_same_bits(capsys):
+    resume_orbax.main()
+    assert capsys.readouterr().out.splitlines() == [
+        "restored at step 10",
+        "at step 20, bit-equal: True",
+    ]
+
+
+def test_pytorch_gives_the_same_answers(tmp_path, capsys):
+    export_peft.main(str(tmp_path))
+    first, last, *_ = numbers(capsys.readouterr().out)
+    assert last < first
+    ours = load_peft_adapter(tmp_path / "adapter", load_pretrained(tmp_path / "base"))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(theirs, tmp_path / "adapter")
+    tokens = np.arange(12)[None]
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(tokens)).logits.numpy()
+    np.testing.assert_allclose(ours(jnp.asarray(tokens)), expected, atol=1e-4)

@@ -1,0 +1,45 @@
+"""The page of results comes out of the kept logs, and a run of the logs out of its command."""
+
+from pathlib import Path
+
+import pytest
+
+from experiments.log import Cell, ResultLog
+from experiments.registry import TASKS, read_results, runs_of
+from experiments.report import write_report
+
+ROOT = Path(__file__).parents[2]
+LOGS = ROOT / "experiments" / "results"
+ASSETS = ROOT / "assets"
+needs_experiments = pytest.mark.skipif(
+    not (ASSETS / "experiments").is_dir(), reason="python -m experiments.prepare has not run"
+)
+
+
+def test_the_page_is_what_the_logs_come_to(tmp_path):
+    page = tmp_path / "results.md"
+    write_report(LOGS, page)
+    kept = (ROOT / "docs" / "results.md").read_text("utf-8")
+    assert page.read_text("utf-8") == kept
+    plots = {file.name for file in (tmp_path / "results").glob("*.png")}
+    assert plots == {file.name for file in (ROOT / "docs" / "results").glob("*.png")}
+    assert all(name in kept for name in plots)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        Cell("matrix", "lora", 8, 0.03, 1, 1e-4),
+        pytest.param(Cell("matrix", "loft", 8, 0.3, 0, 1e-4), marks=pytest.mark.slow),
+        Cell("square", "loft", 13, 1e-2, 2),
+        pytest.param(Cell("stories", "lora", 4, 3e-3, 0), marks=needs_experiments),
+        pytest.param(Cell("stories", "loft", 4, 3e-3, 1), marks=needs_experiments),
+    ],
+    ids=lambda c: f"{c.task}-{c.method}",
+)
+def test_a_run_of_the_logs_is_made_again(cell):
+    task = TASKS[cell.task]
+    kept = {r.cell: r for r in read_results(ResultLog(LOGS / f"{cell.task}.jsonl"), task)}[cell]
+    again = runs_of(task, ASSETS)(cell, test=True)
+    assert again.test["loss"] == pytest.approx(kept.test["loss"], rel=1e-2)
+    assert again.train == pytest.approx(kept.train, rel=2e-2)

@@ -30,8 +30,7 @@ class HeldOut:
         """Reads them.
 
         Args:
-            config: Its eval_path, eval_split, choices and eval_batch_size are used, and the form
-                of its data.
+            config: Its evaluation is used, and the form of its data.
             tokenizer: Of the model.
             vocab_size: The tokens that the model has weights for; None if it is not at hand.
             progress: Show bars.
@@ -40,19 +39,20 @@ class HeldOut:
             InputError: They cannot be read, are not of the form of the data, or have a token that
                 the model has no weights for.
         """
-        self._config, self._tokenizer, self._progress = config, tokenizer, progress
+        self._tokenizer, self._progress = tokenizer, progress
+        self._choices, self._batch_size = config.evaluation.choices, config.evaluation.batch_size
         self._data = dataclasses.replace(
-            config.data, path=config.eval_path, split=config.eval_split
+            config.data, path=config.evaluation.path, split=config.evaluation.split
         )
         self._rows = load_examples(self._data)
         self._batches: Sequence[Batch] = ()
         if self._has_choices:
             check_choices(
-                tokenizer, self._rows, self._data, choices=config.choices, vocab_size=vocab_size
+                tokenizer, self._rows, self._data, choices=self._choices, vocab_size=vocab_size
             )
         else:
             tokens = tokenize(self._rows, tokenizer, self._data, vocab_size=vocab_size)
-            self._batches = eval_batches(tokens, self._data, batch_size=config.eval_batch_size)
+            self._batches = eval_batches(tokens, self._data, batch_size=self._batch_size)
 
     @property
     def count(self) -> int:
@@ -69,7 +69,7 @@ class HeldOut:
 
     @property
     def _has_choices(self) -> bool:
-        return bool(self._config.choices) or bring_choices(self._rows)
+        return bool(self._choices) or bring_choices(self._rows)
 
     def measure(self, model: Llama) -> dict[str, float]:
         """The mean loss, in nats, and the accuracy if there are choices.
@@ -99,12 +99,12 @@ class HeldOut:
             self._tokenizer,
             self._rows,
             self._data,
-            choices=self._config.choices,
-            batch_size=self._config.eval_batch_size,
+            choices=self._choices,
+            batch_size=self._batch_size,
             progress=self._progress,
         )
         measured = {"loss": scores.nll, "accuracy": scores.accuracy}
-        if self._config.choices:
+        if self._choices:
             return measured, {"accuracy": scores.right}
         # Labels of every row are what they are; answers of a row differ in length.
         measured["accuracy_norm"] = scores.accuracy_norm

@@ -28,7 +28,6 @@ from loft_jax.training.model import (
     export_trained,
     load_base,
     scaling_of,
-    trained_kind,
 )
 from loft_jax.training.monitor import Speedometer, largest_condition, memory_in_use
 from loft_jax.training.optimizer import make_optimizer, make_schedule
@@ -63,44 +62,43 @@ class Run:
         Raises:
             InputError: Model, data or targets are not what they should be.
         """
+        schedule = config.schedule
         self.config = config
         self.progress = progress
         self._mesh = mesh
-        self._tokenizer = load_tokenizer(config.model)
-        self._sizes = load_model_config(config.model)
+        self._tokenizer = load_tokenizer(config.model.path)
+        self._sizes = load_model_config(config.model.path)
         rows = load_examples(config.data)
         data = tokenize(rows, self._tokenizer, config.data, vocab_size=self._sizes.vocab_size)
         self.stream = train_stream(
-            data, config.data, batch_size=config.batch_size, seed=config.seed
+            data, config.data, batch_size=schedule.batch_size, seed=config.seed
         )
         most = 2**31 - 1  # steps are counted in 32 bits
-        self.steps = config.steps or math.ceil(
-            min(config.epochs * self.stream.rows_per_epoch / config.batch_size, most + 1)
+        self.steps = schedule.steps or math.ceil(
+            min(schedule.epochs * self.stream.rows_per_epoch / schedule.batch_size, most + 1)
         )
         if self.steps > most:
-            raise InputError(f"epochs is {config.epochs}, expected at most {most} steps of them")
-        if config.method in ("reflora", "reflora-s") and config.reflora_warmup >= self.steps:
             raise InputError(
-                f"reflora_warmup_steps is {config.reflora_warmup}, and the run has {self.steps} "
-                "steps: it would be plain LoRA; expected fewer"
+                f"schedule.epochs is {schedule.epochs}, expected at most {most} steps of them"
             )
+        config.method.check_steps(self.steps, config.lora.init)
         self._held_out = (
             HeldOut(config, self._tokenizer, vocab_size=self._sizes.vocab_size, progress=progress)
-            if config.eval_path
+            if config.evaluation.path
             else None
         )
         base = load_base(config, mesh)
         self._fingerprints = {
             "model": base_fingerprint(base),
             "data.path": self.stream.get_state()["fingerprint"],
-            "eval_path": self._held_out.fingerprint if self._held_out else "",
+            "evaluation.path": self._held_out.fingerprint if self._held_out else "",
         }
         model = adapted(base, config)
-        self.schedule = make_schedule(config, self.steps)
+        self.schedule = make_schedule(schedule, self.steps)
         tx = make_optimizer(config, self.schedule, scaling_of(model))
-        parts = split_model(model, trained_kind(config.method))
+        parts = split_model(model, config.method.trained)
         self._shardings = step_shardings(
-            parts, tx, self._sizes, mesh, offload_optimizer=config.offload_optimizer
+            parts, tx, self._sizes, mesh, offload_optimizer=config.optimizer.offload
         )
         layout = self._shardings.state
         self._own: Any = (
@@ -123,13 +121,13 @@ class Run:
         self.step = make_step(
             self.parts,
             tx,
-            config.accumulation_steps,
+            schedule.accumulation_steps,
             self._shardings,
-            max_skipped_steps=config.max_skipped_steps,
+            max_skipped_steps=config.optimizer.max_skipped_steps,
         )
         _log.info(
             "%s: %s trained parameters, optimizer state of %s bytes",
-            config.method,
+            config.method.name,
             f"{sum(x.size for x in jax.tree.leaves(params)):,}",
             f"{state_bytes(tx, params):,}",
         )
@@ -187,7 +185,7 @@ class Run:
         Returns:
             It knows the sizes of the model, and what the method trains of it.
         """
-        full = self.config.method == "full"
+        full = not self.config.method.adapts
         return Speedometer(self._sizes, full=full, devices=self._mesh.size)
 
     def report(
@@ -204,7 +202,7 @@ class Run:
             Values by name.
         """
         values = {name: float(whole(metrics[name])) for name in ("grad_norm", "update_norm")}
-        if self.config.method != "full":
+        if self.config.method.adapts:
             values["gram_condition"] = largest_condition(state.params)
         return {
             "train_loss": float(whole(metrics["loss"])),
@@ -238,7 +236,7 @@ class Run:
         checkpoints.save(state, plain, eval_loss)
 
     def export(self, state: TrainState) -> Path:
-        """Writes the adapter, or the whole model for method "full".
+        """Writes the adapter, or the whole model if all weights were trained.
 
         Args:
             state: Behind the last step.
@@ -247,10 +245,10 @@ class Run:
             The folder that was written.
         """
         folder, method = Path(self.config.output), self.config.method
-        if method == "full" and (folder / "model").exists():
+        if not method.adapts and (folder / "model").exists():
             return folder / "model"  # whole, or not there: this run was at its end before
         return export_trained(
-            self._trained(state), self._tokenizer, method, folder, base_model=self.config.model
+            self._trained(state), self._tokenizer, method, folder, base_model=self.config.model.path
         )
 
     def evaluate(self, state: TrainState) -> dict[str, float]:

@@ -27,21 +27,21 @@ import jax
 import tyro
 from tqdm import tqdm
 
+from loft_jax.data import DataConfig
 from loft_jax.errors import InputError
-from loft_jax.training.plan import PlanConfig, StepPlan, plan_method, plan_step
+from loft_jax.methods import LoFT, LoRA, Method
+from loft_jax.training.config import AdapterConfig, FinetuneConfig, ModelConfig, ScheduleConfig
+from loft_jax.training.config_io import config_from_dict, config_to_dict
+from loft_jax.training.plan import StepPlan, plan_method, plan_step
 
 # The smallest slices of v5e that every step below fits, 16 rows of 256 tokens.
 SLICES = {"llama-2-7b": "v5e:2x4", "llama-3-8b": "v5e:2x4", "llama-2-70b": "v5e:4x4"}
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
-METHODS: dict[str, dict[str, Any]] = {
-    "lora": {"method": "lora"},
-    "loft": {"method": "loft"},
-    "loft full": {"method": "loft", "second_moment": "full"},
-    "loft full bfloat16": {
-        "method": "loft",
-        "second_moment": "full",
-        "state_dtype": "bfloat16",
-    },
+METHODS: dict[str, Method] = {
+    "lora": LoRA(),
+    "loft": LoFT(),
+    "loft full": LoFT("full"),
+    "loft full bfloat16": LoFT("full", state_dtype="bfloat16"),
 }
 
 
@@ -67,10 +67,17 @@ class Options:
                 raise InputError(f"{name}: unknown {min(unknown)!r}, expected some of {[*known]}")
 
 
-def cases(options: Options) -> list[PlanConfig]:
-    """All steps, those that are compared with each other side by side."""
+def cases(options: Options) -> list[FinetuneConfig]:
+    """All runs whose step is compiled, those that are compared with each other side by side."""
     return [
-        PlanConfig(model, SLICES[model], rank=rank, target_modules=TARGETS, **METHODS[method])
+        FinetuneConfig(
+            ModelConfig(model, remat="full"),
+            DataConfig("", max_length=256),
+            output="",
+            method=METHODS[method],
+            lora=AdapterConfig(rank=rank, target_modules=TARGETS),
+            schedule=ScheduleConfig(batch_size=16),
+        )
         for rank, model, method in itertools.product(options.ranks, options.models, options.methods)
     ]
 
@@ -93,25 +100,35 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
         "| --- | --- " + "| ---: " * 11 + "|",
     ]
     totals = {
-        (line["config"]["model"], line["config"]["rank"]): line["total"]
+        _model_and_rank(line): line["total"]
         for line in lines
-        if line["config"]["method"] == "lora"
+        if line["config"]["method"]["name"] == "lora"
     }
     for line in lines:
-        config = PlanConfig(**line["config"])
+        method = config_from_dict(line["config"]).method
+        model, rank = _model_and_rank(line)
         names = ("weights", "adapter", "optimizer_state", "other", "temporaries", "program")
-        cells = [config.model, config.topology, str(config.rank), plan_method(config)]
+        cells = [model, line["topology"], str(rank), plan_method(method)]
         if line["total"] is None:
             cells += ["does not fit", *[""] * 8]
         else:
             cells += [f"{line[name] / 2**20:,.1f}" for name in (*names, "total")]
             cells.append(f"{line['total'] / line['memory']:.1%}")
-            base = totals.get((config.model, config.rank))
-            compared = base is not None and config.method != "lora"
+            base = totals.get((model, rank))
+            compared = base is not None and method != LoRA()
             cells.append(f"{line['total'] / base - 1:+.1%}" if compared and base else "")
         rows.append(f"| {' | '.join(cells)} |")
     made = sorted({f"jax {line['jax']}, libtpu {line['libtpu']}" for line in lines})
     return "\n".join([*rows, "", f"Made by `scripts/compile_matrix.py`: {'; '.join(made)}.", ""])
+
+
+def _model_and_rank(line: dict[str, Any]) -> tuple[str, int]:
+    return line["config"]["model"]["path"], line["config"]["lora"]["rank"]
+
+
+def _place(line: dict[str, Any]) -> tuple[int, int]:
+    model, rank = _model_and_rank(line)
+    return [*SLICES].index(model), rank
 
 
 def main(options: Options) -> None:
@@ -132,15 +149,13 @@ def main(options: Options) -> None:
 
     done = [line["config"] for line in lines]
     wanted = cases(options)
-    missing = [
-        case for case in wanted if json.loads(json.dumps(dataclasses.asdict(case))) not in done
-    ]
+    missing = [case for case in wanted if config_to_dict(case) not in done]
     bar = tqdm(missing, initial=len(wanted) - len(missing), total=len(wanted), unit="step")
     for case in bar:
-        bar.set_description(f"{case.model} rank {case.rank} {plan_method(case)}")
-        lines.append(as_line(plan_step(case)))
-        order = {name: place for place, name in enumerate(SLICES)}
-        lines.sort(key=lambda line: (order[line["config"]["model"]], line["config"]["rank"]))
+        model = case.model.path
+        bar.set_description(f"{model} rank {case.lora.rank} {plan_method(case.method)}")
+        lines.append(as_line(plan_step(case, SLICES[model])))
+        lines.sort(key=_place)
         save()
     print(table(lines))
 

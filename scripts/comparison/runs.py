@@ -21,11 +21,12 @@ from loft_jax.data import load_examples, tokenize, train_stream
 from loft_jax.data.encode import TokenizedData
 from loft_jax.evaluation.comparison import Cell, Result
 from loft_jax.hub import load_tokenizer
+from loft_jax.methods import Full
 from loft_jax.models import Llama
 from loft_jax.optim.state import state_bytes
 from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.held_out import HeldOut
-from loft_jax.training.model import load_model, scaling_of, trained_kind
+from loft_jax.training.model import load_model, scaling_of
 from loft_jax.training.optimizer import make_schedule
 from loft_jax.training.parts import Parts, split_model
 from loft_jax.training.step import TrainState, initial_state, make_step, predicted
@@ -75,7 +76,7 @@ class LanguageRuns:
         """
         self.task = task
         self._config = task.config(assets)
-        self._tokenizer = load_tokenizer(self._config.model)
+        self._tokenizer = load_tokenizer(self._config.model.path)
         self._steps: dict[Any, _Compiled] = {}
 
     def __call__(self, cell: Cell, *, test: bool) -> Result:
@@ -89,13 +90,14 @@ class LanguageRuns:
             The result; its validation loss is infinite where the loss stopped being a number.
         """
         if cell.method == BEFORE:
-            start = load_model(dataclasses.replace(self._config, method="full"))
+            start = load_model(dataclasses.replace(self._config, method=Full()))
             return self._result(cell, start, train=(), cost={}, test=test)
         config = configured(self._config, cell)
         model = load_model(config)
-        course = make_schedule(dataclasses.replace(config, learning_rate=1.0), config.steps)
+        schedule = dataclasses.replace(config.schedule, learning_rate=1.0)
+        course = make_schedule(schedule, schedule.steps)
         optimizer, scaling = optimizer_of(cell.method), scaling_of(model)
-        parts = split_model(model, trained_kind(config.method))
+        parts = split_model(model, config.method.trained)
 
         def make(rate: Any) -> Any:
             return optimizer(config, lambda count: rate * course(count), scaling)
@@ -108,10 +110,10 @@ class LanguageRuns:
         step = self._steps[key]
         state = initial_state(parts, make(cell.learning_rate))
         stream = train_stream(
-            self._data, config.data, batch_size=config.batch_size, seed=config.seed
+            self._data, config.data, batch_size=schedule.batch_size, seed=config.seed
         )
         rate, losses, seconds = np.float32(cell.learning_rate), [], []
-        with tqdm(range(config.steps), desc=_title(cell), leave=False) as bar:
+        with tqdm(range(schedule.steps), desc=_title(cell), leave=False) as bar:
             for _ in bar:
                 batch = predicted(next(stream))
                 compiling, began = step.seconds, time.perf_counter()
@@ -167,7 +169,7 @@ class LanguageRuns:
                 **{name: version(name) for name in PACKAGES},
                 "task": self.task.digest,
                 "steps": self.task.steps,
-                "batch_size": self._config.batch_size,
+                "batch_size": self._config.schedule.batch_size,
                 "test_rows": self._held_out(test=True).count if test else 0,
             },
             right={name: "".join("01"[row] for row in rows) for name, rows in right.items()},

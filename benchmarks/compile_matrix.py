@@ -20,28 +20,26 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import tyro
 from tqdm import tqdm
 
 from benchmarks.history import RESULTS, Entry, History, Row
+from loft_jax.data import DataConfig
 from loft_jax.errors import InputError
-from loft_jax.training.plan import PlanConfig, plan_step
+from loft_jax.methods import LoFT, LoRA, Method
+from loft_jax.training.config import AdapterConfig, FinetuneConfig, ModelConfig, ScheduleConfig
+from loft_jax.training.plan import plan_step
 
 # The smallest slices of v5e that every step below fits, 16 rows of 256 tokens.
 SLICES = {"llama-2-7b": "v5e:2x4", "llama-3-8b": "v5e:2x4", "llama-2-70b": "v5e:4x4"}
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
-METHODS: dict[str, dict[str, Any]] = {
-    "lora": {"method": "lora"},
-    "loft": {"method": "loft"},
-    "loft full": {"method": "loft", "second_moment": "full"},
-    "loft full bfloat16": {
-        "method": "loft",
-        "second_moment": "full",
-        "state_dtype": "bfloat16",
-    },
+METHODS: dict[str, Method] = {
+    "lora": LoRA(),
+    "loft": LoFT(),
+    "loft full": LoFT("full"),
+    "loft full bfloat16": LoFT("full", state_dtype="bfloat16"),
 }
 
 
@@ -77,16 +75,17 @@ def cases(options: Options) -> list[Row]:
 
 def compile_step(case: Row) -> Row:
     """What the step of a case takes of a chip; sizes are None where it does not fit."""
-    config = PlanConfig(
-        case["model"],
-        case["topology"],
-        rank=case["rank"],
-        target_modules=TARGETS,
-        **METHODS[case["method"]],
+    config = FinetuneConfig(
+        ModelConfig(case["model"], remat="full"),
+        DataConfig("", max_length=256),
+        output="",
+        method=METHODS[case["method"]],
+        lora=AdapterConfig(rank=case["rank"], target_modules=TARGETS),
+        schedule=ScheduleConfig(batch_size=16),
     )
-    plan = plan_step(config)
+    plan = plan_step(config, case["topology"])
     measured = {**dataclasses.asdict(plan), "total": plan.total}
-    del measured["config"]
+    del measured["config"], measured["topology"]
     return measured
 
 

@@ -56,24 +56,31 @@ def measure(options: Options) -> dict[str, Any]:
 
     from loft_jax.data import DataConfig, eval_batches, load_examples, tokenize
     from loft_jax.hub import load_tokenizer
-    from loft_jax.tasks.causal_lm import perplexity
-    from loft_jax.training.config import FinetuneConfig, MeshConfig
+    from loft_jax.tasks.causal_lm import CausalLM, perplexity
+    from loft_jax.training.config import (
+        AdapterConfig,
+        FinetuneConfig,
+        MeshConfig,
+        ModelConfig,
+    )
     from loft_jax.training.mesh import make_mesh
     from loft_jax.training.model import load_model
     from loft_jax.training.parts import split_model
 
     config = FinetuneConfig(
-        options.model,
+        ModelConfig(
+            options.model,
+            param_dtype="bfloat16",
+            quantization=quantization,  # type: ignore[arg-type]  # checked there
+        ),
         DataConfig(options.data, max_length=128),
         "",
-        quantization=quantization,  # type: ignore[arg-type]  # checked where it is used
-        param_dtype="bfloat16",
-        target_modules=("q_proj",),
+        lora=AdapterConfig(target_modules=("q_proj",)),
     )
     mesh = make_mesh(MeshConfig(*map(int, sizes.split(","))))
     jax.device_put(1.0).block_until_ready()
     with _Peak() as host:
-        model = load_model(config, mesh)
+        model: Any = load_model(config, CausalLM(), mesh)
     from flax import nnx
 
     frozen = split_model(model, nnx.LoRAParam).frozen
@@ -87,7 +94,7 @@ def measure(options: Options) -> dict[str, Any]:
         "host_beside": host.peak - host.before - held,
     }
     if devices == 1:
-        rows = tokenize(load_examples(config.data), load_tokenizer(config.model), config.data)
+        rows = tokenize(load_examples(config.data), load_tokenizer(config.model.path), config.data)
         model.eval()
         line["nll"] = perplexity(model, eval_batches(rows, config.data, batch_size=16)).nll
     return line

@@ -206,25 +206,26 @@ def loft_with(
 
     Args:
         part: Which one.
-        config: Its b1, b2, eps and max_grad_norm are used.
+        config: The b1, b2, eps and max_grad_norm of its optimizer are used.
         schedule: Learning rate by step.
         scaling: The s of `W = s A B` by path of a pair.
 
     Returns:
         The optimizer.
     """
+    given = config.optimizer
     clip: list[Any] = []
-    if config.max_grad_norm and part == "clip":
-        clip = [optax.clip_by_global_norm(config.max_grad_norm)]
-    elif config.max_grad_norm:
-        clip = [clip_by_projected_norm(config.max_grad_norm, scaling=scaling)]
+    if given.max_grad_norm and part == "clip":
+        clip = [optax.clip_by_global_norm(given.max_grad_norm)]
+    elif given.max_grad_norm:
+        clip = [clip_by_projected_norm(given.max_grad_norm, scaling=scaling)]
     project = [] if part == "scaling" else [project_gradients(scaling=scaling)]
     # Plain clipping is that of the factors' own gradients, before they are scaled.
     start = [*clip, *project] if part == "clip" else [*project, *clip]
     if part in get_args(Kept):
-        moments = keep_moments(part, config.b1, config.b2, scaling)  # type: ignore[arg-type]
+        moments = keep_moments(part, given.b1, given.b2, scaling)  # type: ignore[arg-type]
     else:
-        moments = calibrate_moments(config.b1, config.b2, second_moment="full", scaling=scaling)
+        moments = calibrate_moments(given.b1, given.b2, second_moment="full", scaling=scaling)
     if part in get_args(Overlap):
         overlap = divide_overlap(part, scaling)  # type: ignore[arg-type]
     else:
@@ -233,7 +234,7 @@ def loft_with(
         *start,
         moments,
         *([optax.stateless(_drop_bounds)] if part == "bound" else []),
-        project_updates(config.eps, scaling=scaling),
+        project_updates(given.eps, scaling=scaling),
         optax.scale_by_learning_rate(schedule),
         overlap,
         *([optax.stateless(retract)] if part == "retraction" else []),

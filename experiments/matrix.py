@@ -21,7 +21,12 @@ from experiments.runs import PACKAGES, moved
 from experiments.tasks import Sweep, Task
 from loft_jax.data import DataConfig
 from loft_jax.optim.state import state_bytes
-from loft_jax.training.config import FinetuneConfig
+from loft_jax.training.config import (
+    FinetuneConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+)
 
 _STRETCHES = 20
 
@@ -53,7 +58,11 @@ class MatrixRuns:
         """
         self.task = task
         self._config = FinetuneConfig(
-            "", DataConfig(""), "", schedule="constant", max_grad_norm=0, steps=task.steps
+            ModelConfig(""),
+            DataConfig(""),
+            "",
+            schedule=ScheduleConfig(shape="constant", steps=task.steps),
+            optimizer=OptimizerConfig(max_grad_norm=0),
         )
         self._loops: dict[Any, tuple[Any, float]] = {}
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import optax
@@ -11,8 +11,10 @@ from experiments.ablations import ABLATIONS
 from experiments.log import Cell
 from experiments.peers import adapre_lora, lora_pro, lora_rite, riemannion
 from experiments.tasks import UNCLIPPED, WITHOUT_RANK
+from loft_jax import methods
+from loft_jax.methods import Full, LoFT, LoRA, Method, RefLoRA
 from loft_jax.optim.pairs import Scaling
-from loft_jax.training.config import FinetuneConfig, Method
+from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.optimizer import make_optimizer
 
 MakeOptimizer = Callable[[FinetuneConfig, optax.Schedule, Scaling], optax.GradientTransformation]
@@ -25,7 +27,8 @@ def _adamw_like(peer: Callable[..., optax.GradientTransformation]) -> MakeOptimi
     def make(
         config: FinetuneConfig, schedule: optax.Schedule, scaling: Scaling
     ) -> optax.GradientTransformation:
-        adam = (config.b1, config.b2, config.eps, config.weight_decay)
+        given = config.optimizer
+        adam = (given.b1, given.b2, given.eps, given.weight_decay)
         return _clipped(peer(schedule, *adam, scaling=scaling), config)
 
     return make
@@ -36,11 +39,11 @@ def _riemannion(
 ) -> optax.GradientTransformation:
     tx = riemannion(
         schedule,
-        weight_decay=config.weight_decay,
+        weight_decay=config.optimizer.weight_decay,
         consistent_rms=_RMS_OF_ADAMW,
-        adam_b1=config.b1,
-        adam_b2=config.b2,
-        eps=config.eps,
+        adam_b1=config.optimizer.b1,
+        adam_b2=config.optimizer.b2,
+        eps=config.optimizer.eps,
         scaling=scaling,
     )
     return _clipped(tx, config)
@@ -49,9 +52,9 @@ def _riemannion(
 def _clipped(
     tx: optax.GradientTransformation, config: FinetuneConfig
 ) -> optax.GradientTransformation:
-    if not config.max_grad_norm:
+    if not (norm := config.optimizer.max_grad_norm):
         return tx
-    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), tx)
+    return optax.chain(optax.clip_by_global_norm(norm), tx)
 
 
 PEERS: dict[str, MakeOptimizer] = {
@@ -62,27 +65,23 @@ PEERS: dict[str, MakeOptimizer] = {
 }
 """Optimizers of published methods that the package has not."""
 
-_SETTINGS: dict[str, dict[str, Any]] = {
-    **{method: {"method": method} for method in get_args(Method)},
-    "loft": {"method": "loft", "second_moment": "full"},
-    "loft-factored": {"method": "loft", "second_moment": "factored"},
-    "loft-diagonal": {"method": "loft", "second_moment": "diagonal"},
-    "loft-balanced": {"method": "loft", "second_moment": "full", "balance": True},
-    "loft-alternate": {"method": "loft", "second_moment": "full", "move": "alternate"},
-    "loft-alternate-factored": {
-        "method": "loft",
-        "second_moment": "factored",
-        "move": "alternate",
-    },
-    "reflora-balanced": {"method": "reflora", "init": "balanced"},
-    "full-linear": {"method": "full"},
-    **{f"{method}-unclipped": {"method": method, "max_grad_norm": 0.0} for method in UNCLIPPED},
-    "loft-unclipped": {"method": "loft", "second_moment": "full", "max_grad_norm": 0.0},
-    **{name: {"method": "loft"} for name in ABLATIONS},
-    **{name: {"method": "lora"} for name in PEERS},
+_METHODS: dict[str, Method] = {
+    **{name: method() for name, method in methods.METHODS.items()},
+    "loft": LoFT("full"),
+    "loft-factored": LoFT("factored"),
+    "loft-diagonal": LoFT("diagonal"),
+    "loft-balanced": LoFT("full", balance=True),
+    "loft-alternate": LoFT("full", move="alternate"),
+    "loft-alternate-factored": LoFT("factored", move="alternate"),
+    "reflora-balanced": RefLoRA(),
+    "full-linear": Full(),
+    **{f"{name}-unclipped": methods.METHODS[name]() for name in UNCLIPPED},
+    "loft-unclipped": LoFT("full"),
+    **{name: LoFT() for name in ABLATIONS},
+    **{name: LoRA() for name in PEERS},
 }
 
-METHODS = tuple(_SETTINGS)
+METHODS = tuple(_METHODS)
 """All names."""
 
 # Of the steps of a run, those of plain LoRA before RefLoRA balances: runs are shorter here than
@@ -104,19 +103,24 @@ def configured(
     Returns:
         The configuration.
     """
-    settings = dict(_SETTINGS[cell.method])
-    if settings["method"] in ("reflora", "reflora-s") and "init" not in settings:
-        sixth = config.steps // _REFLORA_WARMUP
-        settings["reflora_warmup_steps"] = (
-            sixth if reflora_warmup_steps is None else reflora_warmup_steps
-        )
+    method, lora = _METHODS[cell.method], config.lora
+    optimizer = replace(config.optimizer, eps=cell.eps)
+    if cell.method.endswith("-balanced") and isinstance(method, RefLoRA):
+        lora = replace(lora, init="balanced")
+    elif isinstance(method, RefLoRA):
+        sixth = config.schedule.steps // _REFLORA_WARMUP
+        steps = sixth if reflora_warmup_steps is None else reflora_warmup_steps
+        method = replace(method, warmup_steps=steps)
+    if cell.method.endswith("-unclipped"):
+        optimizer = replace(optimizer, max_grad_norm=0.0)
     if cell.method not in WITHOUT_RANK:
-        settings |= {"rank": cell.rank, "alpha": cell.alpha}
+        lora = replace(lora, rank=cell.rank, alpha=cell.alpha)
     return replace(
         config,
-        **settings,
-        learning_rate=cell.learning_rate,
-        eps=cell.eps,
+        method=method,
+        lora=lora,
+        optimizer=optimizer,
+        schedule=replace(config.schedule, learning_rate=cell.learning_rate),
         seed=cell.seed,
     )
 

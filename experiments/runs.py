@@ -18,17 +18,19 @@ from tqdm import tqdm
 from experiments.log import Cell, Result
 from experiments.methods import configured, optimizer_of
 from experiments.tasks import BEFORE, LanguageTask
-from loft_jax.data import load_examples, tokenize, train_stream
+from loft_jax.data import load_examples, train_stream
 from loft_jax.data.encode import TokenizedData
-from loft_jax.hub import load_tokenizer
-from loft_jax.models import Llama
+from loft_jax.hub import load_model_config, load_tokenizer
+from loft_jax.methods import Full
+from loft_jax.models.family import PretrainedModel
 from loft_jax.optim.state import state_bytes
 from loft_jax.training.config import FinetuneConfig
-from loft_jax.training.held_out import HeldOut
-from loft_jax.training.model import load_model, scaling_of, trained_kind
+from loft_jax.training.held_out import HeldOut, held_out_data
+from loft_jax.training.model import load_model, scaling_of
 from loft_jax.training.optimizer import make_schedule
 from loft_jax.training.parts import Parts, split_model
-from loft_jax.training.step import TrainState, initial_state, make_step, predicted
+from loft_jax.training.run import task_of
+from loft_jax.training.step import TrainState, initial_state, make_step
 
 Step = Callable[..., Any]
 
@@ -42,6 +44,7 @@ class _Compiled:
     """The step of a method for every learning rate and seed, by the shapes of a batch."""
 
     parts: Parts
+    loss: Any
     make: Callable[[jax.Array], Any]
     by_shape: dict[Any, Step] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
@@ -60,7 +63,7 @@ class _Compiled:
         return self.by_shape[key](rate, state, frozen, batch)
 
     def _step(self, rate: jax.Array, state: TrainState, frozen: Any, batch: Any) -> Any:
-        return make_step(self.parts, self.make(rate))(state, frozen, batch)
+        return make_step(self.parts, self.loss, self.make(rate))(state, frozen, batch)
 
 
 class LanguageRuns:
@@ -75,7 +78,11 @@ class LanguageRuns:
         """
         self.task = task
         self._config = task.config(assets)
-        self._tokenizer = load_tokenizer(self._config.model)
+        self._tokenizer = load_tokenizer(self._config.model.path)
+        self._rows = load_examples(self._config.data)
+        family, _ = load_model_config(self._config.model.path)
+        measured = load_examples(held_out_data(self._config))
+        self._task = task_of(self._config, family, self._rows, measured)
         self._steps: dict[Any, _Compiled] = {}
 
     def __call__(self, cell: Cell, *, test: bool) -> Result:
@@ -89,13 +96,14 @@ class LanguageRuns:
             The result; its validation loss is infinite where the loss stopped being a number.
         """
         if cell.method == BEFORE:
-            start = load_model(dataclasses.replace(self._config, method="full"))
+            start = load_model(dataclasses.replace(self._config, method=Full()), self._task)
             return self._result(cell, start, train=(), cost={}, test=test)
         config = configured(self._config, cell)
-        model = load_model(config)
-        course = make_schedule(dataclasses.replace(config, learning_rate=1.0), config.steps)
+        model = load_model(config, self._task)
+        schedule = dataclasses.replace(config.schedule, learning_rate=1.0)
+        course = make_schedule(schedule, schedule.steps)
         optimizer, scaling = optimizer_of(cell.method), scaling_of(model)
-        parts = split_model(model, trained_kind(config.method))
+        parts = split_model(model, config.method.trained)
 
         def make(rate: Any) -> Any:
             return optimizer(config, lambda count: rate * course(count), scaling)
@@ -104,16 +112,16 @@ class LanguageRuns:
         if key not in self._steps:
             # Of the model it needs the structure alone: its arrays are those of the run.
             empty = parts._replace(params=None, streams=None, frozen=None)
-            self._steps[key] = _Compiled(empty, make)
+            self._steps[key] = _Compiled(empty, self._task.loss, make)
         step = self._steps[key]
         state = initial_state(parts, make(cell.learning_rate))
         stream = train_stream(
-            self._data, config.data, batch_size=config.batch_size, seed=config.seed
+            self._data, config.data, batch_size=schedule.batch_size, seed=config.seed
         )
         rate, losses, seconds = np.float32(cell.learning_rate), [], []
-        with tqdm(range(config.steps), desc=_title(cell), leave=False) as bar:
+        with tqdm(range(schedule.steps), desc=_title(cell), leave=False) as bar:
             for _ in bar:
-                batch = predicted(next(stream))
+                batch = self._task.inputs(next(stream))
                 compiling, began = step.seconds, time.perf_counter()
                 state, metrics = step(rate, state, parts.frozen, batch)
                 losses.append(float(metrics["loss"]))
@@ -141,7 +149,7 @@ class LanguageRuns:
     def _result(
         self,
         cell: Cell,
-        model: Llama | None,
+        model: PretrainedModel | None,
         *,
         train: tuple[float, ...],
         cost: Mapping[str, float],
@@ -152,11 +160,12 @@ class LanguageRuns:
         tested: dict[str, float] = {}
         right: dict[str, tuple[bool, ...]] = {}
         if model is not None:
-            validation = self._held_out(test=False).measure(model)
+            validation = self._held_out(test=False).measure(model).values
         if test:
             tested = {"loss": math.inf}
             if model is not None:
-                tested, right = self._held_out(test=True).measure_rows(model)
+                measured = self._held_out(test=True).measure(model)
+                tested, right = measured.values, measured.right
         return Result(
             cell,
             train=train,
@@ -167,7 +176,7 @@ class LanguageRuns:
                 **{name: version(name) for name in PACKAGES},
                 "task": self.task.digest,
                 "steps": self.task.steps,
-                "batch_size": self._config.batch_size,
+                "batch_size": self._config.schedule.batch_size,
                 "test_rows": self._held_out(test=True).count if test else 0,
             },
             right={name: "".join("01"[row] for row in rows) for name, rows in right.items()},
@@ -175,12 +184,20 @@ class LanguageRuns:
 
     @functools.cached_property
     def _data(self) -> TokenizedData:
-        return tokenize(load_examples(self._config.data), self._tokenizer, self._config.data)
+        return self._task.tokenize(self._rows, self._tokenizer, self._config.data)
 
     @functools.cache  # noqa: B019  # lives as long as the runs of its task
     def _held_out(self, *, test: bool) -> HeldOut:
         config: FinetuneConfig = self.task.tested(self._config) if test else self._config
-        return HeldOut(config, self._tokenizer, progress=True)
+        data = held_out_data(config)
+        return HeldOut(
+            self._task,
+            load_examples(data),
+            self._tokenizer,
+            data,
+            batch_size=config.evaluation.batch_size,
+            progress=True,
+        )
 
 
 def moved(before: Any, after: Any) -> int:

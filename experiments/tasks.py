@@ -10,7 +10,12 @@ from typing import NamedTuple
 from experiments.ablations import ABLATIONS
 from experiments.log import Cell, grid
 from loft_jax.data import DataConfig
-from loft_jax.training.config import FinetuneConfig
+from loft_jax.training.config import (
+    EvaluationConfig,
+    FinetuneConfig,
+    ModelConfig,
+    ScheduleConfig,
+)
 
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -146,7 +151,7 @@ class LanguageTask(Task):
         """
         (train, split), (validation, eval_split) = self.train, self.validation
         return FinetuneConfig(
-            model=str(assets / self.model),
+            model=ModelConfig(str(assets / self.model)),
             data=DataConfig(
                 str(assets / self.data / train),
                 split=split,
@@ -154,22 +159,25 @@ class LanguageTask(Task):
                 packing=self.packing,
             ),
             output="",
-            eval_path=str(assets / self.data / validation),
-            eval_split=eval_split,
-            choices=self.choices,
-            schedule="linear",
-            warmup_steps=max(1, self.steps // 12),
-            steps=self.steps,
-            batch_size=self.batch_size,
-            eval_batch_size=32,
+            schedule=ScheduleConfig(
+                shape="linear",
+                warmup_steps=max(1, self.steps // 12),
+                steps=self.steps,
+                batch_size=self.batch_size,
+            ),
+            evaluation=EvaluationConfig(
+                path=str(assets / self.data / validation),
+                split=eval_split,
+                choices=self.choices,
+                batch_size=32,
+            ),
         )
 
     def tested(self, config: FinetuneConfig) -> FinetuneConfig:
         """The same run, its held-out rows those of the test."""
         name, split = self.test
-        return replace(
-            config, eval_path=str(Path(config.eval_path).with_name(name)), eval_split=split
-        )
+        path = str(Path(config.evaluation.path).with_name(name))
+        return replace(config, evaluation=replace(config.evaluation, path=path, split=split))
 
 
 FIVE_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)

@@ -12,7 +12,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from loft_jax import LoRAConfig, add_lora, load_pretrained, save_peft_adapter
-from loft_jax.cli import main
+from loft_jax.cli.main import main
 from loft_jax.data import DataConfig, eval_batches, load_examples, tokenize
 from loft_jax.hub import load_tokenizer
 from loft_jax.tasks.causal_lm import Perplexity, perplexity
@@ -242,7 +242,10 @@ def test_resuming_another_run(flags, tmp_path, capsys):
     assert main(["finetune", *flags]) == 0
     capsys.readouterr()
     assert main(["finetune", *flags, "--resume", "--rank", "2"]) == 2
-    assert "cannot resume with another rank: the run was started with 4" in capsys.readouterr().err
+    assert (
+        "cannot resume with another lora.rank: the run was started with 4"
+        in capsys.readouterr().err
+    )
     assert main(["finetune", *flags]) == 2
     assert "holds a run at step 2 already" in capsys.readouterr().err
 
@@ -260,9 +263,9 @@ def test_an_adapter_for_another_base(workspace, tmp_path, capsys):  # noqa: F811
 @pytest.mark.parametrize(
     ("yaml", "message"),
     [
-        ("steps: abc", "field steps is 'abc', expected an integer"),
-        ("choices: 3", "field choices is 3, expected a list"),
-        ("method: lofft", "field method is 'lofft', expected one of"),
+        ("schedule: {steps: abc}", "field schedule.steps is 'abc', expected an integer"),
+        ("evaluation: {choices: 3}", "field evaluation.choices is 3, expected a list"),
+        ("method: {name: lofft}", "field method.name is 'lofft', expected one of"),
     ],
 )
 def test_a_config_file_with_a_wrong_value(flags, yaml, message, tmp_path, capsys):
@@ -276,7 +279,7 @@ def test_a_second_interrupt_is_no_traceback(monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("loft_jax.cli.Source.load", interrupted)
+    monkeypatch.setattr("loft_jax.cli.source.Source.load", interrupted)
     assert main(["generate", "--model", "m", "--prompt", "a"]) == 130
     assert "interrupted" in capsys.readouterr().err
 

@@ -24,8 +24,10 @@ from benchmarks.optimizer.turns import WARM_UP, Turn, take_turns, timing
 from loft_jax import LoRAConfig, add_lora, load_pretrained, state_bytes
 from loft_jax.errors import InputError
 from loft_jax.models import Llama, LlamaConfig
+from loft_jax.models.family import LanguageModel
+from loft_jax.tasks.causal_lm import CausalLM, predicted
 from loft_jax.training.parts import split_model
-from loft_jax.training.step import TrainState, initial_state, make_step, predicted
+from loft_jax.training.step import TrainState, initial_state, make_step
 
 
 def train_rows(bench: Bench) -> Iterator[Row]:
@@ -54,7 +56,7 @@ def train_rows(bench: Bench) -> Iterator[Row]:
 
 
 def _train_case(
-    bench: Bench, model: Llama, weights: str, parts: Any, shape: tuple[int, int]
+    bench: Bench, model: LanguageModel, weights: str, parts: Any, shape: tuple[int, int]
 ) -> Iterator[Row]:
     rows, length = shape
     batch = random_batch(rows, length, model.config.vocab_size)
@@ -74,7 +76,9 @@ def _train_case(
             bar.set_postfix_str(f"compiling {name}")
             tx = make_optimizer(name)
             state = initial_state(parts, tx)
-            call, costs[name] = compile_cold(make_step(parts, tx), state, parts.frozen, batch)
+            call, costs[name] = compile_cold(
+                make_step(parts, CausalLM().loss, tx), state, parts.frozen, batch
+            )
             costs[name] |= {"state_bytes": state_bytes(tx, parts.params)}
             turns[name] = Turn(functools.partial(step, call), state)
         bar.set_postfix_str("")
@@ -85,7 +89,7 @@ def _train_case(
         yield about | against_base(parts.params, costs[name]) | timing(times, name)
 
 
-def load_model(bench: Bench) -> tuple[Llama, str]:
+def load_model(bench: Bench) -> tuple[LanguageModel, str]:
     """The model of the train group, in the dtype that `loft-jax finetune` takes by default.
 
     Args:

@@ -129,30 +129,35 @@ def base_model_of(folder: str | os.PathLike[str]) -> str:
     return name
 
 
-def head_of(folder: str | os.PathLike[str]) -> tuple[Head, int | None]:
+def head_of(folder: str | os.PathLike[str]) -> tuple[Head, int]:
     """The head that a model needs for an adapter.
 
     Args:
         folder: Of the adapter.
 
     Returns:
-        What the head gives, by PEFT's task, and how many labels it has, by the tensors that the
-        adapter holds whole; None where it has no such tensors.
+        What the head gives, by PEFT's task, and how many labels it has, by the tensor that the
+        adapter holds whole; 0 for a language model.
 
     Raises:
-        InputError: The adapter is missing or damaged.
+        InputError: The adapter is missing or damaged, or lacks the head that its task needs.
     """
     _check_folder(Path(folder))
     config = PeftConfig.read(inside(Path(folder), CONFIG_NAME))
     if config.settings.get("task_type") != "SEQ_CLS":
-        return "causal-lm", None
+        return "causal-lm", 0
     shapes = Safetensors(Path(folder) / WEIGHTS_NAME).shapes
     weights = [
         shape[0]
         for name, shape in shapes.items()
         if ends_with(name.rpartition(".")[0], config.modules_to_save) and len(shape) == 2
     ]
-    return "sequence-classification", weights[0] if len(weights) == 1 else None
+    if len(weights) != 1:
+        raise InputError(
+            f"{folder}: task_type is 'SEQ_CLS', and {len(weights)} of its tensors are weights of "
+            "modules_to_save; expected one, the head's"
+        )
+    return "sequence-classification", weights[0]
 
 
 def _check_folder(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -10,21 +11,12 @@ import yaml
 
 from loft_jax.errors import InputError, cut, explained, shown
 from loft_jax.files import read_text, replacing
+from loft_jax.methods import METHODS, Method, methods_with, settings_of
 from loft_jax.training.config import FinetuneConfig
 
 _MOST_BYTES = 2**18
 _MOST_NODES = 10_000  # keys, values and lists of a file, with its aliases written out
 _MOST_DEPTH = 20  # of lists and mappings in each other
-
-# A resumed run may change these: they do not change what is learned.
-_FREE_ON_RESUME = {
-    "output", "log_every", "save_every", "keep_last", "keep_best", "remat", "offload_optimizer",
-    "max_skipped_steps", "profile_steps", "wandb", "eval_batch_size", "mesh.data", "mesh.fsdp",
-    "mesh.tensor",
-}  # fmt: skip
-
-# Where something lies: a resumed run may find it elsewhere, if it is known to be the same.
-_PLACES = {"model", "data.path", "data.name", "data.split", "eval_path", "eval_split"}
 
 
 def save_config(config: FinetuneConfig, path: str | os.PathLike[str]) -> None:
@@ -150,23 +142,41 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any], *, same_content: 
     Raises:
         InputError: Names the first field that differs, with both values.
     """
-    free = _FREE_ON_RESUME | (_PLACES if same_content else set())
-    was, became = map(_flat, (saved, now))
-    for name in sorted(was.keys() | became.keys()):
-        if name not in free and was.get(name) != became.get(name):
+    may_change = {"free", "place"} if same_content else {"free"}
+    was, became = dict(_flat(saved)), dict(_flat(now))
+    for name in (*was, *became):
+        if _on_resume(name) not in may_change and was.get(name) != became.get(name):
             raise InputError(
                 f"cannot resume with another {name}: the run was started with "
                 f"{shown(was.get(name))}, now it is {shown(became.get(name))}"
             )
 
 
-def _flat(fields: dict[str, Any]) -> dict[str, Any]:
+def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Fields by their dotted names."""
-    flat: dict[str, Any] = {}
     for name, value in fields.items():
-        inner = value if isinstance(value, dict) else {}
-        flat |= {f"{name}.{key}": kept for key, kept in inner.items()} or {name: value}
-    return flat
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _on_resume(name: str) -> str:
+    """Whether a resumed run may change a field: it is "free", a "place", or the "same"."""
+    cls: Any = FinetuneConfig
+    section, _, key = name.partition(".")
+    for part in (section, key):
+        known = {each.name: each for each in dataclasses.fields(cls)}.get(part)
+        if known is None:
+            break
+        if key in known.metadata.get("places", ()):
+            return "place"
+        if "resume" in known.metadata:
+            return known.metadata["resume"]
+        cls = get_type_hints(cls)[part]
+        if not dataclasses.is_dataclass(cls):
+            break
+    return "same"
 
 
 def _plain(value: Any) -> Any:
@@ -176,10 +186,14 @@ def _plain(value: Any) -> Any:
 
 
 def _checked(cls: Any, fields: dict[str, Any], where: str, prefix: str = "") -> dict[str, Any]:
+    if cls is Method:
+        cls, fields, named = _method(fields, where)
+        return {**named, **_checked(cls, fields, where, prefix)}
     hints = get_type_hints(cls)
-    if unknown := [key for key in fields if key not in hints]:
+    known = sorted(each.name for each in dataclasses.fields(cls) if each.init)
+    if unknown := [key for key in fields if key not in known]:
         name = cut(unknown[0]) if isinstance(unknown[0], str) else shown(unknown[0])
-        raise InputError(f"{where}unknown field {prefix}{name}; expected some of {sorted(hints)}")
+        raise InputError(f"{where}unknown field {prefix}{name}; expected some of {known}")
     checked = {}
     for key, value in fields.items():
         if not dataclasses.is_dataclass(hints[key]):
@@ -195,7 +209,30 @@ def _checked(cls: Any, fields: dict[str, Any], where: str, prefix: str = "") -> 
     return checked
 
 
+def _method(
+    fields: dict[str, Any], where: str = ""
+) -> tuple[type[Method], dict[str, Any], dict[str, str]]:
+    """The class of a method, its settings, and its name, from fields that a file gives."""
+    if "name" not in fields:
+        raise InputError(f"{where}field method.name is missing")
+    settings = dict(fields)
+    name = settings.pop("name")
+    if not isinstance(name, str) or name not in METHODS:
+        raise InputError(
+            f"{where}field method.name is {shown(name)}, expected one of {list(METHODS)}"
+        )
+    for setting in settings.keys() - settings_of(METHODS[name]).keys():
+        if owners := methods_with(setting):
+            raise InputError(
+                f"{where}field method.{setting} is {shown(settings[setting])}, but only method "
+                f"{' or '.join(owners)} has it"
+            )
+    return METHODS[name], settings, {"name": name}
+
+
 def _made(cls: Any, fields: dict[str, Any], prefix: str = "") -> Any:
+    if cls is Method:
+        cls, fields, _ = _method(fields)
     values = dict(fields)
     for known in dataclasses.fields(cls):
         hint = get_type_hints(cls)[known.name]

@@ -1,14 +1,22 @@
 """The held-out examples of a run, and what a model does on them."""
 
+import dataclasses
 import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
 from loft_jax.data import DataConfig
 from loft_jax.tasks.task import Measured, Task
+from loft_jax.training.config import FinetuneConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+def held_out_data(config: FinetuneConfig) -> DataConfig:
+    """Where the held-out examples of a run are, in the form of its training examples."""
+    evaluation = config.evaluation
+    return dataclasses.replace(config.data, path=evaluation.path, split=evaluation.split)
 
 
 class HeldOut:

@@ -91,9 +91,9 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, progress: bool = T
     """
     config = with_precision(config)
     folder = Path(config.output)
-    check_wandb(config.wandb)
+    check_wandb(config.logging.wandb)
     mesh = make_mesh(config.mesh)
-    check_batch(config.batch_size, config.accumulation_steps, mesh)
+    check_batch(config.schedule.batch_size, config.schedule.accumulation_steps, mesh)
     with (
         StopRequest() as stop,
         only_run(folder),
@@ -106,7 +106,8 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, progress: bool = T
         if is_main():
             save_config(config, folder / "config.yaml")
         resumed_at = int(whole(state.step)) if restored else None
-        log = MetricsLog(folder, resumed_at=resumed_at, wandb=config.wandb) if is_main() else None
+        wandb = config.logging.wandb
+        log = MetricsLog(folder, resumed_at=resumed_at, wandb=wandb) if is_main() else None
         try:
             if not restored:
                 _write(log, 0, _named(run.evaluate(state)))
@@ -120,10 +121,11 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, progress: bool = T
         rows = read_metrics(folder / "metrics.jsonl")
         if is_main():
             plot_losses(rows, folder / "loss.png")
-            if done == run.steps and (told := rise_of_loss(rows, held_out=bool(config.eval_path))):
+            held_out = bool(config.evaluation.path)
+            if done == run.steps and (told := rise_of_loss(rows, held_out=held_out)):
                 _log.warning(
                     "%s: expected it to fall; a smaller learning_rate than %g may train",
-                    *(told, config.learning_rate),
+                    *(told, config.schedule.learning_rate),
                 )
         return RunResult(
             steps=done,
@@ -140,8 +142,8 @@ def _checkpoints(config: FinetuneConfig, resume: bool) -> Iterator[Checkpoints]:
     folder = Path(config.output)
     checkpoints = Checkpoints(
         folder / "checkpoints",
-        keep_last=config.keep_last,
-        keep_best=config.keep_best,
+        keep_last=config.checkpoint.keep_last,
+        keep_best=config.checkpoint.keep_best,
     )
     try:
         if not resume and checkpoints.steps():
@@ -149,7 +151,7 @@ def _checkpoints(config: FinetuneConfig, resume: bool) -> Iterator[Checkpoints]:
                 f"{config.output}: holds a run at step {checkpoints.steps()[0]} already; resume it "
                 "(--resume) or choose another output"
             )
-        if not resume and config.method == "full" and (folder / "model").exists():
+        if not resume and not config.method.adapts and (folder / "model").exists():
             raise InputError(f"{folder / 'model'}: exists already; choose another output")
         if resume:
             saved = _started_with(checkpoints, folder)
@@ -198,11 +200,16 @@ def _train(
     stop: StopRequest,
 ) -> TrainState:
     config, done, skipped = run.config, int(whole(state.step)), int(whole(state.skipped)[0])
+    every = config.evaluation.every
     speed, ahead = run.speedometer(), deque[dict[str, jax.Array]]()
     bar = tqdm(
-        total=run.steps, initial=done, desc=config.method, disable=not run.progress, unit="step"
+        total=run.steps,
+        initial=done,
+        desc=config.method.name,
+        disable=not run.progress,
+        unit="step",
     )
-    with bar, StepTrace(Path(config.output) / "profile", config.profile_steps) as trace:
+    with bar, StepTrace(Path(config.output) / "profile", config.logging.profile_steps) as trace:
         while done < run.steps:
             with speed.spent_on("data"):
                 batch = next(run.stream)
@@ -218,11 +225,11 @@ def _train(
             bar.update()
             last, stopped = done == run.steps, stop.reached(done)
             # The first one too: what later losses are compared with.
-            logs = last or done == 1 or done % config.log_every == 0
-            due = config.eval_every > 0 and done % config.eval_every == 0
+            logs = last or done == 1 or done % config.logging.log_every == 0
+            due = every > 0 and done % every == 0
             evaluates = last or (due and not stopped)  # a notice of preemption leaves little time
-            best = evaluates and due and config.keep_best > 0
-            saves = last or stopped or best or done % config.save_every == 0
+            best = evaluates and due and config.checkpoint.keep_best > 0
+            saves = last or stopped or best or done % config.checkpoint.save_every == 0
             if logs or evaluates or saves:
                 jax.block_until_ready(state.step)
             if logs:
@@ -255,7 +262,7 @@ def _check_skipped(state: TrainState, run: Run, known: int) -> int:
     """Tells of steps that were skipped since the last look, and ends a run of nothing else."""
     done = int(whole(state.step))
     skipped, in_a_row = (int(count) for count in whole(state.skipped))
-    if in_a_row >= run.config.max_skipped_steps or skipped == run.steps:
+    if in_a_row >= run.config.optimizer.max_skipped_steps or skipped == run.steps:
         raise InputError(
             f"loss or gradient was not finite in {in_a_row} steps in a row, up to step {done} of "
             f"{run.steps}; the last checkpoint is kept. Expected a smaller learning_rate, or a "

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from loft_jax.errors import InputError, explained
 from loft_jax.hub import load_pretrained, save_peft_adapter, save_pretrained
 from loft_jax.lora import LoRAConfig, add_lora, lora_layers
+from loft_jax.methods import Method
 from loft_jax.models.family import (
     Family,
     ModelConfig,
@@ -27,7 +28,7 @@ from loft_jax.models.quantized import quantize_kernels
 from loft_jax.tasks.registry import make_task
 from loft_jax.tasks.task import Task
 from loft_jax.training.checkpoint import Checkpoints
-from loft_jax.training.config import FinetuneConfig, Method
+from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.config_io import checked_fields, config_from_dict
 from loft_jax.training.digest import tree_digest
 from loft_jax.training.optimizer import make_optimizer
@@ -46,7 +47,7 @@ def load_model(config: FinetuneConfig, task: Task, mesh: Mesh | None = None) -> 
     """Loads the base model of a run and adds its adapters, as they start.
 
     Args:
-        config: Its model, precision, method and LoRA fields are used.
+        config: Its model, method and adapters are used.
         task: Of the run.
         mesh: As for `load_base`.
 
@@ -60,7 +61,7 @@ def load_base(config: FinetuneConfig, task: Task, mesh: Mesh | None = None) -> P
     """Loads the base model of a run.
 
     Args:
-        config: Its model, precision, quantization, method and seed are used.
+        config: Its model, method and seed are used.
         task: Of the run.
         mesh: Where its weights are split over; by default all lie on one device.
 
@@ -73,12 +74,12 @@ def load_base(config: FinetuneConfig, task: Task, mesh: Mesh | None = None) -> P
         return NamedSharding(mesh, parameter_spec(path, shape, table, mesh))
 
     return load_pretrained(
-        config.model,
+        config.model.path,
         head=task.head,
         labels=task.labels,
         seed=config.seed,
         **_computation(config),
-        quantization=config.quantization,
+        quantization=config.model.quantization,
         placement=None if mesh is None else placement,
     )
 
@@ -128,7 +129,7 @@ def check_fingerprints(saved: Mapping[str, Any], now: Mapping[str, str], *, doin
 _TOLD = {
     "model": "its weights are others, or its configuration",
     "data.path": "its examples are others, or their order or their tokens",
-    "eval_path": "its examples are others, or their order",
+    "evaluation.path": "its examples are others, or their order",
 }
 """What makes the fingerprint of a field another one."""
 
@@ -151,34 +152,36 @@ def abstract_model(
     def made() -> PretrainedModel:
         labelled = sizes if task.labels is None else with_labels(sizes, task.labels)
         model = family.model(task.head)(labelled, rngs=nnx.Rngs(0), **_computation(config))
-        quantize_kernels(model, config.quantization)
+        quantize_kernels(model, config.model.quantization)
         return adapted(model, config, task)
 
     return nnx.eval_shape(made)
 
 
-def with_precision(config: FinetuneConfig) -> FinetuneConfig:
-    """The configuration with "auto" made what it is on this machine.
+def with_precision(config: FinetuneConfig, platform: str | None = None) -> FinetuneConfig:
+    """The configuration with "auto" made what it is on a kind of machine.
 
     Args:
-        config: Its dtype, param_dtype and method are used.
+        config: Its model and method are used.
+        platform: The kind, as JAX names it; by default that of this machine.
 
     Returns:
         The same run, by name of its precision: on another machine it is no other.
     """
-    dtype, param_dtype = config.dtype, config.param_dtype
+    dtype, param_dtype = config.model.dtype, config.model.param_dtype
     if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        dtype = "float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16"
     if param_dtype == "auto":
-        param_dtype = "float32" if config.method == "full" else dtype
-    return dataclasses.replace(config, dtype=dtype, param_dtype=param_dtype)
+        param_dtype = dtype if config.method.adapts else "float32"
+    model = dataclasses.replace(config.model, dtype=dtype, param_dtype=param_dtype)
+    return dataclasses.replace(config, model=model)
 
 
 def _computation(config: FinetuneConfig) -> dict[str, Any]:
     """What a base model is stored in, computes in, and computes again."""
-    config = with_precision(config)
-    param_dtype = "float32" if config.method == "full" else config.param_dtype
-    return {"dtype": config.dtype, "param_dtype": param_dtype, "remat": config.remat}
+    model = with_precision(config).model
+    param_dtype = model.param_dtype if config.method.adapts else "float32"
+    return {"dtype": model.dtype, "param_dtype": param_dtype, "remat": model.remat}
 
 
 def adapted(model: Model, config: FinetuneConfig, task: Task) -> Model:
@@ -188,68 +191,46 @@ def adapted(model: Model, config: FinetuneConfig, task: Task) -> Model:
 
     Args:
         model: The base model; under `nnx.eval_shape`, of shapes only.
-        config: Its method and LoRA fields are used.
+        config: Its method, adapters and seed are used.
         task: Of the run.
 
     Returns:
-        The same model, in training mode; without adapters for method "full".
+        The same model, in training mode; without adapters for a method that trains all weights.
 
     Raises:
-        InputError: Targets are not what they should be; or an embedding has an adapter of method
-            "lora-fa".
+        InputError: Targets are not what they should be, or not what the method can train.
     """
-    if config.method != "full":
-        targets = config.target_modules
-        lora = LoRAConfig(
-            rank=config.rank,
-            alpha=config.alpha,
-            target_modules=targets[0] if len(targets) == 1 else targets,
-            exclude_modules=config.exclude_modules,
-            dropout=config.dropout,
-            use_rslora=config.method == "rslora",
-            use_dora=config.method == "dora",
-            init="pissa" if config.method == "pissa" else config.init,
-            rank_pattern=config.rank_pattern,
-            alpha_pattern=config.alpha_pattern,
-        )
+    if config.method.adapts:
+        given, targets = vars(config.lora), config.lora.target_modules
+        one = {"target_modules": targets[0]} if len(targets) == 1 else {}  # which may be a pattern
+        lora = LoRAConfig(**{**given, **one, **config.method.lora})
         add_lora(model, lora, rngs=nnx.Rngs(config.seed))
-        if config.method == "lora-fa":
-            _refuse_embeddings(model)
-        heads = trained_kind(config.method, task.head_modules(model))
+        config.method.check_layers(lora_layers(model))
+        heads = trained_variables(config.method, task.head_modules(model))
         for _, variable in nnx.to_flat_state(nnx.state(model, heads)):
             variable.set_value(variable.get_value().astype(jnp.float32))
     model.train()
     return model
 
 
-def _refuse_embeddings(model: PretrainedModel) -> None:
-    """What starts with an A of zero learns nothing from B alone."""
-    for path, layer in lora_layers(model).items():
-        if isinstance(layer, nnx.Embed):
-            raise InputError(
-                f"{path} is an embedding, whose A starts at zero, and method lora-fa trains B "
-                "alone; exclude it"
-            )
-
-
-def trained_kind(method: Method, heads: Sequence[str] = ()) -> Any:
-    """Tells what a method trains.
+def trained_variables(method: Method, heads: Sequence[str] = ()) -> Any:
+    """Tells what a run trains.
 
     Args:
-        method: Of a run.
-        heads: Paths of the modules that train beside adapters.
+        method: Of the run.
+        heads: Paths of the modules that train whole beside adapters.
 
     Returns:
         A filter of NNX for its variables.
     """
-    if method == "full":
-        return nnx.Param
+    if not (method.adapts and heads):
+        return method.trained
     insides = tuple(f"{head}." for head in heads)
 
     def in_heads(path: Sequence[Any], value: Any) -> bool:
         return ".".join(map(str, path)).startswith(insides)
 
-    return nnx.Any(nnx.LoRAParam, nnx.All(nnx.Param, in_heads)) if heads else nnx.LoRAParam
+    return nnx.Any(method.trained, nnx.All(nnx.Param, in_heads))
 
 
 def scaling_of(model: PretrainedModel) -> Callable[[str], float]:
@@ -302,15 +283,14 @@ def restore_model(
     """
     with explained(f"{checkpoints.folder / str(step)}: does not tell what it was trained on"):
         run = checkpoints.run_of(step)
-        told = run["task"]
-        task = make_task(
-            told["name"], None, config.data, choices=config.choices, labels=told["labels"]
-        )
+        told, choices = run["task"], config.evaluation.choices
+        labels = told["labels"] if told["name"] == "classification" else ()
+        task = make_task(told["name"], None, config.data, choices=choices, labels=labels)
         base = load_base(config, task)
         saved = run["fingerprints"]
         check_fingerprints(saved, {"model": base_fingerprint(base)}, doing="export")
     model = adapted(base, config, task)
-    parts = split_model(model, trained_kind(config.method, task.head_modules(model)))
+    parts = split_model(model, trained_variables(config.method, task.head_modules(model)))
     # Only the shape of the optimizer's state matters here, and that is the same at every rate.
     tx = make_optimizer(config, lambda count: 0.0, scaling_of(model))
     here = SingleDeviceSharding(jax.local_devices()[0])  # whatever mesh it was saved from
@@ -331,7 +311,7 @@ def export_trained(
     *,
     base_model: str,
 ) -> Path:
-    """Writes what a run trained: `adapter/` in PEFT's format, or `model/` for method "full".
+    """Writes what a run trained: `adapter/` in PEFT's format, or all weights to `model/`.
 
     Args:
         model: The trained model.
@@ -344,7 +324,7 @@ def export_trained(
     Returns:
         The folder that was written.
     """
-    if method != "full":
+    if method.adapts:
         save_peft_adapter(
             Path(folder) / "adapter",
             model,

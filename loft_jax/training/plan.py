@@ -6,29 +6,28 @@ what a chip will hold.
 """
 
 import contextlib
+import dataclasses
 import math
-import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from loft_jax.data import DataConfig
 from loft_jax.errors import InputError
 from loft_jax.hub import load_model_config
-from loft_jax.models import Quantization, Remat
+from loft_jax.methods import Method, settings_of
 from loft_jax.models.family import Family, ModelConfig
 from loft_jax.models.registry import WELL_KNOWN
 from loft_jax.tasks.registry import TASKS, make_task
 from loft_jax.tasks.task import Task
 from loft_jax.training.collectives import Collective, find_collectives
-from loft_jax.training.config import FinetuneConfig, MeshConfig, Method, SecondMoment, StateDtype
+from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.mesh import check_batch, make_mesh
-from loft_jax.training.model import abstract_model, scaling_of, trained_kind
+from loft_jax.training.model import abstract_model, scaling_of, trained_variables, with_precision
 from loft_jax.training.optimizer import make_optimizer, make_schedule
 from loft_jax.training.parts import Parts, split_model
 from loft_jax.training.shardings import step_shardings
@@ -39,54 +38,15 @@ Tree = Any
 
 
 @dataclass(frozen=True)
-class PlanConfig:
-    """One step to compile: bfloat16 weights and computation, float32 adapters.
-
-    Args:
-        model: A config.json, a folder that has one, a GGUF file, a model on the Hugging Face hub,
-            or one of the names in `WELL_KNOWN`. No weights are read.
-        topology: Generation and grid of chips, as in "v5e:2x4".
-        method: "loft"; "lora" is AdamW on the factors; "full" is AdamW on all weights, then stored
-            in float32.
-        rank: Rank of the adapters.
-        batch: Rows of a step, over all chips, and tokens of a row, as in "16x256".
-        target_modules: Names of the modules that get an adapter, one regular expression, or
-            "all-linear".
-        second_moment: LoFT's.
-        state_dtype: What LoFT's second moment is stored in.
-        quantization: What the base model's kernels are stored in.
-        mesh: How the chips share the work.
-        slices: How many such slices, joined by a slower network.
-        offload_optimizer: Keep the optimizer's state in the memory of the hosts between updates.
-        accumulation_steps: Parts of the batch, computed one after the other.
-        remat: What the backward pass computes again.
-    """
-
-    model: str
-    topology: str
-    method: Method = "loft"
-    rank: int = 16
-    batch: str = "16x256"
-    target_modules: tuple[str, ...] = ("all-linear",)
-    second_moment: SecondMoment = "factored"
-    state_dtype: StateDtype = "float32"
-    quantization: Quantization = "none"
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    slices: int = 1
-    offload_optimizer: bool = False
-    accumulation_steps: int = 1
-    remat: Remat = "full"
-
-
-@dataclass(frozen=True)
 class StepPlan:
     """What one chip holds during a step, in bytes. The parts add up to the total.
 
     Args:
-        config: What was compiled.
+        config: The run whose step was compiled.
+        topology: The slice, as in "v5e:2x4".
         mesh: Sizes of (data, fsdp, tensor).
         memory: HBM of the chip.
-        weights: Base weights; for method "full", the trained ones.
+        weights: Base weights; the trained ones, for a method that trains them all.
         adapter: LoRA factors.
         optimizer_state: Moments, bases, counters; what is kept in the memory of the host apart.
         other: The batch, metrics, and what the compiler pads the arrays above with.
@@ -98,7 +58,8 @@ class StepPlan:
         shortage: The compiler's words when the step does not fit; else empty.
     """
 
-    config: PlanConfig
+    config: FinetuneConfig
+    topology: str
     mesh: tuple[int, int, int]
     memory: int
     weights: int
@@ -120,13 +81,17 @@ class StepPlan:
         return stored + self.temporaries + self.program
 
 
-def plan_step(config: PlanConfig) -> StepPlan:
+def plan_step(config: FinetuneConfig, topology: str, slices: int = 1) -> StepPlan:
     """Compiles a train step ahead of time for TPUs that are not there.
 
-    A model of 7 billion weights takes one to two minutes; nothing of its size is allocated.
+    A model of 7 billion weights takes one to two minutes; nothing of its size is allocated, and no
+    weights and no examples are read: a row has `data.max_length` tokens.
 
     Args:
-        config: What to compile.
+        config: The run. The path of its model may be a config.json, or one of the names in
+            `WELL_KNOWN`.
+        topology: Generation and grid of chips, as in "v5e:2x4".
+        slices: How many such slices, joined by a slower network.
 
     Returns:
         What a chip would hold.
@@ -136,12 +101,15 @@ def plan_step(config: PlanConfig) -> StepPlan:
             there is no libtpu.
 
     Example:
-        >>> plan = plan_step(PlanConfig("config.json", "v5e:2x4"))  # doctest: +SKIP
+        >>> from loft_jax.data import DataConfig
+        >>> from loft_jax.training.config import ModelConfig
+        >>> run = FinetuneConfig(ModelConfig("config.json"), DataConfig("rows.jsonl"), "runs/first")
+        >>> plan = plan_step(run, "v5e:2x4")  # doctest: +SKIP
         >>> plan.total < plan.memory  # doctest: +SKIP
         True
     """
-    task, parts, tx, shardings, topology, batch = _prepare(config)
-    step: Any = make_step(parts, task.loss, tx, config.accumulation_steps, shardings)
+    task, parts, tx, shardings, devices, batch = _prepare(config, topology, slices)
+    step: Any = make_step(parts, task.loss, tx, config.schedule.accumulation_steps, shardings)
     state = _abstract_state(parts, tx)
 
     start = time.perf_counter()
@@ -164,7 +132,7 @@ def plan_step(config: PlanConfig) -> StepPlan:
         )
     ]
     frozen, trained, optimizer_state = stored
-    full = config.method == "full"
+    full = not config.method.adapts
     found: tuple[Collective, ...] | None = None
     other, temporaries, program = 0, None, None
     if compiled is not None:
@@ -177,8 +145,9 @@ def plan_step(config: PlanConfig) -> StepPlan:
         found = _collectives(compiled)
     return StepPlan(
         config=config,
-        mesh=config.mesh.sizes(len(topology.devices)),
-        memory=topology.chip.memory,
+        topology=topology,
+        mesh=config.mesh.sizes(len(devices.devices)),
+        memory=devices.chip.memory,
         weights=frozen + trained if full else frozen,
         adapter=0 if full else trained,
         optimizer_state=optimizer_state,
@@ -191,19 +160,18 @@ def plan_step(config: PlanConfig) -> StepPlan:
     )
 
 
-def check_plan(config: PlanConfig) -> None:
+def check_plan(config: FinetuneConfig, topology: str, slices: int = 1) -> None:
     """Finds what is wrong in seconds, so that no minutes are spent on plans beside it.
 
     Args:
         config: As for `plan_step`.
+        topology: As for `plan_step`.
+        slices: As for `plan_step`.
 
     Raises:
         InputError: As `plan_step`.
-
-    Example:
-        >>> check_plan(PlanConfig("config.json", "v5e:2x4"))  # doctest: +SKIP
     """
-    _prepare(config)
+    _prepare(config, topology, slices)
 
 
 class _Prepared(NamedTuple):
@@ -217,47 +185,39 @@ class _Prepared(NamedTuple):
     batch: dict[str, jax.ShapeDtypeStruct]
 
 
-def _prepare(config: PlanConfig) -> _Prepared:
-    rows, tokens = _batch_sizes(config.batch)
-    run = FinetuneConfig(
-        model=config.model,
-        data=DataConfig("", max_length=tokens),
-        output="",
-        method=config.method,
-        rank=config.rank,
-        target_modules=config.target_modules,
-        batch_size=rows,
-        accumulation_steps=config.accumulation_steps,
-        dtype="bfloat16",
-        remat=config.remat,
-        quantization=config.quantization,
-        **_loft_settings(config),
-    )
-    family, sizes = plan_model(config.model)
-    task = _task_of(family, sizes)
-    model = abstract_model(family, sizes, run, task)
-    topology = load_topology(config.topology, config.slices)
-    mesh = make_mesh(config.mesh, topology.devices)
-    check_batch(rows, config.accumulation_steps, mesh)
-    parts = split_model(model, trained_kind(config.method, task.head_modules(model)))
-    tx = make_optimizer(run, make_schedule(run, steps=1000), scaling_of(model))
-    shardings = step_shardings(
-        parts, tx, model.table, mesh, offload_optimizer=config.offload_optimizer
-    )
-    return _Prepared(task, parts, tx, shardings, topology, task.shapes(rows, tokens))
+def _prepare(config: FinetuneConfig, topology: str, slices: int) -> _Prepared:
+    config = with_precision(config, "tpu")
+    rows, accumulation_steps = config.schedule.batch_size, config.schedule.accumulation_steps
+    family, sizes = plan_model(config.model.path)
+    task = _task_of(config, family, sizes)
+    model = abstract_model(family, sizes, config, task)
+    devices = load_topology(topology, slices)
+    mesh = make_mesh(config.mesh, devices.devices)
+    check_batch(rows, accumulation_steps, mesh)
+    parts = split_model(model, trained_variables(config.method, task.head_modules(model)))
+    schedule = make_schedule(config.schedule, config.schedule.steps or 1000)
+    tx = make_optimizer(config, schedule, scaling_of(model))
+    offload = config.optimizer.offload
+    shardings = step_shardings(parts, tx, model.table, mesh, offload_optimizer=offload)
+    batch = task.shapes(rows, config.data.max_length)
+    return _Prepared(task, parts, tx, shardings, devices, batch)
 
 
-def _task_of(family: Family, sizes: ModelConfig) -> Task:
-    """The first task that the family has a model for."""
-    name = next(name for name, task in TASKS.items() if task.head in family.models)
-    return make_task(name, None, DataConfig(""), labels=getattr(sizes, "labels", ()))
+def _task_of(config: FinetuneConfig, family: Family, sizes: ModelConfig) -> Task:
+    """The task of a run; by default the first that the family has a model for."""
+    labels, given = config.task.labels, config.task.name
+    possible = [known for known, task in TASKS.items() if task.head in family.models]
+    name = possible[0] if given == "auto" else given
+    if name == "classification" and not labels:
+        labels = getattr(sizes, "labels", ())
+    return make_task(name, None, config.data, labels=labels)
 
 
 def plan_model(name: str) -> tuple[Family, ModelConfig]:
     """The family and the sizes of a model.
 
     Args:
-        name: As `PlanConfig.model`.
+        name: As the path of the model that `plan_step` takes.
 
     Returns:
         Its family and its configuration.
@@ -286,13 +246,10 @@ def plan_table(plans: Sequence[StepPlan]) -> str:
     rows = [[*head, "program", "total", "of chip", "over lora", "compiled in"]]
     notes = []
     for plan in plans:
-        config = plan.config
-        base = next(
-            (p for p in plans if p.config.method == "lora" and _compared(p) == _compared(plan)),
-            None,
-        )
+        compared = (p for p in plans if p.config.method.name == "lora" and _compared(p, plan))
+        base = next(compared, None)
         sizes = (plan.weights, plan.adapter, plan.optimizer_state, plan.other)
-        row = [config.topology, "x".join(map(str, plan.mesh)), plan_method(config)]
+        row = [plan.topology, "x".join(map(str, plan.mesh)), plan_method(plan.config.method)]
         row += [f"{size / 2**20:,.1f}" for size in sizes]
         if plan.total is None or plan.temporaries is None or plan.program is None:
             row += ["does not fit", "", "", "", ""]
@@ -333,30 +290,20 @@ def _kinds(collectives: Sequence[Collective] | None) -> str:
     return ", ".join(kinds) or "none"
 
 
-def plan_method(config: PlanConfig) -> str:
-    """A method as tables name it: with LoFT's second moment where it is not the usual one."""
-    usual = {"second_moment": PlanConfig.second_moment, "state_dtype": PlanConfig.state_dtype}
-    settings = [v for name, v in _loft_settings(config).items() if v != usual[name]]
-    return " ".join([config.method, *settings])
+def plan_method(method: Method) -> str:
+    """A method as tables name it: with those of its settings that are not the usual ones."""
+    usual = settings_of(type(method))
+    changed = {
+        name: getattr(method, name) for name in usual if getattr(method, name) != usual[name]
+    }
+    settings = (v if isinstance(v, str) else f"{name} {v}" for name, v in changed.items())
+    return " ".join([method.name, *settings])
 
 
-def _loft_settings(config: PlanConfig) -> dict[str, Any]:
-    """The settings of a run that only LoFT has."""
-    if config.method != "loft":
-        return {}
-    return {"second_moment": config.second_moment, "state_dtype": config.state_dtype}
-
-
-def _compared(plan: StepPlan) -> tuple[Any, ...]:
-    config = plan.config
-    return config.topology, plan.mesh, config.rank, config.batch, config.target_modules
-
-
-def _batch_sizes(text: str) -> tuple[int, int]:
-    if not (match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)):
-        raise InputError(f"batch is {text!r}, expected rows x tokens, as in 16x256")
-    rows, tokens = map(int, match.groups())
-    return rows, tokens
+def _compared(one: StepPlan, other: StepPlan) -> bool:
+    """Whether two plans differ by method alone."""
+    configs = [dataclasses.replace(plan.config, method=one.config.method) for plan in (one, other)]
+    return configs[0] == configs[1] and (one.topology, one.mesh) == (other.topology, other.mesh)
 
 
 def _abstract_state(parts: Parts, tx: optax.GradientTransformation) -> TrainState:

@@ -1,6 +1,5 @@
 """What a run is made of, from its configuration: data, model, optimizer, compiled step."""
 
-import dataclasses
 import logging
 import math
 from collections.abc import Mapping
@@ -15,15 +14,16 @@ from loft_jax.data import Batch, load_examples, train_stream
 from loft_jax.errors import InputError, explained
 from loft_jax.hub import load_model_config, load_tokenizer
 from loft_jax.hub.host_arrays import whole
+from loft_jax.models.family import Family
 from loft_jax.optim.state import state_bytes
 from loft_jax.tasks.registry import infer_task, make_task
-from loft_jax.tasks.task import Measured, within
+from loft_jax.tasks.task import Measured, Task, within
 from loft_jax.training.checkpoint import Checkpoints
 from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.config_io import config_to_dict
 from loft_jax.training.distributed import place_batch
 from loft_jax.training.flops import ModelFlops
-from loft_jax.training.held_out import HeldOut
+from loft_jax.training.held_out import HeldOut, held_out_data
 from loft_jax.training.model import (
     adapted,
     base_fingerprint,
@@ -31,7 +31,7 @@ from loft_jax.training.model import (
     export_trained,
     load_base,
     scaling_of,
-    trained_kind,
+    trained_variables,
 )
 from loft_jax.training.monitor import Speedometer, largest_condition, memory_in_use
 from loft_jax.training.optimizer import make_optimizer, make_schedule
@@ -67,32 +67,27 @@ class Run:
         Raises:
             InputError: Model, data or targets are not what they should be.
         """
+        schedule = config.schedule
         self.config = config
         self.progress = progress
         self._mesh = mesh
-        self._tokenizer = load_tokenizer(config.model)
-        family, sizes = load_model_config(config.model)
-        data = within(config.data, sizes)
-        rows, held_out = load_examples(data), None
-        if config.eval_path:
-            held_out = load_examples(
-                dataclasses.replace(data, path=config.eval_path, split=config.eval_split)
-            )
-        name = infer_task(family, rows, held_out, data, choices=config.choices)
-        self.task = make_task(name, rows, data, choices=config.choices)
+        self._tokenizer = load_tokenizer(config.model.path)
+        family, sizes = load_model_config(config.model.path)
+        data, evaluation = within(config.data, sizes), config.evaluation
+        rows = load_examples(data)
+        held_out = load_examples(held_out_data(config)) if evaluation.path else None
+        self.task = task_of(config, family, rows, held_out)
         tokens = self.task.tokenize(rows, self._tokenizer, data, vocab_size=sizes.vocab_size)
-        self.stream = train_stream(tokens, data, batch_size=config.batch_size, seed=config.seed)
+        self.stream = train_stream(tokens, data, batch_size=schedule.batch_size, seed=config.seed)
         most = 2**31 - 1  # steps are counted in 32 bits
-        self.steps = config.steps or math.ceil(
-            min(config.epochs * self.stream.rows_per_epoch / config.batch_size, most + 1)
+        self.steps = schedule.steps or math.ceil(
+            min(schedule.epochs * self.stream.rows_per_epoch / schedule.batch_size, most + 1)
         )
         if self.steps > most:
-            raise InputError(f"epochs is {config.epochs}, expected at most {most} steps of them")
-        if config.method in ("reflora", "reflora-s") and config.reflora_warmup >= self.steps:
             raise InputError(
-                f"reflora_warmup_steps is {config.reflora_warmup}, and the run has {self.steps} "
-                "steps: it would be plain LoRA; expected fewer"
+                f"schedule.epochs is {schedule.epochs}, expected at most {most} steps of them"
             )
+        config.method.check_steps(self.steps, config.lora.init)
         self._held_out = None
         if held_out is not None:
             self._held_out = HeldOut(
@@ -100,7 +95,7 @@ class Run:
                 held_out,
                 self._tokenizer,
                 data,
-                batch_size=config.eval_batch_size,
+                batch_size=evaluation.batch_size,
                 vocab_size=sizes.vocab_size,
                 progress=progress,
             )
@@ -108,16 +103,16 @@ class Run:
         self._fingerprints = {
             "model": base_fingerprint(base),
             "data.path": self.stream.get_state()["fingerprint"],
-            "eval_path": self._held_out.fingerprint if self._held_out else "",
+            "evaluation.path": self._held_out.fingerprint if self._held_out else "",
         }
         self._flops = ModelFlops.of(base)
         model = adapted(base, config, self.task)
-        self.schedule = make_schedule(config, self.steps)
+        self.schedule = make_schedule(schedule, self.steps)
         tx = make_optimizer(config, self.schedule, scaling_of(model))
         heads = self.task.head_modules(model)
-        parts = split_model(model, trained_kind(config.method, heads))
+        parts = split_model(model, trained_variables(config.method, heads))
         self._shardings = step_shardings(
-            parts, tx, model.table, mesh, offload_optimizer=config.offload_optimizer
+            parts, tx, model.table, mesh, offload_optimizer=config.optimizer.offload
         )
         layout = self._shardings.state
         self._own: Any = (
@@ -141,13 +136,13 @@ class Run:
             self.parts,
             self.task.loss,
             tx,
-            config.accumulation_steps,
+            schedule.accumulation_steps,
             self._shardings,
-            max_skipped_steps=config.max_skipped_steps,
+            max_skipped_steps=config.optimizer.max_skipped_steps,
         )
         _log.info(
             "%s: %s trained parameters, optimizer state of %s bytes",
-            config.method,
+            config.method.name,
             f"{sum(x.size for x in jax.tree.leaves(params)):,}",
             f"{state_bytes(tx, params):,}",
         )
@@ -205,7 +200,7 @@ class Run:
         Returns:
             It knows the sizes of the model, and what the method trains of it.
         """
-        full = self.config.method == "full"
+        full = not self.config.method.adapts
         return Speedometer(self._flops, full=full, devices=self._mesh.size)
 
     def report(
@@ -222,7 +217,7 @@ class Run:
             Values by name.
         """
         values = {name: float(whole(metrics[name])) for name in ("grad_norm", "update_norm")}
-        if self.config.method != "full":
+        if self.config.method.adapts:
             values["gram_condition"] = largest_condition(state.params)
         return {
             "train_loss": float(whole(metrics["loss"])),
@@ -258,7 +253,7 @@ class Run:
         checkpoints.save(state, plain, rank)
 
     def export(self, state: TrainState) -> Path:
-        """Writes the adapter, or the whole model for method "full".
+        """Writes the adapter, or the whole model if all weights were trained.
 
         Args:
             state: Behind the last step.
@@ -267,7 +262,7 @@ class Run:
             The folder that was written.
         """
         folder, method = Path(self.config.output), self.config.method
-        if method == "full" and (folder / "model").exists():
+        if not method.adapts and (folder / "model").exists():
             return folder / "model"  # whole, or not there: this run was at its end before
         return export_trained(
             self._trained(state),
@@ -275,7 +270,7 @@ class Run:
             method,
             self.task,
             folder,
-            base_model=self.config.model,
+            base_model=self.config.model.path,
         )
 
     def evaluate(self, state: TrainState) -> Measured | None:
@@ -291,6 +286,28 @@ class Run:
 
     def _trained(self, state: TrainState) -> Any:
         return self.parts.merged(state.params, state.streams)
+
+
+def task_of(config: FinetuneConfig, family: Family, rows: Any, held_out: Any) -> Task:
+    """The task of a run, as it is named or as the rows say.
+
+    Args:
+        config: Its task and the choices of its evaluation are used.
+        family: Of its model.
+        rows: To train on.
+        held_out: To measure; None for none.
+
+    Returns:
+        The task.
+
+    Raises:
+        InputError: The rows could be for several, or are not for the one that is named.
+    """
+    given: dict[str, Any] = {"choices": config.evaluation.choices, "labels": config.task.labels}
+    name = config.task.name
+    if name == "auto":
+        name = infer_task(family, rows, held_out, config.data, **given)
+    return make_task(name, rows, config.data, **given)
 
 
 def _placed(x: jax.Array, sharding: NamedSharding) -> jax.Array:

@@ -6,6 +6,7 @@ import pytest
 from benchmarks import compile_matrix, history
 from benchmarks.compile_matrix import Options
 from loft_jax.errors import InputError
+from loft_jax.methods import LoFT, LoRA
 from loft_jax.training.plan import StepPlan
 
 pytestmark = pytest.mark.skipif(
@@ -19,13 +20,14 @@ def compiled(monkeypatch):
     """Steps that were compiled, by a compiler that takes no time; LoFT takes half more."""
     calls = []
 
-    def plan_step(config):
+    def plan_step(config, topology):
         calls.append(config)
-        temporaries = 60 if config.method == "lora" else 120
+        method = config.method.name
+        temporaries = 60 if method == "lora" else 120
         sizes = (40 * 2**20, 10 * 2**20, 8 * 2**20, 2 * 2**20, temporaries * 2**20, 0)
-        if config.rank == 32 and config.method == "loft":
+        if config.lora.rank == 32 and method == "loft":
             sizes = (*sizes[:4], None, None)
-        return StepPlan(config, (1, 8, 1), 2**30, *sizes, (), 1.0)
+        return StepPlan(config, topology, (1, 8, 1), 2**30, *sizes, (), 1.0)
 
     monkeypatch.setattr(compile_matrix, "plan_step", plan_step)
     versions = {"date": "2026-01-01", "revision": "abc", "jax": "1", "libtpu": "2"}
@@ -37,10 +39,7 @@ def test_finished_steps_are_not_compiled_again(compiled, tmp_path, capsys):
     few = {"models": ("llama-2-7b",), "ranks": (16,), "results": tmp_path}
     compile_matrix.main(Options(**few, methods=("lora",)))
     compile_matrix.main(Options(**few, methods=("lora", "loft full")))
-    assert [(c.method, c.second_moment) for c in compiled] == [
-        ("lora", "factored"),
-        ("loft", "full"),
-    ]
+    assert [c.method for c in compiled] == [LoRA(), LoFT("full")]
     file = tmp_path / "compile_matrix.jsonl"
     whole = file.read_text()
     totals = [json.loads(line)["measured"]["total"] for line in whole.splitlines()]

@@ -18,13 +18,13 @@ def test_every_method_has_a_run_of_its_own():
     task = config(steps=60, max_grad_norm=1.0, eps=1e-8)
     runs = {m: configured(task, dataclasses.replace(cell, method=m)) for m in METHODS}
     for name, one in runs.items():
-        assert (one.learning_rate, one.seed, one.eps) == (1e-3, 1, 1e-6)
-        assert one.max_grad_norm == (not name.endswith("-unclipped"))
-        assert name in WITHOUT_RANK or (one.rank, one.alpha) == (4, 8.0), name
-    assert runs["reflora"].reflora_warmup_steps == 10
-    assert runs["reflora-balanced"].reflora_warmup == 0
+        assert (one.schedule.learning_rate, one.seed, one.optimizer.eps) == (1e-3, 1, 1e-6)
+        assert one.optimizer.max_grad_norm == (not name.endswith("-unclipped"))
+        assert name in WITHOUT_RANK or (one.lora.rank, one.lora.alpha) == (4, 8.0), name
+    assert runs["reflora"].method.warmup("kaiming_uniform") == 10
+    assert runs["reflora-balanced"].method.warmup("balanced") == 0
     kinds = {
-        (c.method, c.second_moment, c.move, c.init, c.balance, c.max_grad_norm, optimizer_of(name))
+        (c.method, c.lora.init, c.optimizer.max_grad_norm, optimizer_of(name))
         for name, c in runs.items()
     }
     assert len(kinds) == len(METHODS)

@@ -1,7 +1,5 @@
 """Published optimizers against their equations in NumPy, on whole matrices in float64."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +12,8 @@ from experiments.methods import METHODS, configured, optimizer_of
 from experiments.peers import adapre_lora, lora_pro, lora_rite, riemannion
 from experiments.peers.lora_pro import adjust_gradients
 from loft_jax.data import DataConfig
-from loft_jax.training.config import FinetuneConfig
+from loft_jax.methods import LoRA
+from loft_jax.training.config import FinetuneConfig, ModelConfig, OptimizerConfig
 
 M, N, R, STEPS = 7, 6, 3, 5
 LR, B1, B2, EPS, DECAY, S = 0.02, 0.8, 0.9, 1e-3, 0.1, 2.0
@@ -438,16 +437,22 @@ def test_arguments_out_of_range(make, message):
         make()
 
 
+def run_with(optimizer):
+    return FinetuneConfig(
+        ModelConfig("model"), DataConfig("rows.jsonl"), "run", optimizer=optimizer
+    )
+
+
 @pytest.mark.parametrize("name", PEERS)
 def test_they_are_methods_of_the_comparison(name):
     assert name in METHODS
-    config = FinetuneConfig("model", DataConfig("rows.jsonl"), "run", max_grad_norm=0.5)
+    config = run_with(OptimizerConfig(max_grad_norm=0.5))
     config = configured(config, Cell("", name, R, LR))
-    assert config.method == "lora"
+    assert config.method == LoRA()
     params = {**start(), "bias": np.ones(3)}
     make, schedule = optimizer_of(name), optax.constant_schedule(LR)
     clipped, free = (
-        make(dataclasses.replace(config, max_grad_norm=norm), schedule, S) for norm in (0.5, 0.0)
+        make(run_with(OptimizerConfig(max_grad_norm=norm)), schedule, S) for norm in (0.5, 0.0)
     )
     states = [tx.init(jax.tree.map(jnp.asarray, params)) for tx in (clipped, free)]
     assert jax.tree.structure(states[0][1]) == jax.tree.structure(states[1])
@@ -458,7 +463,7 @@ def test_they_are_methods_of_the_comparison(name):
 def test_the_comparison_clips_what_the_factors_see():
     """Beside an epsilon of one, the size of gradients matters, but not above the norm."""
     params = start()
-    config = FinetuneConfig("model", DataConfig("rows.jsonl"), "run", eps=1.0, max_grad_norm=0.5)
+    config = run_with(OptimizerConfig(eps=1.0, max_grad_norm=0.5))
     tx = optimizer_of("lora-pro")(config, optax.constant_schedule(LR), S)
 
     def moved(factor):

@@ -22,7 +22,7 @@ from loft_jax.hub.pretrained import stored_dtype
 from loft_jax.lora import LoRAConfig, add_lora
 from loft_jax.tasks.choice import bring_choices
 from loft_jax.training.checkpoint import Checkpoints
-from loft_jax.training.config import FinetuneConfig
+from loft_jax.training.config import AdapterConfig, FinetuneConfig, ModelConfig
 from loft_jax.training.config_io import config_from_dict, load_config, save_config
 from loft_jax.training.metrics import read_metrics
 from tests.tiny import save_tiny_llama, tiny_tokenizer
@@ -79,7 +79,8 @@ def make_good(folder: Path) -> None:
     (data / "rows.txt").write_text("One.\nTwo.\n")
     pq.write_table(pa.Table.from_pylist(ROWS), data / "rows.parquet")
 
-    config = FinetuneConfig("model", DataConfig("rows.jsonl"), "out", rank_pattern={"q_proj": 2})
+    lora = AdapterConfig(rank_pattern={"q_proj": 2})
+    config = FinetuneConfig(ModelConfig("model"), DataConfig("rows.jsonl"), "out", lora=lora)
     save_config(config, folder / "config.yaml")
     (folder / "metrics.jsonl").write_text('{"step": 1, "train_loss": 2.5}\n{"step": 2}\n')
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from loft_jax.data import DataConfig
-from loft_jax.training.config import FinetuneConfig
+from tests.flat_config import flat_config
 from tests.tiny import save_tiny_llama, tiny_tokenizer
 
 WORDS = ("joy", "plot", "acting", "film", "dull", "funny", "loud", "moving", "long", "honest")
@@ -29,7 +29,7 @@ def workspace(tmp_path_factory):
 
 @pytest.fixture
 def make_config(workspace, tmp_path):
-    """Builds the configuration of a short run on the tiny model."""
+    """Builds the configuration of a short run on the tiny model, from names of flags."""
 
     def build(**changes):
         fields = {
@@ -44,6 +44,6 @@ def make_config(workspace, tmp_path):
             "save_every": 4,
             "log_every": 1,
         }
-        return FinetuneConfig(**{**fields, **changes})
+        return flat_config(**{**fields, **changes})
 
     return build

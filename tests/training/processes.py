@@ -21,8 +21,8 @@ class WithoutTorch(importlib.machinery.PathFinder):
     def find_spec(cls, name, path=None, target=None):
         return None if name == "torch" else super().find_spec(name, path, target)
 sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = WithoutTorch
-import loft_jax.cli
-sys.exit(loft_jax.cli.main())
+from loft_jax.cli.main import main
+sys.exit(main())
 """
 
 

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 
 from loft_jax import save_peft_adapter
 from loft_jax.tasks.causal_lm import CausalLM, predicted
-from loft_jax.training.model import load_model, scaling_of, trained_kind
+from loft_jax.training.model import load_model, scaling_of
 from loft_jax.training.optimizer import make_optimizer
 from loft_jax.training.parts import split_model
 from loft_jax.training.step import initial_state, make_step
@@ -101,7 +101,7 @@ def test_losses_are_those_of_peft(
     trained = [p for p in theirs.parameters() if p.requires_grad]
 
     tx = make_optimizer(config, optax.constant_schedule(RATE), scaling_of(model))
-    parts = split_model(model, trained_kind(config.method))
+    parts = split_model(model, config.method.trained)
     state, step = initial_state(parts, tx), make_step(parts, CausalLM().loss, tx)
     losses = []
     for tokens in batches():
@@ -110,8 +110,8 @@ def test_losses_are_those_of_peft(
         loss = theirs(input_ids=ids, labels=ids).loss
         optimizer.zero_grad()
         loss.backward()
-        if config.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
+        if config.optimizer.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(trained, config.optimizer.max_grad_norm)
         optimizer.step()
         losses.append(loss.item())
         assert float(metrics["loss"]) == pytest.approx(losses[-1], abs=1e-4)
@@ -120,21 +120,21 @@ def test_losses_are_those_of_peft(
 
 def torch_model(config, model, folder):
     """The same start in torch: our adapter in PEFT, but for those that PEFT starts by itself."""
-    base = LlamaForCausalLM.from_pretrained(config.model)
-    if config.method == "full":
+    method, base = config.method.name, LlamaForCausalLM.from_pretrained(config.model.path)
+    if method == "full":
         return base
-    if config.method == "pissa":
+    if method == "pissa":
         settings = LoraConfig(
             r=RANK,
             lora_alpha=int(ALPHA),
-            target_modules=list(config.target_modules),
+            target_modules=list(config.lora.target_modules),
             init_lora_weights="pissa",
         )
         return get_peft_model(base, settings)
-    save_peft_adapter(folder, model, base_model=config.model)
+    save_peft_adapter(folder, model, base_model=config.model.path)
     adapted = PeftModel.from_pretrained(base, folder, is_trainable=True)
     for name, parameter in adapted.named_parameters():
-        if config.method == "lora-fa" and "lora_A" in name:
+        if method == "lora-fa" and "lora_A" in name:
             parameter.requires_grad = False
     return adapted
 

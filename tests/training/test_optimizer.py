@@ -1,7 +1,5 @@
 """From the configuration of a run to its learning rates and its optimizer."""
 
-from typing import get_args
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,28 +8,30 @@ import pytest
 
 import loft_jax
 from loft_jax.data import DataConfig
-from loft_jax.training.config import FinetuneConfig, Method
+from loft_jax.methods import METHODS
+from loft_jax.training.config import ScheduleConfig
 from loft_jax.training.optimizer import make_optimizer, make_schedule
+from tests.flat_config import flat_config
 
 
 def config(**changes):
-    return FinetuneConfig("m", DataConfig("d"), "o", **changes)
+    return flat_config(model="m", data=DataConfig("d"), output="o", **changes)
 
 
 @pytest.mark.parametrize(
     ("name", "middle", "end"), [("linear", 0.5, 0.0), ("cosine", 0.5, 0.0), ("constant", 1.0, 1.0)]
 )
 def test_warmup_and_course(name, middle, end):
-    schedule = make_schedule(config(learning_rate=1.0, warmup_steps=4, schedule=name), 24)
+    schedule = make_schedule(ScheduleConfig(learning_rate=1.0, warmup_steps=4, shape=name), 24)
     rates = [float(schedule(step)) for step in range(25)]
     np.testing.assert_allclose(rates[:5], [0.25, 0.5, 0.75, 1.0, 1.0], rtol=1e-6)
     np.testing.assert_allclose([rates[14], rates[24]], [middle, end], atol=1e-6)
-    assert make_schedule(config(learning_rate=1.0, schedule=name), 10)(0) == 1.0
+    assert make_schedule(ScheduleConfig(learning_rate=1.0, shape=name), 10)(0) == 1.0
 
 
 def test_warmup_of_one_step_and_of_all():
-    assert make_schedule(config(learning_rate=1.0, warmup_steps=1), 10)(0) == 1.0
-    whole = make_schedule(config(learning_rate=1.0, warmup_steps=50), 10)
+    assert make_schedule(ScheduleConfig(learning_rate=1.0, warmup_steps=1), 10)(0) == 1.0
+    whole = make_schedule(ScheduleConfig(learning_rate=1.0, warmup_steps=50), 10)
     np.testing.assert_allclose([whole(0), whole(9)], [0.1, 1.0], rtol=1e-6)
 
 
@@ -90,7 +90,7 @@ def walk(tx):
 
 
 def test_every_method_has_an_optimizer():
-    assert set(EXPECTED) == set(get_args(Method))
+    assert set(EXPECTED) == set(METHODS)
 
 
 @pytest.mark.parametrize("method", EXPECTED)

@@ -1,6 +1,5 @@
 """Plans: compiled for TPUs by libtpu, without one."""
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -8,12 +7,15 @@ import os
 import jax
 import pytest
 
-from loft_jax.cli import main
+from loft_jax.cli.main import main
+from loft_jax.data import DataConfig
 from loft_jax.errors import InputError
+from loft_jax.methods import LoFT, LoRA
 from loft_jax.models.registry import WELL_KNOWN
 from loft_jax.training.config import MeshConfig
-from loft_jax.training.plan import PlanConfig, plan_model, plan_step, plan_table
+from loft_jax.training.plan import plan_method, plan_model, plan_step, plan_table
 from loft_jax.training.topology import load_topology
+from tests.flat_config import flat_config
 
 HIDDEN, MLP, LAYERS, VOCAB, RANK = 64, 128, 2, 400, 4
 needs_libtpu = pytest.mark.skipif(
@@ -30,17 +32,19 @@ def config_json(tmp_path_factory):
     return path
 
 
+def config(model, **changes):
+    """The configuration of a run of 4 rows of 16 tokens."""
+    fields = {"model": str(model), "data": DataConfig("", max_length=16), "output": ""}
+    sizes = {"rank": RANK, "batch_size": 4, "remat": "full"}
+    return flat_config(**{**fields, **sizes, **changes})
+
+
 @pytest.fixture(scope="module")
 def plans(config_json):
-    common = {
-        "rank": RANK,
-        "batch": "4x16",
-        "target_modules": ("q_proj", "k_proj"),
-        "mesh": MeshConfig(1, 2, 2),
-    }
-    model = str(config_json.parent)
+    common = {"target_modules": ("q_proj", "k_proj"), "mesh": MeshConfig(1, 2, 2)}
     return [
-        plan_step(PlanConfig(model, "v5e:2x2", method, **common)) for method in ("lora", "loft")
+        plan_step(config(config_json.parent, method=method, **common), "v5e:2x2")
+        for method in ("lora", "loft")
     ]
 
 
@@ -71,12 +75,10 @@ def test_the_parts_add_up_to_the_total(plans):
 @needs_libtpu
 @pytest.mark.slow
 def test_a_quantized_base_and_a_state_on_the_hosts_over_two_slices(plans, config_json):
-    base = plans[1].config
-    plan = plan_step(
-        dataclasses.replace(
-            base, quantization="nf4", offload_optimizer=True, slices=2, mesh=MeshConfig(2, 2, 2)
-        )
-    )
+    changes = {"quantization": "nf4", "offload_optimizer": True, "mesh": MeshConfig(2, 2, 2)}
+    targets = plans[1].config.lora.target_modules
+    run = config(config_json.parent, target_modules=targets, **changes)
+    plan = plan_step(run, "v5e:2x2", slices=2)
     kernels = LAYERS * (4 * HIDDEN**2 + 3 * HIDDEN * MLP)
     scales = 2 * kernels // 64  # bfloat16, one for 64 inputs; some stay whole on an axis
     others = 2 * (2 * VOCAB * HIDDEN // 4 + (2 * LAYERS + 1) * HIDDEN)
@@ -89,7 +91,7 @@ def test_a_quantized_base_and_a_state_on_the_hosts_over_two_slices(plans, config
 @needs_libtpu
 def test_no_program_goes_to_the_cache_that_tests_share(plans, recwarn):
     """Without its chips it could not be read back, of which JAX warns."""
-    assert plan_step(plans[0].config).total == plans[0].total
+    assert plan_step(plans[0].config, "v5e:2x2").total == plans[0].total
     assert not [str(warning.message) for warning in recwarn]
 
 
@@ -111,7 +113,7 @@ def test_a_program_that_cannot_be_read_has_no_collectives(plans, monkeypatch):
         raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
 
     monkeypatch.setattr(jax.stages.Compiled, "as_text", unreadable)
-    plan = plan_step(plans[0].config)
+    plan = plan_step(plans[0].config, "v5e:2x2")
     assert plan.total == plans[0].total
     assert plan.collectives is None
     assert "v5e:2x2 lora: unknown, this jaxlib cannot read" in plan_table([plan])
@@ -121,14 +123,14 @@ def test_a_program_that_cannot_be_read_has_no_collectives(plans, monkeypatch):
 def test_what_is_compiled_is_shown_when_the_next_is_stopped(plans, capsys, monkeypatch):
     done = [plans[0]]
 
-    def plan_one(case):
+    def plan_one(*case):
         if not done:
             raise KeyboardInterrupt
         return done.pop()
 
     monkeypatch.setattr("loft_jax.training.plan.plan_step", plan_one)
     flags = ["--topology", "v5e:2x2", "--batch", "4x16", "--target-modules", "q_proj"]
-    assert main(["plan", "--model", plans[0].config.model, "--rank", "4", *flags]) == 130
+    assert main(["plan", "--model", plans[0].config.model.path, "--rank", "4", *flags]) == 130
     assert "v5e:2x2   1x2x2  lora" in capsys.readouterr().out
 
 
@@ -149,20 +151,39 @@ def test_a_step_that_does_not_fit_says_so(capsys):
         ({"topology": "v5e"}, "its grid is ''"),
         ({"topology": "v5e:0x2"}, "its grid is '0x2'"),
         ({"model": "no/such/folder/model"}, "no/such/folder/model: .*known by name: llama-2-7b"),
-        ({"batch": "16"}, "batch is '16', expected rows x tokens"),
-        ({"batch": "0x16"}, "batch is '0x16'"),
         ({"rank": 1000}, "rank 1000 is above 64"),
         ({"target_modules": ("q_prj",)}, "q_proj"),
         ({"accumulation_steps": 3}, "not a multiple of accumulation_steps 3"),
         pytest.param({"topology": "v5e:3x5"}, "libtpu refuses it", marks=needs_libtpu),
-        pytest.param({"batch": "6x16"}, "6 rows do not divide over 4", marks=needs_libtpu),
+        pytest.param({"batch_size": 6}, "6 rows do not divide over 4", marks=needs_libtpu),
         pytest.param({"mesh": MeshConfig(3, 1, 1)}, "do not make up 4", marks=needs_libtpu),
     ],
 )
 def test_mistakes_are_named(config_json, changes, message):
-    given = {"model": str(config_json), "topology": "v5e:2x2", "batch": "4x16", **changes}
+    given = {"model": config_json, **changes}
+    topology = given.pop("topology", "v5e:2x2")
     with pytest.raises(InputError, match=message):
-        plan_step(PlanConfig(**given))
+        plan_step(config(**given), topology)
+
+
+@pytest.mark.parametrize("batch", ["16", "0x16"])
+def test_a_batch_is_rows_and_tokens(config_json, batch, capsys):
+    flags = ["--topology", "v5e:2x2", "--batch", batch]
+    assert main(["plan", "--model", str(config_json), *flags]) == 2
+    assert f"batch is '{batch}', expected rows x tokens" in capsys.readouterr().err
+
+
+def test_a_setting_goes_to_the_methods_that_have_it(config_json, capsys, monkeypatch):
+    planned = []
+    monkeypatch.setattr("loft_jax.training.plan.check_plan", lambda run, *_: planned.append(run))
+    monkeypatch.setattr("loft_jax.training.plan.plan_step", lambda run, *_: run)
+    monkeypatch.setattr("loft_jax.training.plan.plan_table", lambda plans: "")
+    flags = ["plan", "--model", str(config_json), "--topology", "v5e:2x2", "--move", "alternate"]
+    assert main(flags) == 0
+    assert [run.method for run in planned] == [LoRA(), LoFT(move="alternate")]
+    assert plan_method(planned[1].method) == "loft alternate"
+    assert main([*flags, "--damping", "0.1"]) == 2
+    assert "damping is 0.1, but only method riemannian has it" in capsys.readouterr().err
 
 
 def test_the_command_ends_with_the_message(config_json, capsys):
@@ -176,7 +197,7 @@ def test_the_command_ends_with_the_message(config_json, capsys):
 @needs_libtpu
 def test_every_case_is_checked_before_the_first_is_compiled(config_json, capsys, monkeypatch):
     compiled = []
-    monkeypatch.setattr("loft_jax.training.plan.plan_step", compiled.append)
+    monkeypatch.setattr("loft_jax.training.plan.plan_step", lambda *case: compiled.append(case))
     flags = ["--topology", "v5e:2x2", "v5e:2x4", "--batch", "4x16"]
     assert main(["plan", "--model", str(config_json), *flags]) == 2
     assert "4 rows do not divide over 8 devices" in capsys.readouterr().err

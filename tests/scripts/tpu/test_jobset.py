@@ -76,7 +76,7 @@ def test_jobset_mounts_what_the_run_names(manifests, job):
         "name": config["metadata"]["name"], "key": "OUTPUT",
     }  # fmt: skip
     run = yaml.safe_load(config["data"]["run.yaml"])
-    for path in (config["data"]["OUTPUT"], run["model"], run["data"]["path"]):
+    for path in (config["data"]["OUTPUT"], run["model"]["path"], run["data"]["path"]):
         assert path.startswith(mounts["bucket"] + "/")
     assert f"--config {mounts['run']}/run.yaml" in container["command"][-1]
 
@@ -86,7 +86,7 @@ def test_the_settings_in_the_manifest_are_a_run(manifests, tmp_path):
     data = manifests[0]["data"]
     file.write_text(data["run.yaml"])
     config = config_from_dict({**load_config(file), "output": data["OUTPUT"]})
-    assert config.batch_size % 16 == 0  # one row for each chip at least
+    assert config.schedule.batch_size % 16 == 0  # one row for each chip at least
 
 
 @pytest.mark.parametrize("resume", [False, True])

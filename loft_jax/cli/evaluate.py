@@ -1,0 +1,86 @@
+"""loft-jax evaluate."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from loft_jax.cli.source import Source
+from loft_jax.data import DataConfig
+from loft_jax.errors import InputError
+from loft_jax.models import Quantization
+from loft_jax.training.config import TaskConfig
+
+if TYPE_CHECKING:
+    from loft_jax.models.family import Family, ModelConfig
+    from loft_jax.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure a model on examples: the loss, and what else its task measures.
+
+    Prints one line of JSON: perplexity of a language model, accuracy of multiple choice and of
+    classification, correlations of regression. What is too large for a number, as the perplexity of
+    a loss of more than 700 nats, is null.
+    """
+
+    source: Annotated[Source, tyro.conf.arg(name="")]
+    data: DataConfig
+    task: Annotated[TaskConfig, tyro.conf.arg(name="")] = field(default_factory=TaskConfig)
+    """What is measured."""
+    choices: tuple[str, ...] = ()
+    """Answers to compare on every example, for accuracy; an example may bring its own instead."""
+    batch_size: int = 16
+    """Rows computed at once."""
+    quantization: Quantization = "none"
+    """What the base model's kernels are stored in; an adapter goes with what it was trained on."""
+
+    def __call__(self) -> int:
+        """Runs the command."""
+        from loft_jax.data import load_examples
+        from loft_jax.hub import load_model_config
+        from loft_jax.tasks.task import within
+
+        family, sizes = load_model_config(self.source.base)
+        rows = load_examples(self.data)
+        task = self._task(family, sizes, rows)
+        model, tokenizer = self.source.load(
+            head=task.head, labels=task.labels, quantization=self.quantization
+        )
+        measure = task.evaluation(
+            rows,
+            tokenizer,
+            within(self.data, sizes),
+            batch_size=self.batch_size,
+            vocab_size=sizes.vocab_size,
+        )
+        measured = measure(model)
+        if math.isnan(measured.values["loss"]):
+            raise InputError(
+                "the loss is no number; expected finite weights, in the model and in the adapter"
+            )
+        report = measured.report.items()
+        print(json.dumps({k: v if math.isfinite(v) else None for k, v in report}))
+        return 0
+
+    def _task(self, family: "Family", sizes: "ModelConfig", rows: Any) -> "Task":
+        """The task that is named, that the adapter was trained on, or that the rows say."""
+        from loft_jax.tasks.classification import labels_of
+        from loft_jax.tasks.registry import infer_task, make_task
+
+        given: dict[str, Any] = {"choices": self.choices, "labels": self.task.labels}
+        name = self.task.name
+        if name == "auto":
+            name = infer_task(family, rows, None, self.data, **given)
+        if name == "classification" and not self.task.labels:
+            if self.source.adapter_head is None:  # a whole model knows its own
+                given["labels"] = getattr(sizes, "labels", ())
+            else:
+                count = self.source.adapter_head[1]
+                named = labels_of(rows, self.data.label_field) or ()
+                numbers = all(label.isdecimal() for label in named)
+                given["labels"] = tuple(map(str, range(count))) if numbers else named
+        return make_task(name, rows, self.data, **given)

@@ -1,0 +1,63 @@
+"""loft-jax export."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from loft_jax.errors import InputError, shown
+from loft_jax.training.config import check_output
+from loft_jax.training.config_io import load_config
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a checkpoint of a run as a PEFT adapter (or a whole model, if that was trained).
+
+    Settings are those that were saved with the checkpoint; of the run's config.yaml only
+    `model.path` counts, the place of the base model, which may have moved.
+    """
+
+    run: tyro.conf.Positional[str]
+    """Output folder of the run."""
+    output: str
+    """Folder that `adapter/` or `model/` is written to."""
+    checkpoint: str = "last"
+    """"last", "best" (lowest evaluation loss), or a step."""
+
+    def __call__(self) -> int:
+        """Runs the command."""
+        from loft_jax.hub import load_tokenizer
+        from loft_jax.training.checkpoint import Checkpoints
+        from loft_jax.training.model import export_trained, restore_model, trained_with
+
+        check_output(self.output)
+        now = load_config(Path(self.run) / "config.yaml").get("model", {})
+        checkpoints = Checkpoints(Path(self.run) / "checkpoints", read_only=True)
+        step = self._step(checkpoints.steps(), checkpoints.best_step())
+        config = trained_with(checkpoints.run_of(step), f"{checkpoints.folder}/{step}")
+        # Of what the file says now only the place is taken: the base model may have moved.
+        base = now.get("path", config.model.path)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=base))
+        model, task = restore_model(config, checkpoints, step)
+        tokenizer = load_tokenizer(base)
+        Path(self.output).mkdir(parents=True, exist_ok=True)
+        print(export_trained(model, tokenizer, config.method, task, self.output, base_model=base))
+        return 0
+
+    def _step(self, steps: Sequence[int], best: int | None) -> int:
+        found: int | None = None
+        if self.checkpoint == "last":
+            found = max(steps, default=None)
+        elif self.checkpoint == "best":
+            found = best
+        else:
+            found = next((step for step in steps if str(step) == self.checkpoint), None)
+        if found is None:
+            raise InputError(
+                f"{self.run}: no checkpoint {shown(self.checkpoint)}; there are those of steps "
+                f"{sorted(steps)}, the best being {best}"
+            )
+        return found

@@ -1,0 +1,82 @@
+"""loft-jax finetune."""
+
+import itertools
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from loft_jax.training.config import FinetuneConfig
+from loft_jax.training.config_io import config_from_dict, load_config
+from loft_jax.training.distributed import DistributedConfig, is_main, join
+
+if TYPE_CHECKING:
+    from loft_jax.training.loop import RunResult
+
+INTERRUPTED = 130
+"""Exit code of a run that was asked to stop, as of any command that Ctrl-C ends."""
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Fine-tune a model; see the output folder for metrics, plot, checkpoints and adapter."""
+
+    run: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
+    config: Annotated[str, tyro.conf.arg(metavar="FILE.yaml")] = ""
+    """Read settings from a YAML file, as a run's config.yaml; flags go before it."""
+    resume: bool = False
+    """Go on from the newest checkpoint in the output folder."""
+    distributed: Annotated[DistributedConfig, tyro.conf.arg(name="")] = field(
+        default_factory=DistributedConfig
+    )
+    """Of several processes: where they meet."""
+
+    def __call__(self) -> int:
+        """Runs the command; of several processes the first one speaks."""
+        from loft_jax.training.loop import finetune
+
+        join(self.distributed)
+        if not is_main():
+            logging.getLogger("loft_jax").setLevel(logging.ERROR)
+        result = finetune(self.run, resume=self.resume)
+        return self._report(result) if is_main() else self._code(result)
+
+    def _report(self, result: "RunResult") -> int:
+        for name, values in (("before", result.before), ("after", result.after)):
+            if values:
+                print(f"{name + ':':8}" + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
+        if result.interrupted:
+            print(f"stopped at step {result.steps}; go on with --resume", file=sys.stderr)
+        else:
+            print(f"trained: {result.trained}")
+        return self._code(result)
+
+    def _code(self, result: "RunResult") -> int:
+        return INTERRUPTED if result.interrupted else 0
+
+
+def finetune_default(arguments: Sequence[str]) -> Finetune:
+    """Finds the defaults of the flags: what a --config file sets, and the dataclasses' own.
+
+    Args:
+        arguments: As typed after `loft-jax finetune`.
+
+    Returns:
+        The command, with `tyro.MISSING` for what must be given.
+
+    Raises:
+        InputError: The file cannot be read, or a value in it is not what it should be.
+    """
+    path = ""
+    for flag, value in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
+        if flag == "--config":
+            path = value
+        elif flag.startswith("--config="):
+            path = flag.removeprefix("--config=")
+    fields: dict[str, Any] = {"output": tyro.MISSING, **(load_config(path) if path else {})}
+    for section in ("model", "data"):
+        fields[section] = {"path": tyro.MISSING, **fields.get(section, {})}
+    return Finetune(run=config_from_dict(fields), config=path)

@@ -1,0 +1,39 @@
+"""loft-jax merge."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from loft_jax.cli.source import Source
+from loft_jax.errors import InputError
+from loft_jax.training.config import check_output
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Fold an adapter into its base model and write a whole Hugging Face model."""
+
+    source: Annotated[Source, tyro.conf.arg(name="")]
+    output: str
+    """Folder to write; must be empty or absent."""
+    dtype: Literal["base", "float32", "bfloat16", "float16"] = "base"
+    """What weights are stored in; "base" is what those of the base model are."""
+
+    def __call__(self) -> int:
+        """Runs the command."""
+        from loft_jax.hub import save_pretrained
+        from loft_jax.hub.pretrained import stored_dtype
+        from loft_jax.lora import merge_lora
+
+        if not self.source.adapter:
+            raise InputError("adapter is not given; expected the folder of a PEFT adapter to merge")
+        check_output(self.output)
+        base = self.source.base
+        dtype = str(stored_dtype(base)) if self.dtype == "base" else self.dtype
+        head, count = self.source.adapter_head or ("causal-lm", 0)
+        labels = [f"LABEL_{number}" for number in range(count)] or None
+        model, tokenizer = self.source.load(head=head, labels=labels, param_dtype=dtype)
+        save_pretrained(self.output, merge_lora(model), tokenizer, base_model=base)
+        print(self.output)
+        return 0

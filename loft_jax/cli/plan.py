@@ -1,0 +1,91 @@
+"""loft-jax plan."""
+
+import itertools
+import re
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+
+from loft_jax.data import DataConfig
+from loft_jax.errors import InputError
+from loft_jax.methods import LoFT, LoRA, Method
+from loft_jax.training.config import (
+    AdapterConfig,
+    FinetuneConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+)
+
+_FLAT = tyro.conf.arg(name="")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Compile the train step for TPUs that are not there, and tell what each chip would hold.
+
+    Args:
+        topology: Slices: generation (v4, v5e, v5p, v6e) and grid of chips, as in v5e:2x4 v5p:2x2x4.
+        model: The base model; a well-known name or a config.json will do.
+        method: Methods to compare.
+        lora: The adapters.
+        batch: Rows of a step, over all chips, and tokens of a row.
+        mesh: How the chips share the work.
+        slices: How many such slices, joined by a slower network.
+        offload_optimizer: Keep the optimizer's state in the memory of the hosts between updates.
+        accumulation_steps: Parts of the batch, computed one after the other.
+    """
+
+    topology: tuple[str, ...]
+    model: Annotated[ModelConfig, _FLAT] = field(
+        default_factory=lambda: ModelConfig(tyro.MISSING, remat="full")
+    )
+    method: Annotated[tuple[Method, ...], _FLAT] = (LoRA(), LoFT())
+    lora: Annotated[AdapterConfig, _FLAT] = field(default_factory=AdapterConfig)
+    batch: str = "16x256"
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    slices: int = 1
+    offload_optimizer: bool = False
+    accumulation_steps: int = 1
+
+    def __call__(self) -> int:
+        """Runs the command."""
+        import jax
+        from tqdm import tqdm
+
+        from loft_jax.training.plan import check_plan, plan_step, plan_table
+
+        if not (self.topology and self.method):
+            raise InputError("topology or method is empty, expected one of each at least")
+        jax.config.update("jax_platforms", "cpu")  # compiling must not take a TPU that is there
+        cases = list(itertools.product(self.topology, map(self._run, self.method)))
+        for topology, run in cases:
+            check_plan(run, topology, self.slices)
+        plans = []
+        try:
+            with tqdm(cases, unit="step", disable=len(cases) == 1) as bar:
+                for topology, run in bar:
+                    bar.set_description(f"{topology} {run.method.name}")
+                    plans.append(plan_step(run, topology, self.slices))
+        finally:  # each has taken a minute or more: those that are there are shown
+            if plans:
+                print(plan_table(plans))
+        return 0
+
+    def _run(self, method: Method) -> FinetuneConfig:
+        """The run whose step is compiled, with one of the methods."""
+        if not (match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", self.batch)):
+            raise InputError(f"batch is {self.batch!r}, expected rows x tokens, as in 16x256")
+        rows, tokens = map(int, match.groups())
+        return FinetuneConfig(
+            self.model,
+            DataConfig("", max_length=tokens),
+            output="",
+            method=method,
+            lora=self.lora,
+            schedule=ScheduleConfig(batch_size=rows, accumulation_steps=self.accumulation_steps),
+            optimizer=OptimizerConfig(offload=self.offload_optimizer),
+            mesh=self.mesh,
+        )

@@ -1,0 +1,82 @@
+"""What the commands that use a model are given: a base, with or without an adapter."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from loft_jax.errors import InputError, shown
+from loft_jax.models import Head, Quantization
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Source:
+    """A base model, with or without an adapter."""
+
+    model: str = ""
+    """Folder, GGUF file or hub id; by default what the adapter's configuration names."""
+    adapter: str = ""
+    """Folder of a PEFT adapter."""
+
+    @functools.cached_property
+    def base(self) -> str:
+        """The base model, as it is given or as the adapter named it at first."""
+        from loft_jax.hub.peft_load import base_model_of
+
+        if not (self.model or self.adapter):
+            raise InputError("neither model nor adapter is given; expected one at least")
+        return self.model or base_model_of(self.adapter)
+
+    @functools.cached_property
+    def adapter_head(self) -> tuple[Head, int] | None:
+        """What the adapter needs a model for, and with how many labels; None without an adapter."""
+        from loft_jax.hub.peft_load import head_of
+
+        return head_of(self.adapter) if self.adapter else None
+
+    def load(
+        self,
+        *,
+        head: Head = "causal-lm",
+        labels: Sequence[str] | None = None,
+        param_dtype: str = "float32",
+        quantization: Quantization = "none",
+    ) -> tuple[Any, "PreTrainedTokenizerBase"]:
+        """Loads the base model and puts the adapter on it.
+
+        Args:
+            head: What the model is to give.
+            labels: Of a head that has them.
+            param_dtype: What weights are stored in.
+            quantization: What the kernels of the base model are stored in.
+
+        Returns:
+            The model, to evaluate, and its tokenizer.
+
+        Raises:
+            InputError: One of them cannot be read, they do not fit, or the adapter was replaced by
+                one for another base model meanwhile.
+        """
+        from loft_jax.hub import load_peft_adapter, load_pretrained, load_tokenizer
+        from loft_jax.hub.peft_load import base_model_of
+
+        base = self.base
+        if self.adapter_head is not None and self.adapter_head[0] != head:
+            raise InputError(
+                f"{self.adapter}: is for {self.adapter_head[0]}, expected an adapter for {head}"
+            )
+        model = load_pretrained(
+            base, head=head, labels=labels, param_dtype=param_dtype, quantization=quantization
+        )
+        if self.adapter:
+            load_peft_adapter(self.adapter, model)
+            if not self.model and (now := base_model_of(self.adapter)) != base:
+                raise InputError(
+                    f"{self.adapter}: names the base model {shown(now)}, and {shown(base)} before "
+                    "that was loaded; expected an adapter that is not being replaced"
+                )
+        model.eval()
+        return model, load_tokenizer(base)

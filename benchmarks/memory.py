@@ -40,7 +40,7 @@ class Options:
 
     model: str = "assets/SmolLM2-135M-Instruct.Q4_1.gguf"
     data: str = "assets/reviews/test.jsonl"
-    results: Path = Path("benchmarks/results")
+    results: Path = Path("benchmarks/results")  # as in history.py, whose JAX comes after the flags
     case: str = ""
 
 

@@ -111,7 +111,7 @@ def test_checkpoints_hold_no_base_weights(make_config):
     sizes = [f.stat().st_size for f in Path(config.output, "checkpoints").rglob("*") if f.is_file()]
     model = load_pretrained(config.model.path)
     base = sum(x.nbytes for x in jax.tree.leaves(model.embed_tokens.embedding[...]))
-    state = json.loads((Path(config.output) / "checkpoints/4/state/_METADATA").read_text())
+    state = json.loads((Path(config.output) / "checkpoints/4/params/_METADATA").read_text())
     assert "embed_tokens" not in json.dumps(state)
     assert "kernel" not in json.dumps(state)
     assert sum(sizes) < 40 * base
@@ -219,7 +219,7 @@ def test_resume_from_a_damaged_checkpoint(make_config, tmp_path, caplog):
     finetune(config, progress=False)
     folder = Path(config.output)
     expected, weights = losses(folder), adapter(folder)
-    for file in (folder / "checkpoints" / "6" / "state").rglob("*"):
+    for file in (folder / "checkpoints" / "6" / "optimizer").rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[:-1])
     assert finetune(config, resume=True, progress=False).steps == 6

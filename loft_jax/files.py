@@ -1,6 +1,7 @@
 """Files that strangers wrote, opened only if they are files, and files that are replaced whole."""
 
 import contextlib
+import errno
 import fcntl
 import glob
 import json
@@ -65,6 +66,34 @@ def regular_file(
             f"{path}: has {status.st_size} bytes, expected {expected} of at most {most_bytes}"
         )
     return path
+
+
+def own_file(path: Path) -> Path:
+    """A file that a run reads and writes, made if missing.
+
+    Args:
+        path: In a folder that exists.
+
+    Returns:
+        The path.
+
+    Raises:
+        InputError: It is a link, which may lead to any file of the user, or no file.
+        OSError: It cannot be opened.
+
+    Example:
+        >>> import tempfile
+        >>> own_file(Path(tempfile.mkdtemp()) / ".lock").read_text()
+        ''
+    """
+    try:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # the last for a pipe
+        os.close(os.open(path, flags, 0o666))
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise InputError(f"{path}: is a link, expected a file of the run itself") from error
+    return regular_file(path, "a file of the run itself")
 
 
 def _begins(path: Path, beginning: bytes) -> bool:

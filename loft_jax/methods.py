@@ -2,11 +2,11 @@
 
 The fields of a class are the settings that its method has beside those of all methods. Papers are
 named by the optimizers (`loft_jax.optim`) and by `loft_jax.LoRAConfig`. To add a method, write its
-class and list it in `METHODS`.
+class and list it in `METHODS`. Settings of one name in several methods are one flag.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 from tyro.conf import arg
 
-from loft_jax.errors import InputError, shown
+from loft_jax.errors import InputError
 from loft_jax.optim.baselines import alt_lora_plus, lora_fa, lora_plus, riemannian_lora
 from loft_jax.optim.loft import loft
 from loft_jax.optim.muon import loft_muon
@@ -390,40 +390,3 @@ def methods_with(setting: str) -> list[str]:
         ['loft', 'loft-muon']
     """
     return [name for name, method in METHODS.items() if setting in settings_of(method)]
-
-
-def make_methods(names: Iterable[str], settings: Mapping[str, Any]) -> Sequence[Method]:
-    """Makes methods of settings that any of them may have.
-
-    Args:
-        names: Of the methods.
-        settings: By name; those that are not given, or that are what they are by default, may
-            belong to other methods.
-
-    Returns:
-        The methods, each with its own of the settings.
-
-    Raises:
-        InputError: A method is unknown, or none of them has a setting.
-
-    Example:
-        >>> make_methods(["loft", "lora"], {"move": "alternate"})[0].move
-        'alternate'
-        >>> make_methods(["lora"], {"move": "alternate"})
-        Traceback (most recent call last):
-        loft_jax.errors.InputError: move is 'alternate', but only method loft or loft-muon has it
-    """
-    names = list(names)
-    for name in names:
-        if name not in METHODS:
-            raise InputError(f"method is {shown(name)}, expected one of {', '.join(METHODS)}")
-    for setting, value in settings.items():
-        owners = methods_with(setting)
-        if not set(owners) & set(names) and value != settings_of(METHODS[owners[0]])[setting]:
-            raise InputError(
-                f"{setting} is {shown(value)}, but only method {' or '.join(owners)} has it"
-            )
-    return [
-        METHODS[name](**{k: v for k, v in settings.items() if k in settings_of(METHODS[name])})
-        for name in names
-    ]

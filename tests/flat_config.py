@@ -3,7 +3,8 @@
 import dataclasses
 from typing import get_type_hints
 
-from loft_jax.methods import METHODS, make_methods
+from loft_jax.cli.method_flags import make_methods
+from loft_jax.methods import METHODS
 from loft_jax.training import config as configs
 from loft_jax.training.config import FinetuneConfig
 

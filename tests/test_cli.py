@@ -15,7 +15,10 @@ from loft_jax import LoRAConfig, add_lora, load_pretrained, save_peft_adapter
 from loft_jax.cli.main import main
 from loft_jax.data import DataConfig, eval_batches, load_examples, tokenize
 from loft_jax.hub import load_tokenizer
+from loft_jax.methods import LoFT, LoRAPlus
 from loft_jax.tasks.causal_lm import Perplexity, perplexity
+from loft_jax.training.config_io import save_config
+from loft_jax.training.loop import RunResult
 from tests.tiny import save_tiny_llama
 from tests.training.conftest import make_config, workspace  # noqa: F401
 
@@ -136,7 +139,8 @@ def test_an_adapter_that_is_replaced_while_its_base_loads(
 
 def test_a_perplexity_too_large_for_a_number_is_null(workspace, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setattr(
-        "loft_jax.tasks.causal_lm.perplexity", lambda *_: Perplexity(nll=800.0, tokens=1)
+        "loft_jax.tasks.causal_lm.perplexity",
+        lambda *_, **__: Perplexity(nll=800.0, tokens=1),
     )
     evaluate = ["evaluate", "--model", str(workspace / "model")]
     assert main([*evaluate, "--data.path", str(workspace / "test.jsonl")]) == 0
@@ -178,6 +182,29 @@ def test_flags_go_before_the_config_file(tmp_path, flags, capsys):
     assert "rank: 4\n" in text
 
 
+def test_settings_of_methods_are_flags_and_fields_of_the_config_file(flags, tmp_path, monkeypatch):
+    runs = []
+
+    def started(run, **_):
+        runs.append(run.method)
+        save_config(run, tmp_path / "config.yaml")
+        return RunResult(0, False, {}, {}, None)
+
+    monkeypatch.setattr("loft_jax.training.loop.finetune", started)
+    assert main(["finetune", *flags, "--second-moment", "full", "--balance"]) == 0
+    config = ["finetune", "--config", str(tmp_path / "config.yaml")]
+    assert main([*config, "--move", "alternate", "--no-balance"]) == 0
+    assert main([*config, "--second-moment", "factored", "--move", "tangent"]) == 0
+    assert main([*config, "--method", "lora-plus", "--lora-plus-ratio", "4"]) == 0
+    assert main([*config, "--method", "reflora", "--reflora-warmup-steps", "7"]) == 2
+    assert runs == [
+        LoFT("full", balance=True),
+        LoFT("full", move="alternate"),
+        LoFT(),
+        LoRAPlus(4.0),
+    ]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -200,6 +227,10 @@ def test_flags_go_before_the_config_file(tmp_path, flags, capsys):
         (["--process-count", "2"], "process_count is 2, process_id is None; expected all or none"),
         (["--profile-steps", "3", "1"], "profile_steps is [3, 1], expected a first and a last"),
         (["--method", "full", "--quantization", "nf4"], "method full trains the weights"),
+        (
+            ["--method", "lora", "--second-moment", "full"],
+            "second_moment is 'full', but only method loft has it",
+        ),
     ],
 )
 def test_bad_input_is_a_message_and_exit_code_2(flags, changes, message, capsys, tmp_path):

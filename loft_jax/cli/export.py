@@ -31,7 +31,7 @@ class Export:
         """Runs the command."""
         from loft_jax.hub import load_tokenizer
         from loft_jax.training.checkpoint import Checkpoints
-        from loft_jax.training.model import export_trained, restore_model, trained_with
+        from loft_jax.training.export import export_trained, restore_model, trained_with
 
         check_output(self.output)
         now = load_config(Path(self.run) / "config.yaml").get("model", {})

@@ -1,6 +1,6 @@
 """Methods as flags: `--method`, and a flag for each setting that any of them has."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args, get_type_hints
 
 import docstring_parser
@@ -11,7 +11,8 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-from loft_jax.methods import METHODS, Method, make_methods, settings_of
+from loft_jax.errors import InputError, shown
+from loft_jax.methods import METHODS, Method, methods_with, settings_of
 
 METHOD_FLAGS = ConstructorRegistry()
 """Makes `tyro.cli` read fields of type `Method` and `tuple[Method, ...]`."""
@@ -58,3 +59,40 @@ def _settings(methods: Sequence[Method]) -> list[StructFieldSpec]:
                 value = given.get(name, default)
                 specs[name] = StructFieldSpec(name, hints[name], value, told.get(name))
     return list(specs.values())
+
+
+def make_methods(names: Iterable[str], settings: Mapping[str, Any]) -> Sequence[Method]:
+    """Makes methods of settings that any of them may have.
+
+    Args:
+        names: Of the methods.
+        settings: By name; those that are not given, or that are what they are by default, may
+            belong to other methods.
+
+    Returns:
+        The methods, each with its own of the settings.
+
+    Raises:
+        InputError: A method is unknown, or none of them has a setting.
+
+    Example:
+        >>> make_methods(["loft", "lora"], {"move": "alternate"})[0].move
+        'alternate'
+        >>> make_methods(["lora"], {"move": "alternate"})
+        Traceback (most recent call last):
+        loft_jax.errors.InputError: move is 'alternate', but only method loft or loft-muon has it
+    """
+    names = list(names)
+    for name in names:
+        if name not in METHODS:
+            raise InputError(f"method is {shown(name)}, expected one of {', '.join(METHODS)}")
+    for setting, value in settings.items():
+        owners = methods_with(setting)
+        if not set(owners) & set(names) and value != settings_of(METHODS[owners[0]])[setting]:
+            raise InputError(
+                f"{setting} is {shown(value)}, but only method {' or '.join(owners)} has it"
+            )
+    return [
+        METHODS[name](**{k: v for k, v in settings.items() if k in settings_of(METHODS[name])})
+        for name in names
+    ]

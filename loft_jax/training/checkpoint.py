@@ -1,4 +1,8 @@
-"""Checkpoints of a run: trained parameters, optimizer, streams, data position; never the base."""
+"""Checkpoints of a run: trained parameters, optimizer, streams, data position; never the base.
+
+Each has three items: "params", all that an export needs; "optimizer", the rest of the state; and
+"run", plain values.
+"""
 
 import contextlib
 import hashlib
@@ -92,7 +96,7 @@ class Checkpoints:
                     cleanup_tmp_directories=not read_only,
                     read_only=read_only,
                 ),
-                item_names=("state", "run"),
+                item_names=("params", "optimizer", "run"),
             )
 
     def _prepare(self) -> None:
@@ -174,12 +178,14 @@ class Checkpoints:
         step = int(whole(state.step))
         if step in self._manager.all_steps():
             return
-        plain = {**run, "eval_loss": eval_loss, "digest": tree_digest(state)}
+        items = _items(state)
+        digests = {name: tree_digest(item) for name, item in items.items()}
+        plain = {**run, "eval_loss": eval_loss, "digest": digests}
         with self._writable():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state),
+                    **{name: ocp.args.StandardSave(item) for name, item in items.items()},
                     run=ocp.args.JsonSave({**plain, "checksum": _checksum(plain)}),
                 ),
                 metrics=None if eval_loss is None else {"loss": eval_loss},
@@ -279,25 +285,50 @@ class Checkpoints:
             InputError: The checkpoint cannot be read, does not fit, or is damaged. Then it is so on
                 every process.
         """
+        found, run = self._restored(step, _items(like))
+        return TrainState(params=found["params"], **found["optimizer"]), run
+
+    def restore_params(self, step: int, like: Any) -> Any:
+        """Reads the trained parameters of a checkpoint, and nothing that training alone needs.
+
+        Args:
+            step: One of `steps()`.
+            like: Parameters with the shapes, dtypes and shardings to expect.
+
+        Returns:
+            The parameters as they were saved.
+
+        Raises:
+            InputError: As from `restore`.
+        """
+        return self._restored(step, {"params": like})[0]["params"]
+
+    def _restored(self, step: int, likes: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Some items of a checkpoint, and its plain values."""
         folder = self.folder / str(step)
-        found: tuple[TrainState, dict[str, Any]] | None = None
+        found: tuple[dict[str, Any], dict[str, Any]] | None = None
         problem = InputError(f"{folder}: cannot be read by another process")
         try:
             run = self.run_of(step)
             # Not by way of the manager, which would wait for processes that found it damaged.
             with explained(f"{folder}: cannot be read"):
                 _check_entries(folder)
-                state = ocp.StandardCheckpointHandler().restore(
-                    folder / "state",
-                    args=ocp.args.StandardRestore(jax.tree.map(_abstract, like)),
-                )
-            found = state, run
+                items = {
+                    name: ocp.StandardCheckpointHandler().restore(
+                        folder / name,
+                        args=ocp.args.StandardRestore(jax.tree.map(_abstract, like)),
+                    )
+                    for name, like in likes.items()
+                }
+            found = items, run
         except InputError as error:
             problem = error
         if not all_agree(found is not None) or found is None:
             raise problem
-        state, run = found
-        if tree_digest(state) != run.get("digest"):
+        items, run = found
+        with explained(f"{folder}: damaged"):
+            saved = [run["digest"][name] for name in items]
+        if [tree_digest(item) for item in items.values()] != saved:
             raise InputError(f"{folder}: damaged: its arrays are not those that were saved")
         return found
 
@@ -344,6 +375,12 @@ class Checkpoints:
         """Releases what the manager holds; `wait` has told of what could not be written."""
         with contextlib.suppress(Exception):
             self._manager.close()
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """The items of a checkpoint: what is trained, and what training alone goes on from."""
+    rest = state._asdict()
+    return {"params": rest.pop("params"), "optimizer": rest}
 
 
 def _check_entries(folder: Path) -> None:

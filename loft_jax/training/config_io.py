@@ -11,7 +11,7 @@ import yaml
 
 from loft_jax.errors import InputError, cut, explained, shown
 from loft_jax.files import read_text, replacing
-from loft_jax.methods import METHODS, Method, methods_with, settings_of
+from loft_jax.methods import METHODS, Method, methods_with
 from loft_jax.training.config import FinetuneConfig
 
 _MOST_BYTES = 2**18
@@ -142,10 +142,11 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any], *, same_content: 
     Raises:
         InputError: Names the first field that differs, with both values.
     """
-    may_change = {"free", "place"} if same_content else {"free"}
+    free = set(_may_change(FinetuneConfig, {"free", "place"} if same_content else {"free"}))
     was, became = dict(_flat(saved)), dict(_flat(now))
     for name in (*was, *became):
-        if _on_resume(name) not in may_change and was.get(name) != became.get(name):
+        section, _, _ = name.partition(".")
+        if was.get(name) != became.get(name) and not {section, name} & free:
             raise InputError(
                 f"cannot resume with another {name}: the run was started with "
                 f"{shown(was.get(name))}, now it is {shown(became.get(name))}"
@@ -161,22 +162,17 @@ def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{name}", value
 
 
-def _on_resume(name: str) -> str:
-    """Whether a resumed run may change a field: it is "free", a "place", or the "same"."""
-    cls: Any = FinetuneConfig
-    section, _, key = name.partition(".")
-    for part in (section, key):
-        known = {each.name: each for each in dataclasses.fields(cls)}.get(part)
-        if known is None:
-            break
-        if key in known.metadata.get("places", ()):
-            return "place"
-        if "resume" in known.metadata:
-            return known.metadata["resume"]
-        cls = get_type_hints(cls)[part]
-        if not dataclasses.is_dataclass(cls):
-            break
-    return "same"
+def _may_change(cls: Any, kinds: set[str], prefix: str = "") -> Iterator[str]:
+    """Dotted names of the fields and sections that a resumed run may change, by their metadata."""
+    hints = get_type_hints(cls)
+    for known in dataclasses.fields(cls):
+        name = f"{prefix}{known.name}"
+        if known.metadata.get("resume") in kinds:
+            yield name
+        elif dataclasses.is_dataclass(hints[known.name]):
+            yield from _may_change(hints[known.name], kinds, f"{name}.")
+        if "place" in kinds:
+            yield from (f"{name}.{place}" for place in known.metadata.get("places", ()))
 
 
 def _plain(value: Any) -> Any:
@@ -187,8 +183,8 @@ def _plain(value: Any) -> Any:
 
 def _checked(cls: Any, fields: dict[str, Any], where: str, prefix: str = "") -> dict[str, Any]:
     if cls is Method:
-        cls, fields, named = _method(fields, where)
-        return {**named, **_checked(cls, fields, where, prefix)}
+        cls, settings = _method(fields, where)
+        return {"name": cls.name, **_checked(cls, settings, where, prefix)}
     hints = get_type_hints(cls)
     known = sorted(each.name for each in dataclasses.fields(cls) if each.init)
     if unknown := [key for key in fields if key not in known]:
@@ -209,10 +205,8 @@ def _checked(cls: Any, fields: dict[str, Any], where: str, prefix: str = "") -> 
     return checked
 
 
-def _method(
-    fields: dict[str, Any], where: str = ""
-) -> tuple[type[Method], dict[str, Any], dict[str, str]]:
-    """The class of a method, its settings, and its name, from fields that a file gives."""
+def _method(fields: dict[str, Any], where: str = "") -> tuple[type[Method], dict[str, Any]]:
+    """The class of a method and its settings, from fields that a file gives."""
     if "name" not in fields:
         raise InputError(f"{where}field method.name is missing")
     settings = dict(fields)
@@ -221,18 +215,18 @@ def _method(
         raise InputError(
             f"{where}field method.name is {shown(name)}, expected one of {list(METHODS)}"
         )
-    for setting in settings.keys() - settings_of(METHODS[name]).keys():
-        if owners := methods_with(setting):
+    for setting, value in settings.items():
+        if (owners := methods_with(setting)) and name not in owners:
             raise InputError(
-                f"{where}field method.{setting} is {shown(settings[setting])}, but only method "
+                f"{where}field method.{setting} is {shown(value)}, but only method "
                 f"{' or '.join(owners)} has it"
             )
-    return METHODS[name], settings, {"name": name}
+    return METHODS[name], settings
 
 
 def _made(cls: Any, fields: dict[str, Any], prefix: str = "") -> Any:
     if cls is Method:
-        cls, fields, _ = _method(fields)
+        cls, fields = _method(fields)
     values = dict(fields)
     for known in dataclasses.fields(cls):
         hint = get_type_hints(cls)[known.name]

@@ -24,16 +24,21 @@ from loft_jax.training.config_io import (
     save_config,
 )
 from loft_jax.training.distributed import is_main, wait_for_all
+from loft_jax.training.export import trained_with
 from loft_jax.training.interrupt import StopRequest
 from loft_jax.training.mesh import check_batch, make_mesh
-from loft_jax.training.metrics import MetricsLog, check_wandb, read_metrics
-from loft_jax.training.model import trained_with, with_precision
+from loft_jax.training.metrics import (
+    MetricsLog,
+    check_wandb,
+    plot_losses,
+    read_metrics,
+    rise_of_loss,
+)
+from loft_jax.training.model import with_precision
 from loft_jax.training.one_run import only_run
-from loft_jax.training.outcome import rise_of_loss
-from loft_jax.training.plot import plot_losses
+from loft_jax.training.profiler import StepProfiler
 from loft_jax.training.run import Run
 from loft_jax.training.step import TrainState
-from loft_jax.training.trace import StepTrace
 
 _log = logging.getLogger(__name__)
 
@@ -200,7 +205,8 @@ def _train(
     stop: StopRequest,
 ) -> TrainState:
     config, done, skipped = run.config, int(whole(state.step)), int(whole(state.skipped)[0])
-    every = config.evaluation.every
+    log_every, eval_every = config.logging.log_every, config.evaluation.every
+    save_every, keep_best = config.checkpoint.save_every, config.checkpoint.keep_best
     speed, ahead = run.speedometer(), deque[dict[str, jax.Array]]()
     bar = tqdm(
         total=run.steps,
@@ -209,27 +215,30 @@ def _train(
         disable=not run.progress,
         unit="step",
     )
-    with bar, StepTrace(Path(config.output) / "profile", config.logging.profile_steps) as trace:
+    with (
+        bar,
+        StepProfiler(Path(config.output) / "profile", config.logging.profile_steps) as profiler,
+    ):
         while done < run.steps:
             with speed.spent_on("data"):
                 batch = next(run.stream)
                 placed = run.placed(batch)
             if len(ahead) == _STEPS_AHEAD:
                 jax.block_until_ready(ahead.popleft())
-            trace.before(done + 1, ahead)
+            profiler.before(done + 1, ahead)
             state, metrics = run.step(state, run.parts.frozen, placed)
             done += 1
             ahead.append(metrics)
-            trace.after(done, metrics)
+            profiler.after(done, metrics)
             speed.count(int((batch["segment_ids"] > 0).sum()), batch["tokens"].shape[1])
             bar.update()
             last, stopped = done == run.steps, stop.reached(done)
             # The first one too: what later losses are compared with.
-            logs = last or done == 1 or done % config.logging.log_every == 0
-            due = every > 0 and done % every == 0
+            logs = last or done == 1 or done % log_every == 0
+            due = eval_every > 0 and done % eval_every == 0
             evaluates = last or (due and not stopped)  # a notice of preemption leaves little time
-            best = evaluates and due and config.checkpoint.keep_best > 0
-            saves = last or stopped or best or done % config.checkpoint.save_every == 0
+            best = evaluates and due and keep_best > 0
+            saves = last or stopped or best or done % save_every == 0
             if logs or evaluates or saves:
                 jax.block_until_ready(state.step)
             if logs:

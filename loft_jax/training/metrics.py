@@ -1,4 +1,4 @@
-"""Metrics of a run: one JSON line for each step that is logged, and the same for TensorBoard."""
+"""Metrics of a run: written as JSON lines and for TensorBoard, read again, drawn, and judged."""
 
 import contextlib
 import json
@@ -6,7 +6,9 @@ import math
 import os
 import secrets
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from tensorboardX.event_file_writer import EventsWriter
@@ -14,9 +16,9 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 from loft_jax.errors import InputError, explained
-from loft_jax.files import read_text, regular_file, replacing
-from loft_jax.training.own_file import own_file
+from loft_jax.files import own_file, read_text, regular_file, replacing
 
+_LAST = 5  # logged losses that the end of a run is judged by: one alone is of one batch
 _MOST_BYTES = 2**30  # of a metrics file: three million rows
 
 
@@ -124,6 +126,78 @@ def _is_row(row: Any) -> bool:
         and type(row.get("step")) is int
         and all(type(value) in (int, float) and abs(value) < 1e300 for value in row.values())
     )
+
+
+def plot_losses(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> bool:
+    """Draws training and evaluation loss by step.
+
+    Args:
+        rows: Rows of `metrics.jsonl`.
+        path: PNG file to write.
+
+    Returns:
+        Whether it was drawn: False when matplotlib, the extra `plot`, is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for name, style in (("train_loss", "-"), ("eval_loss", "o-")):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=name.replace("_", " "))
+    axes.set(xlabel="step", ylabel="loss (nats a token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with replacing(path) as partial:
+        FigureCanvasAgg(figure).print_png(partial)
+    return True
+
+
+def rise_of_loss(rows: Sequence[dict[str, Any]], *, held_out: bool) -> str:
+    """What to tell of a run whose loss ended far above its start, or as no number.
+
+    Far is half of the first loss and half a nat above it, or three times the first loss and a tenth
+    of a nat above it: batches scatter by less around a loss that stays as it is, be it large or
+    small, and a run that diverged has lost more.
+
+    Args:
+        rows: Of the `metrics.jsonl` of a run that is at its end; what was infinite or no number is
+            missing in them.
+        held_out: Whether the run has held-out examples: rows without training's values are then
+            theirs, and otherwise none of this run.
+
+    Returns:
+        Of the training loss the first and the median of the last 5, and of the held-out loss those
+        before and after training: of whichever rose. Empty if neither did.
+
+    Example:
+        >>> rise_of_loss([{"step": 1, "learning_rate": 0.1, "train_loss": 2.0},
+        ...               {"step": 9, "learning_rate": 0.1, "train_loss": 7.5}],
+        ...              held_out=False)
+        'the training loss was 2.0000 at first and 7.5000 at the end'
+    """
+    trained = [row.get("train_loss", math.inf) for row in rows if "learning_rate" in row]
+    measured = [row.get("eval_loss", math.inf) for row in rows if "learning_rate" not in row]
+    told = []
+    kinds = [("training", trained, _LAST), ("held-out", measured, 1)]
+    for name, losses, count in kinds if held_out else kinds[:1]:
+        first, later = losses[:1], losses[1:][-count:]
+        if first and later and _rose(first[0], median(later)):
+            figures = f"{_figure(first[0])} at first and {_figure(median(later))} at the end"
+            told.append(f"the {name} loss was {figures}")
+    return ", ".join(told)
+
+
+def _rose(first: float, last: float) -> bool:
+    return last == math.inf or last > min(1.5 * first + 0.5, max(3 * first, first + 0.1))
+
+
+def _figure(loss: float) -> str:
+    return "no finite number" if loss == math.inf else f"{loss:.4f}"
 
 
 def check_wandb(project: str) -> None:

@@ -1,20 +1,18 @@
-"""The model of a run: base weights, adapters as they start, and what is left of it at the end."""
+"""The model of a run as it starts: base weights and adapters."""
 
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 
-from loft_jax.errors import InputError, explained
-from loft_jax.hub import load_pretrained, save_peft_adapter, save_pretrained
+from loft_jax.errors import InputError
+from loft_jax.hub import load_pretrained
 from loft_jax.lora import LoRAConfig, add_lora, lora_layers
 from loft_jax.methods import Method
 from loft_jax.models.family import (
@@ -25,20 +23,10 @@ from loft_jax.models.family import (
     with_labels,
 )
 from loft_jax.models.quantized import quantize_kernels
-from loft_jax.tasks.registry import make_task
 from loft_jax.tasks.task import Task
-from loft_jax.training.checkpoint import Checkpoints
 from loft_jax.training.config import FinetuneConfig
-from loft_jax.training.config_io import checked_fields, config_from_dict
 from loft_jax.training.digest import tree_digest
-from loft_jax.training.optimizer import make_optimizer
-from loft_jax.training.parts import split_model
 from loft_jax.training.shardings import parameter_spec
-from loft_jax.training.step import initial_state
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 Model = TypeVar("Model", bound=PretrainedModel)
 
@@ -246,92 +234,3 @@ def scaling_of(model: PretrainedModel) -> Callable[[str], float]:
         path.replace(".", "/"): layer.lora_scaling for path, layer in lora_layers(model).items()
     }
     return scalings.__getitem__
-
-
-def trained_with(run: Mapping[str, Any], where: str) -> FinetuneConfig:
-    """The configuration that a checkpoint was made with; `config.yaml` may say another since.
-
-    Args:
-        run: The plain values of the checkpoint.
-        where: The checkpoint, for messages.
-
-    Returns:
-        The configuration, by name of its precision.
-
-    Raises:
-        InputError: There is none, or a field of it is not what it should be.
-    """
-    return with_precision(config_from_dict(checked_fields(run.get("config"), where)))
-
-
-def restore_model(
-    config: FinetuneConfig, checkpoints: Checkpoints, step: int
-) -> tuple[PretrainedModel, Task]:
-    """The model of a run as it was at one of its checkpoints.
-
-    Args:
-        config: As from `trained_with`; its model may have moved.
-        checkpoints: Of the run.
-        step: One of `checkpoints.steps()`.
-
-    Returns:
-        The model, with its trained parameters, and the task that it was trained on.
-
-    Raises:
-        InputError: The checkpoint cannot be read, or is damaged; or the base model is not the one
-            that the run was started with.
-    """
-    with explained(f"{checkpoints.folder / str(step)}: does not tell what it was trained on"):
-        run = checkpoints.run_of(step)
-        told, choices = run["task"], config.evaluation.choices
-        labels = told["labels"] if told["name"] == "classification" else ()
-        task = make_task(told["name"], None, config.data, choices=choices, labels=labels)
-        base = load_base(config, task)
-        saved = run["fingerprints"]
-        check_fingerprints(saved, {"model": base_fingerprint(base)}, doing="export")
-    model = adapted(base, config, task)
-    parts = split_model(model, trained_variables(config.method, task.head_modules(model)))
-    # Only the shape of the optimizer's state matters here, and that is the same at every rate.
-    tx = make_optimizer(config, lambda count: 0.0, scaling_of(model))
-    here = SingleDeviceSharding(jax.local_devices()[0])  # whatever mesh it was saved from
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
-        jax.eval_shape(lambda: initial_state(parts, tx)),
-    )
-    state, _ = checkpoints.restore(step, like)
-    return parts.merged(state.params, state.streams), task
-
-
-def export_trained(
-    model: PretrainedModel,
-    tokenizer: "PreTrainedTokenizerBase",
-    method: Method,
-    task: Task,
-    folder: str | os.PathLike[str],
-    *,
-    base_model: str,
-) -> Path:
-    """Writes what a run trained: `adapter/` in PEFT's format, or all weights to `model/`.
-
-    Args:
-        model: The trained model.
-        tokenizer: Goes with a whole model.
-        method: Of the run.
-        task: Of the run.
-        folder: Where `adapter/` or `model/` goes.
-        base_model: What the run began with, as users name it.
-
-    Returns:
-        The folder that was written.
-    """
-    if method.adapts:
-        save_peft_adapter(
-            Path(folder) / "adapter",
-            model,
-            base_model=base_model,
-            task_type=task.peft_type,
-            modules_to_save=task.head_modules(model),
-        )
-        return Path(folder) / "adapter"
-    save_pretrained(Path(folder) / "model", model, tokenizer, base_model=base_model)
-    return Path(folder) / "model"

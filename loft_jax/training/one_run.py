@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from loft_jax.errors import InputError, cut, explained, reason
-from loft_jax.files import locked, read_text
+from loft_jax.files import locked, own_file, read_text
 from loft_jax.training.distributed import all_agree, is_main
-from loft_jax.training.own_file import own_file
 
 _log = logging.getLogger(__name__)
 _MOST_BYTES = 1000

@@ -22,13 +22,13 @@ from loft_jax.training.checkpoint import Checkpoints
 from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.config_io import config_to_dict
 from loft_jax.training.distributed import place_batch
+from loft_jax.training.export import export_trained
 from loft_jax.training.flops import ModelFlops
 from loft_jax.training.held_out import HeldOut, held_out_data
 from loft_jax.training.model import (
     adapted,
     base_fingerprint,
     check_fingerprints,
-    export_trained,
     load_base,
     scaling_of,
     trained_variables,

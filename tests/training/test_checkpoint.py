@@ -55,13 +55,21 @@ def test_keeps_the_newest_and_the_best(checkpoints):
     assert checkpoints.best_step() == 2
 
 
+def test_parameters_are_read_without_what_training_alone_needs(checkpoints):
+    checkpoints.save(state_at(3), {}, None)
+    checkpoints.wait()
+    shutil.rmtree(checkpoints.folder / "3" / "optimizer")
+    assert_same(checkpoints.restore_params(3, state_at(0).params), state_at(3).params)
+
+
+@pytest.mark.parametrize("item", ["params", "optimizer"])
 @pytest.mark.parametrize("damage", ["truncate", "flip", "delete", "metadata"])
-def test_falls_back_from_a_damaged_checkpoint(checkpoints, damage, caplog):
+def test_falls_back_from_a_damaged_checkpoint(checkpoints, damage, item, caplog):
     for step in (1, 2):
         checkpoints.save(state_at(step), {"data": step}, None)
     checkpoints.wait()
-    folder = checkpoints.folder / "2" / "state"
-    victim = largest_file(folder)
+    folder = checkpoints.folder / "2" / item
+    victim = largest_file(folder / "d")  # of the arrays
     content = victim.read_bytes()
     if damage == "truncate":
         victim.write_bytes(content[: len(content) // 2])
@@ -114,7 +122,7 @@ def test_what_is_no_file_of_a_checkpoint_is_never_opened(tmp_path, checkpoints, 
 def test_a_pipe_that_came_later_is_not_opened_and_the_only_checkpoint_stays(checkpoints):
     checkpoints.save(state_at(1), {}, None)
     checkpoints.wait()
-    victim = checkpoints.folder / "1" / "state" / "manifest.ocdbt"
+    victim = checkpoints.folder / "1" / "optimizer" / "manifest.ocdbt"
     victim.unlink()
     os.mkfifo(victim)
     with pytest.raises(InputError, match="is a pipe or a device"):
@@ -204,7 +212,7 @@ def test_a_flipped_bit_in_any_file_is_noticed_or_harmless(checkpoints):
                 assert_same(state, state_at(1))
                 assert run["data"] == {"next_index": 7}
             file.write_bytes(content)
-    assert {"state", "run"} <= set(noticed)
+    assert {"params", "optimizer", "run"} <= set(noticed)
 
 
 @pytest.mark.parametrize("damage", [None, b"", b"{", b'{"loss": 9.0}', b"\xff"])

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from loft_jax.errors import InputError
 from loft_jax.hub import load_peft_adapter, load_pretrained, load_tokenizer
+from loft_jax.tasks.causal_lm import CausalLM
 from loft_jax.training.config_io import save_config
 from loft_jax.training.loop import finetune
 from loft_jax.training.metrics import read_metrics
@@ -111,7 +112,7 @@ def test_checkpoints_hold_no_base_weights(make_config):
     sizes = [f.stat().st_size for f in Path(config.output, "checkpoints").rglob("*") if f.is_file()]
     model = load_pretrained(config.model.path)
     base = sum(x.nbytes for x in jax.tree.leaves(model.embed_tokens.embedding[...]))
-    state = json.loads((Path(config.output) / "checkpoints/4/state/_METADATA").read_text())
+    state = json.loads((Path(config.output) / "checkpoints/4/params/_METADATA").read_text())
     assert "embed_tokens" not in json.dumps(state)
     assert "kernel" not in json.dumps(state)
     assert sum(sizes) < 40 * base
@@ -179,7 +180,7 @@ def test_a_run_goes_on_from_where_its_files_have_moved_to(make_config, workspace
 
 def test_a_base_is_told_from_others_by_its_weights_and_constants(make_config, workspace, tmp_path):
     def fingerprint(folder):
-        return base_fingerprint(load_base(make_config(model=str(folder))))
+        return base_fingerprint(load_base(make_config(model=str(folder)), CausalLM()))
 
     shutil.copytree(workspace / "model", tmp_path / "model")
     settings = tmp_path / "model" / "config.json"
@@ -219,7 +220,7 @@ def test_resume_from_a_damaged_checkpoint(make_config, tmp_path, caplog):
     finetune(config, progress=False)
     folder = Path(config.output)
     expected, weights = losses(folder), adapter(folder)
-    for file in (folder / "checkpoints" / "6" / "state").rglob("*"):
+    for file in (folder / "checkpoints" / "6" / "optimizer").rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[:-1])
     assert finetune(config, resume=True, progress=False).steps == 6

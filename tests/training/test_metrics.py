@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from loft_jax.errors import InputError
-from loft_jax.training.metrics import MetricsLog, check_wandb, read_metrics
-from loft_jax.training.plot import plot_losses
+from loft_jax.training.metrics import MetricsLog, check_wandb, plot_losses, read_metrics
 
 
 def test_a_resumed_log_forgets_what_is_done_again(tmp_path):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from loft_jax.training.outcome import rise_of_loss
+from loft_jax.training.metrics import rise_of_loss
 
 INF = float("inf")
 

@@ -10,7 +10,7 @@ import jax
 _log = logging.getLogger(__name__)
 
 
-class StepTrace:
+class StepProfiler:
     """Records from before the first of two steps to after the last."""
 
     def __init__(self, folder: Path, steps: Sequence[int]) -> None:
@@ -23,7 +23,7 @@ class StepTrace:
         self._folder, self._steps = folder, tuple(steps)
         self._running = self._traced = False
 
-    def __enter__(self) -> "StepTrace":
+    def __enter__(self) -> "StepProfiler":
         return self
 
     def __exit__(self, *error: object) -> None:

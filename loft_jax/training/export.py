@@ -1,0 +1,116 @@
+"""What a run leaves: the model as it was trained, read from a checkpoint or written for others."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+from jax.sharding import SingleDeviceSharding
+
+from loft_jax.errors import explained
+from loft_jax.hub import save_peft_adapter, save_pretrained
+from loft_jax.methods import Method
+from loft_jax.models.family import PretrainedModel
+from loft_jax.tasks.registry import make_task
+from loft_jax.tasks.task import Task
+from loft_jax.training.checkpoint import Checkpoints
+from loft_jax.training.config import FinetuneConfig
+from loft_jax.training.config_io import checked_fields, config_from_dict
+from loft_jax.training.model import (
+    adapted,
+    base_fingerprint,
+    check_fingerprints,
+    load_base,
+    trained_variables,
+    with_precision,
+)
+from loft_jax.training.parts import split_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def trained_with(run: Mapping[str, Any], where: str) -> FinetuneConfig:
+    """The configuration that a checkpoint was made with; `config.yaml` may say another since.
+
+    Args:
+        run: The plain values of the checkpoint.
+        where: The checkpoint, for messages.
+
+    Returns:
+        The configuration, by name of its precision.
+
+    Raises:
+        InputError: There is none, or a field of it is not what it should be.
+    """
+    return with_precision(config_from_dict(checked_fields(run.get("config"), where)))
+
+
+def restore_model(
+    config: FinetuneConfig, checkpoints: Checkpoints, step: int
+) -> tuple[PretrainedModel, Task]:
+    """The model of a run as it was at one of its checkpoints.
+
+    Args:
+        config: As from `trained_with`; its model may have moved.
+        checkpoints: Of the run.
+        step: One of `checkpoints.steps()`.
+
+    Returns:
+        The model, with its trained parameters, and the task that it was trained on.
+
+    Raises:
+        InputError: The checkpoint cannot be read, or is damaged; or the base model is not the one
+            that the run was started with.
+    """
+    with explained(f"{checkpoints.folder / str(step)}: does not tell what it was trained on"):
+        run = checkpoints.run_of(step)
+        saved, name = run["fingerprints"], run["task"]["name"]
+        labels = run["task"]["labels"] if name == "classification" else ()
+        task = make_task(name, None, config.data, choices=config.evaluation.choices, labels=labels)
+    base = load_base(config, task)
+    with explained(f"{checkpoints.folder / str(step)}: does not tell what it was trained on"):
+        check_fingerprints(saved, {"model": base_fingerprint(base)}, doing="export")
+    model = adapted(base, config, task)
+    parts = split_model(model, trained_variables(config.method, task.head_modules(model)))
+    here = SingleDeviceSharding(jax.local_devices()[0])  # whatever mesh it was saved from
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), parts.params
+    )
+    return parts.merged(checkpoints.restore_params(step, like), parts.streams), task
+
+
+def export_trained(
+    model: PretrainedModel,
+    tokenizer: "PreTrainedTokenizerBase",
+    method: Method,
+    task: Task,
+    folder: str | os.PathLike[str],
+    *,
+    base_model: str,
+) -> Path:
+    """Writes what a run trained: `adapter/` in PEFT's format, or all weights to `model/`.
+
+    Args:
+        model: The trained model.
+        tokenizer: Goes with a whole model.
+        method: Of the run.
+        task: Of the run.
+        folder: Where `adapter/` or `model/` goes.
+        base_model: What the run began with, as users name it.
+
+    Returns:
+        The folder that was written.
+    """
+    if method.adapts:
+        save_peft_adapter(
+            Path(folder) / "adapter",
+            model,
+            base_model=base_model,
+            task_type=task.peft_type,
+            modules_to_save=task.head_modules(model),
+        )
+        return Path(folder) / "adapter"
+    save_pretrained(Path(folder) / "model", model, tokenizer, base_model=base_model)
+    return Path(folder) / "model"

@@ -10,6 +10,7 @@ from loft_jax.training.config import FinetuneConfig
 
 SECTIONS = {
     "model": configs.ModelConfig,
+    "task": configs.TaskConfig,
     "lora": configs.AdapterConfig,
     "optimizer": configs.OptimizerConfig,
     "schedule": configs.ScheduleConfig,

@@ -3,10 +3,13 @@
 from collections.abc import Mapping
 
 from loft_jax.errors import InputError, shown
-from loft_jax.models import llama
+from loft_jax.models import gpt2, llama
 from loft_jax.models.family import Family, ModelConfig
 
-_FAMILIES = (llama.FAMILY,)
+_FAMILIES = (
+    gpt2.FAMILY,
+    llama.FAMILY,
+)
 
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _FAMILIES}
 """By Hugging Face's ``model_type``."""

@@ -56,7 +56,7 @@ _KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
     "target_modules": _NAMES,
     "exclude_modules": _NAMES,
     "layers_pattern": _NAMES,
-    "modules_to_save": ((NoneType, list), "a list of texts"),
+    "modules_to_save": _NAMES,
     "layers_to_transform": ((NoneType, int, list), "a number or a list of numbers"),
     "rank_pattern": ((NoneType, dict), "an object"),
     "alpha_pattern": ((NoneType, dict), "an object"),
@@ -133,7 +133,8 @@ class PeftConfig:
     @property
     def modules_to_save(self) -> tuple[str, ...]:
         """Names, or ends of names, of the modules that are held whole."""
-        return tuple(self.settings.get("modules_to_save") or ())
+        names = self.settings.get("modules_to_save") or ()
+        return (names,) if isinstance(names, str) else tuple(names)
 
     def strength(self, name: str) -> Strength:
         """Gives the rank and alpha of a module."""

@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 
 from loft_jax.errors import InputError, shown
-from loft_jax.models import gpt2, llama
+from loft_jax.models import bert, gpt2, llama
 from loft_jax.models.family import Family, ModelConfig
 
 _FAMILIES = (
+    bert.FAMILY,
     gpt2.FAMILY,
     llama.FAMILY,
 )

@@ -1,0 +1,436 @@
+"""The BERT family: a post-norm encoder with token types and a pooler, for sequence classification.
+
+Module names are Hugging Face's. ``encoder.layer`` is one layer whose parameters have a leading axis
+of layers.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from loft_jax.errors import InputError
+from loft_jax.models import config_checks
+from loft_jax.models.activations import embeddings_laid_out, laid_out
+from loft_jax.models.attention import attend
+from loft_jax.models.dropout import dropout, dropped
+from loft_jax.models.family import (
+    Family,
+    ParameterTable,
+    Remat,
+    SequenceClassifier,
+    embedding,
+    linear,
+    norm,
+)
+from loft_jax.models.stack import run_layers, stack_layers
+
+_ARCHITECTURE = "BertForSequenceClassification"
+_ARCHITECTURES = (
+    _ARCHITECTURE,
+    "BertModel",
+    "BertForMaskedLM",
+    "BertForPreTraining",
+    "BertForNextSentencePrediction",
+)
+
+# Fields that change what a BERT computes, with the one value that is implemented.
+_ONLY: Mapping[str, Any] = {
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "quantization_config": None,
+}
+
+_ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig:
+    """Sizes and constants of a BERT, under the names of Hugging Face's ``config.json``.
+
+    ``labels`` are the names in ``id2label``; a single one is the number that a regression gives.
+
+    Example:
+        >>> config = BertConfig.from_hf(
+        ...     dict(model_type="bert", hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        ...          intermediate_size=64, id2label={"0": "negative", "1": "positive"}))
+        >>> config.labels
+        ('negative', 'positive')
+    """
+
+    vocab_size: int = 30_522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    classifier_dropout: float | None = None
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = 0
+    labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
+
+    def __post_init__(self) -> None:
+        given = self.classifier_dropout is not None
+        config_checks.check_values(
+            self,
+            sizes={
+                "vocab_size": config_checks.MOST_TOKENS,
+                "hidden_size": config_checks.MOST_HIDDEN,
+                "num_hidden_layers": config_checks.MOST_LAYERS,
+                "num_attention_heads": config_checks.MOST_HEADS,
+                "intermediate_size": config_checks.MOST_FEATURES,
+                "max_position_embeddings": config_checks.MOST_POSITIONS,
+                "type_vocab_size": config_checks.MOST_TOKENS,
+            },
+            positive=("layer_norm_eps", "initializer_range"),
+            rates=(
+                "hidden_dropout_prob",
+                "attention_probs_dropout_prob",
+                *(["classifier_dropout"] if given else []),
+            ),
+        )
+        if self.hidden_size % self.num_attention_heads:
+            raise InputError(
+                f"config: hidden_size is {self.hidden_size}, expected a multiple of "
+                f"num_attention_heads ({self.num_attention_heads})"
+            )
+        config_checks.check_one_of(self, "hidden_act", _ACTIVATIONS)
+
+    @property
+    def max_length(self) -> int:
+        """Positions that there are embeddings for."""
+        return self.max_position_embeddings
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "BertConfig":
+        """Reads the contents of a Hugging Face ``config.json``.
+
+        Absent fields take the defaults transformers gives them.
+
+        Args:
+            config: The parsed JSON.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            InputError: Another architecture, or a field whose value is not supported.
+        """
+        config_checks.check_kind(
+            config, model_type="bert", architectures=_ARCHITECTURES, only=_ONLY
+        )
+        fields = config_checks.present(
+            config, [f.name for f in dataclasses.fields(cls) if f.name != "labels"]
+        )
+        if "eos_token_id" in fields:
+            fields["eos_token_id"] = config_checks.tokens(fields["eos_token_id"])
+        return cls(**fields, labels=config_checks.labels(config))
+
+    def to_hf(self) -> dict[str, Any]:
+        """Gives the contents of a ``config.json`` that transformers loads."""
+        fields = dataclasses.asdict(self)
+        del fields["labels"]
+        if isinstance(self.eos_token_id, tuple):
+            fields["eos_token_id"] = list(self.eos_token_id)
+        return {
+            "architectures": [_ARCHITECTURE],
+            "model_type": "bert",
+            **fields,
+            **config_checks.labels_to_hf(self.labels),
+        }
+
+
+class Embeddings(nnx.Module):
+    """Words, positions and token types, added up, normed and dropped out."""
+
+    def __init__(self, config: BertConfig, embed: Callable[..., nnx.Embed], norm: Any, rngs: Any):
+        self.word_embeddings = embed(config.vocab_size, config.hidden_size)
+        self.position_embeddings = embed(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = embed(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = norm()
+        self.dropout = dropout(config.hidden_dropout_prob, rngs)
+
+    def __call__(self, tokens: jax.Array, token_types: jax.Array) -> jax.Array:
+        """Looks up ``(b, t)`` tokens, giving ``(b, t, hidden)``."""
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        x = embeddings_laid_out(self.word_embeddings(tokens))
+        x = x + embeddings_laid_out(self.token_type_embeddings(token_types))
+        x = x + embeddings_laid_out(self.position_embeddings(positions))
+        return dropped(self.dropout, self.LayerNorm(x))
+
+
+class SelfAttention(nnx.Module):
+    """Self-attention over all tokens that are no padding."""
+
+    def __init__(self, config: BertConfig, linear: Callable[..., nnx.Linear], rngs: nnx.Rngs):
+        self.heads = config.num_attention_heads
+        self.query = linear(config.hidden_size, config.hidden_size)
+        self.key = linear(config.hidden_size, config.hidden_size)
+        self.value = linear(config.hidden_size, config.hidden_size)
+        self.dropout = dropout(config.attention_probs_dropout_prob, rngs)
+
+    def __call__(self, x: jax.Array, visible: jax.Array) -> jax.Array:
+        """Mixes ``x (b, t, hidden)``; ``visible (b, 1, t)``."""
+        heads = (*x.shape[:2], self.heads, -1)
+        queries, keys, values = (
+            laid_out(project(x).reshape(heads), features=2)  # (b, t, heads, head_dim)
+            for project in (self.query, self.key, self.value)
+        )
+        keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)  # (b, heads, t, head_dim)
+        mixed = attend(queries, keys, values, visible, self.dropout)
+        return laid_out(mixed.reshape(x.shape), features=2)
+
+
+class Output(nnx.Module):
+    """A linear layer, dropped out, added to the residual stream and normed."""
+
+    def __init__(
+        self,
+        width: int,
+        config: BertConfig,
+        linear: Callable[..., nnx.Linear],
+        norm: Any,
+        rngs: Any,
+    ):
+        self.dense = linear(width, config.hidden_size)
+        self.LayerNorm = norm()
+        self.dropout = dropout(config.hidden_dropout_prob, rngs)
+
+    def __call__(self, x: jax.Array, residual: jax.Array) -> jax.Array:
+        """Maps ``(b, t, width)`` beside ``(b, t, hidden)`` to ``(b, t, hidden)``."""
+        return laid_out(self.LayerNorm(dropped(self.dropout, self.dense(x)) + residual))
+
+
+class Attention(nnx.Module):
+    """Self-attention and its output; ``self`` is Hugging Face's name of the first."""
+
+    def __init__(self, config: BertConfig, linear: Callable[..., nnx.Linear], norm: Any, rngs: Any):
+        self.self = SelfAttention(config, linear, rngs)
+        self.output = Output(config.hidden_size, config, linear, norm, rngs)
+
+    def __call__(self, x: jax.Array, visible: jax.Array) -> jax.Array:
+        """Maps ``(b, t, hidden)`` to ``(b, t, hidden)``."""
+        return self.output(self.self(x, visible), x)
+
+
+class Intermediate(nnx.Module):
+    """The wide half of the MLP."""
+
+    def __init__(self, config: BertConfig, linear: Callable[..., nnx.Linear]):
+        self.act = _ACTIVATIONS[config.hidden_act]
+        self.dense = linear(config.hidden_size, config.intermediate_size)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps ``(b, t, hidden)`` to ``(b, t, intermediate)``."""
+        return self.act(laid_out(self.dense(x), features=2))
+
+
+class Layer(nnx.Module):
+    """Attention, then the MLP, each added to the residual stream and then normed."""
+
+    def __init__(
+        self, config: BertConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
+        linear, norm = _parts(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.attention = Attention(config, linear, norm, rngs)
+        self.intermediate = Intermediate(config, linear)
+        self.output = Output(config.intermediate_size, config, linear, norm, rngs)
+
+    def __call__(
+        self, x: jax.Array, visible: jax.Array, cache: None, layer: jax.Array
+    ) -> tuple[jax.Array, None]:
+        """Applies layer number ``layer`` to ``x (b, t, hidden)``."""
+        x = self.attention(x, visible)
+        return self.output(self.intermediate(x), x), cache
+
+
+class Encoder(nnx.Module):
+    """All layers, stacked."""
+
+    def __init__(
+        self, config: BertConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
+        self.layer = stack_layers(
+            config.num_hidden_layers,
+            lambda rngs: Layer(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs),
+            rngs,
+        )
+
+
+class Pooler(nnx.Module):
+    """What the first token says of the whole text."""
+
+    def __init__(self, config: BertConfig, linear: Callable[..., nnx.Linear]):
+        self.dense = linear(config.hidden_size, config.hidden_size)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps ``(b, t, hidden)`` to ``(b, hidden)``."""
+        return jnp.tanh(self.dense(x[:, 0]))
+
+
+class BertForSequenceClassification(SequenceClassifier):
+    """A BERT that tells texts or pairs of texts apart, or gives a number.
+
+    Args:
+        config: Sizes, constants and labels.
+        dtype: What it computes in. Norms, softmax and logits are float32 whatever it is.
+        param_dtype: What its parameters are stored in.
+        remat: What the backward pass computes again.
+        rngs: For the initial parameters, and dropout.
+
+    Example:
+        >>> config = BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2,
+        ...                     num_attention_heads=4, intermediate_size=64)
+        >>> BertForSequenceClassification(config, rngs=nnx.Rngs(0)).eval()
+
+    Source:
+        Devlin et al., "BERT", arXiv 1810.04805.
+    """
+
+    architecture = _ARCHITECTURE
+    output_modules = ("classifier",)
+
+    def __init__(
+        self,
+        config: BertConfig,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        remat: Remat = "dots",
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.remat = remat
+        linear, norm = _parts(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        embed = functools.partial(
+            nnx.Embed,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            embedding_init=nnx.initializers.normal(config.initializer_range),
+            rngs=rngs,
+        )
+        self.embeddings = Embeddings(config, embed, norm, rngs)
+        self.encoder = Encoder(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.pooler = Pooler(config, linear)
+        rate = config.classifier_dropout
+        self.dropout = dropout(config.hidden_dropout_prob if rate is None else rate, rngs)
+        self.classifier = linear(
+            config.hidden_size, len(config.labels), preferred_element_type=jnp.float32
+        )
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        token_types: jax.Array | None = None,
+    ) -> jax.Array:
+        """Gives one logit a label; as :meth:`SequenceClassifier.__call__`."""
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(tokens)
+        if token_types is None:
+            token_types = jnp.zeros_like(tokens)
+        visible = (segment_ids != 0)[:, None, :]  # (b, 1, t)
+        x = self.embeddings(tokens, token_types)
+        x, _ = run_layers(self.encoder.layer, x, visible, remat=self.remat)
+        pooled = dropped(self.dropout, self.pooler(x))  # (b, hidden)
+        return self.classifier(pooled).astype(jnp.float32)
+
+    @staticmethod
+    def parameter_table(config: BertConfig) -> ParameterTable:
+        """The parameters of a BERT with a head of its own."""
+        ours, theirs = "encoder.layer", "bert.encoder.layer.{}"
+        words = "bert.embeddings"
+
+        def layer(name: str, axes: tuple[str, str]) -> dict[str, Any]:
+            return linear(f"{ours}.{name}", f"{theirs}.{name}", axes)
+
+        return ParameterTable(
+            {
+                **embedding(
+                    "embeddings.word_embeddings", f"{words}.word_embeddings", ("vocab", "embed")
+                ),
+                **embedding(
+                    "embeddings.position_embeddings",
+                    f"{words}.position_embeddings",
+                    (None, "embed"),
+                ),
+                **embedding(
+                    "embeddings.token_type_embeddings",
+                    f"{words}.token_type_embeddings",
+                    (None, "embed"),
+                ),
+                **norm("embeddings.LayerNorm", f"{words}.LayerNorm"),
+                **layer("attention.self.query", ("embed", "heads")),
+                **layer("attention.self.key", ("embed", "heads")),
+                **layer("attention.self.value", ("embed", "heads")),
+                **layer("attention.output.dense", ("heads", "embed")),
+                **norm(
+                    f"{ours}.attention.output.LayerNorm", f"{theirs}.attention.output.LayerNorm"
+                ),
+                **layer("intermediate.dense", ("embed", "mlp")),
+                **layer("output.dense", ("mlp", "embed")),
+                **norm(f"{ours}.output.LayerNorm", f"{theirs}.output.LayerNorm"),
+                **linear("pooler.dense", "bert.pooler.dense", ("embed", None), optional=True),
+                **linear("classifier", "classifier", ("embed", None), optional=True),
+            },
+            units={"heads": config.num_attention_heads},
+        )
+
+
+def _parts(
+    config: BertConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+) -> tuple[Callable[..., nnx.Linear], Callable[[], nnx.LayerNorm]]:
+    """How linear layers and norms are made."""
+    linear = functools.partial(
+        nnx.Linear,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        kernel_init=nnx.initializers.normal(config.initializer_range),
+        rngs=rngs,
+    )
+    norm = functools.partial(
+        nnx.LayerNorm,
+        config.hidden_size,
+        epsilon=config.layer_norm_eps,
+        use_fast_variance=False,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
+    )
+    return linear, norm
+
+
+FAMILY = Family(
+    model_type="bert",
+    config=BertConfig,
+    models={"sequence-classification": BertForSequenceClassification},
+    prefix="bert.",
+    renamed={r"LayerNorm\.gamma$": "LayerNorm.weight", r"LayerNorm\.beta$": "LayerNorm.bias"},
+    # Numbers of positions, and heads of pretraining.
+    ignored=r"bert\.embeddings\.position_ids|(bert\.)?cls\..*",
+    sizes={
+        "bert-base-uncased": BertConfig(),
+        "bert-large-uncased": BertConfig(
+            hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
+        ),
+    },
+)

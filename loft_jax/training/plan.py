@@ -106,7 +106,7 @@ def plan_step(config: FinetuneConfig, topology: str, slices: int = 1) -> StepPla
         >>> plan.total < plan.memory  # doctest: +SKIP
         True
     """
-    parts, tx, shardings, devices, batch = _prepare(config, topology, slices)
+    parts, tx, shardings, chips, batch = _prepare(config, topology, slices)
     step: Any = make_step(parts, tx, config.schedule.accumulation_steps, shardings)
     state = _abstract_state(parts, tx)
 
@@ -144,8 +144,8 @@ def plan_step(config: FinetuneConfig, topology: str, slices: int = 1) -> StepPla
     return StepPlan(
         config=config,
         topology=topology,
-        mesh=config.mesh.sizes(len(devices.devices)),
-        memory=devices.chip.memory,
+        mesh=config.mesh.sizes(len(chips.devices)),
+        memory=chips.chip.memory,
         weights=frozen + trained if full else frozen,
         adapter=0 if full else trained,
         optimizer_state=optimizer_state,
@@ -187,8 +187,8 @@ def _prepare(config: FinetuneConfig, topology: str, slices: int) -> _Prepared:
     rows, accumulation_steps = config.schedule.batch_size, config.schedule.accumulation_steps
     sizes = plan_model(config.model.path)
     model = abstract_model(sizes, config)
-    devices = load_topology(topology, slices)
-    mesh = make_mesh(config.mesh, devices.devices)
+    chips = load_topology(topology, slices)
+    mesh = make_mesh(config.mesh, chips.devices)
     check_batch(rows, accumulation_steps, mesh)
     parts = split_model(model, config.method.trained)
     schedule = make_schedule(config.schedule, config.schedule.steps or 1000)
@@ -196,7 +196,7 @@ def _prepare(config: FinetuneConfig, topology: str, slices: int) -> _Prepared:
     offload = config.optimizer.offload
     shardings = step_shardings(parts, tx, sizes, mesh, offload_optimizer=offload)
     batch = _abstract_batch(rows, config.data.max_length)
-    return _Prepared(parts, tx, shardings, devices, batch)
+    return _Prepared(parts, tx, shardings, chips, batch)
 
 
 def plan_model(name: str) -> LlamaConfig:

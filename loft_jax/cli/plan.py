@@ -26,9 +26,12 @@ _FLAT = tyro.conf.arg(name="")
 class Plan:
     """Compile the train step for TPUs that are not there, and tell what each chip would hold.
 
+    No weights are read: the model may be a config.json too, or a well-known name. A setting
+    of a method goes to those of the methods that have it.
+
     Args:
         topology: Slices: generation (v4, v5e, v5p, v6e) and grid of chips, as in v5e:2x4 v5p:2x2x4.
-        model: The base model; a well-known name or a config.json will do.
+        model: The base model.
         method: Methods to compare.
         lora: The adapters.
         batch: Rows of a step, over all chips, and tokens of a row.

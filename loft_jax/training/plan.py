@@ -108,7 +108,7 @@ def plan_step(config: FinetuneConfig, topology: str, slices: int = 1) -> StepPla
         >>> plan.total < plan.memory  # doctest: +SKIP
         True
     """
-    task, parts, tx, shardings, devices, batch = _prepare(config, topology, slices)
+    task, parts, tx, shardings, chips, batch = _prepare(config, topology, slices)
     step: Any = make_step(parts, task.loss, tx, config.schedule.accumulation_steps, shardings)
     state = _abstract_state(parts, tx)
 
@@ -146,8 +146,8 @@ def plan_step(config: FinetuneConfig, topology: str, slices: int = 1) -> StepPla
     return StepPlan(
         config=config,
         topology=topology,
-        mesh=config.mesh.sizes(len(devices.devices)),
-        memory=devices.chip.memory,
+        mesh=config.mesh.sizes(len(chips.devices)),
+        memory=chips.chip.memory,
         weights=frozen + trained if full else frozen,
         adapter=0 if full else trained,
         optimizer_state=optimizer_state,
@@ -191,8 +191,8 @@ def _prepare(config: FinetuneConfig, topology: str, slices: int) -> _Prepared:
     family, sizes = plan_model(config.model.path)
     task = _task_of(config, family, sizes)
     model = abstract_model(family, sizes, config, task)
-    devices = load_topology(topology, slices)
-    mesh = make_mesh(config.mesh, devices.devices)
+    chips = load_topology(topology, slices)
+    mesh = make_mesh(config.mesh, chips.devices)
     check_batch(rows, accumulation_steps, mesh)
     parts = split_model(model, trained_variables(config.method, task.head_modules(model)))
     schedule = make_schedule(config.schedule, config.schedule.steps or 1000)
@@ -200,7 +200,7 @@ def _prepare(config: FinetuneConfig, topology: str, slices: int) -> _Prepared:
     offload = config.optimizer.offload
     shardings = step_shardings(parts, tx, model.table, mesh, offload_optimizer=offload)
     batch = task.shapes(rows, config.data.max_length)
-    return _Prepared(task, parts, tx, shardings, devices, batch)
+    return _Prepared(task, parts, tx, shardings, chips, batch)
 
 
 def _task_of(config: FinetuneConfig, family: Family, sizes: ModelConfig) -> Task:

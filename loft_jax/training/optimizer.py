@@ -4,11 +4,17 @@ from typing import assert_never
 
 import optax
 
-from loft_jax.optim.baselines import alt_lora_plus, lora_fa, lora_plus, riemannian_lora
-from loft_jax.optim.loft import loft
-from loft_jax.optim.muon import loft_muon
+from loft_jax.optim import (
+    alt_lora_plus,
+    loft,
+    loft_muon,
+    lora_fa,
+    lora_plus,
+    reflora,
+    reflora_s,
+    riemannian_lora,
+)
 from loft_jax.optim.pairs import Scaling
-from loft_jax.optim.reflora import reflora, reflora_s
 from loft_jax.training.config import FinetuneConfig
 
 # Muon's updates as large as AdamW's (Liu et al., arXiv 2502.16982): one learning rate for both.

@@ -15,7 +15,7 @@ from loft_jax.errors import InputError, explained
 from loft_jax.hub import load_model_config, load_tokenizer
 from loft_jax.hub.host_arrays import whole
 from loft_jax.models import Llama
-from loft_jax.optim.state import state_bytes
+from loft_jax.optim import state_bytes
 from loft_jax.training.checkpoint import Checkpoints
 from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.config_io import config_to_dict

@@ -20,7 +20,7 @@ from comparison.runs import PACKAGES, moved
 from comparison.tasks import Sweep, Task
 from loft_jax.data import DataConfig
 from loft_jax.evaluation.comparison import Cell, Result
-from loft_jax.optim.state import state_bytes
+from loft_jax.optim import state_bytes
 from loft_jax.training.config import FinetuneConfig
 
 _STRETCHES = 20

@@ -22,7 +22,7 @@ from loft_jax.data.encode import TokenizedData
 from loft_jax.evaluation.comparison import Cell, Result
 from loft_jax.hub import load_tokenizer
 from loft_jax.models import Llama
-from loft_jax.optim.state import state_bytes
+from loft_jax.optim import state_bytes
 from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.held_out import HeldOut
 from loft_jax.training.model import load_model, scaling_of, trained_kind

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from benchmarks.history import RESULTS, History, table
 from loft_jax import loft
 from loft_jax.optim import full_moment
-from loft_jax.optim.tall import matmul
+from loft_jax.optim.linear_algebra import matmul
 
 # (in, out, rank), steps, learning rate, Adam's epsilon.
 PROBLEMS = (

@@ -21,13 +21,17 @@ from loft_jax import (
     project_gradients,
     project_updates,
 )
+from loft_jax.optim.full_moment import congruent, packed_size, symmetric_squares
+from loft_jax.optim.linear_algebra import (
+    FactorMatrix,
+    batched,
+    matmul,
+    orthonormal_basis,
+    transpose,
+)
 from loft_jax.optim.moments import Moments
-from loft_jax.optim.packed import congruent, packed_size, symmetric_squares
-from loft_jax.optim.pairs import Scaling, find_pairs
-from loft_jax.optim.subspace import orthonormal_basis
-from loft_jax.optim.tall import Tall, matmul, transpose
-from loft_jax.optim.together import together
-from loft_jax.optim.tree import FactorTree, compute_dtype
+from loft_jax.optim.paired_updates import PairedUpdates, compute_dtype
+from loft_jax.optim.pairs import FactorSpec, Scaling, find_pairs
 from loft_jax.training.config import FinetuneConfig
 
 Kept = Literal["first", "second", "both"]
@@ -66,7 +70,7 @@ def keep_moments(
     Returns:
         A transformation from projected gradients to `Moments`.
     """
-    calibrated = calibrate_moments(b1, b2, second_moment="full", scaling=scaling)
+    calibrated = calibrate_moments(b1, b2, second_moment="full", spec=FactorSpec(scaling=scaling))
 
     def init(params: optax.Params) -> tuple[Any, KeptMomentsState]:
         leaves, treedef = jax.tree.flatten(params)
@@ -90,11 +94,11 @@ def keep_moments(
     ) -> tuple[optax.Updates, tuple[Any, KeptMomentsState]]:
         moments, calibrated_state = calibrated.update(updates, state[0], params)
         found, treedef = jax.tree.flatten(moments, is_leaf=lambda x: isinstance(x, Moments))
-        tree = FactorTree(updates, params, None)
+        tree = PairedUpdates(updates, params, FactorSpec(scaling=scaling))
         mu, nu = jax.tree.leaves(state[1].mu), jax.tree.leaves(state[1].nu)
-        for batch in tree.batches:
-            for own, partners in batch.both():
-                basis = tree.basis(batch, partners, scaling)
+        for group in tree.groups:
+            for own, partners in group.sides():
+                basis = tree.basis(group, partners)
                 x = tree.folded(own)
                 m = own.fold([mu[i] for i in own.indices])
                 m = m.like(b1 * m.array + (1 - b1) * x.array)
@@ -150,12 +154,12 @@ def divide_overlap(overlap: Overlap, scaling: Scaling) -> optax.GradientTransfor
     """
 
     def divided(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
-        tree = FactorTree(updates, params, None)
-        for batch in tree.batches:
-            a_keeps = tree.param(batch.a).length >= tree.param(batch.b).length
-            for own, _ in batch.both():
+        tree = PairedUpdates(updates, params, FactorSpec(scaling=scaling))
+        for group in tree.groups:
+            a_keeps = tree.param(group.a).length >= tree.param(group.b).length
+            for own, _ in group.sides():
                 taken = {"twice": 0.0, "halved": 0.5, "longer": float(own.rank_last != a_keeps)}
-                x, q = tree.folded(own), tree.basis(batch, own, scaling).q
+                x, q = tree.folded(own), tree.basis(group, own).q
                 tree.put(own, x.like(x.array - taken[overlap] * q.times(q.inner(x)).array))
         return tree.rebuilt()
 
@@ -169,24 +173,26 @@ def retract(updates: optax.Updates, params: optax.Params | None) -> optax.Update
     values are those of a (2r, 2r) matrix, of which the r largest are kept. Without this link W goes
     to `(A + u_A) (B + u_B)`: to first order the same.
     """
-    tree = FactorTree(updates, params, None)
+    tree = PairedUpdates(updates, params)
     wide: list[tuple[Any, Any]] = []
-    for batch in tree.batches:
-        a, u_a = tree.param(batch.a), tree.folded(batch.a)
-        b, u_b = tree.param(batch.b), tree.folded(batch.b)
-        left = Tall(jnp.concatenate([a.tall(), u_a.tall()], axis=-1))
-        right = Tall(jnp.concatenate([(b.like(b.array + u_b.array)).tall(), b.tall()], axis=-1))
+    for group in tree.groups:
+        a, u_a = tree.param(group.a), tree.folded(group.a)
+        b, u_b = tree.param(group.b), tree.folded(group.b)
+        left = FactorMatrix(jnp.concatenate([a.tall(), u_a.tall()], axis=-1))
+        right = FactorMatrix(
+            jnp.concatenate([(b.like(b.array + u_b.array)).tall(), b.tall()], axis=-1)
+        )
         wide.append((orthonormal_basis(left), orthonormal_basis(right)))
     cores = [(matmul(left.s, transpose(right.s)),) for left, right in wide]
-    parts = together(_factors_of_core, cores)
-    for batch, (left, right), (of_left, of_right) in zip(tree.batches, wide, parts, strict=True):
-        for own, basis, part in ((batch.a, left, of_left), (batch.b, right, of_right)):
-            new = basis.q.times(part[..., : batch.rank])
+    parts = batched(_factors_of_core, cores)
+    for group, (left, right), (of_left, of_right) in zip(tree.groups, wide, parts, strict=True):
+        for own, basis, part in ((group.a, left, of_left), (group.b, right, of_right)):
+            new = basis.q.times(part[..., : group.rank])
             now = tree.param(own)
-            moved = new if own.rank_last else Tall(new.wide(), rank_last=False)
+            moved = new if own.rank_last else FactorMatrix(new.wide(), rank_last=False)
             # Where B is zero yet, there is nothing to balance: its first move has no cross term.
             kept = jnp.where(
-                jnp.any(tree.param(batch.b).array != 0),
+                jnp.any(tree.param(group.b).array != 0),
                 moved.array - now.array,
                 tree.folded(own).array,
             )
@@ -213,28 +219,28 @@ def loft_with(
     Returns:
         The optimizer.
     """
-    given = config.optimizer
+    given, spec = config.optimizer, FactorSpec(scaling=scaling)
     clip: list[Any] = []
     if given.max_grad_norm and part == "clip":
         clip = [optax.clip_by_global_norm(given.max_grad_norm)]
     elif given.max_grad_norm:
-        clip = [clip_by_projected_norm(given.max_grad_norm, scaling=scaling)]
-    project = [] if part == "scaling" else [project_gradients(scaling=scaling)]
+        clip = [clip_by_projected_norm(given.max_grad_norm, spec=spec)]
+    project = [] if part == "scaling" else [project_gradients(spec=spec)]
     # Plain clipping is that of the factors' own gradients, before they are scaled.
     start = [*clip, *project] if part == "clip" else [*project, *clip]
     if part in get_args(Kept):
         moments = keep_moments(part, given.b1, given.b2, scaling)  # type: ignore[arg-type]
     else:
-        moments = calibrate_moments(given.b1, given.b2, second_moment="full", scaling=scaling)
+        moments = calibrate_moments(given.b1, given.b2, second_moment="full", spec=spec)
     if part in get_args(Overlap):
         overlap = divide_overlap(part, scaling)  # type: ignore[arg-type]
     else:
-        overlap = assign_overlap(scaling=scaling)
+        overlap = assign_overlap(spec=spec)
     return optax.chain(
         *start,
         moments,
         *([optax.stateless(_drop_bounds)] if part == "bound" else []),
-        project_updates(given.eps, scaling=scaling),
+        project_updates(given.eps, spec=spec),
         optax.scale_by_learning_rate(schedule),
         overlap,
         *([optax.stateless(retract)] if part == "retraction" else []),

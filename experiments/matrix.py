@@ -20,7 +20,7 @@ from experiments.methods import configured, optimizer_of
 from experiments.runs import PACKAGES, moved
 from experiments.tasks import Sweep, Task
 from loft_jax.data import DataConfig
-from loft_jax.optim.state import state_bytes
+from loft_jax.optim import state_bytes
 from loft_jax.training.config import (
     FinetuneConfig,
     ModelConfig,

@@ -23,7 +23,7 @@ from loft_jax.data.encode import TokenizedData
 from loft_jax.hub import load_model_config, load_tokenizer
 from loft_jax.methods import Full
 from loft_jax.models.family import PretrainedModel
-from loft_jax.optim.state import state_bytes
+from loft_jax.optim import state_bytes
 from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.held_out import HeldOut, held_out_data
 from loft_jax.training.model import load_model, scaling_of

@@ -1,39 +1,55 @@
-"""LoFT in JAX: low-rank adaptation that behaves like full fine-tuning."""
+"""LoFT in JAX: low-rank adaptation that behaves like full fine-tuning.
 
+Names are imported when they are first used: the optimizers need jax and optax alone, LoRA layers,
+models and files what the extra `train` installs.
+"""
+
+import importlib
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
-from loft_jax.hub import (
-    load_peft_adapter,
-    load_pretrained,
-    load_tokenizer,
-    save_peft_adapter,
-    save_pretrained,
-)
-from loft_jax.lora import LoRAConfig, add_lora, lora_layers, merge_lora, remove_lora
-from loft_jax.optim.balance import balance_factors
-from loft_jax.optim.baselines import (
-    alt_lora_plus,
-    lora_fa,
-    lora_plus,
-    precondition_by_gram,
-    riemannian_lora,
-)
-from loft_jax.optim.links import (
-    alternate_factors,
-    assign_overlap,
-    clip_by_projected_norm,
-    project_gradients,
-)
-from loft_jax.optim.loft import loft
-from loft_jax.optim.moments import calibrate_moments, project_updates
-from loft_jax.optim.muon import loft_muon, orthogonalize_momentum
-from loft_jax.optim.reflora import balance_norms, precondition_by_reflora, reflora, reflora_s
-from loft_jax.optim.sharing import share_bases
-from loft_jax.optim.state import state_bytes, state_shardings
+if TYPE_CHECKING:
+    from loft_jax.hub import (
+        load_peft_adapter,
+        load_pretrained,
+        load_tokenizer,
+        save_peft_adapter,
+        save_pretrained,
+    )
+    from loft_jax.lora import LoRAConfig, add_lora, lora_layers, merge_lora, remove_lora
+    from loft_jax.optim import (
+        FactorSpec,
+        alt_lora_plus,
+        alternate_factors,
+        assign_overlap,
+        balance_factors,
+        balance_norms,
+        calibrate_moments,
+        clip_by_projected_norm,
+        factor_grams,
+        find_pairs,
+        loft,
+        loft_muon,
+        lora_fa,
+        lora_plus,
+        orthogonalize_momentum,
+        paired_leaves,
+        precondition_by_gram,
+        precondition_by_reflora,
+        project_gradients,
+        project_updates,
+        reflora,
+        reflora_s,
+        riemannian_lora,
+        share_bases,
+        state_bytes,
+        state_shardings,
+    )
 
 __version__ = version("loft-jax")
 
 __all__ = [
+    "FactorSpec",
     "LoRAConfig",
     "add_lora",
     "alt_lora_plus",
@@ -43,6 +59,8 @@ __all__ = [
     "balance_norms",
     "calibrate_moments",
     "clip_by_projected_norm",
+    "factor_grams",
+    "find_pairs",
     "load_peft_adapter",
     "load_pretrained",
     "load_tokenizer",
@@ -53,6 +71,7 @@ __all__ = [
     "lora_plus",
     "merge_lora",
     "orthogonalize_momentum",
+    "paired_leaves",
     "precondition_by_gram",
     "precondition_by_reflora",
     "project_gradients",
@@ -67,3 +86,44 @@ __all__ = [
     "state_bytes",
     "state_shardings",
 ]
+
+# Where names are that `loft_jax.optim` does not have; they need the extra `train`.
+_MODULES = {
+    **dict.fromkeys(
+        (
+            "load_peft_adapter",
+            "load_pretrained",
+            "load_tokenizer",
+            "save_peft_adapter",
+            "save_pretrained",
+        ),
+        "loft_jax.hub",
+    ),
+    **dict.fromkeys(
+        ("LoRAConfig", "add_lora", "lora_layers", "merge_lora", "remove_lora"), "loft_jax.lora"
+    ),
+}
+
+
+# Hidden from type checkers, which would take every misspelled name for one that exists.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        try:
+            module = importlib.import_module(_MODULES.get(name, "loft_jax.optim"))
+        except ModuleNotFoundError as error:
+            if name not in _MODULES:
+                raise
+            raise ModuleNotFoundError(
+                f"loft_jax.{name} needs {error.name!r}, which is not installed: "
+                "pip install 'loft-jax[train]'",
+                name=error.name,
+            ) from error
+        value = globals()[name] = getattr(module, name)
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

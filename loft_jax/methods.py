@@ -15,11 +15,17 @@ from flax import nnx
 from tyro.conf import arg
 
 from loft_jax.errors import InputError
-from loft_jax.optim.baselines import alt_lora_plus, lora_fa, lora_plus, riemannian_lora
-from loft_jax.optim.loft import loft
-from loft_jax.optim.muon import loft_muon
+from loft_jax.optim import (
+    alt_lora_plus,
+    loft,
+    loft_muon,
+    lora_fa,
+    lora_plus,
+    reflora,
+    reflora_s,
+    riemannian_lora,
+)
 from loft_jax.optim.pairs import Scaling
-from loft_jax.optim.reflora import reflora, reflora_s
 from loft_jax.settings import check_settings
 
 # Muon's updates as large as AdamW's (Liu et al., arXiv 2502.16982): one learning rate for both.

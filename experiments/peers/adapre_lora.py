@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import optax
 
 from experiments.peers.shared import apart
-from loft_jax.optim.pairs import FactorNames, Number, Scaling, find_pairs
-from loft_jax.optim.subspace import Basis, orthonormal_basis
-from loft_jax.optim.tall import Tall
-from loft_jax.optim.tree import FactorTree, check_adam, check_scaling, compute_dtype
+from loft_jax.optim.arguments import Number, check_adam
+from loft_jax.optim.linear_algebra import Basis, FactorMatrix, orthonormal_basis
+from loft_jax.optim.paired_updates import PairedUpdates, compute_dtype
+from loft_jax.optim.pairs import FactorNames, FactorSpec, Scaling, find_pairs
 
 
 class AdaPreLoRAState(NamedTuple):
@@ -65,12 +65,12 @@ def scale_by_adapre_lora(
     Returns:
         A transformation that needs the parameters.
     """
-    check_scaling(scaling)
+    spec = FactorSpec(factors, scaling)
 
     def init(params: optax.Params) -> AdaPreLoRAState:
         leaves, treedef = jax.tree.flatten(params)
         nu = list(leaves)
-        for pair in find_pairs(params, factors):
+        for pair in find_pairs(params, spec):
             for factor in (pair.a, pair.b):
                 nu[factor.index] = jnp.zeros(factor.shape(1), compute_dtype(leaves[factor.index]))
         mu = jax.tree.map(lambda x: jnp.zeros_like(x, compute_dtype(x)), params)
@@ -79,12 +79,14 @@ def scale_by_adapre_lora(
     def update(
         updates: optax.Updates, state: AdaPreLoRAState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, AdaPreLoRAState]:
-        tree = FactorTree(updates, params, factors)
+        tree = PairedUpdates(updates, params, spec)
         treedef = jax.tree.structure(state.mu)
         mu, nu = jax.tree.leaves(state.mu), jax.tree.leaves(state.nu)
         count = optax.safe_increment(state.count)
 
-        def averaged(leaves: list[jax.Array], x: Tall, own: Any, beta: Number) -> Tall:
+        def averaged(
+            leaves: list[jax.Array], x: FactorMatrix, own: Any, beta: Number
+        ) -> FactorMatrix:
             """Goes on with an average that is kept in some leaves; corrected for its start."""
             dtype = x.array.dtype
             average = own.fold([leaves[i] for i in own.indices]).array
@@ -93,9 +95,9 @@ def scale_by_adapre_lora(
                 leaves[i] = leaf
             return x.like((average / (1 - beta**count)).astype(dtype))
 
-        for batch in tree.batches:
-            both = batch.a, batch.b
-            bases = [tree.basis(batch, own, scaling) for own in both]
+        for group in tree.groups:
+            both = group.a, group.b
+            bases = [tree.basis(group, own) for own in both]
             grads = [tree.folded(own) for own in both]
             squares = _mean_squares(grads, bases)
             rows, columns = (
@@ -115,7 +117,7 @@ def scale_by_adapre_lora(
                 q = weighted[k].q
                 x = x.like((x.array - q.times(q.inner(x)).array / 2) / _nonzero(roots[k]))
                 for i, leaf in zip(own.indices, own.unfold(x), strict=True):
-                    tree.finish(i, leaf)
+                    tree.put_update(i, leaf)
         trees = (jax.tree.unflatten(treedef, x) for x in (mu, nu))
         return tree.rebuilt(), AdaPreLoRAState(count, *trees)
 
@@ -172,7 +174,7 @@ def adapre_lora(
     )
 
 
-def _mean_squares(grads: list[Tall], bases: list[Basis]) -> list[Tall]:
+def _mean_squares(grads: list[FactorMatrix], bases: list[Basis]) -> list[FactorMatrix]:
     """Row and column means of squares of the projection of the full gradient G.
 
     With bases U and V of the factors, it is a sum `G V Vᵀ + U (Uᵀ G - Uᵀ G V Vᵀ)` of two matrices

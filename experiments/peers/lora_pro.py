@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import optax
 
 from experiments.peers.shared import finite
-from loft_jax.optim.pairs import FactorNames, Number, Scaling, find_pairs
-from loft_jax.optim.tall import matmul, transpose
-from loft_jax.optim.together import together
-from loft_jax.optim.tree import FactorTree, check_adam, check_scaling
+from loft_jax.optim.arguments import Number, check_adam
+from loft_jax.optim.linear_algebra import batched, matmul, transpose
+from loft_jax.optim.paired_updates import PairedUpdates
+from loft_jax.optim.pairs import FactorNames, FactorSpec, Scaling, find_pairs
 
 
 def adjust_gradients(
@@ -40,31 +40,31 @@ def adjust_gradients(
         A stateless transformation of raw gradients that needs the parameters. Leaves that belong
         to no pair pass.
     """
-    check_scaling(scaling)
+    spec = FactorSpec(factors, scaling)
 
     def init(params: optax.Params) -> optax.EmptyState:
-        find_pairs(params, factors)
+        find_pairs(params, spec)
         return optax.EmptyState()
 
     def update(
         updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.EmptyState]:
-        tree = FactorTree(updates, params, factors)
+        tree = PairedUpdates(updates, params, spec)
         nearest, equations = [], []
-        for batch in tree.batches:
-            (a, b) = (tree.param(own) for own in (batch.a, batch.b))
-            basis_a = tree.basis(batch, batch.a, scaling)
-            basis_b = tree.basis(batch, batch.b, scaling)
-            grad_a = basis_b.project(tree.folded(batch.a))
+        for group in tree.groups:
+            (a, b) = (tree.param(own) for own in (group.a, group.b))
+            basis_a = tree.basis(group, group.a)
+            basis_b = tree.basis(group, group.b)
+            grad_a = basis_b.project(tree.folded(group.a))
             grad_a = grad_a.like(grad_a.array - basis_a.q.times(basis_a.q.inner(grad_a)).array)
-            grad_b = basis_a.project(tree.folded(batch.b))
+            grad_b = basis_a.project(tree.folded(group.b))
             nearest.append((a, b, grad_a, grad_b))
             equations.append((a.inner(a), b.inner(b), -grad_b.inner(b)))
-        solved = together(_solve_sylvester, equations)
-        for batch, (a, b, grad_a, grad_b), (x,) in zip(tree.batches, nearest, solved, strict=True):
+        solved = batched(_solve_sylvester, equations)
+        for group, (a, b, grad_a, grad_b), (x,) in zip(tree.groups, nearest, solved, strict=True):
             for own, changed in (
-                (batch.a, grad_a.array - a.times(x).array),
-                (batch.b, grad_b.array + b.times(transpose(x)).array),
+                (group.a, grad_a.array - a.times(x).array),
+                (group.b, grad_b.array + b.times(transpose(x)).array),
             ):
                 leaves = own.unfold(a.like(changed) if own.rank_last else b.like(changed))
                 for i, leaf in zip(own.indices, leaves, strict=True):

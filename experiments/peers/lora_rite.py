@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import optax
 
 from experiments.peers.shared import apart, finite, small_matrices
-from loft_jax.optim.pairs import FactorNames, Number, Scaling, find_pairs
-from loft_jax.optim.tall import matmul, transpose
-from loft_jax.optim.together import together
-from loft_jax.optim.tree import FactorTree, check_adam, check_scaling, compute_dtype
+from loft_jax.optim.arguments import Number, check_adam
+from loft_jax.optim.linear_algebra import batched, matmul, transpose
+from loft_jax.optim.paired_updates import PairedUpdates, compute_dtype
+from loft_jax.optim.pairs import FactorNames, FactorSpec, Scaling, find_pairs
 
 
 class LoRARiteState(NamedTuple):
@@ -70,12 +70,12 @@ def scale_by_lora_rite(
     Returns:
         A transformation that needs the parameters.
     """
-    check_scaling(scaling)
+    spec = FactorSpec(factors, scaling)
 
     def init(params: optax.Params) -> LoRARiteState:
         leaves, treedef = jax.tree.flatten(params)
         nu, escaped = list(leaves), list(leaves)
-        for pair in find_pairs(params, factors):
+        for pair in find_pairs(params, spec):
             for factor in (pair.a, pair.b):
                 dtype = compute_dtype(leaves[factor.index])
                 nu[factor.index] = jnp.zeros((*factor.stack, pair.rank, pair.rank), dtype)
@@ -90,7 +90,7 @@ def scale_by_lora_rite(
     def update(
         updates: optax.Updates, state: LoRARiteState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, LoRARiteState]:
-        tree = FactorTree(updates, params, factors)
+        tree = PairedUpdates(updates, params, spec)
         treedef = jax.tree.structure(state.mu)
         mu, nu, escaped, basis = (jax.tree.leaves(x) for x in state[1:])
         count = optax.safe_increment(state.count)
@@ -98,9 +98,9 @@ def scale_by_lora_rite(
 
         preconditioners = functools.partial(_preconditioners, decay=decay2, eps=eps)
         turned, moments = [], []
-        for batch in tree.batches:
-            for own, partners in batch.both():
-                now = tree.basis(batch, partners, scaling)
+        for group in tree.groups:
+            for own, partners in group.sides():
+                now = tree.basis(group, partners)
                 change = partners.fold([basis[i] for i in partners.indices]).inner(now.q)
                 grad = tree.folded(own).times(now.s_inv)
                 v = small_matrices(nu, own)
@@ -111,7 +111,7 @@ def scale_by_lora_rite(
                 turned.append((own, partners, now, change, grad))
         new_basis: dict[int, jax.Array] = {}
         for (own, partners, now, change, grad), (inverse, v, rho) in zip(
-            turned, together(preconditioners, moments), strict=True
+            turned, batched(preconditioners, moments), strict=True
         ):
             direction = grad.times(inverse).array
             momentum = own.fold([mu[i] for i in own.indices]).times(change).array
@@ -119,7 +119,7 @@ def scale_by_lora_rite(
             m = grad.like(momentum.astype(direction.dtype))
             tree.put(own, now.from_coordinates(m))
             for k, (i, leaf) in enumerate(zip(own.indices, own.unfold(m), strict=True)):
-                tree.finish(i, tree.leaves[i])
+                tree.put_update(i, tree.leaves[i])
                 mu[i] = leaf
                 nu[i] = v[k].reshape(nu[i].shape)
                 escaped[i] = rho[k, :, 0, 0].reshape(escaped[i].shape)

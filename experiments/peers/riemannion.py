@@ -14,11 +14,16 @@ import jax.numpy as jnp
 import optax
 
 from experiments.peers.shared import apart, finite
-from loft_jax.optim.pairs import FactorNames, Number, Scaling, find_pairs
-from loft_jax.optim.subspace import orthonormal_basis
-from loft_jax.optim.tall import Tall, matmul, transpose
-from loft_jax.optim.together import together
-from loft_jax.optim.tree import FactorTree, check, check_adam, check_scaling, compute_dtype
+from loft_jax.optim.arguments import Number, check, check_adam
+from loft_jax.optim.linear_algebra import (
+    FactorMatrix,
+    batched,
+    matmul,
+    orthonormal_basis,
+    transpose,
+)
+from loft_jax.optim.paired_updates import PairedUpdates, compute_dtype
+from loft_jax.optim.pairs import FactorNames, FactorSpec, Scaling, find_pairs
 
 
 class RiemannionState(NamedTuple):
@@ -88,12 +93,12 @@ def riemannion(
     """
     check(beta, "beta", lambda x: 0 <= x < 1, "a number in [0, 1)")
     check_adam(adam_b1, adam_b2, eps, weight_decay)
-    check_scaling(scaling)
+    spec = FactorSpec(factors, scaling)
     if consistent_rms is not None:
         check(consistent_rms, "consistent_rms", lambda x: x > 0, "a positive number")
 
     def init(params: optax.Params) -> RiemannionState:
-        find_pairs(params, factors)
+        find_pairs(params, spec)
         # Arrays of their own, since a donated state may hold none twice.
         mu, basis = (
             jax.tree.map(lambda x: jnp.zeros_like(x, compute_dtype(x)), params) for _ in range(2)
@@ -103,39 +108,38 @@ def riemannion(
     def update(
         updates: optax.Updates, state: RiemannionState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, RiemannionState]:
-        tree = FactorTree(updates, params, factors)
+        tree = PairedUpdates(updates, params, spec)
         treedef = jax.tree.structure(state.mu)
         mu, basis = jax.tree.leaves(state.mu), jax.tree.leaves(state.basis)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
 
         frames, cores = [], []
-        for batch in tree.batches:
-            now = [tree.basis(batch, own, scaling) for own in (batch.a, batch.b)]
+        for group in tree.groups:
+            now = [tree.basis(group, own) for own in (group.a, group.b)]
             u, v = (x.q for x in now)
-            old_u, old_v = (own.fold([basis[i] for i in own.indices]) for own in (batch.a, batch.b))
-            dot_a, dot_b = (own.fold([mu[i] for i in own.indices]) for own in (batch.a, batch.b))
+            old_u, old_v = (own.fold([basis[i] for i in own.indices]) for own in (group.a, group.b))
+            dot_a, dot_b = (own.fold([mu[i] for i in own.indices]) for own in (group.a, group.b))
             # M V and Mᵀ U, of the momentum and of the gradient.
             m_v = _plus(dot_a.times(old_v.inner(v)), old_u.times(dot_b.inner(v)))
             m_u = _plus(dot_b.times(old_u.inner(u)), old_v.times(dot_a.inner(u)))
-            g_v = tree.folded(batch.a).times(now[1].s_inv)
-            g_u = tree.folded(batch.b).times(now[0].s_inv)
+            g_v = tree.folded(group.a).times(now[1].s_inv)
+            g_u = tree.folded(group.b).times(now[0].s_inv)
             m_v = m_v.like((beta * m_v.array + g_v.array).astype(g_v.array.dtype))
             m_u = m_u.like((beta * m_u.array + g_u.array).astype(g_u.array.dtype))
             beside_u, beside_v = _beside(m_v, u), _beside(m_u, v)
             rest_a, rest_b = orthonormal_basis(beside_u), orthonormal_basis(beside_v)
-            kept = zip((batch.a, batch.b), (beside_u, m_u), (u, v), strict=True)  # M = Ȧ Vᵀ + U Ḃᵀ
+            kept = zip((group.a, group.b), (beside_u, m_u), (u, v), strict=True)  # M = Ȧ Vᵀ + U Ḃᵀ
             for own, moment, q in kept:
                 for i, x, y in zip(own.indices, own.unfold(moment), own.unfold(q), strict=True):
                     mu[i], basis[i] = x, y
-            s = jnp.stack([jnp.asarray(pair.scaling(scaling)) for pair in batch.pairs])
-            s = s.astype(u.array.dtype)[:, None, None, None]
+            s = tree.scalings(group)
             point = matmul(now[0].s, transpose(now[1].s)) / s  # W = U point Vᵀ
-            frames.append((batch, (u, rest_a.q), (v, rest_b.q), point, s))
+            frames.append((group, (u, rest_a.q), (v, rest_b.q), point, s))
             cores.append((_core(u.inner(m_v), transpose(rest_b.s), rest_a.s),))
 
         retracted = []
         for (_, (u, _), (v, _), point, _), (direction,) in zip(
-            frames, together(_orthogonalize, cores), strict=True
+            frames, batched(_orthogonalize, cores), strict=True
         ):
             k = 1.0
             if consistent_rms is not None:
@@ -145,15 +149,15 @@ def riemannion(
             first = (1 - rate * weight_decay) * point + moved[..., :r, :r]
             core = _core(first, moved[..., :r, r:], moved[..., r:, :r])
             retracted.append((core.astype(point.dtype),))
-        for (batch, left, right, _, s), (x, y) in zip(
-            frames, together(_singular_factors, retracted), strict=True
+        for (group, left, right, _, s), (x, y) in zip(
+            frames, batched(_singular_factors, retracted), strict=True
         ):
-            for own, (near, beside), t in ((batch.a, left, x), (batch.b, right, y / s)):
+            for own, (near, beside), t in ((group.a, left, x), (group.b, right, y / s)):
                 r = near.rank
                 new = _plus(near.times(t[..., :r, :r]), beside.times(t[..., r:, :r]))
                 new = new.like(new.array - tree.param(own).array)
                 for i, leaf in zip(own.indices, own.unfold(new), strict=True):
-                    tree.finish(i, leaf)
+                    tree.put_update(i, leaf)
         trees = (jax.tree.unflatten(treedef, x) for x in (mu, basis))
         return tree.rebuilt(), RiemannionState(optax.safe_increment(state.count), *trees)
 
@@ -161,11 +165,11 @@ def riemannion(
     return apart(optax.GradientTransformation(init, update), adamw, factors)
 
 
-def _plus(x: Tall, y: Tall) -> Tall:
+def _plus(x: FactorMatrix, y: FactorMatrix) -> FactorMatrix:
     return x.like(x.array + y.array)
 
 
-def _beside(x: Tall, q: Tall) -> Tall:
+def _beside(x: FactorMatrix, q: FactorMatrix) -> FactorMatrix:
     """What x has outside the columns of q; once more, for what rounding has left inside."""
     for _ in range(2):
         x = x.like(x.array - q.times(q.inner(x)).array)

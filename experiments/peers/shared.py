@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from loft_jax.optim.pairs import FactorBatch, FactorNames, paired_leaves
+from loft_jax.optim.pairs import FactorGroup, FactorNames, FactorSpec, paired_leaves
 
 
 def apart(
@@ -28,13 +28,14 @@ def apart(
 
     def labels(params: optax.Params) -> Any:
         return jax.tree.map(
-            lambda paired: "pairs" if paired else "others", paired_leaves(params, factors)
+            lambda paired: "pairs" if paired else "others",
+            paired_leaves(params, FactorSpec(factors)),
         )
 
     return optax.partition({"pairs": pairs, "others": others}, labels)
 
 
-def small_matrices(leaves: Sequence[jax.Array], factors: FactorBatch) -> jax.Array:
+def small_matrices(leaves: Sequence[jax.Array], factors: FactorGroup) -> jax.Array:
     """Leaves (*stack, r, r) of a batch of factors as one array (batch, stack, r, r)."""
     return jnp.stack([leaves[i].reshape(-1, *leaves[i].shape[-2:]) for i in factors.indices])
 

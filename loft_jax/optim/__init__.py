@@ -1,20 +1,73 @@
-"""LoFT as links of an Optax chain, over any tree of low-rank factor pairs.
+"""LoFT, RefLoRA and their kin as links of an Optax chain, over any tree of low-rank factor pairs.
 
-This package imports jax and optax only. From what is general to what is specific:
+This package needs jax and optax only. Everything public is here; where to read what:
 
-- `pairs`: which leaves of a tree are the two factors of one adapter, and their matrix form;
-  `tall`: that form, which never transposes an array.
-- `subspace`: orthonormal bases of what a factor spans, and changes of basis.
-- `packed`, `tiles`, `rounding`: symmetric matrices as packed halves, work on a tile at a time,
-  rounding to bfloat16 that is right on average.
-- `second_moment`: what a rule for the second moment is; `full_moment`, `factored_moment`,
-  `diagonal_moment`: the three rules.
-- `tree`: leaves beside their pairs, as every link sees them; `sharing`: bases computed once.
+- `loft_optimizers`: LoFT, whole, with AdamW and with Muon; `refactored`: RefLoRA and its scalar
+  form; `baselines`: LoRA+, LoRA-FA, Riemannian LoRA, AltLoRA+.
 - `links`: gradient scaling, clipping, the overlap of both updates, alternation; `moments`:
-  calibrated moments and the projected update; `balance`: the balanced factorization; `together`:
-  small matrices of several sizes in one call.
-- `loft`, `muon`: the optimizers, chains of these.
-- `reflora`: RefLoRA and its scalar form; `baselines`: LoRA+, LoRA-FA, Riemannian LoRA, AltLoRA+.
-- `state`: what the state of an optimizer costs, and how it lies on a mesh; `conditioning`: how far
-  factors are from orthogonal ones.
+  calibrated moments and the projected update; `balance`: the balanced factorization.
+- `second_moments`: what a rule for the second moment is, the factored and the diagonal one;
+  `full_moment`: the exact one.
+- `paired_updates`: updates with their pairs, as every link sees them, and bases computed once.
+- `pairs`: which leaves of a tree are the two factors of one adapter, and their matrix form.
+- `linear_algebra`: products, orthonormal bases, many small matrices at once.
+- `state`: what the state of an optimizer costs, and how it lies on a mesh.
+- `arguments`: numbers out of range.
+
+No module has the name of a function: `loft_jax.optim.loft` is the optimizer.
 """
+
+from loft_jax.optim.balance import balance_factors, factor_grams
+from loft_jax.optim.baselines import (
+    alt_lora_plus,
+    lora_fa,
+    lora_plus,
+    precondition_by_gram,
+    riemannian_lora,
+)
+from loft_jax.optim.links import (
+    alternate_factors,
+    assign_overlap,
+    clip_by_projected_norm,
+    project_gradients,
+)
+from loft_jax.optim.loft_optimizers import loft, loft_muon, orthogonalize_momentum
+from loft_jax.optim.moments import calibrate_moments, project_updates
+from loft_jax.optim.paired_updates import share_bases
+from loft_jax.optim.pairs import FactorSpec, find_pairs, paired_leaves
+from loft_jax.optim.refactored import (
+    balance_norms,
+    precondition_by_reflora,
+    reflora,
+    reflora_s,
+)
+from loft_jax.optim.state import state_bytes, state_shardings
+
+__all__ = [
+    "FactorSpec",
+    "alt_lora_plus",
+    "alternate_factors",
+    "assign_overlap",
+    "balance_factors",
+    "balance_norms",
+    "calibrate_moments",
+    "clip_by_projected_norm",
+    "factor_grams",
+    "find_pairs",
+    "loft",
+    "loft_muon",
+    "lora_fa",
+    "lora_plus",
+    "orthogonalize_momentum",
+    "paired_leaves",
+    "precondition_by_gram",
+    "precondition_by_reflora",
+    "project_gradients",
+    "project_updates",
+    "reflora",
+    "reflora_s",
+    "riemannian_lora",
+    "share_bases",
+    "state_bytes",
+    "state_shardings",
+]

@@ -1,4 +1,4 @@
-r"""The balanced factorization of a product, as the last link of a chain.
+r"""The balanced factorization of a product: a link that goes there, and how far factors are.
 
 `W = A B` is also `(A T) (T⁻¹ B)` for every invertible T. In exact arithmetic LoFT does not care; in
 float arithmetic the factors' condition numbers decide what is left of the last digits. The balanced
@@ -27,17 +27,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from loft_jax.optim.pairs import FactorNames, find_pairs
-from loft_jax.optim.tall import matmul, transpose
-from loft_jax.optim.together import together
-from loft_jax.optim.tree import FactorTree
+from loft_jax.optim.linear_algebra import FactorMatrix, batched, matmul, transpose
+from loft_jax.optim.paired_updates import PairedUpdates, compute_dtype
+from loft_jax.optim.pairs import DEFAULT_SPEC, FactorSpec, find_pairs
 
 # Factors that a training step has moved need few. Each brings a singular value that is much the
 # smaller one four times closer, so that these are enough for a ratio of 1e8.
 _MOST_STEPS = 20
 
 
-def balance_factors(*, factors: FactorNames | None = None) -> optax.GradientTransformation:
+def balance_factors(*, spec: FactorSpec = DEFAULT_SPEC) -> optax.GradientTransformation:
     r"""Moves factors to the balanced factorization of the product that the updates lead to.
 
     .. math::
@@ -46,14 +45,14 @@ def balance_factors(*, factors: FactorNames | None = None) -> optax.GradientTran
 
     Of the balanced factorizations it is one near the factors as they are. A direction in which W
     has nothing shrinks in the factors, to the root of rounding; nothing moves while one factor is
-    zero. The updates hold the whole change of factorization: what scales or clips them behind this
+    zero. The updates hold the whole change of factorization: what scales or clips them after this
     link changes W.
 
     Args:
-      factors: Names of the factors; see `find_pairs`.
+      spec: The pairs.
 
     Returns:
-      A stateless transformation of final updates, to stand last: behind the learning rate. It
+      A stateless transformation of final updates, the last of a chain: after the learning rate. It
       needs the parameters. Leaves that belong to no pair pass.
 
     Raises:
@@ -75,25 +74,56 @@ def balance_factors(*, factors: FactorNames | None = None) -> optax.GradientTran
     """
 
     def init(params: optax.Params) -> optax.EmptyState:
-        find_pairs(params, factors)
+        find_pairs(params, spec)
         return optax.EmptyState()
 
     def update(
         updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.EmptyState]:
-        tree = FactorTree(updates, params, factors)
-        reached = [tuple(map(tree.reached, (batch.a, batch.b))) for batch in tree.batches]
-        grams = [(a.inner(a), b.inner(b)) for a, b in reached]  # (batch, stack, r, r) each
-        for batch, pair, corrections in zip(
-            tree.batches, reached, together(_corrections, grams), strict=True
+        tree = PairedUpdates(updates, params, spec)
+        reached = [tuple(map(tree.reached, (group.a, group.b))) for group in tree.groups]
+        grams = [(a.inner(a), b.inner(b)) for a, b in reached]  # (group, stack, r, r) each
+        for group, pair, corrections in zip(
+            tree.groups, reached, batched(_corrections, grams), strict=True
         ):
-            for own, now, correction in zip((batch.a, batch.b), pair, corrections, strict=True):
-                moved = tree.folded(own).array + now.times(correction).array
-                for index, leaf in zip(own.indices, own.unfold(now.like(moved)), strict=True):
-                    tree.finish(index, leaf)
+            for factor, now, correction in zip((group.a, group.b), pair, corrections, strict=True):
+                moved = tree.folded(factor).array + now.times(correction).array
+                tree.put_updates(factor, now.like(moved))
         return tree.rebuilt(), state
 
     return optax.GradientTransformation(init, update)
+
+
+def factor_grams(params: optax.Params, *, spec: FactorSpec = DEFAULT_SPEC) -> dict[str, jax.Array]:
+    """Computes the Gram matrix of each factor: `AᵀA` of a factor A, `B Bᵀ` of a factor B.
+
+    Their condition numbers are the squares of the factors'.
+
+    Args:
+      params: With pairs, as for `loft`.
+      spec: The pairs.
+
+    Returns:
+      Arrays (stack, r, r), of float32 at least, by path of the factor.
+
+    Raises:
+      ValueError: As `find_pairs`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"lora_a": jnp.ones((4, 1)), "lora_b": jnp.zeros((1, 3))}
+      >>> {path: gram.tolist() for path, gram in factor_grams(params).items()}
+      {'lora_a': [[[4.0]]], 'lora_b': [[[0.0]]]}
+    """
+    leaves = jax.tree.leaves(params)
+    grams = {}
+    for pair in find_pairs(params, spec):
+        for factor in (pair.a, pair.b):
+            leaf = leaves[factor.index]
+            folded = factor.fold(leaf.astype(compute_dtype(leaf)))
+            matrix = FactorMatrix(folded[None], factor.rank_last)
+            grams[factor.path] = matrix.inner(matrix)[0]
+    return grams
 
 
 class _Progress(NamedTuple):

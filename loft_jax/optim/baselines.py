@@ -1,21 +1,26 @@
-"""Other optimizers of low-rank factors, each a chain: what a comparison needs.
+"""Other optimizers of low-rank factors, to compare with: LoRA+, LoRA-FA, Riemannian LoRA, AltLoRA+.
 
-They take AdamW's arguments, and AdamW for the leaves that belong to no pair.
+Each is a chain with AdamW's arguments, and is AdamW for the leaves that belong to no pair.
 """
 
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from loft_jax.optim.links import project_gradients
-from loft_jax.optim.loft import loft
-from loft_jax.optim.pairs import FactorNames, Number, Scaling, find_pairs
-from loft_jax.optim.tall import matmul, transpose
-from loft_jax.optim.together import together
-from loft_jax.optim.tree import FactorTree, check, check_adam
+from loft_jax.optim.arguments import (
+    Number,
+    check_adam,
+    check_positive,
+    check_positive_finite,
+)
+from loft_jax.optim.linear_algebra import batched, matmul, transpose
+from loft_jax.optim.links import Role, project_gradients
+from loft_jax.optim.loft_optimizers import loft
+from loft_jax.optim.paired_updates import PairedUpdates
+from loft_jax.optim.pairs import DEFAULT_SPEC, FactorNames, FactorSpec, Scaling, find_pairs
 
 
 def lora_plus(
@@ -27,6 +32,7 @@ def lora_plus(
     *,
     ratio: Number = 16.0,
     factors: FactorNames | None = None,
+    stack_axes: Sequence[int] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""LoRA+: AdamW with a larger learning rate for B than for A.
 
@@ -40,15 +46,15 @@ def lora_plus(
       eps: Added to the root of the second moment.
       weight_decay: Decoupled, multiplied by the learning rate of the leaf.
       ratio: B's learning rate over A's.
-      factors: Names of the factors; see `find_pairs`.
+      factors: Endings of the paths of the factors. See `FactorSpec` for this and the next one.
+      stack_axes: Positions of the axes that stack layers; by default leading ones.
 
     Returns:
       `optax.adamw`, with the updates of factors B multiplied by the ratio.
 
     Raises:
       ValueError: For a ratio that is not positive and finite, or an argument of AdamW out of its
-        range; at init, for parameters without
-        proper pairs (see `find_pairs`).
+        range; at init, for parameters without proper pairs (see `find_pairs`).
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -64,10 +70,11 @@ def lora_plus(
       (arXiv 2402.12354).
     """
     check_adam(b1, b2, eps, weight_decay)
-    check(ratio, "ratio", lambda x: x > 0 and math.isfinite(x), "a positive, finite number")
+    check_positive_finite(ratio, "ratio")
+    spec = FactorSpec(factors, stack_axes=stack_axes)
     return optax.chain(
         optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay),
-        optax.masked(optax.scale(ratio), lambda params: _has_role(params, factors, "b")),
+        optax.masked(optax.scale(ratio), lambda params: _has_role(params, spec, "b")),
     )
 
 
@@ -79,8 +86,9 @@ def lora_fa(
     weight_decay: Number = 0.0,
     *,
     max_grad_norm: Number | None = None,
-    scaling: Scaling = 1.0,
     factors: FactorNames | None = None,
+    scaling: Scaling = 1.0,
+    stack_axes: Sequence[int] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""LoRA-FA: A is frozen, and B follows AdamW on the projected full gradient.
 
@@ -98,9 +106,10 @@ def lora_fa(
         the bias.)
       weight_decay: As in `optax.adamw`: decoupled, multiplied by the learning rate.
       max_grad_norm: Clips the gradients to this global norm, A's not counted; None for no clipping.
-        A clip in front of this transformation would count them.
+        A clip before this transformation would count them.
+      factors: Endings of the paths of the factors. See `FactorSpec` for this and the next two.
       scaling: The s of `W = s A B`, or a function of the pair's path.
-      factors: Names of the factors; see `find_pairs`.
+      stack_axes: Positions of the axes that stack layers; by default leading ones.
 
     Returns:
       A chain of `project_gradients` and `optax.adamw` on all leaves but the factors A, whose
@@ -124,27 +133,28 @@ def lora_fa(
       Fine-tuning (arXiv 2308.03303), with the corrected gradient of PEFT's optimizer.
     """
     check_adam(b1, b2, eps, weight_decay)
+    check_positive(max_grad_norm, "max_grad_norm")
+    spec = FactorSpec(factors, scaling, stack_axes)
 
     def labels(params: optax.Params) -> Any:
-        frozen = _has_role(params, factors, "a")
+        frozen = _has_role(params, spec, "a")
         return jax.tree.map(lambda x: "frozen" if x else "trained", frozen)
 
     clip = []
     if max_grad_norm is not None:
-        check(max_grad_norm, "max_grad_norm", lambda x: x > 0, "a positive number")
         clip.append(optax.clip_by_global_norm(max_grad_norm))
     adamw = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay)
     return optax.chain(
-        optax.masked(optax.set_to_zero(), lambda params: _has_role(params, factors, "a")),
+        optax.masked(optax.set_to_zero(), lambda params: _has_role(params, spec, "a")),
         *clip,
-        project_gradients(scaling=scaling, factors=factors),
+        project_gradients(spec=spec),
         optax.stateless(optax.tree.cast_like),  # AdamW's state takes the dtype of its gradients
         optax.partition({"trained": adamw, "frozen": optax.set_to_zero()}, labels),
     )
 
 
 def precondition_by_gram(
-    damping: Number = 1e-6, *, factors: FactorNames | None = None
+    damping: Number = 1e-6, *, spec: FactorSpec = DEFAULT_SPEC
 ) -> optax.GradientTransformation:
     r"""Divides the gradient of each factor by the damped Gram matrix of the other.
 
@@ -156,7 +166,7 @@ def precondition_by_gram(
 
     Args:
       damping: The δ, not relative to the factors.
-      factors: Names of the factors; see `find_pairs`.
+      spec: The pairs.
 
     Returns:
       A stateless transformation of raw gradients; it needs the parameters. Leaves that belong to no
@@ -178,7 +188,7 @@ def precondition_by_gram(
       Zhang and Pilanci, Riemannian Preconditioned LoRA for Fine-Tuning Foundation Models, ICML 2024
       (arXiv 2402.02347).
     """
-    check(damping, "damping", lambda x: x > 0 and math.isfinite(x), "a positive, finite number")
+    check_positive_finite(damping, "damping")
 
     def inverse(gram: jax.Array) -> tuple[jax.Array]:
         # A NaN shows in the gradients anyway, and must not spoil the others.
@@ -190,20 +200,18 @@ def precondition_by_gram(
         return (jnp.where(usable, found, eye).astype(gram.dtype),)
 
     def init(params: optax.Params) -> optax.EmptyState:
-        find_pairs(params, factors)
+        find_pairs(params, spec)
         return optax.EmptyState()
 
     def update(
         updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.EmptyState]:
-        tree = FactorTree(updates, params, factors)
-        both = [roles for batch in tree.batches for roles in batch.both()]
-        partners = [tree.param(partner) for _, partner in both]
-        grams = [(x.inner(x),) for x in partners]  # (batch, stack, r, r)
-        for (own, _), (metric,) in zip(both, together(inverse, grams), strict=True):
-            changed = own.unfold(tree.folded(own).times(metric))
-            for index, leaf in zip(own.indices, changed, strict=True):
-                tree.leaves[index] = leaf.astype(tree.leaves[index].dtype)
+        tree = PairedUpdates(updates, params, spec)
+        sides = [side for group in tree.groups for side in group.sides()]
+        partners = [tree.param(partner) for _, partner in sides]
+        grams = [(x.inner(x),) for x in partners]  # (group, stack, r, r)
+        for (factor, _), (metric,) in zip(sides, batched(inverse, grams), strict=True):
+            tree.put_gradients(factor, tree.folded(factor).times(metric))
         return tree.rebuilt(), state
 
     return optax.GradientTransformation(init, update)
@@ -218,6 +226,7 @@ def riemannian_lora(
     *,
     damping: Number = 1e-6,
     factors: FactorNames | None = None,
+    stack_axes: Sequence[int] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Riemannian preconditioned LoRA, also called scaled AdamW.
 
@@ -231,7 +240,8 @@ def riemannian_lora(
       eps: Added to the root of the second moment.
       weight_decay: As in `optax.adamw`: decoupled, multiplied by the learning rate.
       damping: The δ; 1e-6 in the authors' code, 1e-2 in PEFT's.
-      factors: Names of the factors; see `find_pairs`.
+      factors: Endings of the paths of the factors. See `FactorSpec` for this and the next one.
+      stack_axes: Positions of the axes that stack layers; by default leading ones.
 
     Returns:
       A chain of `precondition_by_gram` and `optax.adamw`. It needs the parameters.
@@ -254,7 +264,7 @@ def riemannian_lora(
     """
     check_adam(b1, b2, eps, weight_decay)
     return optax.chain(
-        precondition_by_gram(damping, factors=factors),
+        precondition_by_gram(damping, spec=FactorSpec(factors, stack_axes=stack_axes)),
         optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay),
     )
 
@@ -266,8 +276,9 @@ def alt_lora_plus(
     eps: Number = 1e-8,
     weight_decay: Number = 0.0,
     *,
-    scaling: Scaling = 1.0,
     factors: FactorNames | None = None,
+    scaling: Scaling = 1.0,
+    stack_axes: Sequence[int] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AltLoRA+: one factor a step, with aligned momentum and Adam's second moment of the factor.
 
@@ -296,8 +307,9 @@ def alt_lora_plus(
       b2: Decay of the second moment.
       eps: Added to the root of the second moment.
       weight_decay: Decoupled, multiplied by the learning rate. The factor that moves shrinks.
+      factors: Endings of the paths of the factors. See `FactorSpec` for this and the next two.
       scaling: The s of `W = s A B`, or a function of the pair's path.
-      factors: Names of the factors; see `find_pairs`.
+      stack_axes: Positions of the axes that stack layers; by default leading ones.
 
     Returns:
       The chain that `loft` is. It needs the parameters.
@@ -326,13 +338,14 @@ def alt_lora_plus(
         weight_decay,
         second_moment="diagonal",
         move="alternate",
-        scaling=scaling,
         factors=factors,
+        scaling=scaling,
+        stack_axes=stack_axes,
     )
 
 
-def _has_role(params: Any, factors: FactorNames | None, role: str) -> Any:
-    """Which leaves are the factors A, or B, of a pair: a tree of booleans."""
+def _has_role(params: Any, spec: FactorSpec, role: Role) -> Any:
+    """Marks the leaves that are factors A, or B, of a pair: a tree of booleans."""
     leaves, treedef = jax.tree.flatten(params)
-    indices = {getattr(pair, role).index for pair in find_pairs(params, factors)}
+    indices = {getattr(pair, role).index for pair in find_pairs(params, spec)}
     return jax.tree.unflatten(treedef, [i in indices for i in range(len(leaves))])

@@ -3,38 +3,30 @@
 From `project_gradients` to the end of a chain, a leaf X of factor A stands for the full matrix
 `X Pᵀ`, P being the partner: `P = s Bᵀ` for A, and `s A` for Bᵀ. That is what adding X to A does to
 `W = s A B`. So a norm, a clip or a linear Optax transformation means the same at every place of
-the chain, but for one: between `calibrate_moments` and `project_updates` a leaf is a `Moments`.
+the chain, with one exception: between `calibrate_moments` and `project_updates` a leaf is a
+`Moments`.
 
 Leaves that belong to no pair take the same steps as matrices of their own: plain AdamW.
 """
 
-from typing import Any, NamedTuple
+import math
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from loft_jax.optim.pairs import FactorNames, Number, Scaling, find_pairs
-from loft_jax.optim.subspace import Basis
-from loft_jax.optim.tall import Tall
-from loft_jax.optim.tree import (
-    Bases,
-    FactorTree,
-    Move,
-    Role,
-    absolute_square,
-    check,
-    check_move,
-    check_role,
-    check_scaling,
-    compute_dtype,
-    has_turn,
-    keeps_overlap,
-)
+from loft_jax.optim.arguments import Number, check_positive
+from loft_jax.optim.linear_algebra import Basis, FactorMatrix
+from loft_jax.optim.paired_updates import PairedUpdates, absolute_square, compute_dtype
+from loft_jax.optim.pairs import DEFAULT_SPEC, FactorGroup, FactorSpec, PairGroup, find_pairs
+
+Role = Literal["a", "b"]
+Move = Literal["tangent", "alternate"]
 
 
 class StepState(NamedTuple):
-    """State of a link that only knows whose turn it is.
+    """State of a link that only counts steps, to know which factor's turn it is.
 
     Attributes:
       count: (), int32, updates done.
@@ -51,13 +43,11 @@ class ClipState(NamedTuple):
       projected_norm: (), float32 at least, the norm before clipping at the last step.
     """
 
-    count: jax.Array  # type: ignore[assignment]  # as above
+    count: jax.Array  # type: ignore[assignment]  # tuple.count gives way, as above
     projected_norm: jax.Array
 
 
-def project_gradients(
-    *, scaling: Scaling = 1.0, factors: FactorNames | None = None
-) -> optax.GradientTransformationExtraArgs:
+def project_gradients(*, spec: FactorSpec = DEFAULT_SPEC) -> optax.GradientTransformation:
     r"""Rescales factor gradients so that they stand for the projected full gradient.
 
     .. math::
@@ -68,15 +58,14 @@ def project_gradients(
     zero. Other leaves pass unchanged.
 
     Args:
-      scaling: The s of `W = s A B`, or a function of the pair's path.
-      factors: Names of the factors; see `find_pairs`.
+      spec: The pairs and their scaling.
 
     Returns:
       A stateless transformation of raw gradients; it needs the parameters.
 
     Raises:
       ValueError: At init or update, for parameters without proper pairs (see `find_pairs`) or when
-        the parameters are missing; at once, for a scaling that is zero or not finite.
+        the parameters are missing.
 
     Example:
       >>> import jax.numpy as jnp
@@ -91,40 +80,35 @@ def project_gradients(
 
     References:
       Tastan et al., LoFT, ICLR 2026 (arXiv 2505.21289), gradient scaling; computed through an
-      orthonormal basis instead of the Gram matrix (see `loft_jax.optim.subspace`).
+      orthonormal basis instead of the Gram matrix (see `loft_jax.optim.linear_algebra`).
     """
-    check_scaling(scaling)
 
     def init(params: optax.Params) -> optax.EmptyState:
-        find_pairs(params, factors)
+        find_pairs(params, spec)
         return optax.EmptyState()
 
     def update(
         updates: optax.Updates,
         state: optax.EmptyState,
         params: optax.Params | None = None,
-        *,
-        bases: Bases | None = None,
-        **extra: Any,
     ) -> tuple[optax.Updates, optax.EmptyState]:
-        tree = FactorTree(updates, params, factors, bases)
-        for batch in tree.batches:
-            for own, partners in batch.both():
-                basis = tree.basis(batch, partners, scaling)
-                tree.put(own, basis.project(tree.folded(own)))
+        tree = PairedUpdates(updates, params, spec)
+        for group in tree.groups:
+            for factor, partner in group.sides():
+                basis = tree.basis(group, partner)
+                tree.put(factor, basis.project(tree.folded(factor)))
         return tree.rebuilt(), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformation(init, update)
 
 
 def clip_by_projected_norm(
     max_norm: Number,
     *,
-    scaling: Scaling = 1.0,
     move: Move = "tangent",
     first: Role = "b",
-    factors: FactorNames | None = None,
-) -> optax.GradientTransformationExtraArgs:
+    spec: FactorSpec = DEFAULT_SPEC,
+) -> optax.GradientTransformation:
     r"""Clips by the global norm of the full matrices that the leaves stand for.
 
     .. math::
@@ -132,22 +116,21 @@ def clip_by_projected_norm(
         + \sum_{\mathrm{others}} \| x \|^2 \Big)^{1/2}
 
     For gradients the first sum is that of their projection on the tangent space,
-    `‖G Π_P‖² + ‖Π_R G‖² - ‖Π_R G Π_P‖²`. With move "alternate" it is the norm of what one factor,
-    whose turn it is, does to W. No dense matrix is made: norms are those of coordinates in
+    `‖G Π_P‖² + ‖Π_R G‖² - ‖Π_R G Π_P‖²`. With move "alternate" it is the norm of what the factor
+    whose turn it is does to W. No dense matrix is made: norms are those of coordinates in
     orthonormal bases. Before the moments this clips the gradient, as full fine-tuning does; after
     `project_updates`, or after a whole `loft(...)`, it clips the update.
 
     Args:
       max_norm: The largest norm that passes unchanged.
-      scaling: The s of `W = s A B`, or a function of the pair's path.
       move: Whether leaves count as `assign_overlap` leaves them ("tangent"), or only those of the
         factor whose turn it is ("alternate").
       first: As in `assign_overlap` or `alternate_factors`.
-      factors: Names of the factors; see `find_pairs`.
+      spec: The pairs and their scaling.
 
     Returns:
-      A transformation that needs the parameters, and stands anywhere after `project_gradients`.
-      Its state is a step counter, and the norm that it found at the last step, for those who log.
+      A transformation that needs the parameters, for any place after `project_gradients`.
+      Its state is a step counter, and the norm at the last step, to be logged.
 
     Raises:
       ValueError: As `project_gradients`; or for a max_norm that is not positive.
@@ -165,13 +148,12 @@ def clip_by_projected_norm(
     References:
       Tastan et al., LoFT, ICLR 2026 (arXiv 2505.21289), gradient clipping.
     """
-    check_scaling(scaling)
     check_move(move)
     check_role(first)
-    check(max_norm, "max_norm", lambda x: x > 0, "a positive number")
+    check_positive(max_norm, "max_norm")
 
     def init(params: optax.Params) -> ClipState:
-        find_pairs(params, factors)
+        find_pairs(params, spec)
         leaves = [leaf for leaf in jax.tree.leaves(params) if hasattr(leaf, "dtype")]
         dtype = jnp.result_type(jnp.float32, *map(compute_dtype, leaves))
         return ClipState(jnp.zeros([], jnp.int32), jnp.zeros([], dtype))
@@ -180,21 +162,18 @@ def clip_by_projected_norm(
         updates: optax.Updates,
         state: ClipState,
         params: optax.Params | None = None,
-        *,
-        bases: Bases | None = None,
-        **extra: Any,
     ) -> tuple[optax.Updates, ClipState]:
-        tree = FactorTree(updates, params, factors, bases)
+        tree = PairedUpdates(updates, params, spec)
         total: Number = 0.0
-        for batch in tree.batches:
-            for own, partners in batch.both():
-                c = tree.basis(batch, partners, scaling).coordinates(tree.folded(own))
+        for group in tree.groups:
+            for factor, partner in group.sides():
+                c = tree.basis(group, partner).coordinates(tree.folded(factor))
                 if move == "tangent":
-                    keeps = keeps_overlap(batch, own, state.count, first)
-                    c = _without_overlap(c, tree.basis(batch, own, scaling), keeps)
+                    keeps = keeps_overlap(group, factor, state.count, first)
+                    c = _without_overlap(c, tree.basis(group, factor), keeps)
                 square = jnp.sum(jnp.square(c.array))
                 if move == "alternate":
-                    square = jnp.where(has_turn(own, state.count, first), square, 0.0)
+                    square = jnp.where(has_turn(factor, state.count, first), square, 0.0)
                 total += square
         for index in tree.plain:
             leaf = tree.leaves[index]
@@ -205,12 +184,12 @@ def clip_by_projected_norm(
         count = optax.safe_increment(state.count)
         return tree.rebuilt(), ClipState(count, norm.astype(state.projected_norm.dtype))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformation(init, update)
 
 
 def assign_overlap(
-    first: Role = "b", *, scaling: Scaling = 1.0, factors: FactorNames | None = None
-) -> optax.GradientTransformationExtraArgs:
+    first: Role = "b", *, spec: FactorSpec = DEFAULT_SPEC
+) -> optax.GradientTransformation:
     r"""Removes the overlap of both updates from one of them, so that it is counted once.
 
     The update of A moves W by `D_A Π_P` and that of B by `Π_R D_B`: what each factor's moments make
@@ -235,11 +214,10 @@ def assign_overlap(
 
     Args:
       first: The factor that keeps the overlap at the first step, where they take turns.
-      scaling: The s of `W = s A B`, or a function of the pair's path.
-      factors: Names of the factors; see `find_pairs`.
+      spec: The pairs and their scaling.
 
     Returns:
-      A transformation of final updates, to stand after the learning rate. Its state is a step
+      A transformation of final updates, for the place after the learning rate. Its state is a step
       counter; it needs the parameters. Leaves that belong to no pair pass.
 
     Raises:
@@ -260,55 +238,52 @@ def assign_overlap(
       2026, arXiv 2507.12142) project gradients on this tangent space.
     """
     check_role(first)
-    check_scaling(scaling)
 
     def init(params: optax.Params) -> StepState:
-        find_pairs(params, factors)
+        find_pairs(params, spec)
         return StepState(jnp.zeros([], jnp.int32))
 
     def update(
         updates: optax.Updates,
         state: StepState,
         params: optax.Params | None = None,
-        *,
-        bases: Bases | None = None,
-        **extra: Any,
     ) -> tuple[optax.Updates, StepState]:
-        tree = FactorTree(updates, params, factors, bases)
-        for batch in tree.batches:
+        tree = PairedUpdates(updates, params, spec)
+        for group in tree.groups:
             moved = []
-            for own, _ in batch.both():
-                keeps = keeps_overlap(batch, own, state.count, first)
-                x = _without_overlap(tree.folded(own), tree.basis(batch, own, scaling), keeps)
-                moved.append((own, keeps, x))
+            for factor, _ in group.sides():
+                keeps = keeps_overlap(group, factor, state.count, first)
+                x = _without_overlap(tree.folded(factor), tree.basis(group, factor), keeps)
+                moved.append((factor, keeps, x))
             share = _share_of_other(
-                (moved[0][2], tree.basis(batch, batch.b, scaling)),
-                (moved[1][2], tree.basis(batch, batch.a, scaling)),
-                tree.scalings(batch, scaling),
+                (moved[0][2], tree.basis(group, group.b)),
+                (moved[1][2], tree.basis(group, group.a)),
+                tree.scalings(group),
             )
-            for own, keeps, x in moved:
+            for factor, keeps, x in moved:
                 x = x.like(x.array * jnp.where(keeps, 1.0, share).astype(x.array.dtype))
-                for index, leaf in zip(own.indices, own.unfold(x), strict=True):
-                    tree.finish(index, leaf)
+                tree.put_updates(factor, x)
         return tree.rebuilt(), StepState(optax.safe_increment(state.count))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformation(init, update)
 
 
-def _without_overlap(x: Tall, own: Basis, keeps: jax.Array | bool) -> Tall:
+def _without_overlap(x: FactorMatrix, own: Basis, keeps: jax.Array | bool) -> FactorMatrix:
     """`X - Q Qᵀ X` for the columns Q of the factor itself; X of the factor that keeps all."""
     inside = own.q.inner(x)  # (..., r, r)
     return x.like(x.array - own.q.times(jnp.where(keeps, 0.0, inside)).array)
 
 
-def _share_of_other(a: tuple[Tall, Basis], b: tuple[Tall, Basis], s: jax.Array) -> jax.Array:
+def _share_of_other(
+    a: tuple[FactorMatrix, Basis], b: tuple[FactorMatrix, Basis], s: jax.Array
+) -> jax.Array:
     """How much of the other factor's update is left, (..., 1, 1), for a product that is bounded.
 
     That is 1 unless `s X_A X_Bᵀ` is larger than `X_A Pᵀ + R X_Bᵀ`, whose two parts are orthogonal
     once the overlap has one owner. Each update comes with the basis of its partner.
     """
 
-    def unit(x: Tall) -> tuple[jax.Array, Tall]:
+    def unit(x: FactorMatrix) -> tuple[jax.Array, FactorMatrix]:
         # By the largest element before squares, which would overflow next to a tiny partner.
         largest = jnp.max(jnp.abs(x.array), axis=(-2, -1), keepdims=True)
         return largest, x.like(x.array / jnp.where(largest > 0, largest, 1.0))
@@ -329,7 +304,7 @@ def _share_of_other(a: tuple[Tall, Basis], b: tuple[Tall, Basis], s: jax.Array) 
 
 
 def alternate_factors(
-    first: Role = "b", *, factors: FactorNames | None = None
+    first: Role = "b", *, spec: FactorSpec = DEFAULT_SPEC
 ) -> optax.GradientTransformation:
     """Lets one factor of each pair move per step: zero updates for the other.
 
@@ -337,7 +312,7 @@ def alternate_factors(
 
     Args:
       first: The factor that moves at the first step; "b", since B = 0 leaves A no gradient.
-      factors: Names of the factors; see `find_pairs`.
+      spec: The pairs.
 
     Returns:
       A transformation whose state is a step counter; it needs the parameters. Leaves that belong
@@ -361,20 +336,54 @@ def alternate_factors(
     check_role(first)
 
     def init(params: optax.Params) -> StepState:
-        find_pairs(params, factors)
+        find_pairs(params, spec)
         return StepState(jnp.zeros([], jnp.int32))
 
     def update(
         updates: optax.Updates, state: StepState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, StepState]:
-        tree = FactorTree(updates, params, factors)
-        for batch in tree.batches:
-            for own, _ in batch.both():
-                for index in own.indices:
+        tree = PairedUpdates(updates, params, spec)
+        for group in tree.groups:
+            for factor, _ in group.sides():
+                for index in factor.indices:
                     leaf = tree.leaves[index]
                     tree.leaves[index] = jnp.where(
-                        has_turn(own, state.count, first), leaf, jnp.zeros_like(leaf)
+                        has_turn(factor, state.count, first), leaf, jnp.zeros_like(leaf)
                     )
         return tree.rebuilt(), StepState(optax.safe_increment(state.count))
 
     return optax.GradientTransformation(init, update)
+
+
+def has_turn(factor: FactorGroup, count: jax.Array, first: Role) -> jax.Array:
+    """Whether it is the turn of a factor at the step after `count` updates."""
+    return (count % 2 == 0) == ((first == "a") == factor.rank_last)
+
+
+def keeps_overlap(
+    group: PairGroup, factor: FactorGroup, count: jax.Array, first: Role
+) -> jax.Array | bool:
+    """Whether a factor keeps the overlap at the step after `count` updates.
+
+    The two take turns, unless the columns of one can span their whole side (r = in or r = out):
+    its partner then moves W without any projection, and always keeps the overlap. Where both can,
+    that is `first`: with "b", A spans its side from the start, though B is zero.
+    """
+    a_spans, b_spans = (group.rank == math.prod(x.factors[0].features) for x in (group.a, group.b))
+    if a_spans and b_spans:
+        return factor.rank_last == (first == "a")
+    if a_spans or b_spans:
+        return factor.rank_last == b_spans
+    return has_turn(factor, count, first)
+
+
+def check_role(first: str) -> None:
+    """Refuses a factor that is neither A nor B."""
+    if first not in get_args(Role):
+        raise ValueError(f"first is {first!r}, expected 'a' or 'b'")
+
+
+def check_move(move: str) -> None:
+    """Refuses a way of moving that does not exist."""
+    if move not in get_args(Move):
+        raise ValueError(f"move is {move!r}, expected one of {get_args(Move)}")

@@ -1,4 +1,8 @@
-"""The links that carry Adam's moments of the full weight, and rebuild its direction from them."""
+"""Moments of the full weight in a subspace that moves: the links that carry Adam's.
+
+`calibrate_moments` accumulates them and `project_updates` makes Adam's direction of them.
+`calibrate_first_moment` is the part that Adam and Muon have in common.
+"""
 
 import dataclasses
 import functools
@@ -9,30 +13,20 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from loft_jax.optim.diagonal_moment import DiagonalMoment
-from loft_jax.optim.factored_moment import FactoredMoment
+from loft_jax.optim.arguments import Number, check_decay, check_not_negative
 from loft_jax.optim.full_moment import FullMoment
-from loft_jax.optim.links import StepState
-from loft_jax.optim.pairs import FactorNames, Number, Scaling, find_pairs
-from loft_jax.optim.rounding import stochastic_round
-from loft_jax.optim.second_moment import (
+from loft_jax.optim.linear_algebra import Basis, FactorMatrix
+from loft_jax.optim.links import Move, Role, StepState, check_move, check_role, has_turn
+from loft_jax.optim.paired_updates import PairedUpdates, absolute_square, compute_dtype
+from loft_jax.optim.pairs import DEFAULT_SPEC, FactorGroup, FactorSpec, PairGroup, find_pairs
+from loft_jax.optim.second_moments import (
     AdamStep,
+    DiagonalMoment,
+    FactoredMoment,
     ProjectedGradient,
     SecondMomentRule,
     SecondMomentState,
-)
-from loft_jax.optim.tree import (
-    Bases,
-    FactorTree,
-    Move,
-    Role,
-    absolute_square,
-    check,
-    check_move,
-    check_role,
-    check_scaling,
-    compute_dtype,
-    has_turn,
+    stochastic_round,
 )
 
 SecondMoment = Literal["full", "factored", "diagonal"]
@@ -54,7 +48,9 @@ _RULES: dict[str, SecondMomentRule] = {
 )
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """The moments of a leaf, in its place; the first three as in `CalibratedMomentsState`.
+    """The moments of a leaf, in the place of its update.
+
+    The first three are as in `CalibratedMomentsState`.
 
     Attributes:
       mu: First moment.
@@ -98,6 +94,60 @@ class CalibratedMomentsState(NamedTuple):
     basis: Any
 
 
+class CalibratedMoment(NamedTuple):
+    """The first moment of a group of factors at a step, and what it was made of.
+
+    Attributes:
+      mu: (group, stack, m, r), in coordinates of the partner's basis.
+      basis: Of the partner.
+      gradient: The projected gradient.
+    """
+
+    mu: FactorMatrix
+    basis: Basis
+    gradient: ProjectedGradient
+
+
+def calibrate_first_moment(
+    tree: PairedUpdates,
+    group: PairGroup,
+    factor: FactorGroup,
+    partner: FactorGroup,
+    mu: dict[int, jax.Array],
+    basis: dict[int, jax.Array],
+    decay: Number,
+) -> CalibratedMoment:
+    r"""Accumulates the first moment of one side of a group of pairs, while its subspace moves.
+
+    .. math::
+      C = Q_{old}^T Q, \qquad m \leftarrow \beta \, m C + (1 - \beta) \, G Q
+
+    Args:
+      tree: Projected gradients.
+      group: The group.
+      factor: Its factors of one role.
+      partner: Those of the other.
+      mu: First moments by position of their factor, replaced in place.
+      basis: Orthonormal bases of the columns of a factor by its position; those of the partner are
+        replaced in place.
+      decay: The β.
+
+    Returns:
+      The moment.
+    """
+    now = tree.basis(group, partner)
+    change = partner.fold([basis[i] for i in partner.indices]).inner(now.q)  # (group, stack, r, r)
+    x = tree.folded(factor)
+    c = now.coordinates(x)  # (group, stack, m, r)
+    dtype = c.array.dtype
+    m = factor.fold([mu[i].astype(dtype) for i in factor.indices]).times(change)
+    m = m.like((decay * m.array + (1 - decay) * c.array).astype(dtype))
+    for i, leaf in zip(factor.indices, factor.unfold(m), strict=True):
+        mu[i] = leaf.astype(mu[i].dtype)
+    basis |= dict(zip(partner.indices, partner.unfold(now.q), strict=True))
+    return CalibratedMoment(m, now, ProjectedGradient(x, c, change))
+
+
 def calibrate_moments(
     b1: Number = 0.9,
     b2: Number = 0.999,
@@ -105,9 +155,8 @@ def calibrate_moments(
     second_moment: SecondMoment = "factored",
     state_dtype: DTypeLike | None = None,
     mu_dtype: DTypeLike | None = None,
-    scaling: Scaling = 1.0,
-    factors: FactorNames | None = None,
-) -> optax.GradientTransformationExtraArgs:
+    spec: FactorSpec = DEFAULT_SPEC,
+) -> optax.GradientTransformation:
     r"""Accumulates the moments of the projected full gradient while its subspace moves.
 
     With `P = Q S` and the gradient's coordinates `c = G Q` (rows c_i), all at the same parameters
@@ -121,8 +170,8 @@ def calibrate_moments(
     so that `m Qᵀ` is Adam's first moment with every earlier gradient projected on today's
     subspace, and `Q_jᵀ p_i Q_j` the second moment of element (i, j) of the same. C is a product of
     orthonormal matrices: a contraction, whatever the condition of the factors. The matrices p_i
-    are kept as packed halves; other second moments keep less of them (see `full_moment`,
-    `factored_moment` and `diagonal_moment` in `loft_jax.optim`).
+    are kept as packed halves; other second moments keep less of them (see
+    `loft_jax.optim.full_moment` and `loft_jax.optim.second_moments`).
 
     Args:
       b1: Decay of the first moment.
@@ -132,8 +181,7 @@ def calibrate_moments(
       state_dtype: Dtype of the second moments; by default that of the computation, float32 at
         least. In bfloat16 they are rounded stochastically.
       mu_dtype: Dtype of the first moments, as in `optax.adamw`.
-      scaling: The s of `W = s A B`, or a function of the pair's path.
-      factors: Names of the factors; see `find_pairs`.
+      spec: The pairs and their scaling.
 
     Returns:
       A transformation from projected gradients to `Moments`, for `project_updates`; it needs the
@@ -156,9 +204,8 @@ def calibrate_moments(
       Tastan et al., LoFT, ICLR 2026 (arXiv 2505.21289), calibration of the first and of the second
       moment.
     """
-    check_scaling(scaling)
-    for name, beta in (("b1", b1), ("b2", b2)):
-        check(beta, name, lambda x: 0 <= x < 1, "a number in [0, 1)")
+    check_decay(b1, "b1")
+    check_decay(b2, "b2")
     if second_moment not in get_args(SecondMoment):
         raise ValueError(
             f"second_moment is {second_moment!r}, expected one of {get_args(SecondMoment)}"
@@ -178,7 +225,7 @@ def calibrate_moments(
         ]
         gram: list[Any] = [optax.MaskedNode() for _ in leaves]
         basis: list[Any] = [optax.MaskedNode() for _ in leaves]
-        for pair in find_pairs(params, factors):
+        for pair in find_pairs(params, spec):
             for factor in (pair.a, pair.b):
                 i, r = factor.index, pair.rank
                 nu[i] = jnp.zeros_like(nu[i], shape=factor.shape(rule.width(r)))
@@ -194,12 +241,9 @@ def calibrate_moments(
         updates: optax.Updates,
         state: CalibratedMomentsState,
         params: optax.Params | None = None,
-        *,
-        bases: Bases | None = None,
-        **extra: Any,
     ) -> tuple[optax.Updates, CalibratedMomentsState]:
-        tree = FactorTree(updates, params, factors, bases)
-        mu, nu = jax.tree.leaves(state.mu), jax.tree.leaves(state.nu)
+        tree = PairedUpdates(updates, params, spec)
+        mu, nu = (dict(enumerate(jax.tree.leaves(x))) for x in (state.mu, state.nu))
         # By position, and not by the MaskedNodes: with `optax.masked` the parameters have some too.
         basis = dict(zip(tree.paired, jax.tree.leaves(state.basis), strict=True))
         gram = dict(zip(tree.paired, jax.tree.leaves(state.gram), strict=rule.has_gram))
@@ -213,34 +257,23 @@ def calibrate_moments(
             second_moment=second_moment,
         )
 
-        for batch in tree.batches:
-            new_basis: dict[int, jax.Array] = {}
-            for own, partners in batch.both():
-                now = tree.basis(batch, partners, scaling)
-                old = partners.fold([basis[i] for i in partners.indices])
-                change = old.inner(now.q)  # (batch, stack, r, r)
-                x = tree.folded(own)
-                c = now.coordinates(x)  # (batch, stack, m, r)
-                dtype = c.array.dtype
-                m = own.fold([mu[i].astype(dtype) for i in own.indices]).times(change)
-                m = m.like((b1 * m.array + (1 - b1) * c.array).astype(dtype))
+        for group in tree.groups:
+            for factor, partner in group.sides():
+                first = calibrate_first_moment(tree, group, factor, partner, mu, basis, b1)
                 second = rule.update(
-                    own,
+                    factor,
                     SecondMomentState(
-                        [nu[i] for i in own.indices], [gram[i] for i in own.indices if i in gram]
+                        [nu[i] for i in factor.indices],
+                        [gram[i] for i in factor.indices if rule.has_gram],
                     ),
-                    ProjectedGradient(x, c, change),
+                    first.gradient,
                     b2,
-                    jax.random.fold_in(key, own.indices[0]),
+                    jax.random.fold_in(key, factor.indices[0]),
                 )
-                grams = second.gram or [optax.MaskedNode()] * len(own.indices)
-                for i, m_, p, s in zip(own.indices, own.unfold(m), second.rows, grams, strict=True):
-                    tree.leaves[i] = finish(m_, p, s)
-                    mu[i], nu[i] = m_.astype(mu[i].dtype), p
-                    if rule.has_gram:
-                        gram[i] = s
-                new_basis |= dict(zip(partners.indices, partners.unfold(now.q), strict=True))
-            basis |= new_basis
+                nu |= dict(zip(factor.indices, second.rows, strict=True))
+                gram |= dict(zip(factor.indices, second.gram, strict=rule.has_gram))
+                for i, m in zip(factor.indices, factor.unfold(first.mu), strict=True):
+                    tree.leaves[i] = finish(m, nu[i], gram.get(i, optax.MaskedNode()))
         for i in tree.plain:
             dtype = compute_dtype(tree.leaves[i])
             g = tree.leaves[i].astype(dtype)
@@ -251,29 +284,28 @@ def calibrate_moments(
             tree.leaves[i] = finish(m, p, optax.MaskedNode())
             mu[i], nu[i] = m.astype(mu[i].dtype), p
 
-        def like(old: Any, leaves: list[jax.Array]) -> Any:
-            return jax.tree.unflatten(jax.tree.structure(old), leaves)
+        def like(old: Any, leaves: dict[int, jax.Array]) -> Any:
+            return jax.tree.unflatten(jax.tree.structure(old), leaves.values())
 
         new_state = CalibratedMomentsState(
             count,
             like(state.mu, mu),
             like(state.nu, nu),
-            like(state.gram, list(gram.values())),
-            like(state.basis, list(basis.values())),
+            like(state.gram, gram),
+            like(state.basis, basis),
         )
         return tree.rebuilt(), new_state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformation(init, update)
 
 
 def project_updates(
     eps: Number = 1e-8,
     *,
-    scaling: Scaling = 1.0,
     move: Move = "tangent",
     first: Role = "b",
-    factors: FactorNames | None = None,
-) -> optax.GradientTransformationExtraArgs:
+    spec: FactorSpec = DEFAULT_SPEC,
+) -> optax.GradientTransformation:
     r"""Rebuilds Adam's direction of the full weight and projects it on what each partner spans.
 
     .. math::
@@ -281,16 +313,16 @@ def project_updates(
       \Delta A = D P (P^T P)^+
 
     so that W moves by `ΔA Pᵀ = D proj(P)`, whatever s is. D is made and projected back in tiles,
-    and never stands whole in memory. No element of it exceeds Adam's own bound. (The formulas are
-    those of the full second moment; for the others see their modules.)
+    and is never in memory as a whole. No element of it exceeds Adam's own bound. (The formulas are
+    those of the full second moment; for the others see
+    `loft_jax.optim.second_moments`.)
 
     Args:
-      eps: Adam's epsilon, beside the root of the second moment of the full gradient.
-      scaling: The s of `W = s A B`, or a function of the pair's path.
-      move: "tangent" makes the updates of both factors, for `assign_overlap`; with "alternate" the
-        direction of the one whose turn it is not is not computed, and its update is zero.
+      eps: Adam's epsilon, added to the root of the second moment of the full gradient.
+      move: "tangent" makes the updates of both factors, for `assign_overlap`; "alternate" only that
+        of the factor whose turn it is, and zero for the other.
       first: The factor that moves first, with "alternate".
-      factors: Names of the factors; see `find_pairs`.
+      spec: The pairs and their scaling.
 
     Returns:
       A transformation from the `Moments` of `calibrate_moments` to updates that point uphill, as
@@ -316,46 +348,41 @@ def project_updates(
     References:
       Tastan et al., LoFT, ICLR 2026 (arXiv 2505.21289), projected full update.
     """
-    check_scaling(scaling)
     check_move(move)
     check_role(first)
-    check(eps, "eps", lambda x: x >= 0, "a number >= 0")
+    check_not_negative(eps, "eps")
 
     def init(params: optax.Params) -> StepState:
-        find_pairs(params, factors)
+        find_pairs(params, spec)
         return StepState(jnp.zeros([], jnp.int32))
 
     def update(
         updates: optax.Updates,
         state: StepState,
         params: optax.Params | None = None,
-        *,
-        bases: Bases | None = None,
-        **extra: Any,
     ) -> tuple[optax.Updates, StepState]:
-        tree = FactorTree(updates, params, factors, bases, is_leaf=_is_moments)
+        tree = PairedUpdates(updates, params, spec, is_leaf=_is_moments)
         for leaf in tree.leaves:
             if not _is_moments(leaf):
                 raise ValueError(
                     f"project_updates found a leaf of type {type(leaf).__name__}, expected the "
                     "Moments that calibrate_moments makes: put that link right before this one"
                 )
-        for batch in tree.batches:
-            for own, partners in batch.both():
-                moments = [tree.leaves[i] for i in own.indices]
-                basis = tree.basis(batch, partners, scaling)
-                mu = own.fold([x.mu for x in moments])
+        for group in tree.groups:
+            for factor, partner in group.sides():
+                moments = [tree.leaves[i] for i in factor.indices]
+                mu = factor.fold([x.mu for x in moments])
                 dtype = mu.array.dtype
                 direction = functools.partial(
                     _RULES[moments[0].second_moment].direction,
-                    own,
+                    factor,
                     SecondMomentState(
                         [x.nu for x in moments],
                         [x.gram for x in moments if not isinstance(x.gram, optax.MaskedNode)],
                     ),
                     AdamStep(
                         mu.like(mu.array / moments[0].correction1.astype(dtype)),
-                        basis,
+                        tree.basis(group, partner),
                         moments[0].correction2.astype(dtype),
                         jnp.asarray(eps, dtype),
                         moments[0].limit.astype(dtype),
@@ -363,19 +390,18 @@ def project_updates(
                 )
                 if move == "alternate":
                     rest = functools.partial(jax.tree.map, jnp.zeros_like, mu)
-                    x = jax.lax.cond(has_turn(own, state.count, first), direction, rest)
+                    x = jax.lax.cond(has_turn(factor, state.count, first), direction, rest)
                 else:
                     x = direction()
-                for i, leaf in zip(own.indices, own.unfold(x), strict=True):
-                    tree.finish(i, leaf)
+                tree.put_updates(factor, x)
         for i in tree.plain:
             x = tree.leaves[i]
             real = jnp.finfo(x.mu.dtype).dtype
             root = jnp.sqrt(x.nu.astype(real) / x.correction2.astype(real))
-            tree.finish(i, x.mu / x.correction1.astype(real) / (root + eps))
+            tree.put_update(i, x.mu / x.correction1.astype(real) / (root + eps))
         return tree.rebuilt(), StepState(optax.safe_increment(state.count))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformation(init, update)
 
 
 def _adam_limit(b1: Number, b2: Number, count: jax.Array) -> jax.Array:

@@ -80,7 +80,7 @@ def state_shardings(
         spec = (*sharding.spec, *[None] * (len(param.shape) - len(sharding.spec)))
         shared = [size == own for size, own in zip(leaf.shape, param.shape, strict=False)]
         if len(leaf.shape) != len(param.shape):
-            # An (r, r) matrix of each layer of a stack: only axes in front can be the same ones.
+            # An (r, r) matrix of each layer of a stack: only leading axes can be the same ones.
             shared = list(itertools.takewhile(bool, shared))
         axes = [axis if same else None for axis, same in zip(spec, shared, strict=False)]
         return NamedSharding(sharding.mesh, PartitionSpec(*axes))

@@ -13,7 +13,7 @@ import numpy as np
 
 from loft_jax.hub.host_arrays import whole
 from loft_jax.models.activations import gathered
-from loft_jax.optim.conditioning import factor_grams
+from loft_jax.optim import factor_grams
 from loft_jax.training.flops import ModelFlops, peak_flops
 
 _PARTS = ("data", "eval", "save")

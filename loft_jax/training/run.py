@@ -15,7 +15,7 @@ from loft_jax.errors import InputError, explained
 from loft_jax.hub import load_model_config, load_tokenizer
 from loft_jax.hub.host_arrays import whole
 from loft_jax.models.family import Family
-from loft_jax.optim.state import state_bytes
+from loft_jax.optim import state_bytes
 from loft_jax.tasks.registry import infer_task, make_task
 from loft_jax.tasks.task import Measured, Task, within
 from loft_jax.training.checkpoint import Checkpoints

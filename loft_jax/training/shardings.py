@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from loft_jax.models.activations import BATCH_AXES
 from loft_jax.models.family import ParameterTable
-from loft_jax.optim.state import state_shardings
+from loft_jax.optim import state_shardings
 from loft_jax.training.parts import Parts
 from loft_jax.training.step import HOST_MEMORY, StepShardings, TrainState
 
@@ -44,7 +44,7 @@ def step_shardings(
     """The shardings of a run.
 
     Weights are split by `parameter_spec`, the optimizer's state like the parameters it is about
-    (`loft_jax.optim.state.state_shardings`); random streams, counters and metrics are on every
+    (`loft_jax.optim.state_shardings`); random streams, counters and metrics are on every
     device.
 
     Args:

@@ -10,11 +10,11 @@ import optax
 import pytest
 from flax import nnx
 
+from loft_jax import find_pairs
 from loft_jax.errors import InputError
 from loft_jax.lora import LoRAConfig, add_lora, lora_layers, merge_lora, remove_lora
 from loft_jax.models import LlamaConfig
 from loft_jax.models.llama import Llama
-from loft_jax.optim.pairs import find_pairs
 
 from .models import Stacked
 

@@ -1,4 +1,6 @@
-"""Least-squares problems on a full weight, and paths of W on them."""
+"""Least-squares problems on a full weight, and paths of W on them; small trees and their paths."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -82,3 +84,32 @@ def relative_errors(path, reference):
     distance = np.linalg.norm(path - reference, axis=(1, 2))
     size = np.linalg.norm(reference, axis=(1, 2))
     return np.where(distance == 0, 0, distance / np.where((distance == 0) & (size == 0), 1, size))
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def pair(seed, m=12, n=9, r=3, stack=()):
+    return {"lora_a": normal(seed, *stack, m, r), "lora_b": normal(seed + 1, *stack, r, n)}
+
+
+def run(tx, params, grads_of, steps):
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(grads_of(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    state, path = tx.init(params), []
+    for _ in range(steps):
+        params, state = step(params, state)
+        path.append(params)
+    return path, state
+
+
+def assert_trees_close(x, y, **tolerance):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, **tolerance), x, y)
+
+
+def random_grads(params):
+    return jax.tree.map(lambda p: jnp.sin(3 * p) + 0.3, params)

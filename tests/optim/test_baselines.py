@@ -140,7 +140,7 @@ def test_gram_of_several_ranks_and_stacks():
     with jax.enable_x64(True):
         program = jax.jit(tx.update).lower(grads, tx.init(params), params).compile()
         ours, _ = program(grads, tx.init(params), params)
-    # On CPUs two at one time can wait for each other for good.
+    # On CPUs two at one time can wait for each other forever.
     assert program.as_text().count('custom_call_target="lapack_dsyevd') == 1
     for found, g, p in zip(
         *([tree["q"], tree["k"], *tree["layers"]] for tree in (ours, grads, params)), strict=True

@@ -1,25 +1,61 @@
+"""The exact second moment against whole matrices in NumPy: packed halves, tiles, bounds."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from loft_jax.optim import full_moment
-from loft_jax.optim.full_moment import FullMoment
-from loft_jax.optim.pairs import batch_pairs, find_pairs
-from loft_jax.optim.second_moment import AdamStep, ProjectedGradient, SecondMomentState
-from loft_jax.optim.subspace import orthonormal_basis
-from loft_jax.optim.tall import Tall
-from tests.optim.test_packed import pack
+from loft_jax.optim.full_moment import (
+    FullMoment,
+    congruent,
+    symmetric_product,
+    symmetric_squares,
+)
+from loft_jax.optim.linear_algebra import FactorMatrix, orthonormal_basis
+from loft_jax.optim.pairs import find_pairs, group_pairs
+from loft_jax.optim.second_moments import AdamStep, ProjectedGradient, SecondMomentState
+
+
+def pack(p):
+    """The packed half, by its definition."""
+    r = p.shape[-1]
+    return np.stack(
+        [p[..., a, b] * (1 if a == b else np.sqrt(2)) for a in range(r) for b in range(a, r)], -1
+    )
+
+
+@pytest.mark.parametrize("r", [1, 2, 5, 50])
+def test_packed_algebra(r):
+    rng = np.random.default_rng(r)
+    x, y = rng.normal(size=(2, 3, 4, r))
+    z = rng.normal(size=(4, r))
+    c = rng.normal(size=(r, r))
+    half = (x[..., :, None] * y[..., None, :] + y[..., :, None] * x[..., None, :]) / 2
+    whole = pack(half)
+    with jax.enable_x64(True):
+        product = np.asarray(symmetric_product(jnp.asarray(x), jnp.asarray(y)))
+        features = np.asarray(symmetric_squares(FactorMatrix(jnp.asarray(z))).array)
+        wide = symmetric_squares(FactorMatrix(jnp.asarray(z.T), rank_last=False)).array
+        moved = congruent(FactorMatrix(jnp.asarray(whole)), jnp.asarray(c)).array
+        columns = jnp.asarray(whole.transpose(0, 2, 1))
+        moved_columns = congruent(FactorMatrix(columns, rank_last=False), jnp.asarray(c)).array
+    np.testing.assert_allclose(product, whole)
+    np.testing.assert_array_equal(wide.T, features)
+    np.testing.assert_allclose(whole @ features.T, np.einsum("ja,siab,jb->sij", z, half, z))
+    expected = pack(c.T @ half @ c)
+    np.testing.assert_allclose(moved, expected, atol=1e-12)
+    np.testing.assert_allclose(moved_columns, expected.transpose(0, 2, 1), atol=1e-12)
 
 
 def layers_of_pairs(batch, stack, m, n, r, seed=0):
-    """Equal pairs of stacked layers, apart, as one batch; and their factors in NumPy."""
+    """Equal pairs of stacked layers, apart, as one group; and their factors in NumPy."""
     rng = np.random.default_rng(seed)
     a, b = rng.normal(size=(batch, stack, m, r)), rng.normal(size=(batch, stack, r, n))
     params = {
         str(i): {"lora_a": jnp.asarray(a[i]), "lora_b": jnp.asarray(b[i])} for i in range(batch)
     }
-    [pairs] = batch_pairs(find_pairs(params), jax.tree.leaves(params))
+    [pairs] = group_pairs(find_pairs(params), jax.tree.leaves(params))
     return pairs, a, b
 
 
@@ -42,17 +78,17 @@ def test_is_the_dense_one_in_any_tiles(batch, stack, m, n, tile, role, monkeypat
     with jax.enable_x64(True):
         pairs, a, b = layers_of_pairs(batch, stack, m, n, r)
         own, partner = (a, np.swapaxes(b, 2, 3)) if role == "a" else (np.swapaxes(b, 2, 3), a)
-        factors, _ = pairs.both()[role == "b"]
+        factors, _ = pairs.sides()[role == "b"]
         by_rows = role == "a"
         rows = own.shape[2]
         mu, c = rng.normal(size=(2, batch, stack, rows, r))
         root = rng.normal(size=(batch, stack, rows, r, r))
         p = root @ np.swapaxes(root, -1, -2)
         change = rng.normal(size=(batch, stack, r, r))
-        basis = orthonormal_basis(Tall(laid_out(partner, not by_rows), not by_rows))
+        basis = orthonormal_basis(FactorMatrix(laid_out(partner, not by_rows), not by_rows))
 
         state = SecondMomentState([laid_out(x, by_rows) for x in pack(p)], [])
-        gradient = Tall(laid_out(c, by_rows), by_rows)
+        gradient = FactorMatrix(laid_out(c, by_rows), by_rows)
         state = FullMoment().update(
             factors,
             state,
@@ -60,7 +96,7 @@ def test_is_the_dense_one_in_any_tiles(batch, stack, m, n, tile, role, monkeypat
             b2,
             jax.random.key(0),
         )
-        step = AdamStep(Tall(laid_out(mu, by_rows), by_rows), basis, correction, eps, limit)
+        step = AdamStep(FactorMatrix(laid_out(mu, by_rows), by_rows), basis, correction, eps, limit)
         x = FullMoment().direction(factors, state, step).tall()
 
     p = b2 * np.einsum("gska,gsikl,gslb->gsiab", change, p, change)
@@ -80,8 +116,8 @@ def test_is_the_dense_one_in_any_tiles(batch, stack, m, n, tile, role, monkeypat
 def test_direction_stays_within_adams_bound():
     """The quadratic form rounds to a wrongly tiny v: the direction is bounded all the same."""
     pairs, _, b = layers_of_pairs(1, 1, 6, 40, 4)
-    basis = orthonormal_basis(Tall(jnp.asarray(b, jnp.float32), rank_last=False))
-    mu = Tall(jnp.asarray(np.random.default_rng(2).normal(size=(1, 1, 6, 4)), jnp.float32))
+    basis = orthonormal_basis(FactorMatrix(jnp.asarray(b, jnp.float32), rank_last=False))
+    mu = FactorMatrix(jnp.asarray(np.random.default_rng(2).normal(size=(1, 1, 6, 4)), jnp.float32))
     nothing = SecondMomentState([jnp.zeros((1, 6, 10))], [])
     step = AdamStep(mu, basis, 1.0, 1e-30, 1.0)
     x = FullMoment().direction(pairs.a, nothing, step).tall()

@@ -1,6 +1,5 @@
-"""The chain as users hold it: links apart, clips, stacks, plain leaves, hard cases, errors."""
+"""LoFT as users hold it: its links apart, stacks, plain leaves, hard cases, errors."""
 
-import functools
 import itertools
 
 import jax
@@ -11,50 +10,30 @@ import pytest
 
 import loft_jax
 from loft_jax import loft
-from tests.optim.problems import gradient, least_squares
-
-
-def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-def pair(seed, m=12, n=9, r=3, stack=()):
-    return {"lora_a": normal(seed, *stack, m, r), "lora_b": normal(seed + 1, *stack, r, n)}
-
-
-def run(tx, params, grads_of, steps):
-    @jax.jit
-    def step(params, state):
-        updates, state = tx.update(grads_of(params), state, params)
-        return optax.apply_updates(params, updates), state
-
-    state, path = tx.init(params), []
-    for _ in range(steps):
-        params, state = step(params, state)
-        path.append(params)
-    return path, state
-
-
-def assert_trees_close(x, y, **tolerance):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, **tolerance), x, y)
-
-
-def random_grads(params):
-    return jax.tree.map(lambda p: jnp.sin(3 * p) + 0.3, params)
+from tests.optim.problems import (
+    assert_trees_close,
+    gradient,
+    least_squares,
+    normal,
+    pair,
+    random_grads,
+    run,
+)
 
 
 @pytest.mark.parametrize("move", ["tangent", "alternate"])
 def test_the_chain_by_hand_is_loft(move):
     params = {"q": pair(0), "bias": normal(5, 4)}
+    spec = loft_jax.FactorSpec(scaling=2.0)
     turns = {
-        "tangent": loft_jax.assign_overlap(scaling=2.0),
-        "alternate": loft_jax.alternate_factors(),
+        "tangent": loft_jax.assign_overlap(spec=spec),
+        "alternate": loft_jax.alternate_factors(spec=spec),
     }
     by_hand = optax.chain(
-        loft_jax.project_gradients(scaling=2.0),
-        loft_jax.clip_by_projected_norm(0.5, scaling=2.0, move=move),
-        loft_jax.calibrate_moments(0.8, 0.9, scaling=2.0),
-        loft_jax.project_updates(1e-6, scaling=2.0, move=move),
+        loft_jax.project_gradients(spec=spec),
+        loft_jax.clip_by_projected_norm(0.5, move=move, spec=spec),
+        loft_jax.calibrate_moments(0.8, 0.9, spec=spec),
+        loft_jax.project_updates(1e-6, move=move, spec=spec),
         optax.add_decayed_weights(0.1),
         optax.scale_by_learning_rate(0.1),
         turns[move],
@@ -133,63 +112,6 @@ def test_numbers_of_another_precision():
         ours, _ = run(tx, {"q": pair(0)}, random_grads, 3)
         expected, _ = run(loft(0.05, **numbers), {"q": pair(0)}, random_grads, 3)
         assert_trees_close(ours, expected, rtol=1e-4)
-
-
-# Parts of a tree
-
-
-def full_gradients(params, full):
-    """Raw factor gradients of gradients (m, n) of the full weights."""
-    return {
-        name: {"lora_a": g @ params[name]["lora_b"].T, "lora_b": params[name]["lora_a"].T @ g}
-        for name, g in full.items()
-    }
-
-
-@pytest.mark.parametrize("turn", ["a", "b", "both"])
-def test_clip_norm_is_the_dense_one(turn):
-    params = {"q": pair(0), "k": pair(2, m=7, n=20, r=5)}
-    full = {"q": normal(7, 12, 9), "k": normal(8, 7, 20)}
-    grads = {**full_gradients(params, full), "bias": normal(9, 6)}
-    params["bias"] = jnp.zeros(6)
-
-    def projector(x):
-        return x @ np.linalg.pinv(x)
-
-    squares = [np.sum(np.square(grads["bias"]))]
-    for name, g in full.items():
-        rows = projector(np.asarray(params[name]["lora_a"])) @ g
-        columns = projector(np.asarray(params[name]["lora_b"]).T)
-        seen = {"a": g @ columns, "b": rows, "both": rows + g @ columns - rows @ columns}
-        squares.append(np.sum(np.square(seen[turn])))
-    norm = np.sqrt(sum(squares))
-    how = {} if turn == "both" else {"move": "alternate", "first": turn}
-    for max_norm, factor in ((norm / 3, 1 / 3), (norm * 1.01, 1.0)):
-        clip = loft_jax.clip_by_projected_norm(max_norm, **how)
-        project = loft_jax.project_gradients()
-        projected, _ = project.update(grads, project.init(params), params)
-        clipped, _ = clip.update(projected, clip.init(params), params)
-        expected = jax.tree.map(lambda x, f=factor: x * f, projected)
-        assert_trees_close(clipped, expected, rtol=1e-5)
-
-
-def test_clip_norm_of_float16_leaves_does_not_overflow():
-    params = {"bias": jnp.zeros(4, jnp.float16)}
-    clip = loft_jax.clip_by_projected_norm(1.0, factors=())
-    updates = {"bias": jnp.full(4, 300, jnp.float16)}
-    clipped, _ = clip.update(updates, clip.init(params), params)
-    np.testing.assert_allclose(clipped["bias"], 0.5, rtol=1e-3)
-
-
-def test_clip_of_the_update():
-    """Behind loft, the clip bounds how far W moves, in the Frobenius norm."""
-    params = {"q": pair(0)}
-    path, _ = run(
-        optax.chain(loft(10.0), loft_jax.clip_by_projected_norm(0.01)), params, random_grads, 6
-    )
-    weights = [p["q"]["lora_a"] @ p["q"]["lora_b"] for p in [params, *path]]
-    moves = [float(jnp.linalg.norm(y - x)) for x, y in itertools.pairwise(weights)]
-    np.testing.assert_allclose(moves, 0.01, rtol=1e-3)
 
 
 # Hard cases
@@ -287,13 +209,6 @@ def test_updates_of_another_structure():
         tx.update({**params, "extra": jnp.zeros(1)}, tx.init(params), params)
 
 
-def test_links_out_of_order():
-    params = {"q": pair(0)}
-    tx = loft_jax.project_updates()
-    with pytest.raises(ValueError, match="expected the Moments that calibrate_moments makes"):
-        tx.update(params, tx.init(params), params)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -327,33 +242,6 @@ def test_a_scaling_of_zero_names_the_path():
 def test_dtypes_that_moments_cannot_be_stored_in(dtype):
     with pytest.raises(ValueError, match=f"state_dtype is {dtype}, expected one of"):
         loft(0.1, state_dtype=dtype)
-
-
-def test_adapters_of_one_module_do_not_share_bases():
-    """PEFT's names: several adapters, whose pairs have one path in common."""
-    names = (("lora_A/x", "lora_B/x"), ("lora_A/y", "lora_B/y"))
-    one, other = pair(1), pair(2, r=2)
-    params = {
-        "q": {
-            "lora_A": {"x": one["lora_a"], "y": other["lora_a"]},
-            "lora_B": {"x": one["lora_b"], "y": other["lora_b"]},
-        }
-    }
-    tx = loft(0.1, factors=names)
-    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
-    for key, alone in (("x", one), ("y", other)):
-        tx = loft(0.1)
-        expected, _ = jax.jit(tx.update)(alone, tx.init(alone), alone)
-        np.testing.assert_allclose(updates["q"]["lora_B"][key], expected["lora_b"], rtol=1e-5)
-
-
-def test_bases_are_shared_around_a_chain_that_shares_its_own():
-    params, grads = pair(0), pair(1)
-    links = loft(0.1), loft_jax.clip_by_projected_norm(1e-2)
-    apart, around = optax.chain(*links), loft_jax.share_bases(optax.chain(*links))
-    expected, _ = jax.jit(apart.update)(grads, apart.init(params), params)
-    updates, _ = jax.jit(around.update)(grads, around.init(params), params)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), updates, expected)
 
 
 @pytest.mark.parametrize("second_moment", ["full", "factored", "diagonal"])

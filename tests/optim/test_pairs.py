@@ -1,3 +1,5 @@
+import functools
+
 import flax.core
 import flax.struct
 import jax
@@ -7,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from loft_jax.optim.pairs import find_pairs
+from loft_jax.optim.pairs import FactorSpec, find_pairs
 
 
 def factors(m, n, r, stack=()):
@@ -89,14 +91,14 @@ def test_axes(a, b, stack, ins, outs):
 def test_names_of_the_caller(module):
     tree = {module: {"down": {"kernel": jnp.zeros((8, 2))}, "up": {"kernel": jnp.zeros((2, 6))}}}
     for names in ((("down/kernel", "up/kernel"),), [["down/kernel", "up/kernel"]]):
-        [pair] = find_pairs(tree, factors=names)
+        [pair] = find_pairs(tree, FactorSpec(names))
         assert pair.path == module
 
 
 @pytest.mark.parametrize("names", [("lora_a", "lora_b"), [("lora_a",)]])
 def test_names_that_are_no_pairs(names):
     with pytest.raises(ValueError, match=r"factors holds .*expected pairs of endings"):
-        find_pairs({}, factors=names)
+        FactorSpec(names)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +122,7 @@ def test_errors_name_the_path(tree, message):
 
 
 def test_no_pairs_on_purpose():
-    assert find_pairs({"kernel": jnp.zeros((8, 6))}, factors=()) == []
+    assert find_pairs({"kernel": jnp.zeros((8, 6))}, FactorSpec(())) == []
     assert find_pairs({}) == []
 
 
@@ -128,3 +130,61 @@ def test_complex_factors_are_refused():
     params = {"q": {"lora_a": jnp.ones((4, 2), jnp.complex64), "lora_b": jnp.ones((2, 3))}}
     with pytest.raises(ValueError, match=r"'q/lora_a' is complex64, expected real factors"):
         find_pairs(params)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "axes", "stack", "ins", "outs"),
+    [
+        ((8, 5, 2), (2, 5, 6), (1,), (5,), (8,), (6,)),
+        ((8, 2), (2, 6), (), (), (8,), (6,)),
+        ((3, 4, 3), (3, 5, 2), (), (), (3, 4), (5, 2)),  # else three layers of (4, 3) and (5, 2)?
+        ((5, 8, 2), (5, 2, 6), (0,), (5,), (8,), (6,)),
+        ((7, 8, 5, 2), (7, 2, 5, 6), (2, 0), (7, 5), (8,), (6,)),
+    ],
+)
+def test_stack_axes_that_are_named(a, b, axes, stack, ins, outs):
+    rng = np.random.default_rng(0)
+    tree = {"lora_a": rng.normal(size=a), "lora_b": rng.normal(size=b)}
+    [pair] = find_pairs(tree, FactorSpec(stack_axes=axes))
+    assert (pair.a.stack, pair.a.features, pair.b.features) == (stack, ins, outs)
+    for factor, x in ((pair.a, tree["lora_a"]), (pair.b, tree["lora_b"])):
+        folded = factor.fold(jnp.asarray(x))
+        layers = np.moveaxis(x, sorted(axes), range(len(axes)))
+        np.testing.assert_array_equal(np.ravel(folded), np.ravel(layers).astype(np.float32))
+        np.testing.assert_array_equal(factor.unfold(folded), x.astype(np.float32))
+        assert factor.shape(pair.rank) == x.shape
+
+
+def test_stack_axes_that_do_not_fit():
+    tree = {"q": factors(8, 6, 2, stack=(5,))}
+    with pytest.raises(ValueError, match=r"'q' do not fit.*stack at axes \(1,\)"):
+        find_pairs(tree, FactorSpec(stack_axes=(1,)))
+    with pytest.raises(ValueError, match=r"stack_axes is \(-1,\), expected different positions"):
+        FactorSpec(stack_axes=(-1,))
+
+
+def test_a_spec_is_a_value():
+    """Equal, and with one hash, however its names were written; usable as a static argument."""
+    specs = [FactorSpec([["a", "b"]], 2.0, [1, 0]), FactorSpec((("a", "b"),), 2.0, (0, 1))]
+    assert specs[0] == specs[1]
+    assert len({*specs, FactorSpec()}) == 2
+    traced = []
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def scaled(x, spec):
+        traced.append(spec)
+        return x * spec.scaling
+
+    assert [float(scaled(1.0, spec)) for spec in specs] == [2.0, 2.0]
+    assert len(traced) == 1
+
+
+def test_a_scaling_may_be_traced():
+    """As `optax.inject_hyperparams` does; a spec with an array is made anew at each step."""
+
+    @jax.jit
+    def scaled(s):
+        [pair] = find_pairs(factors(8, 6, 2), spec := FactorSpec(scaling=s))
+        return spec.scaling_of(pair)
+
+    assert float(scaled(3.0)) == 3.0

@@ -336,7 +336,7 @@ def test_from_zero_without_a_warmup_stays_finite():
 
 
 def test_one_factorization_of_each_kind_for_all_pairs():
-    """On CPUs two at one time can wait for each other for good."""
+    """On CPUs two at one time can wait for each other forever."""
     params = jax.tree.map(jnp.asarray, {"q": pair(0), "k": pair(1, r=2), "v": pair(2, stack=(2,))})
     program = jax.jit(LINK.update).lower(params, LINK.init(params), params).compile().as_text()
     calls = re.findall(r'custom_call_target="(?:lapack|blas)_s(\w+?)_ffi"', program)

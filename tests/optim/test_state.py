@@ -1,4 +1,4 @@
-"""The bytes and the shardings of a state, for any transformation."""
+"""What a state costs, how it lies on a mesh, and which parameter each part of it belongs to."""
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from loft_jax import loft, reflora, reflora_s, state_bytes, state_shardings
+from tests.optim.transforms import PARAMS as MIXED_PARAMS
+from tests.optim.transforms import PROJECTED_GRADIENTS, every_transform, kinds, make
 
 MESH = Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), ("x", "y", "z"))
 STACK, IN, HEADS, OUT, RANK = 3, 64, 4, 8, 2
@@ -106,3 +108,29 @@ def test_a_parameter_without_a_named_sharding_is_named():
         state_shardings(loft(1e-3), params)
     with pytest.raises(ValueError, match="'head' has sharding None, expected a NamedSharding"):
         state_shardings(loft(1e-3), PARAMS, {**LAYOUT, "head": None})
+
+
+@every_transform
+def test_map_params(name):
+    """Optax finds the parts of a state that belong to parameters, and to which one each belongs."""
+    tx = make(name)
+    state = tx.init(MIXED_PARAMS)
+    ones = optax.tree.map_params(tx, jnp.ones_like, state)
+    assert kinds(ones) == kinds(state)
+    for leaf in jax.tree.leaves(ones):
+        assert bool((leaf == (leaf.ndim > 0)).all())  # all but counters
+
+    found = []
+
+    def compare(leaf, param):
+        if not is_masked(leaf):
+            found.append(sum(x != y for x, y in zip(leaf.shape, param.shape, strict=True)))
+
+    optax.tree.map_params(tx, compare, state, MIXED_PARAMS, is_leaf=is_masked)
+    keeps_moments = name not in (*PROJECTED_GRADIENTS, "alternate_factors", "assign_overlap")
+    assert set(found) <= {0, 1}  # something else in the place of the rank, at most
+    assert bool(found) == keeps_moments
+
+
+def is_masked(x):
+    return isinstance(x, optax.MaskedNode)

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from loft_jax import loft
 from loft_jax.errors import InputError
-from loft_jax.optim.loft import loft
 from loft_jax.training.checkpoint import Checkpoints
 from loft_jax.training.step import TrainState
 

@@ -1,8 +1,9 @@
 r"""RefLoRA: the gradients of the balanced factorization, in the factors as they are.
 
 `W = A B` is also `(A T) (T⁻¹ B)`. Zhang et al. ask for the T of the tightest bound on the loss
-behind a gradient step, and find the balanced factorization, `TᵀAᵀA T = T⁻¹B BᵀT⁻ᵀ`. A step there,
-seen from here, is one with gradients multiplied by `S = T Tᵀ`:
+after a gradient step, and find the balanced factorization, `TᵀAᵀA T = T⁻¹B BᵀT⁻ᵀ`. A gradient
+step on the balanced factors is, on the factors as they are, a step along gradients multiplied by
+`S = T Tᵀ`:
 
 .. math::
   S G S = H, \quad G = A^T A, \quad H = B B^T, \qquad
@@ -28,13 +29,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from loft_jax.optim.pairs import FactorNames, Number, find_pairs
-from loft_jax.optim.tall import matmul, transpose
-from loft_jax.optim.together import together
-from loft_jax.optim.tree import FactorTree, check_adam, check_steps, compute_dtype
+from loft_jax.optim.arguments import Number, check_adam, check_steps
+from loft_jax.optim.linear_algebra import batched, matmul, transpose
+from loft_jax.optim.paired_updates import PairedUpdates, compute_dtype
+from loft_jax.optim.pairs import DEFAULT_SPEC, FactorNames, FactorSpec, find_pairs
 
-# Times the rounding unit: what is left, beside the largest one, of an eigenvalue that is none.
-_NOTHING = 16
+# An eigenvalue counts as zero below this many rounding units of the largest one.
+_ZERO_UNITS = 16
 
 
 class RefLoRAState(NamedTuple):
@@ -63,23 +64,23 @@ class BalanceNormsState(NamedTuple):
 
 
 def precondition_by_reflora(
-    warmup_steps: Number = 100, *, interval: Number = 1, factors: FactorNames | None = None
+    warmup_steps: Number = 100, *, interval: Number = 1, spec: FactorSpec = DEFAULT_SPEC
 ) -> optax.GradientTransformation:
     r"""Multiplies the gradients of each pair by the metric of its balanced factorization.
 
     .. math::
       g_A \leftarrow g_A S^{-1}, \quad g_B \leftarrow S\, g_B, \qquad S A^T A\, S = B B^T
 
-    To stand before any optimizer, which then sees gradients of one scale for both factors. A pair
-    without full rank (in working precision; as with B = 0 at the start) has no such S and keeps its
-    gradients as they are.
+    The link goes before any optimizer, which then sees gradients of one scale for both factors. A
+    pair without full rank (in working precision; as with B = 0 at the start) has no such S and
+    keeps its gradients as they are.
 
     Args:
       warmup_steps: Steps before the first one that is changed: until then B gets its rank.
       interval: Steps that an S is used for: it multiplies the gradients of every one of them. With
-        each new S, and most of all with the first one behind the warmup, gradients have another
-        scale than those that the moments behind this link remember.
-      factors: Names of the factors; see `find_pairs`.
+        each new S, and most of all with the first one after the warmup, gradients have another
+        scale than those that the moments after this link remember.
+      spec: The pairs.
 
     Returns:
       A transformation of raw gradients that needs the parameters. Leaves that belong to no pair
@@ -108,7 +109,7 @@ def precondition_by_reflora(
     def init(params: optax.Params) -> RefLoRAState:
         leaves, treedef = jax.tree.flatten(params)
         metrics: list[Any] = [optax.MaskedNode() for _ in leaves]
-        for pair in find_pairs(params, factors):
+        for pair in find_pairs(params, spec):
             for factor in (pair.a, pair.b):
                 eye = jnp.eye(pair.rank, dtype=compute_dtype(leaves[factor.index]))
                 metrics[factor.index] = jnp.tile(eye, (*factor.stack, 1, 1))
@@ -117,30 +118,29 @@ def precondition_by_reflora(
     def update(
         updates: optax.Updates, state: RefLoRAState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, RefLoRAState]:
-        tree = FactorTree(updates, params, factors)
+        tree = PairedUpdates(updates, params, spec)
         leaves, treedef = jax.tree.flatten(state.metrics)
         # By position, and not by the MaskedNodes: with `optax.masked` the parameters have some too.
         kept = dict(zip(tree.paired, leaves, strict=True))
 
         def computed() -> dict[int, jax.Array]:
-            both = [(tree.param(batch.a), tree.param(batch.b)) for batch in tree.batches]
+            both = [(tree.param(group.a), tree.param(group.b)) for group in tree.groups]
             found = _metrics_of_all([(a.inner(a), b.inner(b)) for a, b in both])
             return {
                 i: metric.reshape(kept[i].shape)
-                for batch, pair in zip(tree.batches, found, strict=True)
-                for own, metrics in zip((batch.a, batch.b), pair, strict=True)
-                for i, metric in zip(own.indices, metrics, strict=True)
+                for group, pair in zip(tree.groups, found, strict=True)
+                for factor, metrics in zip((group.a, group.b), pair, strict=True)
+                for i, metric in zip(factor.indices, metrics, strict=True)
             }
 
         since = state.count - warmup_steps
         metrics = jax.lax.cond((since >= 0) & (since % interval == 0), computed, lambda: kept)
-        for batch in tree.batches:
-            for own in (batch.a, batch.b):
-                grads = tree.folded(own)  # (batch, stack, m, r)
-                metric = jnp.stack([metrics[i] for i in own.indices])
-                changed = grads.times(metric.reshape(*grads.array.shape[:2], *metric.shape[-2:]))
-                for i, leaf in zip(own.indices, own.unfold(changed), strict=True):
-                    tree.leaves[i] = leaf.astype(tree.leaves[i].dtype)
+        for group in tree.groups:
+            for factor in (group.a, group.b):
+                grads = tree.folded(factor)  # (group, stack, m, r)
+                metric = jnp.stack([metrics[i] for i in factor.indices])
+                metric = metric.reshape(*grads.array.shape[:2], *metric.shape[-2:])
+                tree.put_gradients(factor, grads.times(metric))
         return tree.rebuilt(), RefLoRAState(
             optax.safe_increment(state.count),
             jax.tree.unflatten(treedef, [metrics[i] for i in tree.paired]),
@@ -159,13 +159,14 @@ def reflora(
     warmup_steps: Number = 100,
     interval: Number = 1,
     factors: FactorNames | None = None,
+    stack_axes: Sequence[int] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""RefLoRA: AdamW on the gradients of the balanced factorization.
 
     .. math::
       g_A \leftarrow g_A S^{-1}, \quad g_B \leftarrow S\, g_B, \qquad S A^T A\, S = B B^T
 
-    It is the chain `precondition_by_reflora`, `optax.adamw`. What clips gradients stands before it.
+    It is the chain `precondition_by_reflora`, `optax.adamw`. A clip of gradients goes before it.
 
     Args:
       learning_rate: A number or a schedule.
@@ -173,9 +174,10 @@ def reflora(
       b2: Decay of the second moment.
       eps: Added to the root of the second moment.
       weight_decay: As in `optax.adamw`: decoupled, multiplied by the learning rate.
-      warmup_steps: Steps of plain LoRA in front.
+      warmup_steps: Steps of plain LoRA before the first change.
       interval: Steps that an S is used for.
-      factors: Names of the factors; see `find_pairs`.
+      factors: Endings of the paths of the factors. See `FactorSpec` for this and the next one.
+      stack_axes: Positions of the axes that stack layers; by default leading ones.
 
     Returns:
       An Optax transformation; its update needs the parameters. Leaves that belong to no pair take
@@ -198,7 +200,9 @@ def reflora(
     """
     check_adam(b1, b2, eps, weight_decay)
     return optax.chain(
-        precondition_by_reflora(warmup_steps, interval=interval, factors=factors),
+        precondition_by_reflora(
+            warmup_steps, interval=interval, spec=FactorSpec(factors, stack_axes=stack_axes)
+        ),
         optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay),
     )
 
@@ -207,7 +211,7 @@ def balance_norms(
     inner: optax.GradientTransformation,
     warmup_steps: Number = 0,
     *,
-    factors: FactorNames | None = None,
+    spec: FactorSpec = DEFAULT_SPEC,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Runs an optimizer on factors of equal norms, and moves the factors there.
 
@@ -221,11 +225,11 @@ def balance_norms(
 
     Args:
       inner: A whole optimizer, with its learning rate and its weight decay: updates of this
-        transformation hold the change of factors, so what scales or clips them behind it changes W.
+        transformation hold the change of factors, so what scales or clips them after it changes W.
         Of its state, moments of `optax.scale_by_adam` follow; others, as a trace, or gradients that
-        are accumulated over steps, would stay behind. Factors that it freezes are rescaled too.
-      warmup_steps: Steps of the inner optimizer alone, in front.
-      factors: Names of the factors; see `find_pairs`.
+        are accumulated over steps, would not. Factors that it freezes are rescaled too.
+      warmup_steps: Steps of the inner optimizer alone, before the first change.
+      spec: The pairs.
 
     Returns:
       A transformation that needs the parameters. Leaves that belong to no pair take the inner
@@ -252,7 +256,7 @@ def balance_norms(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> BalanceNormsState:
-        find_pairs(params, factors)
+        find_pairs(params, spec)
         inner_state = inner.init(params)
         if not any(map(_is_adam, jax.tree.leaves(inner_state, is_leaf=_is_adam))):
             raise ValueError(
@@ -267,8 +271,8 @@ def balance_norms(
         params: optax.Params | None = None,
         **extra: Any,
     ) -> tuple[optax.Updates, BalanceNormsState]:
-        FactorTree(updates, params, factors)  # refuses what does not fit
-        scales = _norm_scales(params, factors, state.count >= warmup_steps)
+        PairedUpdates(updates, params, spec)  # refuses what does not fit
+        scales = _norm_scales(params, spec, state.count >= warmup_steps)
 
         def follow(x: Any) -> Any:
             if not _is_adam(x):
@@ -303,6 +307,7 @@ def reflora_s(
     *,
     warmup_steps: Number = 100,
     factors: FactorNames | None = None,
+    stack_axes: Sequence[int] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""RefLoRA-S: AdamW on factors that are kept at equal norms.
 
@@ -318,8 +323,9 @@ def reflora_s(
       b2: Decay of the second moment.
       eps: Added to the root of the second moment.
       weight_decay: As in `optax.adamw`: decoupled, multiplied by the learning rate.
-      warmup_steps: Steps of plain LoRA in front.
-      factors: Names of the factors; see `find_pairs`.
+      warmup_steps: Steps of plain LoRA before the first change.
+      factors: Endings of the paths of the factors. See `FactorSpec` for this and the next one.
+      stack_axes: Positions of the axes that stack layers; by default leading ones.
 
     Returns:
       An Optax transformation; its update needs the parameters. Leaves that belong to no pair take
@@ -343,13 +349,13 @@ def reflora_s(
     """
     check_adam(b1, b2, eps, weight_decay)
     adamw = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay)
-    return balance_norms(adamw, warmup_steps, factors=factors)
+    return balance_norms(adamw, warmup_steps, spec=FactorSpec(factors, stack_axes=stack_axes))
 
 
 def _metrics_of_all(
     grams: Sequence[tuple[jax.Array, jax.Array]],
 ) -> list[tuple[jax.Array, jax.Array]]:
-    """`S⁻¹` and `S` of each batch of Gram matrices (batch, stack, r, r), by one call for all."""
+    """`S⁻¹` and `S` of each group of Gram matrices (group, stack, r, r), in one call for all."""
     units, sizes = [], []
     for g, h in grams:
         r = g.shape[-1]
@@ -365,7 +371,7 @@ def _metrics_of_all(
         sizes.append((usable, jnp.sqrt(size_h) / jnp.sqrt(size_g)))
     metrics = []
     for (inverse, s), (usable, size) in zip(
-        together(_metrics, units, diagonal=1.0), sizes, strict=True
+        batched(_metrics, units, diagonal=1.0), sizes, strict=True
     ):
         usable &= jnp.trace(s, axis1=-2, axis2=-1)[..., None, None] > 0
         size = jnp.where(usable, size, 1)
@@ -376,9 +382,9 @@ def _metrics_of_all(
 
 def _metrics(g: jax.Array, h: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`S⁻¹` and `S` of Gram matrices (count, r, r); zeros where one has less than full rank."""
-    nothing = _NOTHING * float(jnp.finfo(g.dtype).eps)
+    nothing = _ZERO_UNITS * float(jnp.finfo(g.dtype).eps)
     lower = jnp.linalg.cholesky(g)  # NaN where g is not definite
-    # What is left of each column beside the ones before it, as a part of the column.
+    # What is left of each column after projecting out the ones before it, as a share of the column.
     left = jnp.square(_diagonal(lower)) / _diagonal(g)
     usable = jnp.all(left > nothing, axis=-1)[:, None, None]  # no NaN is
     lower = jnp.where(usable, lower, jnp.eye(g.shape[-1], dtype=g.dtype))
@@ -398,22 +404,24 @@ def _diagonal(x: jax.Array) -> jax.Array:
 
 
 def _norm_scales(
-    params: Any, factors: FactorNames | None, begun: jax.Array
+    params: Any, spec: FactorSpec, begun: jax.Array
 ) -> dict[tuple[Any, ...], jax.Array]:
     """What each factor is multiplied by, (*stack, 1, ...), by the path of its leaf."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     scales = {}
-    for pair in find_pairs(params, factors):
+    for pair in find_pairs(params, spec):
         (a_path, a), (b_path, b) = (leaves[factor.index] for factor in (pair.a, pair.b))
-        axes = range(len(pair.a.stack), a.ndim), range(len(pair.b.stack), b.ndim)
+        axes_a, axes_b = (
+            tuple(axis for axis in range(x.ndim) if axis not in pair.a.stack_axes) for x in (a, b)
+        )
         norm_a, norm_b = (
-            jnp.sqrt(jnp.sum(jnp.square(x.astype(compute_dtype(x))), axis=tuple(own)))
-            for x, own in zip((a, b), axes, strict=True)
+            jnp.sqrt(jnp.sum(jnp.square(x.astype(compute_dtype(x))), axis=axes))
+            for x, axes in ((a, axes_a), (b, axes_b))
         )
         usable = begun & (norm_a > 0) & (norm_b > 0) & jnp.isfinite(norm_a) & jnp.isfinite(norm_b)
         c = jnp.sqrt(jnp.where(usable, norm_b, 1)) / jnp.sqrt(jnp.where(usable, norm_a, 1))
-        scales[a_path] = jnp.expand_dims(c, tuple(axes[0]))
-        scales[b_path] = jnp.expand_dims(1 / c, tuple(axes[1]))
+        scales[a_path] = jnp.expand_dims(c, axes_a)
+        scales[b_path] = jnp.expand_dims(1 / c, axes_b)
     return scales
 
 

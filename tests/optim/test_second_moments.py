@@ -1,4 +1,4 @@
-"""The factored second moment against Adafactor's on the whole matrix, in NumPy."""
+"""The factored second moment against Adafactor's, the diagonal one against Adam's."""
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import loft_jax
+from loft_jax import loft
 
 
 def adafactor_direction(mu, rows, columns, eps, limit):
@@ -19,7 +20,7 @@ def adafactor_direction(mu, rows, columns, eps, limit):
 
 
 @pytest.mark.parametrize("turn", ["a", "b"])
-def test_is_adafactor_of_the_projected_gradient(turn):
+def test_factored_is_adafactor_of_the_projected_gradient(turn):
     """Four steps with gradients of a fixed sequence and both factors' moments, float64."""
     m, n, r, lr, b1, b2, eps = 7, 5, 3, 0.1, 0.8, 0.9, 1e-3
     rng = np.random.default_rng(0)
@@ -59,7 +60,7 @@ def test_is_adafactor_of_the_projected_gradient(turn):
             params = optax.apply_updates(params, updates)
 
 
-def test_a_row_stays_within_adams_bound():
+def test_a_row_of_the_factored_one_stays_within_adams_bound():
     """A gradient that comes once, in a row and a column of their own, after long silence."""
     params = {"lora_a": jnp.eye(40, 4), "lora_b": jnp.eye(4, 30)}
     tx = loft_jax.loft(1.0, 0.9, 0.999, 0.0, second_moment="factored", first="a")
@@ -74,9 +75,49 @@ def test_a_row_stays_within_adams_bound():
     assert float(jnp.linalg.norm(updates["lora_a"] @ params["lora_b"], axis=1).max()) < 4 * 30**0.5
 
 
-def test_state_is_a_number_a_row():
+def test_the_factored_state_is_a_number_a_row():
     params = {"lora_a": jnp.ones((2, 64, 8)), "lora_b": jnp.zeros((2, 8, 32))}
     state = loft_jax.calibrate_moments(second_moment="factored").init(params)
     assert state.nu["lora_a"].shape == (2, 64, 1)
     assert state.nu["lora_b"].shape == (2, 1, 32)
     assert state.gram["lora_a"].shape == state.gram["lora_b"].shape == (2, 8, 8)
+
+
+def test_diagonal_is_adam_on_the_scaled_gradients_while_the_partner_rests():
+    """With B left alone its span does not move, and A takes Adam's steps of `G P (PᵀP)⁻¹`."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(7, 3)), rng.normal(size=(3, 5))
+    with jax.enable_x64(True):
+        params = {"lora_a": jnp.asarray(a), "lora_b": jnp.asarray(b)}
+        chain = optax.chain(
+            loft_jax.project_gradients(),
+            loft_jax.calibrate_moments(0.8, 0.9, second_moment="diagonal"),
+            loft_jax.project_updates(1e-4),
+        )
+        state, adam = chain.init(params), optax.scale_by_adam(0.8, 0.9, 1e-4)
+        adam_state = adam.init(params["lora_a"])
+        for _ in range(5):
+            grad = rng.normal(size=(7, 5))
+            updates, state = chain.update(
+                {"lora_a": jnp.asarray(grad @ b.T), "lora_b": jnp.asarray(a.T @ grad)},
+                state,
+                params,
+            )
+            scaled = grad @ b.T @ np.linalg.inv(b @ b.T)
+            expected, adam_state = adam.update(jnp.asarray(scaled), adam_state)
+            np.testing.assert_allclose(updates["lora_a"], expected, rtol=1e-8)
+
+
+def test_diagonal_depends_on_the_factorization():
+    """What the full and the factored second moment do not: the missing invariance is real."""
+    rng = np.random.default_rng(1)
+    grad = rng.normal(size=(7, 5))
+    a, b = rng.normal(size=(7, 3)), rng.normal(size=(3, 5))
+    moves = []
+    for t in (np.eye(3), rng.normal(size=(3, 3))):
+        params = {"lora_a": jnp.asarray(a @ t), "lora_b": jnp.asarray(np.linalg.solve(t, b))}
+        grads = {"lora_a": grad @ params["lora_b"].T, "lora_b": params["lora_a"].T @ grad}
+        tx = loft(0.1, second_moment="diagonal")
+        updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+        moves.append(params["lora_a"] @ updates["lora_b"])
+    assert not np.allclose(*moves, rtol=0.1)

@@ -1,3 +1,5 @@
+"""Bases at the limit of the arithmetic, products layer by layer, many sizes in one call."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,8 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loft_jax.optim.subspace import orthonormal_basis
-from loft_jax.optim.tall import Tall
+from loft_jax.optim.linear_algebra import (
+    FactorMatrix,
+    _layer_by_layer,
+    batched,
+    matmul,
+    orthonormal_basis,
+)
 
 
 def conditioned(n, r, condition, seed=0):
@@ -22,7 +29,7 @@ def conditioned(n, r, condition, seed=0):
 def test_factorizes_at_the_limit_of_the_arithmetic(dtype, condition, n, r, rank_last):
     with jax.enable_x64(True):
         p = jnp.asarray(conditioned(n, r, condition), dtype)
-        basis = orthonormal_basis(Tall(p if rank_last else p.T, rank_last))
+        basis = orthonormal_basis(FactorMatrix(p if rank_last else p.T, rank_last))
         q, s, s_inv = (np.asarray(x, np.float64) for x in (basis.q.tall(), basis.s, basis.s_inv))
     eps = np.finfo(dtype).eps
     np.testing.assert_allclose(q.T @ q, np.eye(r), atol=40 * eps)
@@ -44,7 +51,7 @@ def test_zero_and_dependent_columns_add_no_direction(zero, twins, scale, dtype):
     p[:, zero] = 0
     p *= 10.0**scale
     with jax.enable_x64(True):
-        basis = jax.jit(orthonormal_basis)(Tall(jnp.asarray(p, dtype)))
+        basis = jax.jit(orthonormal_basis)(FactorMatrix(jnp.asarray(p, dtype)))
         q = np.asarray(basis.q.array, np.float64)
         assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(basis))
     rank = np.linalg.matrix_rank(p)
@@ -59,18 +66,48 @@ def test_projects_a_product():
     p, g = conditioned(9, 3, 10), rng.normal(size=(7, 9))
     p[:, 1] = 0
     with jax.enable_x64(True):
-        basis = orthonormal_basis(Tall(jnp.asarray(p)))
-        x = np.asarray(basis.project(Tall(jnp.asarray(g @ p))).array)
+        basis = orthonormal_basis(FactorMatrix(jnp.asarray(p)))
+        x = np.asarray(basis.project(FactorMatrix(jnp.asarray(g @ p))).array)
     np.testing.assert_allclose(x @ p.T, g @ p @ np.linalg.pinv(p), atol=1e-12)
     np.testing.assert_allclose(x[:, 1], 0, atol=1e-12)
 
 
 def test_square_full_rank_basis_is_the_identity():
     with jax.enable_x64(True):
-        q = orthonormal_basis(Tall(jnp.asarray(conditioned(6, 6, 100)))).q.array
+        q = orthonormal_basis(FactorMatrix(jnp.asarray(conditioned(6, 6, 100)))).q.array
     np.testing.assert_allclose(np.abs(q), np.eye(6), atol=1e-14)
 
 
 def test_a_nan_shows():
     p = jnp.ones((5, 2)).at[0, 0].set(jnp.nan)
-    assert bool(jnp.isnan(orthonormal_basis(Tall(p)).q.array).any())
+    assert bool(jnp.isnan(orthonormal_basis(FactorMatrix(p)).q.array).any())
+
+
+def test_products_layer_by_layer_are_the_products():
+    x = jax.random.normal(jax.random.key(0), (2, 24, 5, 4))
+    y = jax.random.normal(jax.random.key(1), (2, 24, 4, 300))
+    expected = np.asarray(x, np.float64) @ np.asarray(y, np.float64)
+    for product in (_layer_by_layer, matmul):
+        np.testing.assert_allclose(product(x, y), expected, rtol=1e-5, atol=1e-6)
+    for program in (_layer_by_layer, matmul):
+        assert "f32[2,5,300]" in str(jax.make_jaxpr(program)(x, y))  # of one layer
+
+
+def test_one_call_for_all_sizes():
+    """Small matrices beside an identity; each result in the dtype of its group."""
+    calls = []
+
+    def inverse(x):
+        calls.append(x.shape)
+        return (jnp.linalg.inv(x),)
+
+    rng = np.random.default_rng(0)
+    groups = [
+        (jnp.asarray(rng.normal(size=(*count, r, r)) + 3 * np.eye(r), jnp.float32),)
+        for count, r in (((2, 3), 2), ((1, 1), 4), ((4, 1), 1))
+    ]
+    found = batched(inverse, groups, diagonal=1.0)
+    assert calls == [(11, 4, 4)]
+    for (x,), (y,) in zip(groups, found, strict=True):
+        np.testing.assert_allclose(y, np.linalg.inv(x), rtol=1e-4, atol=1e-5)
+    assert batched(inverse, []) == []

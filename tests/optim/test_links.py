@@ -1,0 +1,74 @@
+"""The links of the chain apart: what a clip counts, and in which order they stand."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import loft_jax
+from loft_jax import loft
+from tests.optim.problems import assert_trees_close, normal, pair, random_grads, run
+
+
+def full_gradients(params, full):
+    """Raw factor gradients of gradients (m, n) of the full weights."""
+    return {
+        name: {"lora_a": g @ params[name]["lora_b"].T, "lora_b": params[name]["lora_a"].T @ g}
+        for name, g in full.items()
+    }
+
+
+@pytest.mark.parametrize("turn", ["a", "b", "both"])
+def test_clip_norm_is_the_dense_one(turn):
+    params = {"q": pair(0), "k": pair(2, m=7, n=20, r=5)}
+    full = {"q": normal(7, 12, 9), "k": normal(8, 7, 20)}
+    grads = {**full_gradients(params, full), "bias": normal(9, 6)}
+    params["bias"] = jnp.zeros(6)
+
+    def projector(x):
+        return x @ np.linalg.pinv(x)
+
+    squares = [np.sum(np.square(grads["bias"]))]
+    for name, g in full.items():
+        rows = projector(np.asarray(params[name]["lora_a"])) @ g
+        columns = projector(np.asarray(params[name]["lora_b"]).T)
+        seen = {"a": g @ columns, "b": rows, "both": rows + g @ columns - rows @ columns}
+        squares.append(np.sum(np.square(seen[turn])))
+    norm = np.sqrt(sum(squares))
+    how = {} if turn == "both" else {"move": "alternate", "first": turn}
+    for max_norm, factor in ((norm / 3, 1 / 3), (norm * 1.01, 1.0)):
+        clip = loft_jax.clip_by_projected_norm(max_norm, **how)
+        project = loft_jax.project_gradients()
+        projected, _ = project.update(grads, project.init(params), params)
+        clipped, _ = clip.update(projected, clip.init(params), params)
+        expected = jax.tree.map(lambda x, f=factor: x * f, projected)
+        assert_trees_close(clipped, expected, rtol=1e-5)
+
+
+def test_clip_norm_of_float16_leaves_does_not_overflow():
+    params = {"bias": jnp.zeros(4, jnp.float16)}
+    clip = loft_jax.clip_by_projected_norm(1.0, spec=loft_jax.FactorSpec(()))
+    updates = {"bias": jnp.full(4, 300, jnp.float16)}
+    clipped, _ = clip.update(updates, clip.init(params), params)
+    np.testing.assert_allclose(clipped["bias"], 0.5, rtol=1e-3)
+
+
+def test_clip_of_the_update():
+    """Behind loft, the clip bounds how far W moves, in the Frobenius norm."""
+    params = {"q": pair(0)}
+    path, _ = run(
+        optax.chain(loft(10.0), loft_jax.clip_by_projected_norm(0.01)), params, random_grads, 6
+    )
+    weights = [p["q"]["lora_a"] @ p["q"]["lora_b"] for p in [params, *path]]
+    moves = [float(jnp.linalg.norm(y - x)) for x, y in itertools.pairwise(weights)]
+    np.testing.assert_allclose(moves, 0.01, rtol=1e-3)
+
+
+def test_links_out_of_order():
+    params = {"q": pair(0)}
+    tx = loft_jax.project_updates()
+    with pytest.raises(ValueError, match="expected the Moments that calibrate_moments makes"):
+        tx.update(params, tx.init(params), params)

@@ -1,0 +1,151 @@
+"""The containers, names and shapes that parameters come in: the path is the same in all of them."""
+
+import dataclasses
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from flax.core import FrozenDict
+
+import loft_jax
+from tests.optim.transforms import (
+    ADAMW,
+    PARAMS,
+    TRANSFORMS,
+    assert_close,
+    assert_stable,
+    every_alias,
+    follow,
+    gradients,
+    make,
+    pair,
+    path_of,
+)
+
+
+@flax.struct.dataclass
+class Factors:
+    lora_a: jax.Array
+    lora_b: jax.Array
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["head", "q"], meta_fields=["name"]
+)
+@dataclasses.dataclass
+class Model:
+    head: jax.Array
+    q: Factors
+    name: str
+
+
+def variables(tree):
+    return nnx.State(
+        {
+            "head": nnx.Param(tree["head"]),
+            "q": {key: nnx.LoRAParam(x) for key, x in tree["q"].items()},
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    "container",
+    [
+        FrozenDict,
+        lambda tree: {"params": tree},
+        lambda tree: [tree["head"], tree["q"]],
+        variables,
+        lambda tree: nnx.as_pure(variables(tree)),
+        lambda tree: Model(tree["head"], Factors(**tree["q"]), "model"),
+    ],
+    ids=["FrozenDict", "dict", "list", "nnx.State", "pure nnx.State", "dataclass"],
+)
+def test_containers(container):
+    params = container(PARAMS)
+    assert_stable(make("loft"), params)
+    path = follow(make("loft"), params, 2)
+    assert jax.tree.structure(path[-1]) == jax.tree.structure(params)
+    assert_close([jax.tree.leaves(p) for p in path], [jax.tree.leaves(p) for p in path_of("loft")])
+
+
+def test_nnx_optimizer():
+    """As trainers on NNX hold it, Tunix's for one: variables around parameters and state."""
+    layer = nnx.LoRA(5, 2, 4, rngs=nnx.Rngs(0))
+    layer.lora_a[...], layer.lora_b[...] = PARAMS["q"]["lora_a"], PARAMS["q"]["lora_b"]
+    optimizer = nnx.Optimizer(layer, make("loft"), wrt=nnx.LoRAParam)
+
+    @nnx.jit
+    def step(layer, optimizer):
+        optimizer.update(layer, gradients(nnx.state(layer, nnx.LoRAParam)))
+
+    for expected in path_of("loft"):
+        step(layer, optimizer)
+        assert_close(nnx.to_pure_dict(nnx.state(layer)), expected["q"], 1e-3, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("place", "factors"),
+    [
+        # Flax: a LoRA module beside the base, a LoRALinear, layers in a list.
+        (lambda a, b: {"q": {"kernel": {}, "lora": {"lora_a": a, "lora_b": b}}}, None),
+        (lambda a, b: {"layers": [{"lora_a": a, "lora_b": b}]}, None),
+        # Qwix: siblings of the weight, by its name.
+        (lambda a, b: {"q": {"kernel_lora_a": a, "kernel_lora_b": b}}, None),
+        (lambda a, b: {"q": {"w_lora_a": a, "w_lora_b": b}}, None),
+        # PEFT's names, bare and as modules of their own with an adapter's name between.
+        (lambda a, b: {"q": {"lora_A": a, "lora_B": b}}, None),
+        (
+            lambda a, b: {
+                "q": {"lora_A": {"default": {"weight": a}}, "lora_B": {"default": {"weight": b}}}
+            },
+            (("lora_A/default/weight", "lora_B/default/weight"),),
+        ),
+        # Linen: two Dense modules.
+        (
+            lambda a, b: {"params": {"q": {"down": {"kernel": a}, "up": {"kernel": b}}}},
+            (("down/kernel", "up/kernel"),),
+        ),
+    ],
+)
+def test_names(place, factors):
+    params = place(PARAMS["q"]["lora_a"], PARAMS["q"]["lora_b"])
+    expected = [jax.tree.leaves(p["q"]) for p in path_of("loft")]
+    path = follow(loft_jax.loft(**ADAMW, factors=factors), params, 2)
+    assert_close([jax.tree.leaves(p) for p in path], expected)
+
+
+@every_alias
+def test_axes(name):
+    """Factors of an einsum move as their folded forms, and stacked ones as separate ones do."""
+    params = {"head": PARAMS["head"], "q": pair(0, m=6, n=4)}
+    shaped = {
+        **params,
+        "q": {
+            "lora_a": params["q"]["lora_a"].reshape(3, 2, 2),
+            "lora_b": params["q"]["lora_b"].reshape(2, 2, 2),
+        },
+    }
+    expected = follow(make(name), params, 2)
+    path = follow(make(name), shaped, 2)
+    assert_close(
+        [[x.ravel() for x in jax.tree.leaves(p)] for p in path],
+        [[x.ravel() for x in jax.tree.leaves(p)] for p in expected],
+    )
+
+
+@pytest.mark.parametrize("name", ["loft", "loft, full", "loft_muon", "reflora", "reflora_s"])
+def test_stack_axes(name):
+    """Layers stacked on an axis that is named, as Linen's scan has it, move as leading ones do."""
+
+    def second(tree):
+        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), tree)
+
+    leading = {"q": pair(0, m=6, n=4, stack=(3,))}
+    factory, numbers, others = TRANSFORMS[name]
+    tx = factory(**numbers, **others, stack_axes=(1,))
+    assert_stable(tx, second(leading))
+    expected = follow(make(name), leading, 2)
+    assert_close(follow(tx, second(leading), 2), [second(p) for p in expected])

@@ -14,7 +14,7 @@ from loft_jax.models import Quantization
 from loft_jax.training.config import TaskConfig
 
 if TYPE_CHECKING:
-    from loft_jax.models.family import Family, ModelConfig
+    from loft_jax.models.family import Family, PretrainedConfig
     from loft_jax.tasks.task import Task
 
 
@@ -66,7 +66,7 @@ class Evaluate:
         print(json.dumps({k: v if math.isfinite(v) else None for k, v in report}))
         return 0
 
-    def _task(self, family: "Family", sizes: "ModelConfig", rows: Any) -> "Task":
+    def _task(self, family: "Family", sizes: "PretrainedConfig", rows: Any) -> "Task":
         """The task that is named, that the adapter was trained on, or that the rows say."""
         from loft_jax.tasks.classification import labels_of
         from loft_jax.tasks.registry import infer_task, make_task

@@ -12,7 +12,7 @@ from gguf.quants import dequantize
 from loft_jax.errors import InputError, explained, naming, shown
 from loft_jax.files import regular_file
 from loft_jax.hub.safetensors_io import Region
-from loft_jax.models.family import GGUFAdapter, ModelConfig
+from loft_jax.models.family import GGUFAdapter, PretrainedConfig
 from loft_jax.models.registry import gguf_family
 
 
@@ -55,7 +55,7 @@ class GGUF:
                 for name, tensor in self._tensors.items()
             }
         with explained(f"{self.path}: does not describe a model"), naming(self.path):
-            self.config: ModelConfig = adapter.config(self.metadata, self.shapes)
+            self.config: PretrainedConfig = adapter.config(self.metadata, self.shapes)
 
     def read(self, name: str, region: Region = ...) -> np.ndarray:
         """Reads one tensor, or a region of it, and dequantizes the rows that it touches.

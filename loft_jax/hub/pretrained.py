@@ -35,8 +35,8 @@ from loft_jax.models import Head, Quantization, Remat
 from loft_jax.models.family import (
     Family,
     LanguageModel,
-    ModelConfig,
     ParameterTable,
+    PretrainedConfig,
     PretrainedModel,
     SequenceClassifier,
     flat_parameters,
@@ -111,7 +111,7 @@ class _Opened(NamedTuple):
     """A model before its weights are read."""
 
     family: Family
-    config: ModelConfig
+    config: PretrainedConfig
     source: _Source
 
 
@@ -251,7 +251,7 @@ def _drawn(make: Callable[[], PretrainedModel], paths: Sequence[str]) -> dict[st
     return jax.jit(draw)()
 
 
-def load_model_config(path_or_hub_id: str | os.PathLike[str]) -> tuple[Family, ModelConfig]:
+def load_model_config(path_or_hub_id: str | os.PathLike[str]) -> tuple[Family, PretrainedConfig]:
     """Reads what a model is made of, and none of its weights.
 
     Args:
@@ -427,7 +427,7 @@ def _open(path: Path) -> _Opened:
     return _Opened(family, config, _Renamed(source, family))
 
 
-def _read_config(path: Path) -> tuple[Family, ModelConfig]:
+def _read_config(path: Path) -> tuple[Family, PretrainedConfig]:
     content = read_json(inside(path.parent, path.name), most_bytes=MOST_CONFIG)
     if (name := content.get("transformers_weights")) is not None:
         raise InputError(

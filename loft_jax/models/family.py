@@ -26,7 +26,7 @@ Remat = Literal["none", "dots", "full"]
 layers, which are kept; or each layer as a whole."""
 
 
-class ModelConfig(Protocol):
+class PretrainedConfig(Protocol):
     """Sizes and constants of a model, under the names of Hugging Face's ``config.json``."""
 
     @property
@@ -384,7 +384,7 @@ class GGUFAdapter(Protocol):
 
     def config(
         self, metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
-    ) -> ModelConfig:
+    ) -> PretrainedConfig:
         """The configuration, from the metadata and the shapes by Hugging Face's names.
 
         Raises:
@@ -412,12 +412,12 @@ class Family:
     """
 
     model_type: str
-    config: type[ModelConfig]
+    config: type[PretrainedConfig]
     models: Mapping[Head, type[PretrainedModel]]
     prefix: str
     renamed: Mapping[str, str] = field(default_factory=dict)
     ignored: str = "(?!)"
-    sizes: Mapping[str, ModelConfig] = field(default_factory=dict)
+    sizes: Mapping[str, PretrainedConfig] = field(default_factory=dict)
     gguf: GGUFAdapter | None = None
 
     def model(self, head: Head) -> Any:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from loft_jax.errors import InputError, shown
 from loft_jax.models import bert, gpt2, llama
-from loft_jax.models.family import Family, ModelConfig
+from loft_jax.models.family import Family, PretrainedConfig
 
 _FAMILIES = (
     bert.FAMILY,
@@ -15,7 +15,7 @@ _FAMILIES = (
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _FAMILIES}
 """By Hugging Face's ``model_type``."""
 
-WELL_KNOWN: Mapping[str, tuple[Family, ModelConfig]] = {
+WELL_KNOWN: Mapping[str, tuple[Family, PretrainedConfig]] = {
     name: (family, config) for family in _FAMILIES for name, config in family.sizes.items()
 }
 """Families and configurations of well-known models, by name."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from loft_jax.data import DataConfig, TokenizedData
 from loft_jax.data.batches import Batch
-from loft_jax.models.family import Head, ModelConfig, PretrainedModel
+from loft_jax.models.family import Head, PretrainedConfig, PretrainedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -166,7 +166,7 @@ class Task(ABC):
         return model.output_modules if self.trains_head else ()
 
 
-def within(data: DataConfig, model: ModelConfig) -> DataConfig:
+def within(data: DataConfig, model: PretrainedConfig) -> DataConfig:
     """The data of a model that has weights for so many positions only.
 
     Args:

@@ -17,8 +17,8 @@ from loft_jax.lora import LoRAConfig, add_lora, lora_layers
 from loft_jax.methods import Method
 from loft_jax.models.family import (
     Family,
-    ModelConfig,
     ParameterTable,
+    PretrainedConfig,
     PretrainedModel,
     with_labels,
 )
@@ -123,7 +123,7 @@ _TOLD = {
 
 
 def abstract_model(
-    family: Family, sizes: ModelConfig, config: FinetuneConfig, task: Task
+    family: Family, sizes: PretrainedConfig, config: FinetuneConfig, task: Task
 ) -> PretrainedModel:
     """The model of a run as shapes: what `load_model` gives, with nothing read or allocated.
 

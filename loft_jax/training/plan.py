@@ -20,7 +20,7 @@ import optax
 from loft_jax.errors import InputError
 from loft_jax.hub import load_model_config
 from loft_jax.methods import Method, settings_of
-from loft_jax.models.family import Family, ModelConfig
+from loft_jax.models.family import Family, PretrainedConfig
 from loft_jax.models.registry import WELL_KNOWN
 from loft_jax.tasks.registry import TASKS, make_task
 from loft_jax.tasks.task import Task
@@ -203,7 +203,7 @@ def _prepare(config: FinetuneConfig, topology: str, slices: int) -> _Prepared:
     return _Prepared(task, parts, tx, shardings, chips, batch)
 
 
-def _task_of(config: FinetuneConfig, family: Family, sizes: ModelConfig) -> Task:
+def _task_of(config: FinetuneConfig, family: Family, sizes: PretrainedConfig) -> Task:
     """The task of a run; by default the first that the family has a model for."""
     labels, given = config.task.labels, config.task.name
     possible = [known for known, task in TASKS.items() if task.head in family.models]
@@ -213,7 +213,7 @@ def _task_of(config: FinetuneConfig, family: Family, sizes: ModelConfig) -> Task
     return make_task(name, None, config.data, labels=labels)
 
 
-def plan_model(name: str) -> tuple[Family, ModelConfig]:
+def plan_model(name: str) -> tuple[Family, PretrainedConfig]:
     """The family and the sizes of a model.
 
     Args:

@@ -1,1 +1,0 @@
-"""Evaluation: perplexity, answer choices and generation, over a model and a tokenizer."""

@@ -25,7 +25,7 @@ class Export:
     output: str
     """Folder that `adapter/` or `model/` is written to."""
     checkpoint: str = "last"
-    """"last", "best" (lowest evaluation loss), or a step."""
+    """"last", "best" (by evaluation: the loss, or for classification the accuracy), or a step."""
 
     def __call__(self) -> int:
         """Runs the command."""

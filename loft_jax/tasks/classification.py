@@ -277,7 +277,7 @@ class Classification(_OfTexts):
         }
         return Measured(values, {}, {"accuracy": tuple(map(bool, right))})
 
-    def rank(self, values: Mapping[str, float]) -> float:
+    def score(self, values: Mapping[str, float]) -> float:
         """The share of rows that are wrong."""
         return 1.0 - values["accuracy"]
 

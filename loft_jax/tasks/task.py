@@ -150,7 +150,7 @@ class Task(ABC):
             InputError: As for `tokenize`.
         """
 
-    def rank(self, values: Mapping[str, float]) -> float:
+    def score(self, values: Mapping[str, float]) -> float:
         """What the best of several evaluations has least of.
 
         Args:

@@ -62,7 +62,7 @@ class Checkpoints:
         Args:
             folder: Of the checkpoints; made if missing.
             keep_last: Newest checkpoints to keep.
-            keep_best: Checkpoints of the lowest evaluation loss to keep besides.
+            keep_best: Checkpoints of the best evaluations to keep besides.
             read_only: Change nothing: a run may be writing there.
 
         Raises:
@@ -74,7 +74,7 @@ class Checkpoints:
         if keep_best:
             policies.append(
                 BestN(
-                    get_metric_fn=_loss,
+                    get_metric_fn=_score,
                     reverse=True,
                     n=keep_best,
                     keep_checkpoints_without_metrics=False,
@@ -90,7 +90,7 @@ class Checkpoints:
                 self.folder,
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=AnyPreservationPolicy(policies),
-                    best_fn=_loss,  # so that losses are on disk for a resumed run
+                    best_fn=_score,  # so that scores are on disk for a resumed run
                     best_mode="min",
                     create=False,
                     cleanup_tmp_directories=not read_only,
@@ -107,7 +107,7 @@ class Checkpoints:
             seen.unlink(missing_ok=True)
             seen.touch(exist_ok=False)  # and not what a link there leads to
             self._put_unopenable_aside()
-            self._mend_losses()
+            self._mend_scores()
         wait_for_all("checkpoint folder made")
         if not all_agree(seen.exists()):
             raise InputError(
@@ -139,29 +139,29 @@ class Checkpoints:
             _log.warning("%s", problem)
             self._put_aside(step)
 
-    def _mend_losses(self) -> None:
-        """Writes again what Orbax reads of a loss and our own copy says otherwise.
+    def _mend_scores(self) -> None:
+        """Writes again what Orbax reads of a score and our own copy says otherwise.
 
         Orbax cannot be opened with a damaged one, of however old a checkpoint.
         """
         for file in self.folder.glob("*/metrics/metrics"):
-            step, loss = file.parts[-3], None
+            step, score = file.parts[-3], None
             if not step.isdigit():  # unfinished: Orbax removes it
                 continue
             with contextlib.suppress(InputError):
-                loss = self.run_of(int(step))["eval_loss"]
-            text, found = json.dumps({"loss": loss}), ""
+                score = self.run_of(int(step))["score"]
+            text, found = json.dumps({"score": score}), ""
             with contextlib.suppress(InputError):
-                found = read_text(file, "a loss", most_bytes=1000)
-            if found == text and loss is not None:
+                found = read_text(file, "a score", most_bytes=1000)
+            if found == text and score is not None:
                 continue
             file.unlink()
-            if loss is not None:
+            if score is not None:
                 file.write_text(text, encoding="utf-8")
-            told = "not known" if loss is None else loss
-            _log.warning("%s: damaged; its loss is %s", self.folder / step, told)
+            told = "not known" if score is None else score
+            _log.warning("%s: damaged; the score of its evaluation is %s", self.folder / step, told)
 
-    def save(self, state: TrainState, run: dict[str, Any], eval_loss: float | None) -> None:
+    def save(self, state: TrainState, run: dict[str, Any], score: float | None) -> None:
         """Copies what is to be saved, and goes on to write it while training does.
 
         The one before is complete when this returns. Of several processes each writes its part;
@@ -170,7 +170,7 @@ class Checkpoints:
         Args:
             state: What to save; it may be donated afterwards.
             run: Plain values to save with it: configuration and data position.
-            eval_loss: The evaluation loss at this step, if there is one: the best are kept by it.
+            score: Of the evaluation at this step, if there is one; the best have the lowest.
 
         Raises:
             InputError: This checkpoint or the one before cannot be written; earlier ones are whole.
@@ -180,7 +180,7 @@ class Checkpoints:
             return
         items = _items(state)
         digests = {name: tree_digest(item) for name, item in items.items()}
-        plain = {**run, "eval_loss": eval_loss, "digest": digests}
+        plain = {**run, "score": score, "digest": digests}
         with self._writable():
             self._manager.save(
                 step,
@@ -188,7 +188,7 @@ class Checkpoints:
                     **{name: ocp.args.StandardSave(item) for name, item in items.items()},
                     run=ocp.args.JsonSave({**plain, "checksum": _checksum(plain)}),
                 ),
-                metrics=None if eval_loss is None else {"loss": eval_loss},
+                metrics=None if score is None else {"score": score},
             )
 
     def wait(self) -> None:
@@ -229,14 +229,14 @@ class Checkpoints:
         """Finds the best of the checkpoints whose plain values can be read.
 
         Returns:
-            The step of the one with the lowest evaluation loss; None if there is none with a loss.
+            The step of the one with the lowest score; None if there is none with a score.
         """
-        losses = {}
+        scores = {}
         for step in self.steps():
             with contextlib.suppress(InputError):
-                losses[step] = self.run_of(step)["eval_loss"]
-        evaluated = [step for step, loss in losses.items() if loss is not None]
-        return min(evaluated, key=lambda step: losses[step], default=None)
+                scores[step] = self.run_of(step)["score"]
+        evaluated = [step for step, score in scores.items() if score is not None]
+        return min(evaluated, key=lambda step: scores[step], default=None)
 
     def newest_run(self) -> dict[str, Any] | None:
         """Reads the plain values of the newest checkpoint that they can be read of.
@@ -256,7 +256,7 @@ class Checkpoints:
             step: One of `steps()`.
 
         Returns:
-            What `save` was given, with `eval_loss` and the digest of the arrays.
+            What `save` was given, with `score` and the digest of the arrays.
 
         Raises:
             InputError: They cannot be read, or are not those that were saved.
@@ -267,8 +267,8 @@ class Checkpoints:
         with explained(f"{folder}: damaged"):
             if checksum != _checksum(run):
                 raise InputError(f"{folder}: damaged: its values are not those that were saved")
-            if run["eval_loss"] is not None:
-                run["eval_loss"] = float(run["eval_loss"])
+            if run["score"] is not None:
+                run["score"] = float(run["score"])
         return run
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -400,8 +400,8 @@ def _check_entries(folder: Path) -> None:
                 raise InputError(f"{entry}: is {kind}, expected a file or a folder")
 
 
-def _loss(metrics: Any) -> float:
-    return metrics["loss"]
+def _score(metrics: Any) -> float:
+    return metrics["score"]
 
 
 def _abstract(x: Any) -> Any:

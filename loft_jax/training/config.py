@@ -218,8 +218,8 @@ class CheckpointConfig:
     Args:
         save_every: Steps between checkpoints.
         keep_last: Newest checkpoints to keep.
-        keep_best: Checkpoints of the lowest evaluation loss to keep besides; each evaluation then
-            saves one.
+        keep_best: Checkpoints of the best evaluations to keep besides: of the lowest loss, or for
+            classification of the highest accuracy; each evaluation then saves one.
 
     Raises:
         InputError: A value out of its range.

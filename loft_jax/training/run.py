@@ -249,8 +249,8 @@ class Run:
             "fingerprints": self._fingerprints,
             "task": {"name": self.task.name, "labels": list(self.task.labels or ())},
         }
-        rank = None if measured is None else self.task.rank(measured.values)
-        checkpoints.save(state, plain, rank)
+        score = None if measured is None else self.task.score(measured.values)
+        checkpoints.save(state, plain, score)
 
     def export(self, state: TrainState) -> Path:
         """Writes the adapter, or the whole model if all weights were trained.

@@ -215,8 +215,8 @@ def test_a_flipped_bit_in_any_file_is_noticed_or_harmless(checkpoints):
     assert {"params", "optimizer", "run"} <= set(noticed)
 
 
-@pytest.mark.parametrize("damage", [None, b"", b"{", b'{"loss": 9.0}', b"\xff"])
-def test_the_best_stay_over_a_resume_whatever_befell_their_losses(tmp_path, damage, caplog):
+@pytest.mark.parametrize("damage", [None, b"", b"{", b'{"score": 9.0}', b"\xff"])
+def test_the_best_stay_over_a_resume_whatever_befell_their_scores(tmp_path, damage, caplog):
     first = Checkpoints(tmp_path, keep_last=1, keep_best=1)
     for step, loss in ((1, 1.0), (2, 2.0), (3, None)):
         first.save(state_at(step), {}, loss)
@@ -229,14 +229,14 @@ def test_the_best_stay_over_a_resume_whatever_befell_their_losses(tmp_path, dama
     second.save(state_at(4), {}, 3.0)
     assert second.steps() == [4, 1]
     second.close()
-    assert ("its loss is 1.0" in caplog.text) == (damage is not None)
+    assert ("the score of its evaluation is 1.0" in caplog.text) == (damage is not None)
 
 
-def test_a_loss_of_zero_is_known(tmp_path, caplog):
+def test_a_score_of_zero_is_known(tmp_path, caplog):
     first = Checkpoints(tmp_path)
     first.save(state_at(1), {}, 0.0)
     first.wait()
     first.close()
     (tmp_path / "1" / "metrics" / "metrics").write_text("{")
     Checkpoints(tmp_path).close()
-    assert "its loss is 0.0" in caplog.text
+    assert "the score of its evaluation is 0.0" in caplog.text

@@ -65,7 +65,7 @@ def measure(options: Options) -> dict[str, Any]:
     )
     from loft_jax.training.mesh import make_mesh
     from loft_jax.training.model import load_model
-    from loft_jax.training.parts import split_model
+    from loft_jax.training.partition import split_model
 
     config = FinetuneConfig(
         ModelConfig(

@@ -1,16 +1,16 @@
 """Makes what methods are compared on: four datasets, and a model small enough for many runs.
 
-``arc_easy/`` and ``openbookqa/`` are questions with the answers to choose from, worded as
+`arc_easy/` and `openbookqa/` are questions with the answers to choose from, worded as
 EleutherAI's lm-evaluation-harness words them: ARC (P. Clark et al., "Think you have Solved Question
 Answering?", 2018; CC BY-SA 4.0) and OpenBookQA (T. Mihaylov et al., "Can a Suit of Armor Conduct
 Electricity?", EMNLP 2018; Apache-2.0), from the LLM-Adapters repository, which keeps their official
 splits for training and test.
 
-``tinyshakespeare/`` is text of Shakespeare's plays, from the char-rnn repository. ``wikitext2/`` is
+`tinyshakespeare/` is text of Shakespeare's plays, from the char-rnn repository. `wikitext2/` is
 text of Wikipedia (S. Merity et al., "Pointer Sentinel Mixture Models", 2016; CC BY-SA), of which
 the small validation file is what is trained on here.
 
-``stories260k/`` is Andrej Karpathy's stories260K from tinyllamas (MIT), a Llama of 260 thousand
+`stories260k/` is Andrej Karpathy's stories260K from tinyllamas (MIT), a Llama of 260 thousand
 parameters that tells short stories, converted from llama2.c's form.
 """
 

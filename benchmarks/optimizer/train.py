@@ -26,7 +26,7 @@ from loft_jax.errors import InputError
 from loft_jax.models import Llama, LlamaConfig
 from loft_jax.models.family import LanguageModel
 from loft_jax.tasks.causal_lm import CausalLM, predicted
-from loft_jax.training.parts import split_model
+from loft_jax.training.partition import split_model
 from loft_jax.training.step import TrainState, initial_state, make_step
 
 

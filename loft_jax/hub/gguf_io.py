@@ -23,7 +23,7 @@ class GGUF:
     has no such name keeps its own.
 
     Args:
-        path: A ``.gguf`` file.
+        path: A `.gguf` file.
 
     Raises:
         InputError: A file that is missing, unreadable, damaged, or of another architecture.
@@ -61,7 +61,7 @@ class GGUF:
         """Reads one tensor, or a region of it, and dequantizes the rows that it touches.
 
         Args:
-            name: One of ``shapes``.
+            name: One of `shapes`.
             region: A slice for each axis, without steps; by default all of it.
 
         Returns:
@@ -118,13 +118,13 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUF:
     """Opens a GGUF file, or gives the last one again: parsing its vocabulary takes seconds.
 
     Args:
-        path: A ``.gguf`` file.
+        path: A `.gguf` file.
 
     Returns:
         The file, to be read only.
 
     Raises:
-        InputError: As for :class:`GGUF`.
+        InputError: As for `GGUF`.
     """
     path = regular_file(path, "GGUF").absolute()
     status = path.stat()

@@ -7,7 +7,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 
-def whole(array: Any) -> np.ndarray:
+def gather_to_host(array: Any) -> np.ndarray:
     """All of an array, on this host.
 
     Args:
@@ -17,7 +17,7 @@ def whole(array: Any) -> np.ndarray:
         Its values.
 
     Example:
-        >>> whole(jax.numpy.arange(3)).tolist()
+        >>> gather_to_host(jax.numpy.arange(3)).tolist()
         [0, 1, 2]
     """
     if not isinstance(array, jax.Array) or array.is_fully_addressable:

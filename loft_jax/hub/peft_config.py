@@ -1,4 +1,4 @@
-"""PEFT's ``adapter_config.json``: which modules an adapter is for, and how strong it is there."""
+"""PEFT's `adapter_config.json`: which modules an adapter is for, and how strong it is there."""
 
 import functools
 import re
@@ -66,7 +66,7 @@ _KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
 
 
 class Strength(NamedTuple):
-    """Rank and alpha of one module: ``alpha / rank * A B``, with rsLoRA ``alpha / sqrt(rank)``."""
+    """Rank and alpha of one module: `alpha / rank * A B`, with rsLoRA `alpha / sqrt(rank)`."""
 
     rank: int
     alpha: float
@@ -89,7 +89,7 @@ class PeftConfig:
         """Reads the file.
 
         Args:
-            path: ``adapter_config.json``.
+            path: `adapter_config.json`.
 
         Returns:
             The configuration.
@@ -122,7 +122,7 @@ class PeftConfig:
 
     @property
     def use_rslora(self) -> bool:
-        """Whether all modules scale by ``alpha / sqrt(rank)``."""
+        """Whether all modules scale by `alpha / sqrt(rank)`."""
         return bool(self.settings.get("use_rslora"))
 
     @property
@@ -225,13 +225,13 @@ def peft_settings(
         base_model: Name or path of the base model.
         task_type: PEFT's task.
         dropout: Rate used in training.
-        use_rslora: Whether all of them scale by ``alpha / sqrt(rank)``.
+        use_rslora: Whether all of them scale by `alpha / sqrt(rank)`.
         use_dora: Whether all of them have a magnitude.
         modules_to_save: Names of modules that are saved whole.
-        fan_in_fan_out: Whether the adapted weights are ``(in, out)`` in PyTorch.
+        fan_in_fan_out: Whether the adapted weights are `(in, out)` in PyTorch.
 
     Returns:
-        The content of ``adapter_config.json``.
+        The content of `adapter_config.json`.
     """
     rank = Counter(strength.rank for strength in modules.values()).most_common(1)[0][0]
     alpha = Counter(strength.alpha for strength in modules.values()).most_common(1)[0][0]

@@ -59,9 +59,9 @@ def load_peft_adapter(
     when an error is raised.
 
     Args:
-        folder: Holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+        folder: Holds `adapter_config.json` and `adapter_model.safetensors`.
         model: The base model, with or without LoRA.
-        hf_name: As in :func:`save_peft_adapter`.
+        hf_name: As in `save_peft_adapter`.
         dtype: Dtype of the factors; by default that of the model's factors if it has some, and
             else that of the file.
 
@@ -177,8 +177,8 @@ class _Slot(NamedTuple):
 class _Filled(NamedTuple):
     """All of one layer of the model, by attribute of it.
 
-    ``lora_a (*stack, *in, r)``, ``lora_b (*stack, r, *out)``, with DoRA ``lora_magnitude
-    (*stack, out)``.
+    `lora_a (*stack, *in, r)`, `lora_b (*stack, r, *out)`, with DoRA `lora_magnitude
+    (*stack, out)`.
     """
 
     strength: Strength
@@ -411,7 +411,7 @@ def _filled(
 
 
 def _stacked(file: Safetensors, tensors: list[str], shape: tuple[int, ...]) -> np.ndarray:
-    """Tensors of one part across a stack, factors transposed to ``(in, r)`` or ``(r, out)``."""
+    """Tensors of one part across a stack, factors transposed to `(in, r)` or `(r, out)`."""
     for tensor in tensors:
         if file.shapes[tensor] != shape:
             raise InputError(

@@ -24,7 +24,7 @@ def module_names(
     """PyTorch's names of the modules that one layer of the model stands for.
 
     Args:
-        model: Whose ``hf_name`` is the rule where none is given.
+        model: Whose `hf_name` is the rule where none is given.
         path: Of the layer, dotted.
         axes: Of its weight.
         hf_name: The rule, or None.
@@ -58,11 +58,11 @@ def tensor_name(name: str, factor: str, layer: nnx.Module) -> str:
 
     Args:
         name: Of the module, in PyTorch.
-        factor: ``"A"``, ``"B"`` or ``"magnitude"``.
+        factor: `"A"`, `"B"` or `"magnitude"`.
         layer: That the module is; embeddings have names of their own.
 
     Returns:
-        The name, as ``base_model.model.model.layers.0.mlp.up_proj.lora_A.weight``.
+        The name, as `base_model.model.model.layers.0.mlp.up_proj.lora_A.weight`.
     """
     if factor == "magnitude":
         return f"{PREFIX}{name}.lora_magnitude_vector"

@@ -14,7 +14,7 @@ from flax import nnx
 
 from loft_jax.errors import InputError, explained
 from loft_jax.files import locked, replacing
-from loft_jax.hub.host_arrays import whole
+from loft_jax.hub.host_arrays import gather_to_host
 from loft_jax.hub.peft_config import Strength, peft_settings
 from loft_jax.hub.peft_names import (
     CONFIG_NAME,
@@ -45,12 +45,12 @@ def save_peft_adapter(
     """Writes the LoRA factors of a model as an adapter that PEFT loads.
 
     Stacked layers are written one by one, weights of more than two axes as matrices: A as
-    ``lora_A.weight (rank, in)``, B as ``lora_B.weight (out, rank)``, in the dtype they have, and
-    DoRA's magnitude as ``lora_magnitude_vector (out,)``. ``adapter_config.json`` comes last, so
+    `lora_A.weight (rank, in)`, B as `lora_B.weight (out, rank)`, in the dtype they have, and
+    DoRA's magnitude as `lora_magnitude_vector (out,)`. `adapter_config.json` comes last, so
     that a folder without it is no adapter.
 
     A layer that started with a product other than zero ("balanced", "pissa") is written as plain
-    LoRA of twice its rank, ``A B - A0 B0 = (A - A0) B + A0 (B - B0)``, with an alpha that keeps
+    LoRA of twice its rank, `A B - A0 B0 = (A - A0) B + A0 (B - B0)`, with an alpha that keeps
     the scaling: any reader computes the same with the base weights as they are. Loaded again, it
     is that plain LoRA.
 
@@ -59,7 +59,7 @@ def save_peft_adapter(
         model: A model with LoRA layers.
         base_model: Name or path of the base model, for PEFT to find it.
         hf_name: Name in PyTorch of the module at a dotted path, given the number of the layer in
-            its stack or None. By default ``model.hf_name`` where the model has it, and else the
+            its stack or None. By default `model.hf_name` where the model has it, and else the
             path itself.
         task_type: PEFT's task, None for a base model that is no transformer.
         modules_to_save: Paths of modules without LoRA that are written whole, as a new head is.
@@ -68,7 +68,7 @@ def save_peft_adapter(
 
     Raises:
         InputError: The model has no LoRA layer, or one that PEFT has no place for (a stack without
-            ``hf_name``, a batch axis); DoRA or rsLoRA on some of its LoRA layers only; or the
+            `hf_name`, a batch axis); DoRA or rsLoRA on some of its LoRA layers only; or the
             folder cannot be written.
 
     Example:
@@ -96,10 +96,10 @@ def save_peft_adapter(
         names = module_names(model, path, axes, hf_name)
         factors = layer.lora_factors()
         strength = _strength(layer, factors[0].shape[-1])
-        a = whole(factors[0]).reshape(len(names), axes.fan_in, strength.rank)
-        b = whole(factors[1]).reshape(len(names), strength.rank, axes.fan_out)
+        a = gather_to_host(factors[0]).reshape(len(names), axes.fan_in, strength.rank)
+        b = gather_to_host(factors[1]).reshape(len(names), strength.rank, axes.fan_out)
         if use_dora:
-            magnitude = whole(layer.lora_magnitude[...]).reshape(len(names), axes.fan_out)
+            magnitude = gather_to_host(layer.lora_magnitude[...]).reshape(len(names), axes.fan_out)
         for index, name in enumerate(names):
             if name in modules:
                 raise InputError(f"{path}: its name {name!r} is another layer's too")
@@ -112,7 +112,7 @@ def save_peft_adapter(
     parameters = flat_parameters(model, nnx.Param)
     for module in modules_to_save:
         for path, (name, transposed) in saved_tensors(model, module).items():
-            value = whole(parameters[path].get_value())
+            value = gather_to_host(parameters[path].get_value())
             tensors[name] = np.ascontiguousarray(value.T if transposed else value)
         heads.append(name.removeprefix(PREFIX).rpartition(".")[0])
     adapted = {id(layer) for layer in layers.values()}
@@ -138,7 +138,7 @@ def save_peft_adapter(
 
 
 def _fan_in_fan_out(model: nnx.Module, layers: dict[str, Any]) -> bool:
-    """Whether PyTorch has the adapted weights as ``(in, out)``, which PEFT wants to be told."""
+    """Whether PyTorch has the adapted weights as `(in, out)`, which PEFT wants to be told."""
     table = getattr(model, "table", None)
     linear = [path for path, layer in layers.items() if not isinstance(layer, nnx.Embed)]
     if table is None or not linear:

@@ -21,7 +21,7 @@ from loft_jax.errors import InputError, cut, explained, naming, shown
 from loft_jax.files import MOST_CONFIG, inside, new_folder, read_json, regular_file
 from loft_jax.hub.gguf_io import open_gguf
 from loft_jax.hub.gguf_tokenizer import gguf_tokenizer
-from loft_jax.hub.host_arrays import whole
+from loft_jax.hub.host_arrays import gather_to_host
 from loft_jax.hub.peft_names import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from loft_jax.hub.safetensors_io import (
     FILE_NAME,
@@ -178,7 +178,7 @@ def load_pretrained(
     the part of one tensor that goes into it.
 
     Args:
-        path_or_hub_id: A folder with ``config.json`` and safetensors, a ``.gguf`` file, a folder
+        path_or_hub_id: A folder with `config.json` and safetensors, a `.gguf` file, a folder
             with exactly one of those, or a model's name on the Hugging Face hub.
         head: What the model is to give.
         labels: Of a head of "sequence-classification": names of what it tells apart, or one name
@@ -187,13 +187,13 @@ def load_pretrained(
         param_dtype: What its parameters are stored in.
         remat: What the backward pass computes again.
         quantization: What the kernels of the layers are stored in, as for
-            :func:`loft_jax.models.quantized.quantize_kernels`; each is quantized when it is read.
+            `loft_jax.models.quantized.quantize_kernels`; each is quantized when it is read.
         placement: Where a parameter goes, by the model's table of parameters, the parameter's
             dotted path and its shape; by default on the default device.
         seed: Of the head, where the checkpoint has none.
 
     Returns:
-        The model, a :class:`loft_jax.models.family.PretrainedModel` of its family.
+        The model, a `loft_jax.models.family.PretrainedModel` of its family.
 
     Raises:
         InputError: No such model, a hub that cannot be reached, a file that cannot be read, an
@@ -255,7 +255,7 @@ def load_model_config(path_or_hub_id: str | os.PathLike[str]) -> tuple[Family, P
     """Reads what a model is made of, and none of its weights.
 
     Args:
-        path_or_hub_id: As for :func:`load_pretrained`, or a ``config.json`` itself.
+        path_or_hub_id: As for `load_pretrained`, or a `config.json` itself.
 
     Returns:
         Its family and its configuration.
@@ -277,7 +277,7 @@ def stored_dtype(path_or_hub_id: str | os.PathLike[str]) -> np.dtype:
     """What a model's weights are stored in, as its embeddings tell.
 
     Args:
-        path_or_hub_id: As for :func:`load_pretrained`.
+        path_or_hub_id: As for `load_pretrained`.
 
     Returns:
         Their dtype; float32 for a GGUF file, whose weights are computed when they are read.
@@ -295,7 +295,7 @@ def load_tokenizer(path_or_hub_id: str | os.PathLike[str]) -> "PreTrainedTokeniz
     """Loads the tokenizer that belongs to a model.
 
     Args:
-        path_or_hub_id: As for :func:`load_pretrained`.
+        path_or_hub_id: As for `load_pretrained`.
 
     Returns:
         A tokenizer of transformers.
@@ -326,7 +326,7 @@ def save_pretrained(
         folder: Where to; must not exist, or be empty.
         model: A model without LoRA layers; parameters are stored in the dtype they have.
         tokenizer: Written beside the weights.
-        base_model: What the model was made from, as for :func:`load_pretrained`: its settings of
+        base_model: What the model was made from, as for `load_pretrained`: its settings of
             generation, stop tokens among them, are taken over where it has a file of them.
 
     Raises:
@@ -384,7 +384,7 @@ def _resolve(path_or_hub_id: str | os.PathLike[str], patterns: Sequence[str]) ->
 
 
 def _gguf_file(path: Path) -> Path | None:
-    """The GGUF file that ``path`` is or, without a ``config.json``, holds."""
+    """The GGUF file that `path` is or, without a `config.json`, holds."""
     if not path.is_dir():
         return regular_file(path, "a folder or a .gguf file")
     if (path / _CONFIG_NAME).exists():
@@ -525,7 +525,7 @@ def _hf_tensors(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Hugging Face's tensors, in the order of the table's names."""
     for path, parameter in parameters.items():
-        values, tensor = whole(parameter.get_value()), table.tensor(path)
+        values, tensor = gather_to_host(parameter.get_value()), table.tensor(path)
         layers = values if tensor.stacked else values[None]
         for layer, name in zip(layers, table.names(path, parameter.shape), strict=True):
             yield name, layer.T if tensor.transposed else layer

@@ -28,7 +28,7 @@ class Safetensors:
     A file is opened for one tensor at a time, so that nothing stays mapped in memory.
 
     Args:
-        path: A ``.safetensors`` file, or a ``.safetensors.index.json`` beside its shards.
+        path: A `.safetensors` file, or a `.safetensors.index.json` beside its shards.
 
     Raises:
         InputError: A file that is missing, unreadable or damaged, or an index that does not tell
@@ -56,11 +56,11 @@ class Safetensors:
         """Reads one tensor, or a region of it, and nothing of the file beside it.
 
         Args:
-            name: One of ``shapes``.
+            name: One of `shapes`.
             region: A slice for each axis, without steps; by default all of it.
 
         Returns:
-            The values in the dtype they are stored in (bfloat16 as ``ml_dtypes.bfloat16``).
+            The values in the dtype they are stored in (bfloat16 as `ml_dtypes.bfloat16`).
 
         Raises:
             InputError: There is no such tensor, the file cannot be read, or it holds what is no
@@ -127,7 +127,7 @@ def write_safetensors(
     Args:
         path: Where to; an existing file is replaced.
         tensors: Arrays by name.
-        metadata: Written into the header; ``{"format": "pt"}`` by default, which PyTorch's loaders
+        metadata: Written into the header; `{"format": "pt"}` by default, which PyTorch's loaders
             ask for.
 
     Raises:
@@ -151,7 +151,7 @@ def write_checkpoint(
 
     Args:
         folder: An existing folder.
-        shapes: Shape and dtype of every tensor, in the order in which ``tensors`` yields them.
+        shapes: Shape and dtype of every tensor, in the order in which `tensors` yields them.
         tensors: Names and arrays.
         max_shard_bytes: A shard holds at most this much, or one tensor if that is larger.
     """

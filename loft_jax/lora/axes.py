@@ -16,7 +16,7 @@ class WeightAxes:
 
     Args:
         stack: Leading axes of scanned layers.
-        batch: Axes along which every index has a matrix of its own, as in ``batch_axis``.
+        batch: Axes along which every index has a matrix of its own, as in `batch_axis`.
         ins: Axes contracted with the input.
         outs: Axes of the output.
         product: Einsum of A and B of one layer of the stack to the update of its weight.
@@ -40,7 +40,7 @@ class WeightAxes:
 
     @property
     def unfold(self) -> str:
-        """Einsum of the weight of one layer of the stack to ``(*batch, *ins, *outs)``."""
+        """Einsum of the weight of one layer of the stack to `(*batch, *ins, *outs)`."""
         factors, kernel = self.product.split("->")
         a, b = factors.split(",")  # (*batch, *ins, rank) and (*batch, rank, *outs)
         return f"{kernel}->{a[:-1]}{b[len(self.batch) + 1 :]}"
@@ -57,8 +57,8 @@ class WeightAxes:
 class EinsumParts(NamedTuple):
     """An einsum of an input and a kernel, cut in two at the rank.
 
-    ``batch``, ``ins`` and ``outs`` are axis numbers of the kernel, ``down`` maps (input, A) to
-    the rank, ``up`` maps (that, B) to the output, ``product`` (A, B) to the kernel's shape.
+    `batch`, `ins` and `outs` are axis numbers of the kernel, `down` maps (input, A) to
+    the rank, `up` maps (that, B) to the output, `product` (A, B) to the kernel's shape.
     """
 
     batch: tuple[int, ...]
@@ -70,13 +70,13 @@ class EinsumParts(NamedTuple):
 
 
 def matrix_axes(shape: tuple[int, ...], fan_in: int, fan_out: int) -> WeightAxes:
-    """Gives the axes of a ``(*stack, in, out)`` weight: a linear layer or an embedding."""
+    """Gives the axes of a `(*stack, in, out)` weight: a linear layer or an embedding."""
     stack = _stack(shape, (fan_in, fan_out))
     return WeightAxes(stack, (), (fan_in,), (fan_out,), "ir,ro->io")
 
 
 def general_axes(layer: nnx.LinearGeneral) -> WeightAxes:
-    """Gives the axes of ``LinearGeneral``, whose kernel is ``(*stack, *batch, *in, *out)``."""
+    """Gives the axes of `LinearGeneral`, whose kernel is `(*stack, *batch, *in, *out)`."""
     batch = tuple(layer.batch_axis.values())
     ins, outs = tuple(layer.in_features), tuple(layer.out_features)
     stack = _stack(layer.kernel.shape, (*batch, *ins, *outs))
@@ -86,7 +86,7 @@ def general_axes(layer: nnx.LinearGeneral) -> WeightAxes:
 
 
 def einsum_axes(layer: nnx.Einsum) -> WeightAxes:
-    """Gives the axes of ``Einsum``, whose equation says which axis of the kernel does what."""
+    """Gives the axes of `Einsum`, whose equation says which axis of the kernel does what."""
     shape = tuple(layer.kernel_shape)
     stack = _stack(layer.kernel.shape, shape)
     parts = einsum_parts(layer.einsum_str)
@@ -99,7 +99,7 @@ def einsum_axes(layer: nnx.Einsum) -> WeightAxes:
 
 
 def einsum_parts(equation: str) -> EinsumParts:
-    """Cuts ``input,kernel->output`` into ``input,A->h`` and ``h,B->output``.
+    """Cuts `input,kernel->output` into `input,A->h` and `h,B->output`.
 
     An axis of the kernel is contracted when the input has it and the output has not, produced
     the other way round, and batched (a pair of factors for each index) when both have it.

@@ -22,43 +22,43 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """What :func:`loft_jax.lora.add_lora` adds: ``W = W0 + s A B`` on chosen layers.
+    """What `loft_jax.lora.add_lora` adds: `W = W0 + s A B` on chosen layers.
 
-    The scaling ``s`` is ``alpha / rank``, or ``alpha / sqrt(rank)`` with ``use_rslora``.
+    The scaling `s` is `alpha / rank`, or `alpha / sqrt(rank)` with `use_rslora`.
 
     Names and patterns match the dotted path of a module, as in PEFT: a name matches the end of the
-    path at a dot (``"q_proj"``, ``"self_attn.q_proj"``), a regular expression the whole path.
+    path at a dot (`"q_proj"`, `"self_attn.q_proj"`), a regular expression the whole path.
 
     Args:
-        rank: Inner size r of the factors, at least 1 and at most ``min(in, out)`` of each layer.
+        rank: Inner size r of the factors, at least 1 and at most `min(in, out)` of each layer.
         alpha: Numerator of the scaling; None takes each layer's own rank, so a scaling of 1, or
-            of sqrt(rank) with ``use_rslora``.
-        target_modules: A name, a sequence of names, one regular expression, or ``"all-linear"``:
-            every linear layer (``nnx.Linear``, ``LinearGeneral``, ``Einsum``) but the output head,
-            which is the module ``lm_head`` at the top of the model. Embeddings must be named.
+            of sqrt(rank) with `use_rslora`.
+        target_modules: A name, a sequence of names, one regular expression, or `"all-linear"`:
+            every linear layer (`nnx.Linear`, `LinearGeneral`, `Einsum`) but the output head,
+            which is the module `lm_head` at the top of the model. Embeddings must be named.
         exclude_modules: Name, names or regular expression of layers to leave out.
         dropout: Probability in [0, 1) of dropping an input of the low-rank branch in training.
             An embedding has no input to drop, and takes none.
         dtype: Dtype the factors are stored in; they are cast to the layer's own dtype to compute.
             DoRA's magnitudes are in float32 at the least.
-        init: How A starts: ``"kaiming_uniform"`` is uniform in ±1/sqrt(in), ``"gaussian"`` normal
-            with standard deviation 1/rank, or a JAX initializer called with shape ``(in, rank)``. B
+        init: How A starts: `"kaiming_uniform"` is uniform in ±1/sqrt(in), `"gaussian"` normal
+            with standard deviation 1/rank, or a JAX initializer called with shape `(in, rank)`. B
             starts at zero. An embedding is the other way round: A zero, B standard normal.
             Two more start with a product that is not zero and is taken off again, so that the layer
-            still starts as the base: ``W = W0 + s (A B - A0 B0)``, with the start A0, B0 kept
-            beside the weight, which does not change. ``"balanced"``: A uniform in ±1/sqrt(in) and B
-            in ±1/sqrt(out), so that AᵀA and BBᵀ are about equal. ``"pissa"``: ``s A B`` is the part
-            of W0 of the rank largest singular values, ``A = U sqrt(S / s)`` and
-            ``B = sqrt(S / s) Vᵀ``, by a full decomposition of every weight. An embedding takes
+            still starts as the base: `W = W0 + s (A B - A0 B0)`, with the start A0, B0 kept
+            beside the weight, which does not change. `"balanced"`: A uniform in ±1/sqrt(in) and B
+            in ±1/sqrt(out), so that AᵀA and BBᵀ are about equal. `"pissa"`: `s A B` is the part
+            of W0 of the rank largest singular values, `A = U sqrt(S / s)` and
+            `B = sqrt(S / s) Vᵀ`, by a full decomposition of every weight. An embedding takes
             neither.
         rank_pattern: Rank of the layers whose path's end matches a regular expression; the first
             that matches counts.
         alpha_pattern: The same for alpha.
-        use_rslora: Scale by ``alpha / sqrt(rank)``, so that the size of the update does not fall
+        use_rslora: Scale by `alpha / sqrt(rank)`, so that the size of the update does not fall
             with the rank.
         use_dora: Train the norm of each column of the weight apart from its direction,
-            ``W = m (W0 + s A B) / ‖W0 + s A B‖``, norms over the inputs of each output and constant
-            to the gradient. m starts as the norms of W0. For ``nnx.Linear`` only.
+            `W = m (W0 + s A B) / ‖W0 + s A B‖`, norms over the inputs of each output and constant
+            to the gradient. m starts as the norms of W0. For `nnx.Linear` only.
 
     Raises:
         InputError: A value is out of its range; the message names the field.

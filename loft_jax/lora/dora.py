@@ -8,19 +8,19 @@ from jax import lax
 def column_norms(
     weight: jax.Array, a: jax.Array, b: jax.Array, scaling: jax.Array | float
 ) -> jax.Array:
-    """Norms of the columns of ``W + s A B``, which is not made for it.
+    """Norms of the columns of `W + s A B`, which is not made for it.
 
-    ``‖w_j + s A b_j‖² = ‖w_j‖² + 2 s (Wᵀ A)_j b_j + s² b_jᵀ (Aᵀ A) b_j``, in float32 (float64 for
+    `‖w_j + s A b_j‖² = ‖w_j‖² + 2 s (Wᵀ A)_j b_j + s² b_jᵀ (Aᵀ A) b_j`, in float32 (float64 for
     float64 weights) at the highest precision.
 
     Args:
-        weight: ``(in, out)``.
-        a: ``(in, r)``.
-        b: ``(r, out)``.
-        scaling: The ``s``.
+        weight: `(in, out)`.
+        a: `(in, r)`.
+        b: `(r, out)`.
+        scaling: The `s`.
 
     Returns:
-        ``(out,)``.
+        `(out,)`.
 
     Example:
         >>> w, a, b = jnp.eye(2), jnp.ones((2, 1)), jnp.array([[0.0, 3.0]])
@@ -45,10 +45,10 @@ def weight_norms(weight: jax.Array) -> jax.Array:
     """Norms of the columns of a weight: the magnitudes as they start.
 
     Args:
-        weight: ``(in, out)``.
+        weight: `(in, out)`.
 
     Returns:
-        ``(out,)``, float32 or wider.
+        `(out,)`, float32 or wider.
 
     Example:
         >>> weight_norms(jnp.array([[3.0, 0.0], [4.0, 2.0]])).tolist()
@@ -59,16 +59,16 @@ def weight_norms(weight: jax.Array) -> jax.Array:
 
 
 def magnitude_scale(magnitude: jax.Array, norms: jax.Array) -> jax.Array:
-    """What a column is multiplied by to have its magnitude: ``m / ‖w‖``.
+    """What a column is multiplied by to have its magnitude: `m / ‖w‖`.
 
     A column of zeros stays one, whatever it is multiplied by; here by something finite.
 
     Args:
-        magnitude: ``(out,)``.
-        norms: ``(out,)``.
+        magnitude: `(out,)`.
+        norms: `(out,)`.
 
     Returns:
-        ``(out,)``.
+        `(out,)`.
 
     Example:
         >>> magnitude_scale(jnp.array([10.0, 7.0]), jnp.array([5.0, 0.0])).tolist()

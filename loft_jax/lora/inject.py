@@ -25,34 +25,34 @@ _PRODUCTS_NOT_ZERO = ("balanced", "pissa")
 def add_lora(model: Model, config: LoRAConfig, *, rngs: nnx.Rngs) -> Model:
     """Adds LoRA factors to the layers a configuration selects, in place.
 
-    Each selected layer becomes an instance of a subclass of its own class, with ``lora_a`` and
-    ``lora_b`` beside its weights: base parameters keep their paths and their values, and the
+    Each selected layer becomes an instance of a subclass of its own class, with `lora_a` and
+    `lora_b` beside its weights: base parameters keep their paths and their values, and the
     model computes what it did before, to the bit, until the factors move (to rounding with DoRA).
     Nothing is changed when an error is raised.
 
-    The factors, and ``lora_magnitude`` of DoRA, are ``nnx.LoRAParam``, a subclass of ``nnx.Param``;
+    The factors, and `lora_magnitude` of DoRA, are `nnx.LoRAParam`, a subclass of `nnx.Param`;
     that filter is all a training step needs to give neither gradients nor optimizer state to the
-    base (see the example). Put it before ``nnx.Param`` when splitting by both. Factors that start
+    base (see the example). Put it before `nnx.Param` when splitting by both. Factors that start
     with a product other than zero ("balanced", "pissa") have copies of that start beside them,
-    ``lora_start_a`` and ``lora_start_b``, which are :class:`LoRAStart` and no ``nnx.Param``.
+    `lora_start_a` and `lora_start_b`, which are `LoRAStart` and no `nnx.Param`.
 
-    A layer made by ``nnx.vmap`` and run by a scan has axes of the stack before its own, found
+    A layer made by `nnx.vmap` and run by a scan has axes of the stack before its own, found
     from the shape of its weight; every layer of the stack gets its own random A and, with
-    dropout, its own stream. Dropout is on after ``model.train()``, which is how it starts, and
-    off after ``model.eval()``. Without dropout no random state is added to the model.
+    dropout, its own stream. Dropout is on after `model.train()`, which is how it starts, and
+    off after `model.eval()`. Without dropout no random state is added to the model.
 
     Args:
         model: Any NNX model, or one layer.
         config: What to add where.
-        rngs: Stream ``params`` draws the factors, ``dropout`` seeds dropout; ``default`` stands in.
+        rngs: Stream `params` draws the factors, `dropout` seeds dropout; `default` stands in.
 
     Returns:
         The same model.
 
     Raises:
         InputError: A target matches nothing or cannot be adapted, a layer has LoRA already, a
-            rank is above ``min(in, out)`` of a layer, DoRA is asked of another layer than
-            ``nnx.Linear`` or "balanced" or "pissa" of an embedding; the message names the path.
+            rank is above `min(in, out)` of a layer, DoRA is asked of another layer than
+            `nnx.Linear` or "balanced" or "pissa" of an embedding; the message names the path.
 
     Example:
         >>> import optax
@@ -82,21 +82,21 @@ def add_lora(model: Model, config: LoRAConfig, *, rngs: nnx.Rngs) -> Model:
 
 
 def insert_lora(model: Model, config: LoRAConfig, *, rngs: nnx.Rngs) -> Model:
-    """As :func:`add_lora`, at any rank.
+    """As `add_lora`, at any rank.
 
     To train a rank above the smaller side of a weight is a mistake; to read an adapter of such a
     rank is none: PEFT makes them, and one with a start is written at twice its rank.
 
     Args:
-        model: As for :func:`add_lora`.
-        config: As for :func:`add_lora`.
-        rngs: As for :func:`add_lora`.
+        model: As for `add_lora`.
+        config: As for `add_lora`.
+        rngs: As for `add_lora`.
 
     Returns:
         The same model.
 
     Raises:
-        InputError: As for :func:`add_lora`, but for ranks.
+        InputError: As for `add_lora`, but for ranks.
 
     Example:
         >>> linear = nnx.Linear(4, 8, rngs=nnx.Rngs(0))
@@ -114,7 +114,7 @@ def lora_layers(model: nnx.Module) -> dict[str, Any]:
         model: Any NNX model.
 
     Returns:
-        Instances of :class:`LoRALayer` (and of their base class), in the order of their paths.
+        Instances of `LoRALayer` (and of their base class), in the order of their paths.
 
     Example:
         >>> linear = nnx.Linear(4, 8, rngs=nnx.Rngs(0))
@@ -129,9 +129,9 @@ def lora_layers(model: nnx.Module) -> dict[str, Any]:
 
 
 def merge_lora(model: Model) -> Model:
-    """Folds the factors into the weights, in place: ``W + s A B``.
+    """Folds the factors into the weights, in place: `W + s A B`.
 
-    With a start that is ``W + s (A B - A0 B0)``, with DoRA ``m (W + s A B) / ‖W + s A B‖``. It is
+    With a start that is `W + s (A B - A0 B0)`, with DoRA `m (W + s A B) / ‖W + s A B‖`. It is
     computed in float32 (float64 for float64 weights) and rounded once to the weight's dtype. Layers
     get their own class back; no trace of LoRA is left.
 
@@ -278,7 +278,7 @@ def _factors(plan: _Plan, config: LoRAConfig, rngs: nnx.Rngs) -> tuple[jax.Array
 
 
 def _principal(plan: _Plan, config: LoRAConfig) -> tuple[jax.Array, jax.Array]:
-    """PiSSA's A and B: ``s A B`` is the nearest matrix of that rank to every weight."""
+    """PiSSA's A and B: `s A B` is the nearest matrix of that rank to every weight."""
     axes, rank = plan.axes, plan.rank
     scale = product_scaling(rank, plan.alpha, config.use_rslora)
 

@@ -1,6 +1,6 @@
 """LoRA subclasses of the Flax NNX layers, which an instance takes on in place.
 
-Every class computes ``base(x) + s dropout(x) A B``, with DoRA scaled so that the columns of the
+Every class computes `base(x) + s dropout(x) A B`, with DoRA scaled so that the columns of the
 adapted weight have their magnitudes. The low-rank branch runs in the dtype its layer computes in,
 whatever dtype the factors are stored in.
 """
@@ -38,14 +38,14 @@ class LoRALayer(nnx.Module):
     """What every LoRA layer has beside its base class.
 
     Attributes:
-        lora_a: ``(*stack, *in, rank)``.
-        lora_b: ``(*stack, rank, *out)``.
+        lora_a: `(*stack, *in, rank)`.
+        lora_b: `(*stack, rank, *out)`.
         lora_rank: Inner size of the two.
         lora_alpha: Numerator of the scaling.
-        lora_rslora: Whether the scaling is ``alpha / sqrt(rank)``.
+        lora_rslora: Whether the scaling is `alpha / sqrt(rank)`.
         lora_start_a: A as it started, None where the product started at zero.
         lora_start_b: B as it started, likewise.
-        lora_magnitude: ``(*stack, out)`` of DoRA, None without it.
+        lora_magnitude: `(*stack, out)` of DoRA, None without it.
         lora_dropout: Dropout on the input of the branch, None when its rate is zero.
         lora_base: The class without LoRA.
         lora_weight: Name of the parameter the factors stand beside.
@@ -65,7 +65,7 @@ class LoRALayer(nnx.Module):
 
     @property
     def lora_scaling(self) -> float:
-        """Factor of the low-rank product, ``alpha / rank`` or ``alpha / sqrt(rank)``."""
+        """Factor of the low-rank product, `alpha / rank` or `alpha / sqrt(rank)`."""
         return product_scaling(self.lora_rank, self.lora_alpha, self.lora_rslora)
 
     @staticmethod
@@ -77,11 +77,11 @@ class LoRALayer(nnx.Module):
         """Gives the two whose product, times the scaling, is added to the weight.
 
         These are A and B; with a start also A0 and B0, beside them along the rank:
-        ``A B - A0 B0 = (A - A0) B + A0 (B - B0)``, which is zero at the start to the bit, and takes
+        `A B - A0 B0 = (A - A0) B + A0 (B - B0)`, which is zero at the start to the bit, and takes
         differences before anything is rounded to the dtype that the layer computes in.
 
         Returns:
-            ``(*stack, *in, r)`` and ``(*stack, r, *out)``, or with 2r in the place of r.
+            `(*stack, *in, r)` and `(*stack, r, *out)`, or with 2r in the place of r.
         """
         a, b = self.lora_a[...], self.lora_b[...]
         if self.lora_start_a is None or self.lora_start_b is None:
@@ -102,9 +102,9 @@ class LoRALayer(nnx.Module):
 
 
 class LoRALinear(LoRALayer, nnx.Linear):
-    """``nnx.Linear`` with factors A ``(*stack, in, r)`` and B ``(*stack, r, out)``.
+    """`nnx.Linear` with factors A `(*stack, in, r)` and B `(*stack, r, out)`.
 
-    With DoRA, ``y = x W0 + bias + (c - 1) x' W0 + c s x' A B`` where c is the magnitude over the
+    With DoRA, `y = x W0 + bias + (c - 1) x' W0 + c s x' A B` where c is the magnitude over the
     norm of a column and x' the input, dropped out as in PEFT for both terms.
     """
 
@@ -116,7 +116,7 @@ class LoRALinear(LoRALayer, nnx.Linear):
         return matrix_axes(layer.kernel.shape, layer.in_features, layer.out_features)
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        """Applies the layer to ``(..., in)``, giving ``(..., out)``."""
+        """Applies the layer to `(..., in)`, giving `(..., out)`."""
         y = super().__call__(inputs, out_sharding=out_sharding)
         x = self._dropped(_computed(self, inputs))
 
@@ -171,9 +171,9 @@ class LoRALinear(LoRALayer, nnx.Linear):
 
 
 class LoRALinearGeneral(LoRALayer, nnx.LinearGeneral):
-    """``nnx.LinearGeneral`` with factors A ``(*stack, *in, r)`` and B ``(*stack, r, *out)``.
+    """`nnx.LinearGeneral` with factors A `(*stack, *in, r)` and B `(*stack, r, *out)`.
 
-    With a ``batch_axis``, its axes stand behind those of the stack: a pair for each index.
+    With a `batch_axis`, its axes stand behind those of the stack: a pair for each index.
     """
 
     lora_base = nnx.LinearGeneral
@@ -184,7 +184,7 @@ class LoRALinearGeneral(LoRALayer, nnx.LinearGeneral):
         return general_axes(layer)
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        """Applies the layer along ``axis``, giving ``(..., *out)``."""
+        """Applies the layer along `axis`, giving `(..., *out)`."""
         y = super().__call__(inputs, out_sharding=out_sharding)
         x = self._dropped(_computed(self, inputs))
         # The base layer contracts the axes in ascending order, however they were given.
@@ -195,7 +195,7 @@ class LoRALinearGeneral(LoRALayer, nnx.LinearGeneral):
 
 
 class LoRAEinsum(LoRALayer, nnx.Einsum):
-    """``nnx.Einsum`` with factors A ``(*stack, *in, r)`` and B ``(*stack, r, *out)``."""
+    """`nnx.Einsum` with factors A `(*stack, *in, r)` and B `(*stack, r, *out)`."""
 
     lora_base = nnx.Einsum
 
@@ -231,9 +231,9 @@ class LoRAEinsum(LoRALayer, nnx.Einsum):
 
 
 class LoRAEmbed(LoRALayer, nnx.Embed):
-    """``nnx.Embed`` with factors A ``(*stack, num_embeddings, r)`` and B ``(*stack, r, features)``.
+    """`nnx.Embed` with factors A `(*stack, num_embeddings, r)` and B `(*stack, r, features)`.
 
-    ``attend`` goes through the same adapted embedding.
+    `attend` goes through the same adapted embedding.
     """
 
     lora_base = nnx.Embed
@@ -245,7 +245,7 @@ class LoRAEmbed(LoRALayer, nnx.Embed):
         return matrix_axes(layer.embedding.shape, layer.num_embeddings, layer.features)
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        """Looks up ``(...)`` integers, giving ``(..., features)``."""
+        """Looks up `(...)` integers, giving `(..., features)`."""
         y = super().__call__(inputs, out_sharding=out_sharding)
 
         def branch(a: jax.Array, b: jax.Array, inputs: jax.Array) -> jax.Array:
@@ -257,7 +257,7 @@ class LoRAEmbed(LoRALayer, nnx.Embed):
         return y + _sharded(branch, out_sharding)(*self._factors(y.dtype), inputs)
 
     def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
-        """Multiplies ``(..., features)`` by every embedding, giving ``(..., num_embeddings)``."""
+        """Multiplies `(..., features)` by every embedding, giving `(..., num_embeddings)`."""
         y = super().attend(query, out_sharding=out_sharding)
         query, _ = self.promote_dtype((query, self.embedding[...]), dtype=self.dtype)
 
@@ -286,17 +286,17 @@ def lora_class(base: type[nnx.Module]) -> type[LoRALayer]:
     """Gives the class with LoRA of a layer's class.
 
     For a subclass of a Flax layer it is a new class in which the subclass comes first and finds
-    the LoRA layer where it calls ``super()``: what it does to the layer's inputs and outputs is
+    the LoRA layer where it calls `super()`: what it does to the layer's inputs and outputs is
     done with the adapted weight.
 
     Args:
-        base: ``nnx.Linear``, ``LinearGeneral``, ``Einsum``, ``Embed`` or a subclass of one.
+        base: `nnx.Linear`, `LinearGeneral`, `Einsum`, `Embed` or a subclass of one.
 
     Returns:
-        A subclass of ``base`` and of :class:`LoRALayer`.
+        A subclass of `base` and of `LoRALayer`.
 
     Raises:
-        InputError: The subclass computes its output without calling ``super()``, so that factors
+        InputError: The subclass computes its output without calling `super()`, so that factors
             beside its weight would have no effect.
 
     Example:
@@ -364,7 +364,7 @@ def _low_rank(
     batch: tuple[int, ...],
     out_sharding: Any,
 ) -> jax.Array:
-    """``scaling * x A B`` over the axes ``contract`` of x, apart for each index of ``batch``."""
+    """`scaling * x A B` over the axes `contract` of x, apart for each index of `batch`."""
     leading = tuple(range(len(batch)))
     ins = tuple(range(len(batch), len(batch) + len(contract)))
 

@@ -17,9 +17,9 @@ def laid_out(x: jax.Array, *, features: int | None = None) -> jax.Array:
     activations.
 
     Args:
-        x: ``(b, ...)``.
-        features: The axis of heads or features that belongs to the mesh axis ``tensor``; it stays
-            whole where ``tensor`` does not divide it. Other axes are whole on every device.
+        x: `(b, ...)`.
+        features: The axis of heads or features that belongs to the mesh axis `tensor`; it stays
+            whole where `tensor` does not divide it. Other axes are whole on every device.
 
     Returns:
         The same values; with no mesh in the context, or one of other axes, the same array.
@@ -45,7 +45,7 @@ def embeddings_laid_out(x: jax.Array) -> jax.Array:
     compiler may make the whole of it everywhere.
 
     Args:
-        x: ``(b, t, hidden)``.
+        x: `(b, t, hidden)`.
 
     Returns:
         The same values.

@@ -15,10 +15,10 @@ class KVCache:
     """Keys and values of the tokens so far, in buffers of a fixed length; a pytree.
 
     Attributes:
-        keys: ``(layers, b, kv_heads, s, head_dim)``.
-        values: ``(layers, b, kv_heads, s, head_dim)``.
-        segment_ids: ``(b, s)`` int32, 0 where nothing is written yet or padding was.
-        length: ``()`` int32, slots written so far, the same for every row.
+        keys: `(layers, b, kv_heads, s, head_dim)`.
+        values: `(layers, b, kv_heads, s, head_dim)`.
+        segment_ids: `(b, s)` int32, 0 where nothing is written yet or padding was.
+        length: `()` int32, slots written so far, the same for every row.
     """
 
     keys: jax.Array
@@ -37,7 +37,7 @@ class KVCache:
         head_dim: int,
         dtype: DTypeLike,
     ) -> "KVCache":
-        """Makes a cache with room for ``length`` tokens a row."""
+        """Makes a cache with room for `length` tokens a row."""
         shape = (layers, batch, kv_heads, length, head_dim)
         return cls(
             keys=jnp.zeros(shape, dtype),
@@ -53,11 +53,11 @@ class KVCache:
 
         Args:
             layer: Its number.
-            keys: ``(b, kv_heads, t, head_dim)``.
-            values: ``(b, kv_heads, t, head_dim)``.
+            keys: `(b, kv_heads, t, head_dim)`.
+            values: `(b, kv_heads, t, head_dim)`.
 
         Returns:
-            The cache, and all keys and values of the layer, ``(b, kv_heads, s, head_dim)``.
+            The cache, and all keys and values of the layer, `(b, kv_heads, s, head_dim)`.
         """
         start = (layer, 0, 0, self.length, 0)
         cache = dataclasses.replace(
@@ -80,16 +80,16 @@ def visibility(
     """Which keys each query may attend to: not later, of the same segment, not padding.
 
     Args:
-        batch: Rows, ``b``.
-        length: New tokens a row, ``t``.
-        segment_ids: ``(b, t)``, 0 for padding; None when every row is one unpadded text.
+        batch: Rows, `b`.
+        length: New tokens a row, `t`.
+        segment_ids: `(b, t)`, 0 for padding; None when every row is one unpadded text.
         cache: What was seen before; its segment ids are extended by the new ones.
-        branch_ids: ``(b, t)``, 0 for what all branches of a text see; branches do not see each
+        branch_ids: `(b, t)`, 0 for what all branches of a text see; branches do not see each
             other. None when texts have none.
 
     Returns:
-        Mask ``(b or 1, t, s)``, with ``s = t`` without a cache and the cache's length with one; and
-        the cache with its segment ids extended (its ``length`` still that of before).
+        Mask `(b or 1, t, s)`, with `s = t` without a cache and the cache's length with one; and
+        the cache with its segment ids extended (its `length` still that of before).
     """
     if cache is None:
         visible = jnp.tril(jnp.ones((length, length), bool))[None]  # (1, t, t)
@@ -120,10 +120,10 @@ def positions_from(visible: jax.Array) -> jax.Array:
     One rule for packed examples, padding on either side and continued texts.
 
     Args:
-        visible: Mask ``(b, t, s)``.
+        visible: Mask `(b, t, s)`.
 
     Returns:
-        ``(b, t)`` int32; 0 for padding.
+        `(b, t)` int32; 0 for padding.
     """
     return jnp.maximum(visible.sum(-1, dtype=jnp.int32) - 1, 0)
 
@@ -138,15 +138,15 @@ def attend(
     """Grouped-query attention, softmax in float32.
 
     Args:
-        queries: ``(b, t, heads, head_dim)``; heads ``g·i … g·i+g-1`` share key head ``i``.
-        keys: ``(b, kv_heads, s, head_dim)``.
-        values: ``(b, kv_heads, s, head_dim)``.
-        visible: ``(b or 1, t or 1, s)`` bool. A query that sees nothing (padding) gets a finite
+        queries: `(b, t, heads, head_dim)`; heads `g·i … g·i+g-1` share key head `i`.
+        keys: `(b, kv_heads, s, head_dim)`.
+        values: `(b, kv_heads, s, head_dim)`.
+        visible: `(b or 1, t or 1, s)` bool. A query that sees nothing (padding) gets a finite
             mean.
         dropout: On the weights, if there is one.
 
     Returns:
-        ``(b, t, heads, head_dim)`` in the dtype of ``queries``.
+        `(b, t, heads, head_dim)` in the dtype of `queries`.
     """
     batch, length, heads, head_dim = queries.shape
     kv_heads = keys.shape[1]

@@ -1,6 +1,6 @@
 """The BERT family: a post-norm encoder with token types and a pooler, for sequence classification.
 
-Module names are Hugging Face's. ``encoder.layer`` is one layer whose parameters have a leading axis
+Module names are Hugging Face's. `encoder.layer` is one layer whose parameters have a leading axis
 of layers.
 """
 
@@ -56,9 +56,9 @@ _ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
-    """Sizes and constants of a BERT, under the names of Hugging Face's ``config.json``.
+    """Sizes and constants of a BERT, under the names of Hugging Face's `config.json`.
 
-    ``labels`` are the names in ``id2label``; a single one is the number that a regression gives.
+    `labels` are the names in `id2label`; a single one is the number that a regression gives.
 
     Example:
         >>> config = BertConfig.from_hf(
@@ -120,7 +120,7 @@ class BertConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "BertConfig":
-        """Reads the contents of a Hugging Face ``config.json``.
+        """Reads the contents of a Hugging Face `config.json`.
 
         Absent fields take the defaults transformers gives them.
 
@@ -144,7 +144,7 @@ class BertConfig:
         return cls(**fields, labels=config_checks.labels(config))
 
     def to_hf(self) -> dict[str, Any]:
-        """Gives the contents of a ``config.json`` that transformers loads."""
+        """Gives the contents of a `config.json` that transformers loads."""
         fields = dataclasses.asdict(self)
         del fields["labels"]
         if isinstance(self.eos_token_id, tuple):
@@ -168,7 +168,7 @@ class Embeddings(nnx.Module):
         self.dropout = dropout(config.hidden_dropout_prob, rngs)
 
     def __call__(self, tokens: jax.Array, token_types: jax.Array) -> jax.Array:
-        """Looks up ``(b, t)`` tokens, giving ``(b, t, hidden)``."""
+        """Looks up `(b, t)` tokens, giving `(b, t, hidden)`."""
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         x = embeddings_laid_out(self.word_embeddings(tokens))
         x = x + embeddings_laid_out(self.token_type_embeddings(token_types))
@@ -187,7 +187,7 @@ class SelfAttention(nnx.Module):
         self.dropout = dropout(config.attention_probs_dropout_prob, rngs)
 
     def __call__(self, x: jax.Array, visible: jax.Array) -> jax.Array:
-        """Mixes ``x (b, t, hidden)``; ``visible (b, 1, t)``."""
+        """Mixes `x (b, t, hidden)`; `visible (b, 1, t)`."""
         heads = (*x.shape[:2], self.heads, -1)
         queries, keys, values = (
             laid_out(project(x).reshape(heads), features=2)  # (b, t, heads, head_dim)
@@ -214,19 +214,19 @@ class Output(nnx.Module):
         self.dropout = dropout(config.hidden_dropout_prob, rngs)
 
     def __call__(self, x: jax.Array, residual: jax.Array) -> jax.Array:
-        """Maps ``(b, t, width)`` beside ``(b, t, hidden)`` to ``(b, t, hidden)``."""
+        """Maps `(b, t, width)` beside `(b, t, hidden)` to `(b, t, hidden)`."""
         return laid_out(self.LayerNorm(dropped(self.dropout, self.dense(x)) + residual))
 
 
 class Attention(nnx.Module):
-    """Self-attention and its output; ``self`` is Hugging Face's name of the first."""
+    """Self-attention and its output; `self` is Hugging Face's name of the first."""
 
     def __init__(self, config: BertConfig, linear: Callable[..., nnx.Linear], norm: Any, rngs: Any):
         self.self = SelfAttention(config, linear, rngs)
         self.output = Output(config.hidden_size, config, linear, norm, rngs)
 
     def __call__(self, x: jax.Array, visible: jax.Array) -> jax.Array:
-        """Maps ``(b, t, hidden)`` to ``(b, t, hidden)``."""
+        """Maps `(b, t, hidden)` to `(b, t, hidden)`."""
         return self.output(self.self(x, visible), x)
 
 
@@ -238,7 +238,7 @@ class Intermediate(nnx.Module):
         self.dense = linear(config.hidden_size, config.intermediate_size)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps ``(b, t, hidden)`` to ``(b, t, intermediate)``."""
+        """Maps `(b, t, hidden)` to `(b, t, intermediate)`."""
         return self.act(laid_out(self.dense(x), features=2))
 
 
@@ -256,7 +256,7 @@ class Layer(nnx.Module):
     def __call__(
         self, x: jax.Array, visible: jax.Array, cache: None, layer: jax.Array
     ) -> tuple[jax.Array, None]:
-        """Applies layer number ``layer`` to ``x (b, t, hidden)``."""
+        """Applies layer number `layer` to `x (b, t, hidden)`."""
         x = self.attention(x, visible)
         return self.output(self.intermediate(x), x), cache
 
@@ -281,7 +281,7 @@ class Pooler(nnx.Module):
         self.dense = linear(config.hidden_size, config.hidden_size)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps ``(b, t, hidden)`` to ``(b, hidden)``."""
+        """Maps `(b, t, hidden)` to `(b, hidden)`."""
         return jnp.tanh(self.dense(x[:, 0]))
 
 
@@ -343,7 +343,7 @@ class BertForSequenceClassification(SequenceClassifier):
         segment_ids: jax.Array | None = None,
         token_types: jax.Array | None = None,
     ) -> jax.Array:
-        """Gives one logit a label; as :meth:`SequenceClassifier.__call__`."""
+        """Gives one logit a label; as `SequenceClassifier.__call__`."""
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
         if token_types is None:

@@ -23,7 +23,7 @@ def is_positive(value: Any) -> TypeGuard[int | float]:
 
 
 def required(config: Mapping[str, Any], name: str) -> int:
-    """A size that a ``config.json`` must have.
+    """A size that a `config.json` must have.
 
     Raises:
         InputError: It is missing, or no positive integer.
@@ -37,7 +37,7 @@ def required(config: Mapping[str, Any], name: str) -> int:
 
 
 def present(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """The fields that a ``config.json`` sets, of some that have defaults."""
+    """The fields that a `config.json` sets, of some that have defaults."""
     return {name: config[name] for name in names if config.get(name) is not None}
 
 
@@ -53,7 +53,7 @@ def check_kind(
     architectures: Iterable[str],
     only: Mapping[str, Any],
 ) -> None:
-    """Checks that a ``config.json`` is of a family, and sets nothing that is not implemented.
+    """Checks that a `config.json` is of a family, and sets nothing that is not implemented.
 
     Args:
         config: Its contents.
@@ -140,16 +140,16 @@ def check_one_of(config: Any, name: str, known: Collection[str]) -> None:
 
 
 def labels(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The labels of a ``config.json``, in the order of the logits.
+    """The labels of a `config.json`, in the order of the logits.
 
     Args:
-        config: Its contents; ``id2label`` is read, else ``num_labels``, else there are two.
+        config: Its contents; `id2label` is read, else `num_labels`, else there are two.
 
     Returns:
         Their names.
 
     Raises:
-        InputError: ``id2label`` does not name the labels from 0 on.
+        InputError: `id2label` does not name the labels from 0 on.
     """
     names = config.get("id2label")
     if names is None:
@@ -172,7 +172,7 @@ _MOST_LABELS = 2**16
 
 
 def labels_to_hf(names: Sequence[str]) -> dict[str, Any]:
-    """The fields of a ``config.json`` that say what logits stand for.
+    """The fields of a `config.json` that say what logits stand for.
 
     Args:
         names: Of the labels; one stands for a number.

@@ -27,7 +27,7 @@ layers, which are kept; or each layer as a whole."""
 
 
 class PretrainedConfig(Protocol):
-    """Sizes and constants of a model, under the names of Hugging Face's ``config.json``."""
+    """Sizes and constants of a model, under the names of Hugging Face's `config.json`."""
 
     @property
     def vocab_size(self) -> int:
@@ -43,14 +43,14 @@ class PretrainedConfig(Protocol):
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
-        """Reads the contents of a ``config.json``.
+        """Reads the contents of a `config.json`.
 
         Raises:
             InputError: A field whose value is not supported; the message names it.
         """
 
     def to_hf(self) -> dict[str, Any]:
-        """Gives the contents of a ``config.json`` that transformers loads."""
+        """Gives the contents of a `config.json` that transformers loads."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class Tensor:
     """Where one of our parameters stands in a Hugging Face checkpoint.
 
     Attributes:
-        name: Hugging Face's name. ``{}`` stands for the number of the layer: ours is then a stack
+        name: Hugging Face's name. `{}` stands for the number of the layer: ours is then a stack
             of theirs, along its first axis.
         axes: Logical axes of one of theirs as ours has it; a mesh maps these names to its own axes,
             and None stays whole.
-        transposed: Whether theirs is ``(out, in)`` where ours is ``(in, out)``.
+        transposed: Whether theirs is `(out, in)` where ours is `(in, out)`.
         tied: Theirs that has to be the same where it is there too: the head, of tied weights.
         optional: Whether a checkpoint may lack it, as it lacks a new head, which is then drawn.
     """
@@ -297,14 +297,14 @@ class LanguageModel(PretrainedModel):
         """Gives the logits of the token after each token.
 
         Args:
-            tokens: ``(b, t)`` int32.
-            positions: ``(b, t)`` int32; by default each token's place within its segment.
-            segment_ids: ``(b, t)`` int32: 0 for padding, equal numbers for tokens of one text.
+            tokens: `(b, t)` int32.
+            positions: `(b, t)` int32; by default each token's place within its segment.
+            segment_ids: `(b, t)` int32: 0 for padding, equal numbers for tokens of one text.
                 Texts in one row do not see each other. By default every row is one text, unpadded.
-            cache: What came before these tokens, from :meth:`init_cache` or an earlier call.
+            cache: What came before these tokens, from `init_cache` or an earlier call.
 
         Returns:
-            Logits ``(b, t, vocab)`` float32; with a cache, also the cache extended by the tokens.
+            Logits `(b, t, vocab)` float32; with a cache, also the cache extended by the tokens.
         """
         hidden, cache = self.hidden_states(
             tokens, positions=positions, segment_ids=segment_ids, cache=cache
@@ -324,16 +324,16 @@ class LanguageModel(PretrainedModel):
         """Gives what the head reads, for callers that want logits of a few tokens only.
 
         Args:
-            tokens: As for :meth:`__call__`, and so are the others.
-            positions: ``(b, t)`` int32.
-            segment_ids: ``(b, t)`` int32.
-            branch_ids: ``(b, t)`` int32: several ways to go on with one text, in one row. 0 for
+            tokens: As for `__call__`, and so are the others.
+            positions: `(b, t)` int32.
+            segment_ids: `(b, t)` int32.
+            branch_ids: `(b, t)` int32: several ways to go on with one text, in one row. 0 for
                 what all of them see, equal numbers for the tokens of one; branches do not see each
                 other, and each is at the positions after what all see. Not with a cache.
             cache: What came before.
 
         Returns:
-            ``(b, t, hidden)`` in the compute dtype, and the cache extended by the tokens (None
+            `(b, t, hidden)` in the compute dtype, and the cache extended by the tokens (None
             without one).
 
         Raises:
@@ -342,11 +342,11 @@ class LanguageModel(PretrainedModel):
         raise NotImplementedError
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Applies the head, tied or not: ``(..., hidden)`` to ``(..., vocab)`` float32."""
+        """Applies the head, tied or not: `(..., hidden)` to `(..., vocab)` float32."""
         raise NotImplementedError
 
     def init_cache(self, batch: int, length: int) -> KVCache:
-        """Makes an empty cache for ``batch`` rows of at most ``length`` tokens."""
+        """Makes an empty cache for `batch` rows of at most `length` tokens."""
         raise NotImplementedError
 
 
@@ -363,13 +363,13 @@ class SequenceClassifier(PretrainedModel):
         """Gives one logit a label.
 
         Args:
-            tokens: ``(b, t)`` int32, one text or one pair of texts in each row.
-            segment_ids: ``(b, t)`` int32: 0 for padding, 1 for tokens. By default nothing is
+            tokens: `(b, t)` int32, one text or one pair of texts in each row.
+            segment_ids: `(b, t)` int32: 0 for padding, 1 for tokens. By default nothing is
                 padding.
-            token_types: ``(b, t)`` int32: 1 for the second text of a pair, else 0; by default 0.
+            token_types: `(b, t)` int32: 1 for the second text of a pair, else 0; by default 0.
 
         Returns:
-            Logits ``(b, labels)`` float32.
+            Logits `(b, labels)` float32.
         """
         raise NotImplementedError
 
@@ -427,8 +427,8 @@ class Family:
             head: What they give.
 
         Returns:
-            A subclass of :class:`PretrainedModel`, called as
-            ``(config, *, dtype, param_dtype, remat, rngs)``.
+            A subclass of `PretrainedModel`, called as
+            `(config, *, dtype, param_dtype, remat, rngs)`.
 
         Raises:
             InputError: It has none.

@@ -1,7 +1,7 @@
 """The GPT-2 family: learned positions, pre-norm blocks, one projection for queries, keys, values.
 
-Module names are Hugging Face's. ``h`` is one block whose parameters have a leading axis of blocks.
-Hugging Face stores these linear layers as ``(in, out)``, as ours are (its Conv1D). ``c_attn`` stays
+Module names are Hugging Face's. `h` is one block whose parameters have a leading axis of blocks.
+Hugging Face stores these linear layers as `(in, out)`, as ours are (its Conv1D). `c_attn` stays
 one layer, as PEFT adapts it.
 """
 
@@ -52,7 +52,7 @@ _ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 
 @dataclasses.dataclass(frozen=True)
 class GPT2Config:
-    """Sizes and constants of a GPT-2, under the names of Hugging Face's ``config.json``.
+    """Sizes and constants of a GPT-2, under the names of Hugging Face's `config.json`.
 
     Example:
         >>> config = GPT2Config.from_hf(dict(model_type="gpt2", n_embd=32, n_layer=2, n_head=4))
@@ -105,7 +105,7 @@ class GPT2Config:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "GPT2Config":
-        """Reads the contents of a Hugging Face ``config.json``.
+        """Reads the contents of a Hugging Face `config.json`.
 
         Absent fields take the defaults transformers gives them.
 
@@ -132,7 +132,7 @@ class GPT2Config:
         return cls(**fields)
 
     def to_hf(self) -> dict[str, Any]:
-        """Gives the contents of a ``config.json`` that transformers loads."""
+        """Gives the contents of a `config.json` that transformers loads."""
         fields = dataclasses.asdict(self)
         if isinstance(self.eos_token_id, tuple):
             fields["eos_token_id"] = list(self.eos_token_id)
@@ -152,7 +152,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: jax.Array, visible: jax.Array, cache: KVCache | None, layer: jax.Array
     ) -> tuple[jax.Array, KVCache | None]:
-        """Mixes ``x (b, t, hidden)`` over the visible tokens; writes the cache if there is one."""
+        """Mixes `x (b, t, hidden)` over the visible tokens; writes the cache if there is one."""
         heads = (*x.shape[:2], self.heads, -1)
         queries, keys, values = (
             laid_out(part.reshape(heads), features=2)  # (b, t, heads, head_dim)
@@ -167,7 +167,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """``c_proj(act(c_fc(x)))``."""
+    """`c_proj(act(c_fc(x)))`."""
 
     def __init__(self, config: GPT2Config, linear: Callable[..., nnx.Linear], rngs: nnx.Rngs):
         self.act = _ACTIVATIONS[config.activation_function]
@@ -176,7 +176,7 @@ class MLP(nnx.Module):
         self.dropout = dropout(config.resid_pdrop, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps ``(b, t, hidden)`` to ``(b, t, hidden)``."""
+        """Maps `(b, t, hidden)` to `(b, t, hidden)`."""
         inner = self.act(laid_out(self.c_fc(x), features=2))
         return laid_out(dropped(self.dropout, self.c_proj(inner)))
 
@@ -202,7 +202,7 @@ class Block(nnx.Module):
     def __call__(
         self, x: jax.Array, visible: jax.Array, cache: KVCache | None, layer: jax.Array
     ) -> tuple[jax.Array, KVCache | None]:
-        """Applies block number ``layer`` to ``x (b, t, hidden)``."""
+        """Applies block number `layer` to `x (b, t, hidden)`."""
         mixed, cache = self.attn(self.ln_1(x), visible, cache, layer)
         x = x + mixed
         return x + self.mlp(self.ln_2(x)), cache
@@ -272,7 +272,7 @@ class GPT2(LanguageModel):
         branch_ids: jax.Array | None = None,
         cache: KVCache | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Gives what the head reads; as :meth:`LanguageModel.hidden_states`."""
+        """Gives what the head reads; as `LanguageModel.hidden_states`."""
         batch, length = tokens.shape
         visible, cache = visibility(batch, length, segment_ids, cache, branch_ids)
         if positions is None:
@@ -286,14 +286,14 @@ class GPT2(LanguageModel):
         return self.ln_f(x), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Applies the head, tied or not: ``(..., hidden)`` to ``(..., vocab)`` float32."""
+        """Applies the head, tied or not: `(..., hidden)` to `(..., vocab)` float32."""
         if not self.config.tie_word_embeddings:
             return self.lm_head(hidden)
         embedding = self.wte.embedding[...].astype(self.dtype)  # (vocab, hidden)
         return jnp.einsum("...e,ve->...v", hidden, embedding, preferred_element_type=jnp.float32)
 
     def init_cache(self, batch: int, length: int) -> KVCache:
-        """Makes an empty cache for ``batch`` rows of at most ``length`` tokens."""
+        """Makes an empty cache for `batch` rows of at most `length` tokens."""
         return KVCache.empty(
             layers=self.config.n_layer,
             batch=batch,

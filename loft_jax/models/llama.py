@@ -1,6 +1,6 @@
 """The Llama family: configuration, model, parameters, and how GGUF files hold it.
 
-Module names are Hugging Face's. ``layers`` is one decoder layer whose parameters have a leading
+Module names are Hugging Face's. `layers` is one decoder layer whose parameters have a leading
 axis of layers.
 """
 
@@ -59,7 +59,7 @@ _SIZES: Mapping[str, int] = {
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes and constants of a Llama, under the names of Hugging Face's ``config.json``.
+    """Sizes and constants of a Llama, under the names of Hugging Face's `config.json`.
 
     Example:
         >>> config = LlamaConfig.from_hf(
@@ -110,10 +110,10 @@ class LlamaConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":
-        """Reads the contents of a Hugging Face ``config.json``.
+        """Reads the contents of a Hugging Face `config.json`.
 
         Takes what Llama 1, 2 and 3.x, SmolLM2 and TinyLlama write, the older keys
-        (``rope_theta``, ``rope_scaling``) as well as the newer one (``rope_parameters``). Absent
+        (`rope_theta`, `rope_scaling`) as well as the newer one (`rope_parameters`). Absent
         fields take the defaults transformers gives them; fields that transformers' own Llama does
         not read either (a version, a cache switch) have no effect.
 
@@ -174,7 +174,7 @@ class LlamaConfig:
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """Gives the contents of a ``config.json`` that transformers loads.
+        """Gives the contents of a `config.json` that transformers loads.
 
         Rotary settings are written under the older keys, which every release reads.
         """
@@ -224,7 +224,7 @@ class SelfAttention(nnx.Module):
         cache: KVCache | None,
         layer: jax.Array,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Mixes ``x (b, t, hidden)`` over the visible tokens; writes the cache if there is one."""
+        """Mixes `x (b, t, hidden)` over the visible tokens; writes the cache if there is one."""
         heads = (*x.shape[:2], -1, self.head_dim)
         queries, keys, values = (
             laid_out(project(x).reshape(heads), features=2)  # (b, t, heads, head_dim)
@@ -241,7 +241,7 @@ class SelfAttention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """SwiGLU: ``down(silu(gate(x)) * up(x))``."""
+    """SwiGLU: `down(silu(gate(x)) * up(x))`."""
 
     def __init__(
         self, config: LlamaConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
@@ -259,7 +259,7 @@ class MLP(nnx.Module):
         self.down_proj = linear(config.intermediate_size, config.hidden_size)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps ``(b, t, hidden)`` to ``(b, t, hidden)``."""
+        """Maps `(b, t, hidden)` to `(b, t, hidden)`."""
         gate, up = (laid_out(f(x), features=2) for f in (self.gate_proj, self.up_proj))
         return laid_out(self.down_proj(nnx.silu(gate) * up))
 
@@ -285,7 +285,7 @@ class DecoderLayer(nnx.Module):
         cache: KVCache | None,
         layer: jax.Array,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Applies layer number ``layer`` to ``x (b, t, hidden)``."""
+        """Applies layer number `layer` to `x (b, t, hidden)`."""
         mixed, cache = self.self_attn(self.input_layernorm(x), cos, sin, visible, cache, layer)
         x = x + mixed
         return x + self.mlp(self.post_attention_layernorm(x)), cache
@@ -366,7 +366,7 @@ class Llama(LanguageModel):
         branch_ids: jax.Array | None = None,
         cache: KVCache | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Gives what the head reads; as :meth:`LanguageModel.hidden_states`."""
+        """Gives what the head reads; as `LanguageModel.hidden_states`."""
         batch, length = tokens.shape
         visible, cache = visibility(batch, length, segment_ids, cache, branch_ids)
         if positions is None:
@@ -381,14 +381,14 @@ class Llama(LanguageModel):
         return self.norm(x), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Applies the head, tied or not: ``(..., hidden)`` to ``(..., vocab)`` float32."""
+        """Applies the head, tied or not: `(..., hidden)` to `(..., vocab)` float32."""
         if not self.config.tie_word_embeddings:
             return self.lm_head(hidden)
         embedding = self.embed_tokens.embedding[...].astype(self.dtype)  # (vocab, hidden)
         return jnp.einsum("...e,ve->...v", hidden, embedding, preferred_element_type=jnp.float32)
 
     def init_cache(self, batch: int, length: int) -> KVCache:
-        """Makes an empty cache for ``batch`` rows of at most ``length`` tokens."""
+        """Makes an empty cache for `batch` rows of at most `length` tokens."""
         return KVCache.empty(
             layers=self.config.num_hidden_layers,
             batch=batch,

@@ -24,7 +24,7 @@ from loft_jax.errors import InputError
 from loft_jax.models.family import PretrainedModel
 
 Quantization = Literal["none", "int8", "nf4"]
-"""What frozen kernels are stored in; see :func:`quantize_kernels`."""
+"""What frozen kernels are stored in; see `quantize_kernels`."""
 
 _TILE = 64  # inputs that share a scale, as in QLoRA
 _SMALLEST_TILE = 16
@@ -90,7 +90,7 @@ def quantize(
 
     Args:
         kernel: (layers, in, out).
-        quantization: As for :func:`quantize_kernels`; not "none".
+        quantization: As for `quantize_kernels`; not "none".
         name: Dotted path of the kernel.
         placement: Where the parts go, `name.qvalue` and `name.scale`, by path and shape.
 
@@ -98,7 +98,7 @@ def quantize(
         A `qwix.QArray`.
 
     Raises:
-        InputError: As :func:`quantize_kernels`.
+        InputError: As `quantize_kernels`.
     """
     tile = math.gcd(_TILE, kernel.shape[1])
     if quantization == "nf4" and tile < _SMALLEST_TILE:

@@ -13,7 +13,7 @@ _FAMILIES = (
 )
 
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _FAMILIES}
-"""By Hugging Face's ``model_type``."""
+"""By Hugging Face's `model_type`."""
 
 WELL_KNOWN: Mapping[str, tuple[Family, PretrainedConfig]] = {
     name: (family, config) for family in _FAMILIES for name, config in family.sizes.items()
@@ -25,7 +25,7 @@ def family_of(model_type: object) -> Family:
     """Finds a family.
 
     Args:
-        model_type: What a ``config.json`` says.
+        model_type: What a `config.json` says.
 
     Returns:
         The family.

@@ -17,11 +17,11 @@ class RopeScaling:
     """How rotary frequencies are stretched beyond the context they were trained on.
 
     Args:
-        rope_type: ``"linear"`` divides every frequency by ``factor``; ``"llama3"`` divides the
+        rope_type: `"linear"` divides every frequency by `factor`; `"llama3"` divides the
             low ones, keeps the high ones, and blends between the two.
         factor: The stretch.
-        low_freq_factor: Below ``original_max_position_embeddings / low_freq_factor`` rotations
-            per context, a frequency counts as low. ``"llama3"`` only, as are the next two.
+        low_freq_factor: Below `original_max_position_embeddings / low_freq_factor` rotations
+            per context, a frequency counts as low. `"llama3"` only, as are the next two.
         high_freq_factor: The same for high frequencies.
         original_max_position_embeddings: Context length of pretraining, in tokens.
     """
@@ -34,7 +34,7 @@ class RopeScaling:
 
 
 def read_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Reads base and scaling, from whichever of the two spellings a ``config.json`` has.
+    """Reads base and scaling, from whichever of the two spellings a `config.json` has.
 
     Args:
         config: Its contents.
@@ -101,7 +101,7 @@ def read_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
     """Gives the angle each pair of head dimensions turns per position.
 
-    ``theta ** (-2 i / head_dim)`` for ``i < head_dim / 2``, stretched by the scaling.
+    `theta ** (-2 i / head_dim)` for `i < head_dim / 2`, stretched by the scaling.
 
     Args:
         head_dim: Of a head, even.
@@ -109,7 +109,7 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None
         scaling: The stretch, None for none.
 
     Returns:
-        ``(head_dim / 2,)`` float32, in radians per token.
+        `(head_dim / 2,)` float32, in radians per token.
     """
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     frequencies = (1.0 / np.float32(theta) ** exponents).astype(np.float32)
@@ -130,26 +130,26 @@ def rotation(frequencies: np.ndarray, positions: jax.Array) -> tuple[jax.Array, 
     """Cosines and sines of every position's angles.
 
     Args:
-        frequencies: ``(head_dim / 2,)``, from `inverse_frequencies`.
-        positions: ``(b, t)`` integers.
+        frequencies: `(head_dim / 2,)`, from `inverse_frequencies`.
+        positions: `(b, t)` integers.
 
     Returns:
-        Two ``(b, t, 1, head_dim / 2)`` float32 arrays; the axis of 1 is for heads.
+        Two `(b, t, 1, head_dim / 2)` float32 arrays; the axis of 1 is for heads.
     """
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turns dimension ``i`` together with ``i + head_dim / 2``, in float32.
+    """Turns dimension `i` together with `i + head_dim / 2`, in float32.
 
     Args:
-        x: ``(b, t, heads, head_dim)``.
-        cos: ``(b, t, 1, head_dim / 2)``.
-        sin: ``(b, t, 1, head_dim / 2)``.
+        x: `(b, t, heads, head_dim)`.
+        cos: `(b, t, 1, head_dim / 2)`.
+        sin: `(b, t, 1, head_dim / 2)`.
 
     Returns:
-        ``x`` turned, in its own dtype.
+        `x` turned, in its own dtype.
 
     Source:
         Su et al., RoFormer, https://arxiv.org/abs/2104.09864; halves as in Hugging Face's models.

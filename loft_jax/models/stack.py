@@ -29,7 +29,7 @@ def stack_layers(count: int, make: Callable[[nnx.Rngs], Layer], rngs: nnx.Rngs) 
         rngs: For their initial parameters.
 
     Returns:
-        One module; each of its parameters is ``(count, ...)``.
+        One module; each of its parameters is `(count, ...)`.
     """
     return nnx.split_rngs(splits=count)(nnx.vmap(in_axes=0, out_axes=0)(make))(rngs)
 
@@ -44,15 +44,15 @@ def run_layers(
     """Runs every layer of a stack, one after the other.
 
     Args:
-        layers: From `stack_layers`. Each is called as ``layer(x, *shared, cache, index)`` and gives
+        layers: From `stack_layers`. Each is called as `layer(x, *shared, cache, index)` and gives
             the next x and the cache. Random streams that were drawn from are updated in place.
-        x: ``(b, t, hidden)``.
+        x: `(b, t, hidden)`.
         *shared: What every layer is given.
         cache: What came before; None without one.
         remat: What the backward pass computes again.
 
     Returns:
-        ``(b, t, hidden)``, and the cache with the keys and values of every layer.
+        `(b, t, hidden)`, and the cache with the keys and values of every layer.
     """
     graphdef, state = nnx.split(layers)
     params, rest = nnx.split_state(state, nnx.Param, ...)
@@ -72,7 +72,7 @@ def _scan(
     shared: tuple[Any, ...],
     cache: KVCache | None,
 ) -> tuple[jax.Array, KVCache | None, nnx.State]:
-    """Runs every layer; ``rest`` is all state that is no parameter, returned where it changed."""
+    """Runs every layer; `rest` is all state that is no parameter, returned where it changed."""
 
     def body(carry: Any, scanned: Any) -> tuple[Any, nnx.State]:
         x, cache = carry

@@ -40,7 +40,7 @@ class CausalLM(Task):
         *,
         vocab_size: int | None = None,
     ) -> TokenizedData:
-        """As :func:`loft_jax.data.tokenize`."""
+        """As `loft_jax.data.tokenize`."""
         return tokenize(rows, tokenizer, data, vocab_size=vocab_size)
 
     def inputs(self, batch: Batch) -> Batch:

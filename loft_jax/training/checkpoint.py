@@ -22,8 +22,8 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from loft_jax.errors import InputError, explained, reason
 from loft_jax.files import read_json, read_text
-from loft_jax.hub.host_arrays import whole
-from loft_jax.training.digest import tree_digest
+from loft_jax.hub.host_arrays import gather_to_host
+from loft_jax.training.checksum import tree_checksum
 from loft_jax.training.distributed import all_agree, is_main, wait_for_all
 from loft_jax.training.step import TrainState
 
@@ -175,11 +175,11 @@ class Checkpoints:
         Raises:
             InputError: This checkpoint or the one before cannot be written; earlier ones are whole.
         """
-        step = int(whole(state.step))
+        step = int(gather_to_host(state.step))
         if step in self._manager.all_steps():
             return
         items = _items(state)
-        digests = {name: tree_digest(item) for name, item in items.items()}
+        digests = {name: tree_checksum(item) for name, item in items.items()}
         plain = {**run, "score": score, "digest": digests}
         with self._writable():
             self._manager.save(
@@ -328,7 +328,7 @@ class Checkpoints:
         items, run = found
         with explained(f"{folder}: damaged"):
             saved = [run["digest"][name] for name in items]
-        if [tree_digest(item) for item in items.values()] != saved:
+        if [tree_checksum(item) for item in items.values()] != saved:
             raise InputError(f"{folder}: damaged: its arrays are not those that were saved")
         return found
 

@@ -25,7 +25,7 @@ from loft_jax.training.model import (
     trained_variables,
     with_precision,
 )
-from loft_jax.training.parts import split_model
+from loft_jax.training.partition import split_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from loft_jax.models.activations import laid_out
 from loft_jax.tasks.task import Arrays
-from loft_jax.training.parts import Parts
+from loft_jax.training.partition import ModelPartition
 
 Tree = Any
 Loss = Callable[[Any, Arrays], tuple[jax.Array, jax.Array]]
@@ -21,7 +21,7 @@ Sums = tuple[jax.Array, jax.Array, Tree, Tree]
 
 
 def make_gradients(
-    parts: Parts, loss: Loss, accumulation_steps: int, mesh: Mesh | AbstractMesh | None
+    parts: ModelPartition, loss: Loss, accumulation_steps: int, mesh: Mesh | AbstractMesh | None
 ) -> Callable[[Tree, Tree, Tree, Arrays], Sums]:
     """The sums that a step divides by their weight.
 

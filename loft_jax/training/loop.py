@@ -12,7 +12,7 @@ import jax
 from tqdm import tqdm
 
 from loft_jax.errors import InputError
-from loft_jax.hub.host_arrays import whole
+from loft_jax.hub.host_arrays import gather_to_host
 from loft_jax.tasks.task import Measured
 from loft_jax.training.checkpoint import Checkpoints
 from loft_jax.training.config import FinetuneConfig
@@ -110,7 +110,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, progress: bool = T
         state = run.begin(checkpoints)
         if is_main():
             save_config(config, folder / "config.yaml")
-        resumed_at = int(whole(state.step)) if restored else None
+        resumed_at = int(gather_to_host(state.step)) if restored else None
         wandb = config.logging.wandb
         log = MetricsLog(folder, resumed_at=resumed_at, wandb=wandb) if is_main() else None
         try:
@@ -120,7 +120,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, progress: bool = T
         finally:
             if log is not None:
                 log.close()
-        done = int(whole(state.step))
+        done = int(gather_to_host(state.step))
         trained = run.export(state) if done == run.steps else None
         wait_for_all("metrics and adapter written")
         rows = read_metrics(folder / "metrics.jsonl")
@@ -204,7 +204,11 @@ def _train(
     checkpoints: Checkpoints,
     stop: StopRequest,
 ) -> TrainState:
-    config, done, skipped = run.config, int(whole(state.step)), int(whole(state.skipped)[0])
+    config, done, skipped = (
+        run.config,
+        int(gather_to_host(state.step)),
+        int(gather_to_host(state.skipped)[0]),
+    )
     log_every, eval_every = config.logging.log_every, config.evaluation.every
     save_every, keep_best = config.checkpoint.save_every, config.checkpoint.keep_best
     speed, ahead = run.speedometer(), deque[dict[str, jax.Array]]()
@@ -257,7 +261,7 @@ def _train(
             if saves:
                 with speed.spent_on("save"):
                     skipped = _check_skipped(state, run, skipped)
-                    if last or stopped or not whole(state.skipped)[1]:
+                    if last or stopped or not gather_to_host(state.skipped)[1]:
                         run.save(checkpoints, state, measured)
             if stopped and not last:
                 break
@@ -269,8 +273,8 @@ def _train(
 
 def _check_skipped(state: TrainState, run: Run, known: int) -> int:
     """Tells of steps that were skipped since the last look, and ends a run of nothing else."""
-    done = int(whole(state.step))
-    skipped, in_a_row = (int(count) for count in whole(state.skipped))
+    done = int(gather_to_host(state.step))
+    skipped, in_a_row = (int(count) for count in gather_to_host(state.skipped))
     if in_a_row >= run.config.optimizer.max_skipped_steps or skipped == run.steps:
         raise InputError(
             f"loss or gradient was not finite in {in_a_row} steps in a row, up to step {done} of "

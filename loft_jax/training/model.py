@@ -24,8 +24,8 @@ from loft_jax.models.family import (
 )
 from loft_jax.models.quantized import quantize_kernels
 from loft_jax.tasks.task import Task
+from loft_jax.training.checksum import tree_checksum
 from loft_jax.training.config import FinetuneConfig
-from loft_jax.training.digest import tree_digest
 from loft_jax.training.shardings import parameter_spec
 
 Model = TypeVar("Model", bound=PretrainedModel)
@@ -83,7 +83,7 @@ def base_fingerprint(base: PretrainedModel) -> str:
         the constants of its forward pass.
     """
     constants = {k: v for k, v in base.config.to_hf().items() if k not in _NOT_COMPUTED_WITH}
-    weights = tree_digest(nnx.to_pure_dict(nnx.state(base, nnx.Param)))
+    weights = tree_checksum(nnx.to_pure_dict(nnx.state(base, nnx.Param)))
     told = json.dumps((constants, weights), sort_keys=True)
     return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
 

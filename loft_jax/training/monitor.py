@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from loft_jax.hub.host_arrays import whole
+from loft_jax.hub.host_arrays import gather_to_host
 from loft_jax.models.activations import gathered
 from loft_jax.optim import factor_grams
 from loft_jax.training.flops import ModelFlops, peak_flops
@@ -105,7 +105,7 @@ def largest_condition(params: Any) -> float:
     """
     most = 1.0
     for gram in _grams(params).values():
-        matrices = whole(gram).astype(np.float64)
+        matrices = gather_to_host(gram).astype(np.float64)
         if not np.isfinite(matrices).all():
             return math.inf
         values = np.linalg.eigvalsh(matrices)  # (stack, r), ascending

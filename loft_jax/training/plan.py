@@ -29,7 +29,7 @@ from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.mesh import check_batch, make_mesh
 from loft_jax.training.model import abstract_model, scaling_of, trained_variables, with_precision
 from loft_jax.training.optimizer import make_optimizer, make_schedule
-from loft_jax.training.parts import Parts, split_model
+from loft_jax.training.partition import ModelPartition, split_model
 from loft_jax.training.shardings import step_shardings
 from loft_jax.training.step import HOST_MEMORY, StepShardings, TrainState, initial_state, make_step
 from loft_jax.training.topology import Topology, load_topology
@@ -178,7 +178,7 @@ class _Prepared(NamedTuple):
     """All that a step is compiled from."""
 
     task: Task
-    parts: Parts
+    parts: ModelPartition
     tx: optax.GradientTransformation
     shardings: StepShardings
     topology: Topology
@@ -306,7 +306,7 @@ def _compared(one: StepPlan, other: StepPlan) -> bool:
     return configs[0] == configs[1] and (one.topology, one.mesh) == (other.topology, other.mesh)
 
 
-def _abstract_state(parts: Parts, tx: optax.GradientTransformation) -> TrainState:
+def _abstract_state(parts: ModelPartition, tx: optax.GradientTransformation) -> TrainState:
     def start(params: Tree, streams: Tree) -> TrainState:
         return initial_state(parts._replace(params=params, streams=streams), tx)
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from loft_jax.data import Batch, load_examples, train_stream
 from loft_jax.errors import InputError, explained
 from loft_jax.hub import load_model_config, load_tokenizer
-from loft_jax.hub.host_arrays import whole
+from loft_jax.hub.host_arrays import gather_to_host
 from loft_jax.models.family import Family
 from loft_jax.optim import state_bytes
 from loft_jax.tasks.registry import infer_task, make_task
@@ -35,7 +35,7 @@ from loft_jax.training.model import (
 )
 from loft_jax.training.monitor import Speedometer, largest_condition, memory_in_use
 from loft_jax.training.optimizer import make_optimizer, make_schedule
-from loft_jax.training.parts import split_model
+from loft_jax.training.partition import split_model
 from loft_jax.training.shardings import step_shardings
 from loft_jax.training.step import TrainState, initial_state, make_step
 
@@ -180,7 +180,7 @@ class Run:
         state, plain = checkpoints.restore_newest(like)
         with explained(f"{checkpoints.folder}: has no place in the data to go on from"):
             self.stream.set_state(plain["data"])
-        _log.info("resumed at step %d of %d", int(whole(state.step)), self.steps)
+        _log.info("resumed at step %d of %d", int(gather_to_host(state.step)), self.steps)
         return state
 
     def placed(self, batch: Batch) -> dict[str, jax.Array]:
@@ -216,13 +216,15 @@ class Run:
         Returns:
             Values by name.
         """
-        values = {name: float(whole(metrics[name])) for name in ("grad_norm", "update_norm")}
+        values = {
+            name: float(gather_to_host(metrics[name])) for name in ("grad_norm", "update_norm")
+        }
         if self.config.method.adapts:
             values["gram_condition"] = largest_condition(state.params)
         return {
-            "train_loss": float(whole(metrics["loss"])),
+            "train_loss": float(gather_to_host(metrics["loss"])),
             **values,
-            "learning_rate": float(self.schedule(int(whole(state.step)) - 1 - skipped)),
+            "learning_rate": float(self.schedule(int(gather_to_host(state.step)) - 1 - skipped)),
             "skipped_steps": skipped,
             **memory_in_use(),
         }
@@ -238,10 +240,11 @@ class Run:
         Raises:
             InputError: Parameters are not finite, or nothing can be written.
         """
-        if not whole(_all_finite(state.params)):
+        if not gather_to_host(_all_finite(state.params)):
+            step = int(gather_to_host(state.step))
             raise InputError(
-                f"parameters are not finite at step {int(whole(state.step))}; the last checkpoint "
-                "is kept. Expected a smaller learning_rate, or a larger eps, to train"
+                f"parameters are not finite at step {step}; the last checkpoint is kept. Expected "
+                "a smaller learning_rate, or a larger eps, to train"
             )
         plain = {
             "config": config_to_dict(self.config),

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from loft_jax.models.activations import BATCH_AXES
 from loft_jax.models.family import ParameterTable
 from loft_jax.optim import state_shardings
-from loft_jax.training.parts import Parts
+from loft_jax.training.partition import ModelPartition
 from loft_jax.training.step import HOST_MEMORY, StepShardings, TrainState
 
 Tree = Any
@@ -34,7 +34,7 @@ _RULES: Mapping[str | None, str] = {
 
 
 def step_shardings(
-    parts: Parts,
+    parts: ModelPartition,
     tx: optax.GradientTransformation,
     table: ParameterTable,
     mesh: Mesh,

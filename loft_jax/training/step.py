@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec, use_abstract_mesh
 
 from loft_jax.tasks.task import Arrays
 from loft_jax.training.gradients import Loss, make_gradients
-from loft_jax.training.parts import Parts
+from loft_jax.training.partition import ModelPartition
 
 Tree = Any
 
@@ -51,7 +51,7 @@ class StepShardings(NamedTuple):
     batch: NamedSharding
 
 
-def initial_state(parts: Parts, tx: optax.GradientTransformation) -> TrainState:
+def initial_state(parts: ModelPartition, tx: optax.GradientTransformation) -> TrainState:
     """The state before the first step; its arrays are its own, so that it can be donated."""
     params, streams = jax.tree.map(jnp.copy, (parts.params, parts.streams))
     counters = jnp.zeros([], jnp.int32), jnp.zeros(2, jnp.int32)
@@ -59,7 +59,7 @@ def initial_state(parts: Parts, tx: optax.GradientTransformation) -> TrainState:
 
 
 def make_step(
-    parts: Parts,
+    parts: ModelPartition,
     loss: Loss,
     tx: optax.GradientTransformation,
     accumulation_steps: int = 1,

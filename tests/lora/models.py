@@ -5,7 +5,7 @@ from flax import nnx
 
 
 class Block(nnx.Module):
-    """A residual block; ``dtype`` is what it computes in."""
+    """A residual block; `dtype` is what it computes in."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs, dtype=None, param_dtype="float32"):
         self.up_proj = nnx.Linear(width, 2 * width, rngs=rngs, dtype=dtype, param_dtype=param_dtype)

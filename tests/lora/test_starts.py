@@ -14,7 +14,7 @@ from loft_jax.models import Llama, LlamaConfig
 from loft_jax.models.quantized import quantize_kernels
 from loft_jax.training.config import MeshConfig
 from loft_jax.training.mesh import make_mesh
-from loft_jax.training.parts import split_model
+from loft_jax.training.partition import split_model
 from loft_jax.training.shardings import parameter_spec
 
 from .models import Stacked

@@ -17,7 +17,7 @@ from loft_jax.tasks import TASKS, make_task
 from loft_jax.training.config import MeshConfig
 from loft_jax.training.mesh import make_mesh
 from loft_jax.training.model import trained_variables
-from loft_jax.training.parts import split_model
+from loft_jax.training.partition import split_model
 from loft_jax.training.shardings import parameter_spec, step_shardings
 from loft_jax.training.step import initial_state, make_step
 

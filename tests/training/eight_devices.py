@@ -18,10 +18,10 @@ from loft_jax.hub.safetensors_io import Safetensors
 from loft_jax.models import Llama, LlamaConfig
 from loft_jax.models.quantized import quantize_kernels
 from loft_jax.tasks.causal_lm import CausalLM, predicted
+from loft_jax.training.checksum import tree_checksum
 from loft_jax.training.config import MeshConfig
-from loft_jax.training.digest import tree_digest
 from loft_jax.training.mesh import make_mesh
-from loft_jax.training.parts import split_model
+from loft_jax.training.partition import split_model
 from loft_jax.training.shardings import parameter_spec, step_shardings
 from loft_jax.training.step import initial_state, make_step
 
@@ -101,7 +101,7 @@ def run(sizes, accumulation_steps=1, quantization="none"):
         sum(x.addressable_shards[0].data.nbytes for x in moments.values()),
     ]
     params = {k: np.asarray(x, np.float64) for k, x in named(state.params).items()}
-    return {**found, "losses": losses, "digest": tree_digest(frozen)}, params
+    return {**found, "losses": losses, "digest": tree_checksum(frozen)}, params
 
 
 def load(folder, sizes):

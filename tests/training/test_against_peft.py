@@ -16,7 +16,7 @@ from loft_jax import save_peft_adapter
 from loft_jax.tasks.causal_lm import CausalLM, predicted
 from loft_jax.training.model import load_model, scaling_of
 from loft_jax.training.optimizer import make_optimizer
-from loft_jax.training.parts import split_model
+from loft_jax.training.partition import split_model
 from loft_jax.training.step import initial_state, make_step
 
 RANK, ALPHA, RATE, DECAY = 4, 8.0, 3e-3, 0.1

@@ -9,7 +9,7 @@ from loft_jax import clip_by_projected_norm, loft, project_gradients
 from loft_jax.hub import load_pretrained
 from loft_jax.lora import LoRAConfig, add_lora
 from loft_jax.tasks.causal_lm import CausalLM, predicted
-from loft_jax.training.parts import split_model
+from loft_jax.training.partition import split_model
 from loft_jax.training.step import initial_state, make_step
 
 LOSS = CausalLM().loss

@@ -13,8 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 _LANES = (0x9E3779B9, 0x85EBCA6B)  # seeds; a change that one lane does not see, the other does
 
 
-def tree_digest(tree: Any) -> list[str]:
-    """A digest of every array of a tree, from its bits, dtype, shape and path.
+def tree_checksum(tree: Any) -> list[str]:
+    """A checksum of every array of a tree, from its bits, dtype, shape and path.
 
     `sum_i h(x_i ^ h(i)) mod 2^32` over the bits x of the elements, h being a bijection that mixes
     them, with two seeds: integer sums are the same in any order, so on any mesh, and no array
@@ -28,7 +28,7 @@ def tree_digest(tree: Any) -> list[str]:
         16 hexadecimal digits an array, in the order of the leaves.
 
     Example:
-        >>> tree_digest({"a": jnp.zeros(3), "b": jnp.zeros((3, 1))})
+        >>> tree_checksum({"a": jnp.zeros(3), "b": jnp.zeros((3, 1))})
         ['36712c913ab69641', '12d7f4601e104eb0']
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
@@ -41,11 +41,11 @@ def tree_digest(tree: Any) -> list[str]:
         None,
     )
     sums = jax.jit(_sums, out_shardings=replicated)([_on_device(leaf) for _, leaf in leaves])
-    digests = []
+    checksums = []
     for (path, leaf), lanes in zip(leaves, np.asarray(sums), strict=True):
         named = f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode()
-        digests.append("".join(f"{int(lane) ^ zlib.crc32(named):08x}" for lane in lanes))
-    return digests
+        checksums.append("".join(f"{int(lane) ^ zlib.crc32(named):08x}" for lane in lanes))
+    return checksums
 
 
 def _on_device(leaf: Any) -> Any:

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loft_jax.training.digest import tree_digest
+from loft_jax.training.checksum import tree_checksum
 
 
 def arrays():
@@ -21,7 +21,7 @@ def arrays():
 @pytest.mark.parametrize("name", arrays())
 def test_every_bit_counts(name):
     tree = arrays()
-    before = tree_digest(tree)
+    before = tree_checksum(tree)
     place = sorted(tree).index(name)
     content = np.asarray(tree[name]).reshape(-1).copy()
     for element in range(content.size):
@@ -30,7 +30,7 @@ def test_every_bit_counts(name):
             flipped = bits.copy()
             flipped[element * content.itemsize + byte] ^= 1
             changed = flipped.view(content.dtype).reshape(tree[name].shape)
-            after = tree_digest({**tree, name: jnp.asarray(changed)})
+            after = tree_checksum({**tree, name: jnp.asarray(changed)})
             assert [x != y for x, y in zip(before, after, strict=True)] == [
                 index == place for index in range(len(tree))
             ]
@@ -46,23 +46,23 @@ def test_places_dtypes_shapes_and_paths_count():
         {"a": jax.lax.bitcast_convert_type(x, jnp.int32)},
         {"a": jnp.asarray([2.0, 1.0, 4.0, 3.0])},
     ]
-    digests = [tree_digest(form)[0] for form in forms]
+    digests = [tree_checksum(form)[0] for form in forms]
     assert len(set(digests)) == len(forms)
 
 
 def test_minus_zero_and_nan_are_what_they_are():
-    assert tree_digest([jnp.float32(0.0)]) != tree_digest([jnp.float32(-0.0)])
-    assert tree_digest([jnp.float32("nan")]) == tree_digest([jnp.float32("nan")])
+    assert tree_checksum([jnp.float32(0.0)]) != tree_checksum([jnp.float32(-0.0)])
+    assert tree_checksum([jnp.float32("nan")]) == tree_checksum([jnp.float32("nan")])
 
 
 def test_changes_that_a_sum_of_products_would_not_see():
     """Signs, and high bits of two elements."""
     x = np.random.default_rng(0).normal(size=(64, 16)).astype(np.float32)
-    before = tree_digest([jnp.asarray(x)])
-    assert tree_digest([jnp.asarray(-x)]) != before
+    before = tree_checksum([jnp.asarray(x)])
+    assert tree_checksum([jnp.asarray(-x)]) != before
     bits = x.view(np.uint32)
     for first, second in ((0, 1), (5, 900), (17, 18)):
         for bit in (29, 30, 31):
             changed = bits.copy().reshape(-1)
             changed[[first, second]] ^= np.uint32(1 << bit)
-            assert tree_digest([jnp.asarray(changed.view(np.float32).reshape(x.shape))]) != before
+            assert tree_checksum([jnp.asarray(changed.view(np.float32).reshape(x.shape))]) != before

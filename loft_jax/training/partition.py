@@ -9,7 +9,7 @@ from loft_jax.models.family import PretrainedModel
 Tree = Any
 
 
-class Parts(NamedTuple):
+class ModelPartition(NamedTuple):
     """A model taken apart for training.
 
     Attributes:
@@ -29,7 +29,7 @@ class Parts(NamedTuple):
         return nnx.merge(self.graphdef, params, streams, self.frozen, copy=True)
 
 
-def split_model(model: PretrainedModel, trained: type[nnx.Variable[Any]]) -> Parts:
+def split_model(model: PretrainedModel, trained: type[nnx.Variable[Any]]) -> ModelPartition:
     """Takes a model apart.
 
     Args:
@@ -41,4 +41,4 @@ def split_model(model: PretrainedModel, trained: type[nnx.Variable[Any]]) -> Par
     """
     graphdef, *states = nnx.split(model, trained, nnx.RngCount, ...)
     params, streams, frozen = map(nnx.to_pure_dict, states)
-    return Parts(graphdef, params, streams, frozen)
+    return ModelPartition(graphdef, params, streams, frozen)

@@ -4,7 +4,7 @@ import functools
 import logging
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
@@ -111,18 +111,13 @@ class _OfTexts(Task):
                 self.label(row.get(data.label_field), f"row {i}: {where}") for i, row in some
             ]
             texts = [[text_of(row, field, i) for i, row in some] for field in used[:-1]]
-            with explained("the tokenizer cannot encode a text"):
-                encoded = tokenizer(
-                    *texts, truncation="longest_first", max_length=data.max_length, verbose=False
-                )
-                whole = tokenizer(*texts, verbose=False)["input_ids"]
-            for number, (index, _) in enumerate(some):
-                ids = encoded["input_ids"][number]
+            for (index, _), (ids, kinds, shorter) in zip(
+                some, _encode(tokenizer, texts, data.max_length), strict=True
+            ):
                 check_tokens(ids, tokenizer, vocab_size, where=f"row {index}")
-                cut += len(ids) < len(whole[number])
+                cut += shorter
                 tokens.append(np.asarray(ids, np.int32))
-                kinds = encoded.get("token_type_ids")
-                types.append(np.asarray(kinds[number] if kinds else [0] * len(ids), np.int32))
+                types.append(np.asarray(kinds, np.int32))
         if empty := [index for index, ids in enumerate(tokens) if not len(ids)]:
             raise InputError(f"row {empty[0]}: the text has no token; expected some text")
         if cut:
@@ -195,6 +190,23 @@ class _OfTexts(Task):
             return Measured(values, {**report, "count": count}, _by_row(found.right, batches.order))
 
         return measure
+
+
+def _encode(
+    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[Sequence[str]], max_length: int
+) -> Iterator[tuple[list[int], list[int], bool]]:
+    """Tokens and token types of texts, or of pairs of them, and whether each was shortened."""
+    with explained("the tokenizer cannot encode a text"):
+        encoded = tokenizer(*texts, verbose=False)
+        for number, ids in enumerate(encoded["input_ids"]):
+            one, place = encoded, number
+            if shorter := len(ids) > max_length:
+                alone = [[some[number]] for some in texts]
+                how = {"truncation": "longest_first", "max_length": max_length, "verbose": False}
+                one, place = tokenizer(*alone, **how), 0
+            ids = one["input_ids"][place]
+            kinds = one.get("token_type_ids")
+            yield ids, kinds[place] if kinds else [0] * len(ids), shorter
 
 
 def _by_row(right: Mapping[str, Sequence[bool]], order: np.ndarray) -> dict[str, tuple[bool, ...]]:

@@ -29,7 +29,7 @@ class ModelPartition(NamedTuple):
         return nnx.merge(self.graphdef, params, streams, self.frozen, copy=True)
 
 
-def split_model(model: PretrainedModel, trained: type[nnx.Variable[Any]]) -> ModelPartition:
+def split_model(model: PretrainedModel, trained: Any) -> ModelPartition:
     """Takes a model apart.
 
     Args:

@@ -1,0 +1,160 @@
+"""A run of classification as its users see it: trained, resumed, exported, evaluated, merged."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+from safetensors.numpy import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from loft_jax.cli.main import main
+from loft_jax.data import DataConfig
+from loft_jax.errors import InputError
+from loft_jax.training.interrupt import StopRequest
+from loft_jax.training.loop import finetune
+from tests.flat_config import flat_config
+from tests.models.test_bert import save_bert
+from tests.tiny import tiny_tokenizer
+
+WORDS = ("plot", "acting", "film", "dull", "funny", "loud", "moving", "long", "honest")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny BERT of masked words, and sentences that are good if they have joy in them."""
+    folder = tmp_path_factory.mktemp("classification")
+    save_bert(
+        folder / "model",
+        transformers.BertForMaskedLM,
+        initializer_range=0.3,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    tiny_tokenizer().save_pretrained(folder / "model")
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 128), ("test", 48)):
+        with (folder / f"{name}.tsv").open("w") as file:
+            file.write("sentence\tlabel\n")
+            for _ in range(count):
+                words = list(rng.choice(WORDS, rng.integers(1, 3)))
+                if good := rng.random() < 0.5:
+                    words.insert(rng.integers(0, len(words) + 1), "joy")
+                file.write(f"{' '.join(words)}\t{'good' if good else 'bad'}\n")
+    return folder
+
+
+def config(folder, output, **changes):
+    flags = {
+        "model": str(folder / "model"),
+        "data": DataConfig(str(folder / "train.tsv"), text_field="sentence", max_length=32),
+        "eval_path": str(folder / "test.tsv"),
+        "output": str(output),
+        "rank": 4,
+        "learning_rate": 1e-2,
+        "steps": 60,
+        "batch_size": 16,
+        "save_every": 30,
+        "eval_every": 30,
+    }
+    return flat_config(**{**flags, **changes})
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("run") / "run"
+    return output, finetune(config(folder, output), progress=False)
+
+
+def rows(folder):
+    lines = (folder / "test.tsv").read_text().splitlines()[1:]
+    return [line.split("\t") for line in lines]
+
+
+def torch_accuracy(folder, adapter):
+    base = AutoModelForSequenceClassification.from_pretrained(folder / "model")
+    model = PeftModel.from_pretrained(base, adapter).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    right = 0
+    for text, label in rows(folder):
+        with torch.no_grad():
+            ids = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+            right += ["bad", "good"][int(model(**ids).logits.argmax())] == label
+    return right / len(rows(folder))
+
+
+def test_it_learns_and_torch_says_the_same(folder, trained):
+    output, result = trained
+    assert result.before["accuracy"] < 0.7 < 0.9 < result.after["accuracy"]
+    assert set(result.after) == {"loss", "accuracy", "f1", "matthews"}
+    assert result.trained == output / "adapter"
+    settings = json.loads((output / "adapter" / "adapter_config.json").read_text())
+    assert (settings["task_type"], settings["modules_to_save"]) == ("SEQ_CLS", ["classifier"])
+    assert torch_accuracy(folder, output / "adapter") == pytest.approx(result.after["accuracy"])
+
+
+def test_the_command_measures_the_adapter_alike(folder, trained, capsys):
+    output, result = trained
+    command = ["evaluate", "--adapter", str(output / "adapter"), "--task", "classification"]
+    data = ["--data.path", str(folder / "test.tsv"), "--data.text-field", "sentence"]
+    assert main([*command, *data]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["accuracy"] == pytest.approx(result.after["accuracy"])
+    assert found["nll"] == pytest.approx(result.after["loss"], rel=1e-4)
+    assert found["count"] == 48
+
+
+def test_the_best_checkpoint_is_exported_and_merged(folder, trained, tmp_path):
+    output, _ = trained
+    assert main(["export", str(output), "--checkpoint", "best", "--output", str(tmp_path)]) == 0
+    merged = tmp_path / "merged"
+    assert main(["merge", "--adapter", str(tmp_path / "adapter"), "--output", str(merged)]) == 0
+    model = AutoModelForSequenceClassification.from_pretrained(merged)
+    assert model.config.num_labels == 2
+
+
+def test_a_resumed_run_is_the_run_to_the_bit(folder, trained, tmp_path, monkeypatch):
+    whole, _ = trained
+    run = config(folder, tmp_path / "run")
+    reached = StopRequest.reached
+    monkeypatch.setattr(StopRequest, "reached", lambda self, step: step == 30)
+    assert finetune(run, progress=False).interrupted
+    monkeypatch.setattr(StopRequest, "reached", reached)
+    again = finetune(run, resume=True, progress=False)
+    first = load_file(whole / "adapter" / "adapter_model.safetensors")
+    second = load_file(again.trained / "adapter_model.safetensors")
+    assert first.keys() == second.keys()
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def test_all_weights_train_and_labels_are_kept(folder, tmp_path):
+    run = config(folder, tmp_path / "run", method="full", learning_rate=1e-3, steps=4, save_every=4)
+    result = finetune(run, progress=False)
+    settings = json.loads((result.trained / "config.json").read_text())
+    assert settings["id2label"] == {"0": "bad", "1": "good"}
+    command = ["evaluate", "--model", str(result.trained), "--data.path", str(folder / "test.tsv")]
+    assert main([*command, "--data.text-field", "sentence"]) == 0
+
+
+@pytest.mark.parametrize("method", ["lora-plus", "lora-fa", "riemannian", "reflora-s", "loft-muon"])
+@pytest.mark.slow
+def test_heads_train_beside_the_adapters_of_every_method(folder, tmp_path, method):
+    more = {"init": "balanced"} if method == "reflora-s" else {}
+    run = config(folder, tmp_path / "run", method=method, steps=3, eval_path="", **more)
+    result = finetune(run, progress=False)
+    tensors = load_file(result.trained / "adapter_model.safetensors")
+    start = finetune(
+        config(folder, tmp_path / "start", method=method, steps=1, eval_path="", **more),
+        progress=False,
+    )
+    before = load_file(start.trained / "adapter_model.safetensors")
+    for name in ("classifier.weight", "classifier.bias"):
+        name = f"base_model.model.{name}"
+        assert not np.array_equal(tensors[name], before[name])
+
+
+def test_rows_that_could_be_of_another_task_are_refused(folder, tmp_path):
+    with pytest.raises(InputError, match="labels are given, but only task classification"):
+        finetune(config(folder, tmp_path / "run", task="regression", labels=("a", "b")))

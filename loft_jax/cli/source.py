@@ -33,9 +33,10 @@ class Source:
     @functools.cached_property
     def adapter_head(self) -> tuple[Head, int] | None:
         """What the adapter needs a model for, and with how many labels; None without an adapter."""
+        from loft_jax.hub import load_model_config
         from loft_jax.hub.peft_load import head_of
 
-        return head_of(self.adapter) if self.adapter else None
+        return head_of(self.adapter, *load_model_config(self.base)) if self.adapter else None
 
     def load(
         self,

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from loft_jax.errors import InputError, shown
+from loft_jax.errors import InputError, naming, shown
 from loft_jax.files import inside
 from loft_jax.hub.peft_config import PeftConfig, Strength, ends_with
 from loft_jax.hub.peft_names import (
@@ -32,7 +32,7 @@ from loft_jax.lora.axes import WeightAxes
 from loft_jax.lora.inject import insert_lora
 from loft_jax.lora.layers import weight_axes
 from loft_jax.lora.targets import is_adaptable, named_modules
-from loft_jax.models.family import Head, flat_parameters
+from loft_jax.models.family import Family, Head, PretrainedConfig, flat_parameters
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -129,35 +129,38 @@ def base_model_of(folder: str | os.PathLike[str]) -> str:
     return name
 
 
-def head_of(folder: str | os.PathLike[str]) -> tuple[Head, int]:
+def head_of(
+    folder: str | os.PathLike[str], family: Family, config: PretrainedConfig
+) -> tuple[Head, int]:
     """The head that a model needs for an adapter.
 
     Args:
         folder: Of the adapter.
+        family: Of its base model.
+        config: Of its base model.
 
     Returns:
         What the head gives, by PEFT's task, and how many labels it has, by the tensor that the
         adapter holds whole; 0 for a language model.
 
     Raises:
-        InputError: The adapter is missing or damaged, or lacks the head that its task needs.
+        InputError: The adapter is missing or damaged, is for a head that the family has not, or
+            lacks the head that its task needs.
     """
     _check_folder(Path(folder))
-    config = PeftConfig.read(inside(Path(folder), CONFIG_NAME))
-    if config.settings.get("task_type") != "SEQ_CLS":
+    settings = PeftConfig.read(inside(Path(folder), CONFIG_NAME)).settings
+    if settings.get("task_type") != "SEQ_CLS":
         return "causal-lm", 0
-    shapes = Safetensors(Path(folder) / WEIGHTS_NAME).shapes
-    weights = [
-        shape[0]
-        for name, shape in shapes.items()
-        if ends_with(name.rpartition(".")[0], config.modules_to_save) and len(shape) == 2
-    ]
-    if len(weights) != 1:
-        raise InputError(
-            f"{folder}: task_type is 'SEQ_CLS', and {len(weights)} of its tensors are weights of "
-            "modules_to_save; expected one, the head's"
-        )
-    return "sequence-classification", weights[0]
+    head: Head = "sequence-classification"
+    with naming(folder):
+        model = family.model(head)
+    table = model.parameter_table(config)
+    name = table.tensor(table.weight(model.output_modules[-1])).name
+    file = Safetensors(Path(folder) / WEIGHTS_NAME)
+    shape = file.shapes.get(f"{PREFIX}{name}", file.shapes.get(name))
+    if shape is None:
+        raise InputError(f"{file.path}: tensor {PREFIX + name!r} is missing, the head's")
+    return head, shape[0]
 
 
 def _check_folder(folder: Path) -> None:

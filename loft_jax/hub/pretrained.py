@@ -190,7 +190,8 @@ def load_pretrained(
             `loft_jax.models.quantized.quantize_kernels`; each is quantized when it is read.
         placement: Where a parameter goes, by the model's table of parameters, the parameter's
             dotted path and its shape; by default on the default device.
-        seed: Of the head, where the checkpoint has none.
+        seed: Of the head, where the checkpoint has none, and of dropout. What is drawn is among the
+            model's `output_modules`, which train and are exported whole.
 
     Returns:
         The model, a `loft_jax.models.family.PretrainedModel` of its family.
@@ -236,7 +237,10 @@ def load_pretrained(
     for path, variable in variables.items():
         if path not in parameters:  # of a random stream
             variable.set_value(drawn[path])
-    return nnx.merge(graphdef, state)
+    model = nnx.merge(graphdef, state)
+    if new := sorted({path.rpartition(".")[0] for path in absent} - set(model.output_modules)):
+        model.output_modules = (*model.output_modules, *new)
+    return model
 
 
 def _drawn(make: Callable[[], PretrainedModel], paths: Sequence[str]) -> dict[str, jax.Array]:

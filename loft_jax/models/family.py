@@ -233,12 +233,13 @@ class PretrainedModel(nnx.Module):
     Attributes:
         config: What it was made from.
         architecture: Hugging Face's class of the same model.
-        output_modules: Paths of its heads; "all-linear" leaves them out, as PEFT does.
+        output_modules: Paths of its heads, and of other modules that were drawn anew since the
+            checkpoint has none; "all-linear" leaves them out, as PEFT does.
     """
 
     config: Any
     architecture: ClassVar[str]
-    output_modules: ClassVar[tuple[str, ...]]
+    output_modules: tuple[str, ...]
 
     @staticmethod
     def parameter_table(config: Any) -> ParameterTable:

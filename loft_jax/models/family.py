@@ -6,12 +6,14 @@ LoRA targets, FLOPs and plans read these; none of them knows a family.
 """
 
 import dataclasses
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, Self, overload
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -263,8 +265,13 @@ class PretrainedModel(nnx.Module):
 
 
 class LanguageModel(PretrainedModel):
-    """A model that gives the logits of the token after each token."""
+    """A model that gives the logits of the token after each token.
 
+    Attributes:
+        dtype: What it computes in.
+    """
+
+    dtype: Any
     output_modules = ("lm_head",)
 
     @overload
@@ -343,8 +350,19 @@ class LanguageModel(PretrainedModel):
         raise NotImplementedError
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Applies the head, tied or not: `(..., hidden)` to `(..., vocab)` float32."""
-        raise NotImplementedError
+        """Applies the head `lm_head`, or the embedding that it is tied to.
+
+        Args:
+            hidden: `(..., hidden)`.
+
+        Returns:
+            `(..., vocab)` float32.
+        """
+        if hasattr(self, "lm_head"):
+            return self.lm_head(hidden)
+        (path,) = self.tied_modules
+        embedding = operator.attrgetter(path)(self).embedding[...].astype(self.dtype)
+        return jnp.einsum("...e,ve->...v", hidden, embedding, preferred_element_type=jnp.float32)
 
     def init_cache(self, batch: int, length: int) -> KVCache:
         """Makes an empty cache for `batch` rows of at most `length` tokens."""

@@ -380,13 +380,6 @@ class Llama(LanguageModel):
             cache = dataclasses.replace(cache, length=cache.length + length)
         return self.norm(x), cache
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """Applies the head, tied or not: `(..., hidden)` to `(..., vocab)` float32."""
-        if not self.config.tie_word_embeddings:
-            return self.lm_head(hidden)
-        embedding = self.embed_tokens.embedding[...].astype(self.dtype)  # (vocab, hidden)
-        return jnp.einsum("...e,ve->...v", hidden, embedding, preferred_element_type=jnp.float32)
-
     def init_cache(self, batch: int, length: int) -> KVCache:
         """Makes an empty cache for `batch` rows of at most `length` tokens."""
         return KVCache.empty(

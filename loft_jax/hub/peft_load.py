@@ -3,6 +3,7 @@
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -15,7 +16,7 @@ from jax.typing import DTypeLike
 
 from loft_jax.errors import InputError, shown
 from loft_jax.files import inside
-from loft_jax.hub.peft_config import PeftConfig, Strength, ends_with
+from loft_jax.hub.peft_config import PeftConfig, Strength
 from loft_jax.hub.peft_names import (
     CONFIG_NAME,
     PREFIX,
@@ -136,7 +137,7 @@ def head_of(folder: str | os.PathLike[str]) -> tuple[Head, int]:
         folder: Of the adapter.
 
     Returns:
-        What the head gives, by PEFT's task, and how many labels it has, by the tensor that the
+        What the head gives, by PEFT's task, and how many labels it has, by the tensors that the
         adapter holds whole; 0 for a language model.
 
     Raises:
@@ -148,16 +149,20 @@ def head_of(folder: str | os.PathLike[str]) -> tuple[Head, int]:
         return "causal-lm", 0
     shapes = Safetensors(Path(folder) / WEIGHTS_NAME).shapes
     weights = [
-        shape[0]
+        shape
         for name, shape in shapes.items()
-        if ends_with(name.rpartition(".")[0], config.modules_to_save) and len(shape) == 2
+        if config.is_saved(name.rpartition(".")[0]) and len(shape) == 2
     ]
-    if len(weights) != 1:
+    outputs = Counter(out for out, _ in weights)
+    # Of layers after one another, all but the last give what another one takes; what is left is
+    # nothing if there are as many labels as features.
+    last = set(outputs - Counter(features for _, features in weights)) or set(outputs)
+    if len(last) != 1:
         raise InputError(
-            f"{folder}: task_type is 'SEQ_CLS', and {len(weights)} of its tensors are weights of "
-            "modules_to_save; expected one, the head's"
+            f"{folder}: task_type is 'SEQ_CLS', and its weights of modules_to_save are of shapes "
+            f"{shown(weights)}; expected those of one head"
         )
-    return "sequence-classification", weights[0]
+    return "sequence-classification", last.pop()
 
 
 def _check_folder(folder: Path) -> None:
@@ -254,9 +259,7 @@ def _whole_parameters(
     """What `modules_to_save` holds, by path of ours: the tensor, and whether it is transposed."""
     found: dict[str, tuple[str, bool]] = {}
     for name, slot in slots.items():
-        parts = name.split(".")
-        inside = (".".join(parts[: end + 1]) for end in range(len(parts)))
-        if any(ends_with(module, config.modules_to_save) for module in inside):
+        if config.is_saved(name):
             found |= saved_tensors(model, slot.path)
     return found
 

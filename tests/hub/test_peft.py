@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from loft_jax.errors import InputError
 from loft_jax.hub import load_peft_adapter, save_peft_adapter
+from loft_jax.hub.peft_load import head_of
 from loft_jax.hub.pretrained import load_pretrained
 from loft_jax.lora import LoRAConfig, add_lora, lora_layers, merge_lora
 
@@ -533,6 +534,44 @@ def test_other_layers_and_names(tmp_path, fields, targets):
         nnx.to_pure_dict(nnx.state(model)),
     )
     assert nnx.split(again)[0] == nnx.split(model)[0]
+
+
+class Headed(nnx.Module):
+    """A model whose head has two layers."""
+
+    def __init__(self, labels: int, rngs: nnx.Rngs):
+        self.body = nnx.Linear(4, 4, rngs=rngs)
+        self.head = nnx.Dict(
+            dense=nnx.Linear(4, 4, rngs=rngs), out=nnx.Linear(4, labels, rngs=rngs)
+        )
+
+
+@pytest.mark.parametrize("labels", [1, 3, 4])
+def test_a_head_of_two_layers_is_one_module_that_is_saved(tmp_path, labels):
+    """Named as a whole, as PEFT has it, which never adapts what is inside."""
+    model = Headed(labels, nnx.Rngs(0))
+    randomize(add_lora(model, LoRAConfig(2, target_modules="body"), rngs=nnx.Rngs(1)))
+    save_peft_adapter(tmp_path, model, task_type="SEQ_CLS", modules_to_save=["head"])
+    settings = json.loads((tmp_path / CONFIG).read_text())
+    assert settings["modules_to_save"] == ["head"]
+    assert head_of(tmp_path) == ("sequence-classification", labels)
+    settings["target_modules"] = ["body", "dense"]  # as PEFT writes what it was given
+    (tmp_path / CONFIG).write_text(json.dumps(settings))
+    again = load_peft_adapter(tmp_path, Headed(labels, nnx.Rngs(2)))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        nnx.to_pure_dict(nnx.state(again.head)),
+        nnx.to_pure_dict(nnx.state(model.head)),
+    )
+    assert list(lora_layers(again)) == ["body"]
+
+
+def test_an_adapter_without_a_head_is_none_of_a_classifier(tmp_path):
+    model = Headed(3, nnx.Rngs(0))
+    add_lora(model, LoRAConfig(2), rngs=nnx.Rngs(1))
+    save_peft_adapter(tmp_path, model, task_type="SEQ_CLS")
+    with pytest.raises(InputError, match=r"shapes \[\]; expected those of one head"):
+        head_of(tmp_path)
 
 
 def test_models_that_cannot_be_saved(tmp_path):

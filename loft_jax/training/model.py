@@ -83,6 +83,8 @@ def base_fingerprint(base: PretrainedModel) -> str:
         the constants of its forward pass.
     """
     constants = {k: v for k, v in base.config.to_hf().items() if k not in _NOT_COMPUTED_WITH}
+    # Tells the token of padding where positions are counted from it.
+    constants["max_length"] = base.config.max_length
     weights = tree_checksum(nnx.to_pure_dict(nnx.state(base, nnx.Param)))
     told = json.dumps((constants, weights), sort_keys=True)
     return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()

@@ -136,6 +136,12 @@ class PeftConfig:
         names = self.settings.get("modules_to_save") or ()
         return (names,) if isinstance(names, str) else tuple(names)
 
+    def is_saved(self, name: str) -> bool:
+        """Whether a module of this name is held whole, by itself or as a part of another."""
+        parts = name.split(".")
+        around = (".".join(parts[: end + 1]) for end in range(len(parts)))
+        return any(ends_with(module, self.modules_to_save) for module in around)
+
     def strength(self, name: str) -> Strength:
         """Gives the rank and alpha of a module."""
         rank = self._by_pattern("rank_pattern", name, self.settings["r"])
@@ -145,6 +151,8 @@ class PeftConfig:
     def is_target(self, name: str) -> bool:
         """Whether PEFT would adapt a module of this name."""
         settings = self.settings
+        if self.is_saved(name):
+            return False
         exclude, targets = settings.get("exclude_modules"), settings.get("target_modules") or []
         if exclude and self._is_matched(exclude, name):
             return False

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from loft_jax.errors import InputError, naming, shown
 from loft_jax.files import inside
-from loft_jax.hub.peft_config import PeftConfig, Strength, ends_with
+from loft_jax.hub.peft_config import PeftConfig, Strength
 from loft_jax.hub.peft_names import (
     CONFIG_NAME,
     PREFIX,
@@ -154,8 +154,12 @@ def head_of(
     head: Head = "sequence-classification"
     with naming(folder):
         model = family.model(head)
-    table = model.parameter_table(config)
-    name = table.tensor(table.weight(model.output_modules[-1])).name
+    kernels = [
+        tensor
+        for path, tensor in model.parameter_table(config).tensors.items()
+        if path.startswith(f"{model.output_modules[-1]}.") and path.endswith(".kernel")
+    ]
+    name = kernels[-1].name  # of the layers of a head, the last gives the logits
     file = Safetensors(Path(folder) / WEIGHTS_NAME)
     shape = file.shapes.get(f"{PREFIX}{name}", file.shapes.get(name))
     if shape is None:
@@ -257,9 +261,7 @@ def _whole_parameters(
     """What `modules_to_save` holds, by path of ours: the tensor, and whether it is transposed."""
     found: dict[str, tuple[str, bool]] = {}
     for name, slot in slots.items():
-        parts = name.split(".")
-        inside = (".".join(parts[: end + 1]) for end in range(len(parts)))
-        if any(ends_with(module, config.modules_to_save) for module in inside):
+        if config.is_saved(name):
             found |= saved_tensors(model, slot.path)
     return found
 

@@ -114,7 +114,8 @@ def save_peft_adapter(
         for path, (name, transposed) in saved_tensors(model, module).items():
             value = gather_to_host(parameters[path].get_value())
             tensors[name] = np.ascontiguousarray(value.T if transposed else value)
-        heads.append(name.removeprefix(PREFIX).rpartition(".")[0])
+        inside = path.count(".") - module.count(".")  # names in the path after the module's
+        heads.append(name.removeprefix(PREFIX).rsplit(".", inside)[0])
     adapted = {id(layer) for layer in layers.values()}
     others = [
         name

@@ -54,11 +54,12 @@ def select(model: nnx.Module, config: LoRAConfig) -> dict[str, nnx.Module]:
         for path in _matching("exclude_modules", pattern, layers, layers, config.patterns)
     }
     if config.target_modules == ALL_LINEAR:
-        heads = getattr(model, "output_modules", _HEADS)  # left out, as PEFT does
+        outputs = getattr(model, "output_modules", _HEADS)  # left out, as PEFT does
+        heads = tuple(f"{path}." for path in outputs)  # a head may be several layers
         chosen = [
             path
             for path, layer in layers.items()
-            if path not in heads and not isinstance(layer, nnx.Embed)
+            if not f"{path}.".startswith(heads) and not isinstance(layer, nnx.Embed)
         ]
         if not chosen:
             raise InputError(f"target_modules: {ALL_LINEAR!r}, but the model has no linear layer")

@@ -7,7 +7,7 @@ of layers.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from loft_jax.models.family import (
     ParameterTable,
     Remat,
     SequenceClassifier,
+    Tensor,
     embedding,
     linear,
     norm,
@@ -119,7 +120,7 @@ class BertConfig:
         return self.max_position_embeddings
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> "BertConfig":
+    def from_hf(cls, config: Mapping[str, Any]) -> Self:
         """Reads the contents of a Hugging Face `config.json`.
 
         Absent fields take the defaults transformers gives them.
@@ -167,9 +168,10 @@ class Embeddings(nnx.Module):
         self.LayerNorm = norm()
         self.dropout = dropout(config.hidden_dropout_prob, rngs)
 
-    def __call__(self, tokens: jax.Array, token_types: jax.Array) -> jax.Array:
-        """Looks up `(b, t)` tokens, giving `(b, t, hidden)`."""
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    def __call__(
+        self, tokens: jax.Array, positions: jax.Array, token_types: jax.Array
+    ) -> jax.Array:
+        """Looks up three of `(b, t)`, giving `(b, t, hidden)`."""
         x = embeddings_laid_out(self.word_embeddings(tokens))
         x = x + embeddings_laid_out(self.token_type_embeddings(token_types))
         x = x + embeddings_laid_out(self.position_embeddings(positions))
@@ -248,7 +250,7 @@ class Layer(nnx.Module):
     def __init__(
         self, config: BertConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
-        linear, norm = _parts(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        linear, norm = parts(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.attention = Attention(config, linear, norm, rngs)
         self.intermediate = Intermediate(config, linear)
         self.output = Output(config.intermediate_size, config, linear, norm, rngs)
@@ -319,7 +321,7 @@ class BertForSequenceClassification(SequenceClassifier):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.remat = remat
-        linear, norm = _parts(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        linear, norm = parts(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         embed = functools.partial(
             nnx.Embed,
             dtype=dtype,
@@ -349,7 +351,8 @@ class BertForSequenceClassification(SequenceClassifier):
         if token_types is None:
             token_types = jnp.zeros_like(tokens)
         visible = (segment_ids != 0)[:, None, :]  # (b, 1, t)
-        x = self.embeddings(tokens, token_types)
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        x = self.embeddings(tokens, positions, token_types)
         x, _ = run_layers(self.encoder.layer, x, visible, remat=self.remat)
         pooled = dropped(self.dropout, self.pooler(x))  # (b, hidden)
         return self.classifier(pooled).astype(jnp.float32)
@@ -357,38 +360,9 @@ class BertForSequenceClassification(SequenceClassifier):
     @staticmethod
     def parameter_table(config: BertConfig) -> ParameterTable:
         """The parameters of a BERT with a head of its own."""
-        ours, theirs = "encoder.layer", "bert.encoder.layer.{}"
-        words = "bert.embeddings"
-
-        def layer(name: str, axes: tuple[str, str]) -> dict[str, Any]:
-            return linear(f"{ours}.{name}", f"{theirs}.{name}", axes)
-
         return ParameterTable(
             {
-                **embedding(
-                    "embeddings.word_embeddings", f"{words}.word_embeddings", ("vocab", "embed")
-                ),
-                **embedding(
-                    "embeddings.position_embeddings",
-                    f"{words}.position_embeddings",
-                    (None, "embed"),
-                ),
-                **embedding(
-                    "embeddings.token_type_embeddings",
-                    f"{words}.token_type_embeddings",
-                    (None, "embed"),
-                ),
-                **norm("embeddings.LayerNorm", f"{words}.LayerNorm"),
-                **layer("attention.self.query", ("embed", "heads")),
-                **layer("attention.self.key", ("embed", "heads")),
-                **layer("attention.self.value", ("embed", "heads")),
-                **layer("attention.output.dense", ("heads", "embed")),
-                **norm(
-                    f"{ours}.attention.output.LayerNorm", f"{theirs}.attention.output.LayerNorm"
-                ),
-                **layer("intermediate.dense", ("embed", "mlp")),
-                **layer("output.dense", ("mlp", "embed")),
-                **norm(f"{ours}.output.LayerNorm", f"{theirs}.output.LayerNorm"),
+                **encoder_rows("bert"),
                 **linear("pooler.dense", "bert.pooler.dense", ("embed", None), optional=True),
                 **linear("classifier", "classifier", ("embed", None), optional=True),
             },
@@ -396,10 +370,43 @@ class BertForSequenceClassification(SequenceClassifier):
         )
 
 
-def _parts(
+def encoder_rows(prefix: str) -> dict[str, Tensor]:
+    """The rows of a table for embeddings and layers.
+
+    Args:
+        prefix: What Hugging Face calls the model without its head.
+
+    Returns:
+        Rows by path of ours, as for `ParameterTable`.
+    """
+    ours, theirs = "encoder.layer", f"{prefix}.encoder.layer.{{}}"
+
+    def words(name: str, axes: tuple[str | None, str]) -> dict[str, Tensor]:
+        return embedding(f"embeddings.{name}", f"{prefix}.embeddings.{name}", axes)
+
+    def layer(name: str, axes: tuple[str, str]) -> dict[str, Tensor]:
+        return linear(f"{ours}.{name}", f"{theirs}.{name}", axes)
+
+    return {
+        **words("word_embeddings", ("vocab", "embed")),
+        **words("position_embeddings", (None, "embed")),
+        **words("token_type_embeddings", (None, "embed")),
+        **norm("embeddings.LayerNorm", f"{prefix}.embeddings.LayerNorm"),
+        **layer("attention.self.query", ("embed", "heads")),
+        **layer("attention.self.key", ("embed", "heads")),
+        **layer("attention.self.value", ("embed", "heads")),
+        **layer("attention.output.dense", ("heads", "embed")),
+        **norm(f"{ours}.attention.output.LayerNorm", f"{theirs}.attention.output.LayerNorm"),
+        **layer("intermediate.dense", ("embed", "mlp")),
+        **layer("output.dense", ("mlp", "embed")),
+        **norm(f"{ours}.output.LayerNorm", f"{theirs}.output.LayerNorm"),
+    }
+
+
+def parts(
     config: BertConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
 ) -> tuple[Callable[..., nnx.Linear], Callable[[], nnx.LayerNorm]]:
-    """How linear layers and norms are made."""
+    """How linear layers and norms are made, as Hugging Face initializes them."""
     linear = functools.partial(
         nnx.Linear,
         dtype=dtype,

@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 
 from loft_jax.errors import InputError, shown
-from loft_jax.models import bert, gpt2, llama
+from loft_jax.models import bert, gpt2, llama, roberta
 from loft_jax.models.family import Family, PretrainedConfig
 
 _FAMILIES = (
     bert.FAMILY,
     gpt2.FAMILY,
     llama.FAMILY,
+    roberta.FAMILY,
 )
 
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _FAMILIES}

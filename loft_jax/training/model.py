@@ -83,6 +83,8 @@ def base_fingerprint(base: PretrainedModel) -> str:
         the constants of its forward pass.
     """
     constants = {k: v for k, v in base.config.to_hf().items() if k not in _NOT_COMPUTED_WITH}
+    # Tells the token of padding where positions are counted from it.
+    constants["max_length"] = base.config.max_length
     weights = tree_checksum(nnx.to_pure_dict(nnx.state(base, nnx.Param)))
     told = json.dumps((constants, weights), sort_keys=True)
     return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
@@ -186,15 +188,23 @@ def adapted(model: Model, config: FinetuneConfig, task: Task) -> Model:
         The same model, in training mode; without adapters for a method that trains all weights.
 
     Raises:
-        InputError: Targets are not what they should be, or not what the method can train.
+        InputError: Targets are not what they should be, inside of a head that trains whole, or not
+            what the method can train.
     """
     if config.method.adapts:
         given, targets = vars(config.lora), config.lora.target_modules
         one = {"target_modules": targets[0]} if len(targets) == 1 else {}  # which may be a pattern
         lora = LoRAConfig(**{**given, **one, **config.method.lora})
         add_lora(model, lora, rngs=nnx.Rngs(config.seed))
-        config.method.check_layers(lora_layers(model))
-        heads = trained_variables(config.method, task.head_modules(model))
+        config.method.check_layers(layers := lora_layers(model))
+        outputs = task.head_modules(model)
+        for path in layers:
+            if f"{path}.".startswith(tuple(f"{head}." for head in outputs)):
+                raise InputError(
+                    f"target_modules: {path!r} is of the head, which trains whole; expected it in "
+                    "exclude_modules"
+                )
+        heads = trained_variables(config.method, outputs)
         for _, variable in nnx.to_flat_state(nnx.state(model, heads)):
             variable.set_value(variable.get_value().astype(jnp.float32))
     model.train()

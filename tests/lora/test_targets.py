@@ -51,6 +51,19 @@ def test_all_linear_leaves_out_the_head_and_embeddings(model):
     assert sorted(paths(model, "all-linear")) == sorted([*UP, *DOWN, "extra.side"])
 
 
+def test_all_linear_leaves_out_a_head_of_several_layers():
+    class Classifier(nnx.Module):
+        output_modules = ("head",)
+
+        def __init__(self, rngs):
+            self.head = Block(4, rngs=rngs)
+            self.header = nnx.Linear(4, 4, rngs=rngs)
+
+    model = Classifier(nnx.Rngs(0))
+    assert paths(model, "all-linear") == ["header"]
+    assert paths(model, "up_proj") == ["head.up_proj"]
+
+
 @pytest.mark.parametrize("exclude", ["down_proj", ["down_proj"], r".*\.down_proj"])
 def test_exclusion(model, exclude):
     assert paths(model, "all-linear", exclude) == [*UP, "extra.side"]

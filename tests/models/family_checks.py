@@ -50,8 +50,8 @@ def check_adapter_out(folder, tmp_path, *, auto, ours, theirs, head, task_type, 
     model = with_random_factors(load_pretrained(folder, head=head))
     model.eval()
     for module in saved:
-        layer = getattr(model, module)
-        layer.kernel.set_value(layer.kernel[...] + 0.1)
+        for _, variable in nnx.to_flat_state(nnx.state(getattr(model, module), nnx.Param)):
+            variable.set_value(variable.get_value() + 0.1)
     expected = ours(model)
     save_peft_adapter(
         tmp_path / "adapter", model, task_type=task_type, modules_to_save=saved, base_model="base"

@@ -1,0 +1,213 @@
+"""The RoBERTa family: BERT's encoder, positions from the padding token on, a head of two layers.
+
+Module names are Hugging Face's; embeddings and layers are BERT's.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from loft_jax.errors import InputError, shown
+from loft_jax.models import config_checks
+from loft_jax.models.bert import BertConfig, Embeddings, Encoder, encoder_rows, parts
+from loft_jax.models.dropout import dropout, dropped
+from loft_jax.models.family import Family, ParameterTable, Remat, SequenceClassifier, linear
+from loft_jax.models.stack import run_layers
+
+_ARCHITECTURE = "RobertaForSequenceClassification"
+_ARCHITECTURES = (_ARCHITECTURE, "RobertaModel", "RobertaForMaskedLM")
+
+
+@dataclasses.dataclass(frozen=True)
+class RobertaConfig(BertConfig):
+    """Sizes and constants of a RoBERTa, under the names of Hugging Face's `config.json`.
+
+    The fields are BERT's. The first token of a text is at position `pad_token_id + 1`.
+
+    Example:
+        >>> config = RobertaConfig.from_hf(
+        ...     dict(model_type="roberta", max_position_embeddings=514, type_vocab_size=1))
+        >>> config.max_length
+        512
+    """
+
+    vocab_size: int = 50_265
+    bos_token_id: int | None = 0
+    eos_token_id: int | tuple[int, ...] | None = 2
+    pad_token_id: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        most = self.max_position_embeddings - 2
+        if type(self.pad_token_id) is not int or not 0 <= self.pad_token_id <= most:
+            raise InputError(
+                f"config: pad_token_id is {shown(self.pad_token_id)}, expected 0 to {most}: "
+                "positions are counted from it, and there are max_position_embeddings"
+            )
+
+    @property
+    def max_length(self) -> int:
+        """Positions after that of padding."""
+        return self.max_position_embeddings - self.pad_token_id - 1
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> Self:
+        """Reads the contents of a Hugging Face `config.json`.
+
+        Absent fields take the defaults transformers gives them.
+
+        Args:
+            config: The parsed JSON.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            InputError: Another architecture, or a field whose value is not supported.
+        """
+        config_checks.check_kind(
+            config, model_type="roberta", architectures=_ARCHITECTURES, only={}
+        )
+        # All that is left to read is what a BERT has too.
+        return super().from_hf({**config, "model_type": "bert", "architectures": None})
+
+    def to_hf(self) -> dict[str, Any]:
+        """Gives the contents of a `config.json` that transformers loads."""
+        return {**super().to_hf(), "architectures": [_ARCHITECTURE], "model_type": "roberta"}
+
+
+class ClassificationHead(nnx.Module):
+    """Two layers, over what the encoder says of the first token."""
+
+    def __init__(self, config: RobertaConfig, linear: Callable[..., nnx.Linear], rngs: nnx.Rngs):
+        self.dense = linear(config.hidden_size, config.hidden_size)
+        rate = config.classifier_dropout
+        self.dropout = dropout(config.hidden_dropout_prob if rate is None else rate, rngs)
+        self.out_proj = linear(
+            config.hidden_size, len(config.labels), preferred_element_type=jnp.float32
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `(b, t, hidden)` to logits `(b, labels)`."""
+        x = jnp.tanh(self.dense(dropped(self.dropout, x[:, 0])))
+        return self.out_proj(dropped(self.dropout, x))
+
+
+class RobertaForSequenceClassification(SequenceClassifier):
+    """A RoBERTa that tells texts or pairs of texts apart, or gives a number.
+
+    Args:
+        config: Sizes, constants and labels.
+        dtype: What it computes in. Norms, softmax and logits are float32 whatever it is.
+        param_dtype: What its parameters are stored in.
+        remat: What the backward pass computes again.
+        rngs: For the initial parameters, and dropout.
+
+    Example:
+        >>> config = RobertaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2,
+        ...                        num_attention_heads=4, intermediate_size=64)
+        >>> RobertaForSequenceClassification(config, rngs=nnx.Rngs(0)).eval()
+
+    Source:
+        Liu et al., "RoBERTa: A Robustly Optimized BERT Pretraining Approach", arXiv 1907.11692.
+    """
+
+    architecture = _ARCHITECTURE
+    output_modules = ("classifier",)
+
+    def __init__(
+        self,
+        config: RobertaConfig,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        remat: Remat = "dots",
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.remat = remat
+        linear, norm = parts(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        embed = functools.partial(
+            nnx.Embed,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            embedding_init=nnx.initializers.normal(config.initializer_range),
+            rngs=rngs,
+        )
+        self.embeddings = Embeddings(config, embed, norm, rngs)
+        self.encoder = Encoder(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.classifier = ClassificationHead(config, linear, rngs)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        token_types: jax.Array | None = None,
+    ) -> jax.Array:
+        """Gives one logit a label; as `SequenceClassifier.__call__`.
+
+        A model with one token type gives it to all tokens.
+        """
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(tokens)
+        if token_types is None:
+            token_types = jnp.zeros_like(tokens)
+        visible = (segment_ids != 0)[:, None, :]  # (b, 1, t)
+        x = self.embeddings(tokens, _positions(tokens, self.config.pad_token_id), token_types)
+        x, _ = run_layers(self.encoder.layer, x, visible, remat=self.remat)
+        return self.classifier(x).astype(jnp.float32)
+
+    @staticmethod
+    def parameter_table(config: RobertaConfig) -> ParameterTable:
+        """The parameters of a RoBERTa with a head of its own."""
+        head = "classifier"
+        return ParameterTable(
+            {
+                **encoder_rows("roberta"),
+                **linear(f"{head}.dense", f"{head}.dense", ("embed", None), optional=True),
+                **linear(f"{head}.out_proj", f"{head}.out_proj", ("embed", None), optional=True),
+            },
+            units={"heads": config.num_attention_heads},
+        )
+
+
+def _positions(tokens: jax.Array, padding: int) -> jax.Array:
+    """Positions of `(b, t)` tokens: those of padding at its own number, the others from there on.
+
+    As in Hugging Face's RoBERTa, they are read from the tokens, not from a mask.
+    """
+    real = (tokens != padding).astype(jnp.int32)
+    return padding + jnp.cumsum(real, axis=1) * real
+
+
+FAMILY = Family(
+    model_type="roberta",
+    config=RobertaConfig,
+    models={"sequence-classification": RobertaForSequenceClassification},
+    prefix="roberta.",
+    renamed={r"LayerNorm\.gamma$": "LayerNorm.weight", r"LayerNorm\.beta$": "LayerNorm.bias"},
+    # Numbers of positions, the pooler, which no classifier has, and the head of pretraining.
+    ignored=r"roberta\.embeddings\.position_ids|roberta\.pooler\..*|lm_head\..*",
+    sizes={
+        "roberta-base": RobertaConfig(
+            max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5
+        ),
+        "roberta-large": RobertaConfig(
+            hidden_size=1024,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            intermediate_size=4096,
+            max_position_embeddings=514,
+            type_vocab_size=1,
+            layer_norm_eps=1e-5,
+        ),
+    },
+)

@@ -15,8 +15,8 @@ from tqdm import tqdm
 from loft_jax.data import DataConfig, Example
 from loft_jax.data.batches import bucket_lengths, smallest_bucket
 from loft_jax.data.encode import column_names, pad_id, text_of, truncate
+from loft_jax.data.log_once import Joins, log_unused
 from loft_jax.data.text import check_tokens, encode_continuations, encode_starts
-from loft_jax.data.told import Joins, tell_unused
 from loft_jax.errors import InputError, shown
 from loft_jax.models.activations import gathered
 from loft_jax.models.family import LanguageModel
@@ -266,7 +266,7 @@ def _questions(
             f"field {missing[0]!r} is missing; found the fields {shown(sorted(columns))}; expected "
             f"{needed} to score answers{'' if choices else ' (or choices given for all rows)'}"
         )
-    tell_unused(tokenizer, columns, needed, config)
+    log_unused(tokenizer, columns, needed, config)
     joins = Joins()
     prompts, offered, answers = [], [], []
     for index in range(len(rows)):
@@ -280,11 +280,11 @@ def _questions(
             if choices
             else _own_answer(row, index)
         )
-    joins.tell(tokenizer)
+    joins.warn(tokenizer)
     known = sorted({choice for row_choices in offered for choice in row_choices})
     encoded = dict(zip(known, encode_continuations(tokenizer, known), strict=True))
-    if untold := [choice for choice, ids in encoded.items() if not ids]:
-        raise InputError(f"choice {shown(untold[0])} has no token; expected some text")
+    if empty := [choice for choice, ids in encoded.items() if not ids]:
+        raise InputError(f"choice {shown(empty[0])} has no token; expected some text")
     questions = []
     for prompt, row_choices, answer in zip(
         encode_starts(tokenizer, prompts), offered, answers, strict=True

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from loft_jax.data import DataConfig, TokenizedData, eval_batches
 from loft_jax.data.batches import Batch
 from loft_jax.data.encode import Labelled, column_names, pad_id, text_of
+from loft_jax.data.log_once import log_unused
 from loft_jax.data.text import check_tokens
-from loft_jax.data.told import tell_unused
 from loft_jax.errors import InputError, explained, shown
 from loft_jax.models.activations import gathered
 from loft_jax.models.family import SequenceClassifier
@@ -97,7 +97,7 @@ class _OfTexts(Task):
             )
         pairs = data.text_pair_field in columns
         used = [data.text_field, *([data.text_pair_field] if pairs else []), data.label_field]
-        tell_unused(tokenizer, columns, used, data)
+        log_unused(tokenizer, columns, used, data)
         filler = pad_id(tokenizer)
         check_tokens([filler], tokenizer, vocab_size, where="padding")
         labels: list[float] = []

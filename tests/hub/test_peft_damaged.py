@@ -84,7 +84,7 @@ def test_wrong_tensors_are_named_and_the_model_untouched(
         ({"use_dora": 1}, "use_dora is 1, expected true or false"),
         ({"use_rslora": None, "use_qalora": True}, "use_qalora is True"),
         ({"bias": "all"}, "bias is 'all'"),
-        ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]"),
+        ({"modules_to_save": ["lm_head"]}, "'lm_head.weight' is missing, which modules_to_save"),
         ({"lora_bias": True}, "lora_bias is True"),
         ({"target_parameters": ["w"]}, "target_parameters"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),

@@ -1,7 +1,7 @@
 """LoFT in JAX: low-rank adaptation that behaves like full fine-tuning.
 
-Names are imported when they are first used: the optimizers need jax and optax alone, LoRA layers,
-models and files what the extra `train` installs.
+Names are imported when they are first used: the optimizers need only jax and optax; LoRA layers,
+models and files need what the extra `train` installs.
 """
 
 import importlib
@@ -87,7 +87,7 @@ __all__ = [
     "state_shardings",
 ]
 
-# Where names are that `loft_jax.optim` does not have; they need the extra `train`.
+# Modules of the names that are not in `loft_jax.optim`; they need the extra `train`.
 _MODULES = {
     **dict.fromkeys(
         (
@@ -105,7 +105,7 @@ _MODULES = {
 }
 
 
-# Hidden from type checkers, which would take every misspelled name for one that exists.
+# Hidden from type checkers, which would accept every misspelled name.
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:

@@ -1,11 +1,11 @@
-"""The one error that means "the input is wrong", and what becomes it."""
+"""The error for wrong input, and conversions of other errors to it."""
 
 import contextlib
 import reprlib
 from collections.abc import Iterator
 from typing import Any
 
-_SHOWN = 200  # characters of what a stranger wrote that a message repeats
+_SHOWN = 200  # largest number of characters of untrusted text in a message
 
 _short = reprlib.Repr()
 _short.maxlevel = 3
@@ -13,14 +13,14 @@ _short.maxstring = _short.maxother = _SHOWN
 
 
 class InputError(ValueError):
-    """A mistake in what the user gave: its message says what was found and what was expected.
+    """The user's input is wrong; the message says what was found and what was expected.
 
     The command line prints the message alone and exits with code 2.
     """
 
 
 def shown(value: Any) -> str:
-    """A value as a message repeats it: its `repr`, of at most 200 characters.
+    """Formats a value for a message: its `repr`, cut to 200 characters.
 
     Args:
         value: Of any size and depth; containers are not walked to their end.
@@ -40,13 +40,13 @@ def shown(value: Any) -> str:
 
 
 def cut(text: str) -> str:
-    """A text of a file as a message repeats it: of at most 200 characters, all of them printable.
+    """Formats a text of a file for a message: at most 200 characters, all of them printable.
 
     Args:
-        text: Of any length; it may hold what a terminal takes for commands.
+        text: Of any length; it may contain control sequences of terminals.
 
     Returns:
-        Its beginning, with escapes in the place of what cannot be printed.
+        Its beginning, with escapes for characters that cannot be printed.
 
     Example:
         >>> print(cut(chr(27) + "[2J"), len(cut("x" * 10_000)))
@@ -59,13 +59,13 @@ def cut(text: str) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """What an exception says, in one line: the innermost of its causes that says anything.
+    """Gives the message of an exception in one line: that of its innermost cause with a message.
 
     Args:
-        error: Of whichever library.
+        error: An exception of any library.
 
     Returns:
-        At most 200 characters; the name of its class where it has no message, or only a key.
+        At most 200 characters; with the name of its class if it has no message, or only a key.
     """
     said = ""
     link: BaseException | None = error
@@ -80,16 +80,17 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def explained(message: str) -> Iterator[None]:
-    """Turns whatever a library raises while it reads what a user gave into an `InputError`.
+    """Converts any exception that a library raises on the user's input to an `InputError`.
 
-    Libraries raise what the damage happens to touch: `TypeError`, `RecursionError`, `Exception`,
-    a panic of a Rust extension. The place that hands a file to a library stands inside.
+    On damaged files, libraries raise all kinds of exceptions: `TypeError`, `RecursionError`,
+    `Exception`, a panic of a Rust extension. Every call that passes a file to a library is inside
+    this context.
 
     Args:
-        message: Names the file and what it cannot be read as; the reason is put after it.
+        message: Names the file and what it cannot be read as; the reason is appended.
 
     Raises:
-        InputError: Anything was raised, other than a request to stop; an `InputError` as it is.
+        InputError: Any exception but a request to stop was raised; an `InputError` is not changed.
 
     Example:
         >>> with explained("rows.json: cannot be read as JSON"):
@@ -111,13 +112,13 @@ def explained(message: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def naming(where: object) -> Iterator[None]:
-    """Puts the file before what is wrong with its values.
+    """Prefixes the message of an `InputError` with the file that it is about.
 
     Args:
         where: The file, or a place in it.
 
     Raises:
-        InputError: As it was raised, with the place in front.
+        InputError: The raised one, with the place before its message.
 
     Example:
         >>> with naming("config.json"):

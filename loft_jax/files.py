@@ -1,4 +1,4 @@
-"""Files that strangers wrote, opened only if they are files, and files that are replaced whole."""
+"""Opens untrusted files safely, and replaces files and folders atomically."""
 
 import contextlib
 import errno
@@ -16,38 +16,38 @@ from typing import Any
 from loft_jax.errors import InputError, explained, shown
 
 _MOST_JSON = 2**25
-"""Bytes of an index: that of the largest models has a third of it."""
+"""Largest size of an index in bytes; that of the largest models has a third of it."""
 
 _MOST_VALUES = 2**22
-"""Values of a file of JSON: the largest vocabularies and their merges are half as many."""
+"""Largest number of values in a JSON file; the largest vocabularies have half as many."""
 
 MOST_CONFIG = 2**22
-"""Bytes of a configuration."""
+"""Largest size of a configuration in bytes."""
 
 _PIECE = 2**16  # bytes read at once
 
 _LONGEST_NAME = 255  # what file systems take
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-_MOST_POINTER = 1024  # bytes of one, by its specification
+_MOST_POINTER = 1024  # largest size in bytes, by its specification
 
 
 def regular_file(
     path: str | os.PathLike[str], expected: str, *, most_bytes: int | None = None
 ) -> Path:
-    """A file that may be opened: neither a pipe nor a device, which may never end.
+    """Checks that a path is a regular file: a pipe or a device might never end.
 
     Args:
-        path: Of the file, or of a link to one.
+        path: Path of the file, or of a link to it.
         expected: What it should be, for the message.
-        most_bytes: A larger one is refused; None takes any.
+        most_bytes: Largest size; None accepts any.
 
     Returns:
         The path.
 
     Raises:
-        InputError: There is no such file, it is of another kind or too large, or a pointer that
-            Git leaves in its place.
+        InputError: There is no such file, it is of another kind or too large, or it is a Git LFS
+            pointer.
     """
     path = Path(path)
     try:
@@ -69,16 +69,16 @@ def regular_file(
 
 
 def own_file(path: Path) -> Path:
-    """A file that a run reads and writes, made if missing.
+    """Checks a file that a run reads and writes, and makes it if it is missing.
 
     Args:
-        path: In a folder that exists.
+        path: Path of the file, in an existing folder.
 
     Returns:
         The path.
 
     Raises:
-        InputError: It is a link, which may lead to any file of the user, or no file.
+        InputError: It is not a regular file, or is a link, which may lead to any file of the user.
         OSError: It cannot be opened.
 
     Example:
@@ -102,14 +102,14 @@ def _begins(path: Path, beginning: bytes) -> bool:
 
 
 def inside(folder: Path, name: str | os.PathLike[str]) -> Path:
-    """The path of a name that a file of a folder gives, if it stays in that folder.
+    """Gives the path of a name in an untrusted file, if it stays in the folder of that file.
 
-    Links may lead within the folder, and in the cache of the Hugging Face hub from a snapshot to
-    the repository's blobs, which is how that cache is laid out.
+    Links may lead to other places in the folder, and in the cache of the Hugging Face hub from a
+    snapshot to the repository's blobs, where that cache keeps its files.
 
     Args:
-        folder: That the name is relative to.
-        name: As a file of the folder has it.
+        folder: Folder that the name is relative to.
+        name: The name in a file of the folder.
 
     Returns:
         `folder / name`, which need not exist.
@@ -140,22 +140,24 @@ def read_text(path: Path, expected: str, *, most_bytes: int = _MOST_JSON) -> str
     """Reads a text in UTF-8.
 
     Args:
-        path: Of a regular file.
+        path: Path of a regular file.
         expected: What it should be, for the message.
-        most_bytes: A longer one is refused.
+        most_bytes: Largest size in bytes.
 
     Returns:
         The text.
 
     Raises:
-        InputError: As for `regular_file`, or it cannot be read, or is no UTF-8.
+        InputError: As for `regular_file`; or it cannot be read, or is not UTF-8.
     """
     regular_file(path, expected, most_bytes=most_bytes)
     with explained(f"{path}: cannot be read, expected {expected}"), path.open("rb") as file:
         pieces = []
         while piece := file.read(_PIECE):
             pieces.append(piece)
-            if len(pieces) * _PIECE > most_bytes + _PIECE:  # what /proc shows as empty may not end
+            if (
+                len(pieces) * _PIECE > most_bytes + _PIECE
+            ):  # files of /proc have size 0 and may not end
                 raise InputError(f"{path}: expected {expected} of at most {most_bytes} bytes")
         return b"".join(pieces).decode("utf-8")
 
@@ -164,8 +166,8 @@ def read_json(path: Path, *, most_bytes: int = _MOST_JSON) -> dict[str, Any]:
     """Reads a JSON object from a file.
 
     Args:
-        path: Of a regular file.
-        most_bytes: A longer one is refused.
+        path: Path of a regular file.
+        most_bytes: Largest size in bytes.
 
     Returns:
         The object.
@@ -185,18 +187,19 @@ def read_json(path: Path, *, most_bytes: int = _MOST_JSON) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A file to write, which takes the place of another when it is whole.
+    """Writes a file that replaces another one when it is complete.
 
-    What a killed process left of such a file is removed; that of a living one is locked, and stays.
+    Partial files that killed processes left are removed; those of running processes are locked, and
+    are kept.
 
     Args:
-        path: What is to be written; its folder exists.
+        path: Path of the file, in an existing folder.
 
     Yields:
         The path of an empty file in the same folder.
 
     Raises:
-        OSError: It cannot be written; then what was there stays.
+        OSError: It cannot be written; then an existing file is kept.
 
     Example:
         >>> import tempfile
@@ -218,16 +221,16 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder to fill, which appears under its name when it is whole.
+    """Writes a folder that gets its name when it is complete.
 
     Args:
-        path: Absent, or an empty folder; the one above is made if missing.
+        path: Path that does not exist, or of an empty folder; its parent is made if missing.
 
     Yields:
         The path of an empty folder beside it.
 
     Raises:
-        OSError: It cannot be written; then nothing appears.
+        OSError: It cannot be written; then there is no folder.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -241,13 +244,13 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _partial(path: Path) -> Iterator[tuple[Path, Path]]:
-    """Names beside that of a path for what is not whole yet; nothing has them at the end.
+    """Gives two temporary names beside a path, and removes what has them at the end.
 
-    Under the first it is made, and locked before it gets the second, by which others look for what
-    nobody holds any more.
+    An entry is made under the first name, locked, and then renamed to the second. Other processes
+    look for the second to remove entries that no process has locked.
     """
     for entry in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        with contextlib.suppress(OSError), locked(entry):  # a living process holds its own
+        with contextlib.suppress(OSError), locked(entry):  # a running process has locked its own
             _remove(entry)
     name = f".{path.name}.{secrets.token_hex(4)}"
     new, partial = path.with_name(f"{name}.new"), path.with_name(f"{name}.partial")
@@ -260,15 +263,15 @@ def _partial(path: Path) -> Iterator[tuple[Path, Path]]:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds a file or a folder against others until it is left, or this process ends.
+    """Locks a file or a folder until the context or this process ends.
 
     Args:
-        path: What is there.
+        path: Existing file or folder.
 
     Raises:
-        BlockingIOError: Another holds it.
+        BlockingIOError: Another process has locked it.
     """
-    # Over NFS a file is held for writing only by who opened it to write.
+    # Over NFS, an exclusive lock needs a file that is open for writing.
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Continuing texts with a model, one token at a time, over a cache of keys and values."""
+"""Generates text with a model, one token at a time, with a cache of keys and values."""
 
 import functools
 from collections.abc import Collection, Sequence
@@ -20,7 +20,7 @@ from loft_jax.models.inference import inference_state
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_MOST_NEW = 2**20  # new tokens, for which the cache has room from the start
+_MOST_NEW = 2**20  # largest number of new tokens; the cache has room for them from the start
 _BUCKET = 64  # lengths are rounded up to powers of two from here, so that few shapes are compiled
 
 
@@ -35,25 +35,25 @@ def generate(
     eos_token_ids: Collection[int] | None = None,
     seed: int = 0,
 ) -> list[list[int]]:
-    """Continues each prompt until it ends its text or is long enough.
+    """Continues each prompt until an ending token or the maximum length.
 
     Args:
         model: A language model, with or without LoRA layers.
         prompts: Tokens of each prompt, at least one.
-        max_new_tokens: At most this many tokens are added to each; 2^20 or fewer.
+        max_new_tokens: Largest number of new tokens for each prompt, at most 2^20.
         temperature: Logits are divided by it before sampling; 0 takes the most likely token.
-        top_k: Sample among this many most likely tokens only.
-        top_p: Sample among the fewest most likely tokens whose probabilities sum up to this.
-        eos_token_ids: Tokens that end a text; by default those of the model's configuration. One
-            that the model has no weights for is never made, and ends none.
-        seed: Of the sampling, 0 to 2^32 - 1.
+        top_k: Sample only among this many most likely tokens.
+        top_p: Sample among the smallest set of most likely tokens whose probabilities sum to this.
+        eos_token_ids: Tokens that end a text; by default those of the model's configuration. Tokens
+            that the model has no weights for are never generated, and are ignored.
+        seed: Seed of the sampling, 0 to 2^32 - 1.
 
     Returns:
-        The new tokens of each prompt, an ending token included.
+        The new tokens of each prompt, including an ending token.
 
     Raises:
-        InputError: An empty prompt, a token outside the vocabulary, a number out of its range, or
-            the model's output is no number.
+        InputError: A prompt is empty or has a token outside the vocabulary, a number is out of its
+            range, or the model's output is NaN.
 
     Example:
         >>> from loft_jax.models import Llama, LlamaConfig
@@ -75,7 +75,9 @@ def generate(
     width = _bucket(max(map(len, prompts)))
     tokens = np.zeros((len(prompts), width), np.int32)
     real = np.zeros((len(prompts), width), np.int32)
-    for row, prompt in enumerate(prompts):  # padded on the left: all rows go on at the same slot
+    for row, prompt in enumerate(
+        prompts
+    ):  # padded on the left, so that all rows continue at the same slot
         tokens[row, width - len(prompt) :] = prompt
         real[row, width - len(prompt) :] = 1
     ends = np.zeros(vocab, bool)
@@ -114,21 +116,21 @@ def generate_text(
     max_new_tokens: int,
     **sampling: Any,
 ) -> list[str]:
-    """Continues texts, or answers in conversations; as `generate`, between strings.
+    """Continues texts, or answers in conversations; `generate` for strings.
 
     Args:
         model: A language model.
         tokenizer: Its tokenizer.
-        prompts: Texts, or lists of messages that the chat template writes; tokenized as in
-            training by `loft_jax.data.encode.encode_prompts`.
-        max_new_tokens: At most this many tokens are added to each.
+        prompts: Texts, or lists of messages for the chat template;
+            `loft_jax.data.encode.encode_prompts` tokenizes them as in training.
+        max_new_tokens: Largest number of new tokens for each prompt.
         **sampling: As for `generate`.
 
     Returns:
         The new text of each prompt, without special tokens.
 
     Raises:
-        InputError: As for `generate`, or a conversation cannot be written.
+        InputError: As for `generate`, or a conversation cannot be rendered.
     """
     tokens = encode_prompts(tokenizer, prompts)
     for number, ids in enumerate(tokens):

@@ -1,8 +1,8 @@
-"""The methods of fine-tuning, one class each: what trains, which adapters, which optimizer.
+"""The methods of fine-tuning, one class each: trained variables, adapters, optimizer.
 
-The fields of a class are the settings that its method has beside those of all methods. Papers are
-named by the optimizers (`loft_jax.optim`) and by `loft_jax.LoRAConfig`. To add a method, write its
-class and list it in `METHODS`. Settings of one name in several methods are one flag.
+The fields of a class are the settings of its method, in addition to those of all methods. The
+optimizers (`loft_jax.optim`) and `loft_jax.LoRAConfig` cite the papers. To add a method, write its
+class and list it in `METHODS`. Settings with the same name in several methods are one flag.
 """
 
 import dataclasses
@@ -28,19 +28,20 @@ from loft_jax.optim import (
 from loft_jax.optim.pairs import Scaling
 from loft_jax.settings import check_settings
 
-# Muon's updates as large as AdamW's (Liu et al., arXiv 2502.16982): one learning rate for both.
+# Gives Muon's updates the size of AdamW's (Liu et al., arXiv 2502.16982): the same learning rate
+# suits both.
 _RMS_OF_ADAMW = 0.2
 
 
 class AdamW(NamedTuple):
-    """The numbers of AdamW, which all methods share.
+    """AdamW's settings, which all methods share.
 
     Attributes:
-        learning_rate: By step.
+        learning_rate: Schedule of the learning rate.
         b1: Decay of the first moment.
         b2: Decay of the second moment.
         eps: Added to the root of the second moment.
-        weight_decay: Decoupled, times the learning rate.
+        weight_decay: Decoupled weight decay; it is multiplied by the learning rate.
     """
 
     learning_rate: optax.Schedule
@@ -51,12 +52,12 @@ class AdamW(NamedTuple):
 
 
 class Common(NamedTuple):
-    """What a run gives to the optimizer of any method.
+    """The settings that a run gives to the optimizer of any method.
 
     Attributes:
-        adam: Learning rate and AdamW's numbers.
-        max_grad_norm: What gradients are clipped to; None does not clip.
-        scaling: The s of `W = s A B` by path of a pair.
+        adam: Learning rate and AdamW's settings.
+        max_grad_norm: Norm that gradients are clipped to; None does not clip.
+        scaling: The s of `W = s A B` by the path of a pair.
         init: How the factors start.
     """
 
@@ -66,7 +67,7 @@ class Common(NamedTuple):
     init: str
 
     def clipped(self, tx: optax.GradientTransformation) -> optax.GradientTransformation:
-        """An optimizer of clipped gradients."""
+        """Puts clipping of gradients before an optimizer."""
         if self.max_grad_norm is None:
             return tx
         return optax.chain(optax.clip_by_global_norm(self.max_grad_norm), tx)
@@ -74,11 +75,11 @@ class Common(NamedTuple):
 
 @dataclass(frozen=True)
 class Method:
-    """A method of fine-tuning, with its settings; as it stands here, AdamW on what is trained.
+    """A method of fine-tuning, with its settings; by default AdamW on the trained variables.
 
     Attributes:
-        name: As users write it.
-        adapts: Whether adapters train on frozen weights; else all weights train, without adapters.
+        name: Name of the method in configurations.
+        adapts: Whether adapters are trained on frozen weights; else all weights are trained.
         lora: Options of `loft_jax.LoRAConfig` that the method sets.
     """
 
@@ -91,55 +92,56 @@ class Method:
 
     @property
     def trained(self) -> type[nnx.Variable[Any]]:
-        """The kind of the variables that are trained."""
+        """The type of the trained variables."""
         return nnx.LoRAParam if self.adapts else nnx.Param
 
     def optimizer(self, common: Common) -> optax.GradientTransformation:
         """Makes the optimizer of the method.
 
         Args:
-            common: What the run has for any method.
+            common: The settings of the run for any method.
 
         Returns:
-            A gradient transformation over the trained parameters, which clips.
+            A gradient transformation over the trained parameters, with clipping.
         """
         *numbers, decay = common.adam
         return common.clipped(optax.adamw(*numbers, weight_decay=decay))
 
     def check_layers(self, layers: Mapping[str, nnx.Module]) -> None:
-        """Refuses adapters that the method could not train.
+        """Refuses adapters that the method cannot train.
 
         Args:
-            layers: The layers that have adapters, by dotted path.
+            layers: The layers with adapters, by dotted path.
 
         Raises:
-            InputError: Names the layer.
+            InputError: A layer cannot be trained; the message names it.
         """
 
     def check_steps(self, steps: int, init: str) -> None:
-        """Refuses a run that would be one of another method.
+        """Refuses a run that would amount to another method.
 
         Args:
-            steps: Of the run.
+            steps: Number of steps of the run.
             init: How the factors start.
 
         Raises:
-            InputError: Names the setting.
+            InputError: A setting does not fit the run; the message names it.
         """
 
 
 @dataclass(frozen=True)
 class LoFT(Method):
-    """AdamW on the full weight, projected on what rank r can hold.
+    """AdamW on the full weight, projected on updates of rank r.
 
     Args:
-        second_moment: LoFT's second moment: "factored" costs next to nothing, in memory and in
-            time; "full" is Adam's own, exactly; "diagonal" is Adam's of the factors.
-        move: How LoFT's factors move: "tangent" moves both at every step, counting what both can do
-            once; "alternate" moves one a step.
-        state_dtype: What LoFT's second moment is stored in.
-        balance: Whether LoFT keeps the factors balanced, `AᵀA = B Bᵀ`; their product moves as
-            without.
+        second_moment: LoFT's second moment: "full" is exactly Adam's of the full weight; "factored"
+            approximates it at almost no cost in memory and time; "diagonal" is Adam's of the
+            factors.
+        move: How LoFT's factors are updated: "tangent" updates both in every step, without counting
+            their overlap twice; "alternate" updates one in each step.
+        state_dtype: Dtype of LoFT's stored second moment.
+        balance: Whether LoFT keeps the factors balanced, `AᵀA = B Bᵀ`; their product is not
+            affected.
     """
 
     name: str = field(default="loft", init=False)
@@ -149,7 +151,7 @@ class LoFT(Method):
     balance: bool = False
 
     def optimizer(self, common: Common) -> optax.GradientTransformation:
-        """`loft`, which clips by the norm of the projected gradients of the full weights."""
+        """Makes `loft`, which clips by the norm of the projected gradients of the full weights."""
         return loft(
             *common.adam,
             max_grad_norm=common.max_grad_norm,
@@ -163,18 +165,18 @@ class LoFT(Method):
 
 @dataclass(frozen=True)
 class LoFTMuon(Method):
-    """LoFT with Muon's direction in the place of Adam's, at the size of AdamW's updates.
+    """LoFT with Muon's direction in place of Adam's, at the size of AdamW's updates.
 
     Args:
-        move: How LoFT's factors move: "tangent" moves both at every step, counting what both can do
-            once; "alternate" moves one a step.
+        move: How LoFT's factors are updated: "tangent" updates both in every step, without counting
+            their overlap twice; "alternate" updates one in each step.
     """
 
     name: str = field(default="loft-muon", init=False)
     move: Literal["tangent", "alternate"] = "tangent"
 
     def optimizer(self, common: Common) -> optax.GradientTransformation:
-        """`loft_muon`, which clips by the norm of the projected gradients of the full weights."""
+        """Makes `loft_muon`, which clips by the norm of the projected gradients."""
         return loft_muon(
             common.adam.learning_rate,
             weight_decay=common.adam.weight_decay,
@@ -197,10 +199,10 @@ class LoRA(Method):
 
 @dataclass(frozen=True)
 class LoRAPlus(Method):
-    """AdamW on the factors, with a learning rate of its own for B.
+    """AdamW on the factors, with a separate learning rate for B.
 
     Args:
-        ratio: B's learning rate over A's, for method "lora-plus".
+        ratio: Ratio of B's learning rate to A's, for method "lora-plus".
     """
 
     name: str = field(default="lora-plus", init=False)
@@ -210,7 +212,7 @@ class LoRAPlus(Method):
         check_settings(self, "method", positive=["ratio"])
 
     def optimizer(self, common: Common) -> optax.GradientTransformation:
-        """`lora_plus`."""
+        """Makes `lora_plus`."""
         return common.clipped(lora_plus(*common.adam, ratio=self.ratio))
 
 
@@ -232,16 +234,16 @@ class DoRA(Method):
 
 @dataclass(frozen=True)
 class LoRAFA(Method):
-    """B alone trains, with projected gradients."""
+    """Trains only B, with projected gradients."""
 
     name: str = field(default="lora-fa", init=False)
 
     def optimizer(self, common: Common) -> optax.GradientTransformation:
-        """`lora_fa`, which clips by itself."""
+        """Makes `lora_fa`, which clips by itself."""
         return lora_fa(*common.adam, max_grad_norm=common.max_grad_norm, scaling=common.scaling)
 
     def check_layers(self, layers: Mapping[str, nnx.Module]) -> None:
-        """Refuses embeddings: what starts with an A of zero learns nothing from B alone."""
+        """Refuses embeddings: their A starts at zero, so that training only B has no effect."""
         for path, layer in layers.items():
             if isinstance(layer, nnx.Embed):
                 raise InputError(
@@ -263,7 +265,7 @@ class Riemannian(Method):
     """Gradients of the factors divided by damped Gram matrices, then AdamW.
 
     Args:
-        damping: Added to the Gram matrices that method "riemannian" divides by.
+        damping: Number added to the diagonal of the Gram matrices of method "riemannian".
     """
 
     name: str = field(default="riemannian", init=False)
@@ -273,18 +275,18 @@ class Riemannian(Method):
         check_settings(self, "method", positive=["damping"])
 
     def optimizer(self, common: Common) -> optax.GradientTransformation:
-        """`riemannian_lora`."""
+        """Makes `riemannian_lora`."""
         return common.clipped(riemannian_lora(*common.adam, damping=self.damping))
 
 
 @dataclass(frozen=True)
 class AltLoRAPlus(Method):
-    """One factor a step, with aligned momentum and Adam's second moment of the factor."""
+    """One factor in each step, with aligned momentum and Adam's second moment of the factor."""
 
     name: str = field(default="altlora-plus", init=False)
 
     def optimizer(self, common: Common) -> optax.GradientTransformation:
-        """`alt_lora_plus`."""
+        """Makes `alt_lora_plus`."""
         return common.clipped(alt_lora_plus(*common.adam, scaling=common.scaling))
 
 
@@ -293,8 +295,8 @@ class RefLoRA(Method):
     """Gradients of the best-balanced factorization, then AdamW.
 
     Args:
-        warmup_steps: Steps of plain LoRA before methods "reflora" and "reflora-s" balance: until
-            then B gets its rank. By default 100, and none with init "balanced".
+        warmup_steps: Number of steps of plain LoRA before methods "reflora" and "reflora-s" start
+            to balance, in which B reaches its full rank. By default 100, or 0 with init "balanced".
     """
 
     name: str = field(default="reflora", init=False)
@@ -304,7 +306,7 @@ class RefLoRA(Method):
         check_settings(self, "method", at_least={"warmup_steps": 0})
 
     def optimizer(self, common: Common) -> optax.GradientTransformation:
-        """`reflora`."""
+        """Makes `reflora`."""
         return common.clipped(reflora(*common.adam, warmup_steps=self.warmup(common.init)))
 
     def check_steps(self, steps: int, init: str) -> None:
@@ -316,7 +318,7 @@ class RefLoRA(Method):
             )
 
     def warmup(self, init: str) -> int:
-        """Steps before the factors are balanced, as they are set or by default.
+        """Gives the number of steps before the factors are balanced.
 
         Args:
             init: How the factors start.
@@ -328,12 +330,12 @@ class RefLoRA(Method):
 
 @dataclass(frozen=True)
 class RefLoRAS(RefLoRA):
-    """RefLoRA's scalar form: factors of equal norms, moments along."""
+    """RefLoRA's scalar form: factors are rescaled to equal norms, and their moments with them."""
 
     name: str = field(default="reflora-s", init=False)
 
     def optimizer(self, common: Common) -> optax.GradientTransformation:
-        """`reflora_s`."""
+        """Makes `reflora_s`."""
         return common.clipped(reflora_s(*common.adam, warmup_steps=self.warmup(common.init)))
 
 
@@ -367,10 +369,10 @@ METHODS: Mapping[str, type[Method]] = {
 
 
 def settings_of(method: type[Method]) -> dict[str, Any]:
-    """The settings that a method has, and no other has to have.
+    """Gives the settings of a method, in addition to those of all methods.
 
     Args:
-        method: Its class.
+        method: Class of the method.
 
     Returns:
         Their defaults by name.
@@ -383,10 +385,10 @@ def settings_of(method: type[Method]) -> dict[str, Any]:
 
 
 def methods_with(setting: str) -> list[str]:
-    """The methods that have a setting.
+    """Lists the methods that have a setting.
 
     Args:
-        setting: Its name.
+        setting: Name of the setting.
 
     Returns:
         Names of methods; none if no method has it.

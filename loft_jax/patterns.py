@@ -1,4 +1,4 @@
-"""Regular expressions that users and files bring, matched within bounds of time and memory."""
+"""Matches untrusted regular expressions within limits of time and memory."""
 
 import math
 import re
@@ -21,11 +21,11 @@ _COUNT = re.compile(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}")
 class Patterns:
     """Matches the patterns of one source, as Python's `re` does, within four seconds in all.
 
-    A pattern such as `(a|aa)*!` takes time exponential in the text, and Python's `re` cannot be
-    stopped.
+    A pattern such as `(a|aa)*!` takes time exponential in the length of the text, and Python's `re`
+    cannot be interrupted.
 
     Args:
-        source: What the patterns are of, for messages.
+        source: Where the patterns come from, for messages.
 
     Example:
         >>> bool(Patterns("target_modules").fullmatch(r"layers\\.\\d+\\.up", "layers.10.up"))
@@ -41,13 +41,13 @@ class Patterns:
         """Compiles a pattern, once.
 
         Args:
-            pattern: As Python's `re` takes it.
+            pattern: In the syntax of Python's `re`.
 
         Returns:
-            It compiled.
+            The compiled pattern.
 
         Raises:
-            InputError: It is none, repeats too much, or takes too long.
+            InputError: It is not a regular expression, has too many repetitions, or takes too long.
         """
         if pattern not in self._compiled:
             before = time.monotonic()
@@ -65,14 +65,14 @@ class Patterns:
         return self._compiled[pattern]
 
     def fullmatch(self, pattern: str, text: str) -> "regex.Match[str] | None":
-        """The match of a pattern with all of a text; see `match`."""
+        """Matches a pattern with a whole text; see `match`."""
         return self._matched(self.check(pattern).fullmatch, text)
 
     def match(self, pattern: str, text: str) -> "regex.Match[str] | None":
-        """The match of a pattern at the start of a text.
+        """Matches a pattern at the start of a text.
 
         Raises:
-            InputError: It is no pattern, or takes too long.
+            InputError: It is not a regular expression, or takes too long.
         """
         return self._matched(self.check(pattern).match, text)
 

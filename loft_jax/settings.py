@@ -1,4 +1,4 @@
-"""What settings are checked for alike: names that are known, numbers in their range."""
+"""Common checks of settings: known names, numbers in their range."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ def check_settings(
     """Refuses settings out of their range.
 
     Settings whose type is a `Literal` must be one of its values. Numbers must be finite, also in
-    tuples and mappings. None is a setting that is left open, and passes.
+    tuples and mappings. None is an unset setting, and is accepted.
 
     Args:
         settings: A dataclass.
@@ -30,7 +30,7 @@ def check_settings(
         largest: The largest integer.
 
     Raises:
-        InputError: Names the setting, what was found and what was expected.
+        InputError: A setting is out of its range; the message names it.
 
     Example:
         >>> from loft_jax.data import DataConfig
@@ -66,7 +66,7 @@ def check_settings(
 
 
 def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, int | float]]:
-    """All numbers among values, and in tuples and mappings of them, by their names."""
+    """Yields all numbers in values, also in tuples and mappings, by their names."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _numbers({f"{name}.{key}": inner for key, inner in value.items()})

@@ -1,4 +1,4 @@
-"""Standard output and standard error, when nobody reads them or they cannot take a letter."""
+"""Keeps standard output and standard error usable without readers or with a limited encoding."""
 
 import contextlib
 import os
@@ -9,13 +9,13 @@ from typing import Any, TextIO
 
 @contextlib.contextmanager
 def readers_may_leave() -> Iterator[None]:
-    """Keeps a command at work when nobody reads what it writes any more.
+    """Keeps a command running when nobody reads its output any more.
 
-    Where a pipe's reader has gone, as `head` does, what is written there is lost and nothing fails,
-    at the end of the interpreter neither. Of standard error that holds for every failure, a full
-    disk too: progress is no result. A letter that a stream's encoding lacks is written as its
-    escape, as in `\\xe9`. A stream that was closed from the start takes all and keeps
-    nothing, and no file that is opened later gets its number.
+    If the reader of a pipe is gone, as with `head`, the output is lost without an error, also when
+    the interpreter exits. For standard error that holds for every failure, a full disk too, since
+    progress is not a result. A character that a stream's encoding lacks is written as its escape,
+    as in `\\xe9`. If a stream was closed from the start, output to it is discarded, and no file
+    that is opened later gets its file descriptor.
 
     Raises:
         OSError: Standard output cannot be written for another reason.
@@ -35,14 +35,14 @@ def readers_may_leave() -> Iterator[None]:
 
 
 def _occupy_numbers() -> None:
-    """C++ libraries write their messages to number 2, whichever file that is."""
+    """Occupies descriptors 0 to 2: C++ libraries write messages to 2, whichever file that is."""
     while (number := os.open(os.devnull, os.O_RDWR)) < 3:
         pass
     os.close(number)
 
 
 class _ForgivingStream:
-    """A text stream that drops what it cannot write, if the reason is of a given kind."""
+    """A text stream that drops what it cannot write, if the error is of a given class."""
 
     def __init__(self, stream: TextIO | None, lost: type[OSError]) -> None:
         self._stream = stream or open(os.devnull, "w")  # noqa: SIM115  # Python's are not closed
@@ -63,7 +63,7 @@ class _ForgivingStream:
         try:
             call(*arguments)
         except OSError as error:
-            # What is buffered would fail again, at the latest when Python ends.
+            # The buffered text would fail again, at the latest when Python exits.
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self._stream.fileno())
             os.close(null)

@@ -4,7 +4,7 @@ import sys
 
 
 def start() -> int:
-    """Runs the command `loft-jax`, where all that it needs is installed.
+    """Runs the command `loft-jax`, if its dependencies are installed.
 
     Returns:
         The exit code.

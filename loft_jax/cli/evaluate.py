@@ -20,23 +20,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure a model on examples: the loss, and what else its task measures.
+    """Evaluate a model on examples: the loss and the other metrics of its task.
 
     Prints one line of JSON: perplexity of a language model, accuracy of multiple choice and of
-    classification, correlations of regression. What is too large for a number, as the perplexity of
-    a loss of more than 700 nats, is null.
+    classification, correlations of regression. A number that overflows, such as the perplexity of a
+    loss of more than 700 nats, is null.
     """
 
     source: Annotated[Source, tyro.conf.arg(name="")]
     data: DataConfig
     task: Annotated[TaskConfig, tyro.conf.arg(name="")] = field(default_factory=TaskConfig)
-    """What is measured."""
+    """The task to evaluate."""
     choices: tuple[str, ...] = ()
-    """Answers to compare on every example, for accuracy; an example may bring its own instead."""
+    """Answers to compare on every example, for accuracy; examples may have their own instead."""
     batch_size: int = 16
-    """Rows computed at once."""
+    """Number of rows computed at once."""
     quantization: Quantization = "none"
-    """What the base model's kernels are stored in; an adapter goes with what it was trained on."""
+    """Storage of the base model's kernels; use the same as in the training of the adapter."""
 
     def __call__(self) -> int:
         """Runs the command."""
@@ -60,14 +60,14 @@ class Evaluate:
         measured = measure(model)
         if math.isnan(measured.values["loss"]):
             raise InputError(
-                "the loss is no number; expected finite weights, in the model and in the adapter"
+                "the loss is NaN; expected finite weights, in the model and in the adapter"
             )
         report = measured.report.items()
         print(json.dumps({k: v if math.isfinite(v) else None for k, v in report}))
         return 0
 
     def _task(self, family: "Family", sizes: "PretrainedConfig", rows: Any) -> "Task":
-        """The task that is named, that the adapter was trained on, or that the rows say."""
+        """Gives the named task, or the one inferred from the rows and the adapter."""
         from loft_jax.tasks.classification import labels_of
         from loft_jax.tasks.registry import infer_task, make_task
 
@@ -76,7 +76,7 @@ class Evaluate:
         if name == "auto":
             name = infer_task(family, rows, None, self.data, **given)
         if name == "classification" and not self.task.labels:
-            if self.source.adapter_head is None:  # a whole model knows its own
+            if self.source.adapter_head is None:  # a whole model has its own labels
                 given["labels"] = getattr(sizes, "labels", ())
             else:
                 count = self.source.adapter_head[1]

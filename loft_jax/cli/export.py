@@ -14,10 +14,10 @@ from loft_jax.training.config_io import load_config
 
 @dataclass(frozen=True)
 class Export:
-    """Write a checkpoint of a run as a PEFT adapter (or a whole model, if that was trained).
+    """Write a checkpoint of a run as a PEFT adapter (or as a whole model, for method full).
 
-    Settings are those that were saved with the checkpoint; of the run's config.yaml only
-    `model.path` counts, the place of the base model, which may have moved.
+    Settings are those saved with the checkpoint. Only `model.path`, the base model, is read from
+    the run's config.yaml, since the base model may have moved.
     """
 
     run: tyro.conf.Positional[str]
@@ -25,7 +25,7 @@ class Export:
     output: str
     """Folder that `adapter/` or `model/` is written to."""
     checkpoint: str = "last"
-    """"last", "best" (by evaluation: the loss, or for classification the accuracy), or a step."""
+    """Which one: "last", "best" (by the loss, or for classification by the accuracy), or a step."""
 
     def __call__(self) -> int:
         """Runs the command."""
@@ -38,7 +38,7 @@ class Export:
         checkpoints = Checkpoints(Path(self.run) / "checkpoints", read_only=True)
         step = self._step(checkpoints.steps(), checkpoints.best_step())
         config = trained_with(checkpoints.run_of(step), f"{checkpoints.folder}/{step}")
-        # Of what the file says now only the place is taken: the base model may have moved.
+        # Only the path is read from the file: the base model may have moved.
         base = now.get("path", config.model.path)
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=base))
         model, task = restore_model(config, checkpoints, step)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from loft_jax.training.loop import RunResult
 
 INTERRUPTED = 130
-"""Exit code of a run that was asked to stop, as of any command that Ctrl-C ends."""
+"""Exit code of a run that was asked to stop, as of any command after Ctrl-C."""
 
 
 @dataclass(frozen=True)
@@ -26,16 +26,16 @@ class Finetune:
 
     run: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
     config: Annotated[str, tyro.conf.arg(metavar="FILE.yaml")] = ""
-    """Read settings from a YAML file, as a run's config.yaml; flags go before it."""
+    """Read settings from a YAML file, such as a run's config.yaml; flags override it."""
     resume: bool = False
-    """Go on from the newest checkpoint in the output folder."""
+    """Continue from the newest checkpoint in the output folder."""
     distributed: Annotated[DistributedConfig, tyro.conf.arg(name="")] = field(
         default_factory=DistributedConfig
     )
-    """Of several processes: where they meet."""
+    """How several processes find each other."""
 
     def __call__(self) -> int:
-        """Runs the command; of several processes the first one speaks."""
+        """Runs the command; with several processes, only the first one prints."""
         from loft_jax.training.loop import finetune
 
         join(self.distributed)
@@ -49,7 +49,7 @@ class Finetune:
             if values:
                 print(f"{name + ':':8}" + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
         if result.interrupted:
-            print(f"stopped at step {result.steps}; go on with --resume", file=sys.stderr)
+            print(f"stopped at step {result.steps}; continue with --resume", file=sys.stderr)
         else:
             print(f"trained: {result.trained}")
         return self._code(result)
@@ -59,16 +59,16 @@ class Finetune:
 
 
 def finetune_default(arguments: Sequence[str]) -> Finetune:
-    """Finds the defaults of the flags: what a --config file sets, and the dataclasses' own.
+    """Finds the defaults of the flags, from a --config file and the dataclasses.
 
     Args:
         arguments: As typed after `loft-jax finetune`.
 
     Returns:
-        The command, with `tyro.MISSING` for what must be given.
+        The command, with `tyro.MISSING` for required flags.
 
     Raises:
-        InputError: The file cannot be read, or a value in it is not what it should be.
+        InputError: The file cannot be read, or a value in it is wrong.
     """
     path = ""
     for flag, value in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):

@@ -17,15 +17,15 @@ class Generate:
     prompt: tuple[str, ...]
     """Texts to continue; `\\n` stands for a line break."""
     max_new_tokens: int = 64
-    """Tokens to add to each at the most."""
+    """Largest number of new tokens for each prompt."""
     temperature: float = 0.0
-    """0 takes the likeliest token; higher is more varied."""
+    """0 takes the likeliest token; higher values give more varied texts."""
     top_p: float = 1.0
-    """Sample among the likeliest tokens of this much probability."""
+    """Sample among the likeliest tokens, up to this total probability."""
     seed: int = 0
-    """Of the sampling."""
+    """Seed of the sampling."""
     quantization: Quantization = "none"
-    """What the base model's kernels are stored in; an adapter goes with what it was trained on."""
+    """Storage of the base model's kernels; use the same as in the training of the adapter."""
 
     def __call__(self) -> int:
         """Runs the command."""

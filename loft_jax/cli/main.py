@@ -22,7 +22,7 @@ from loft_jax.errors import InputError
 from loft_jax.streams import readers_may_leave
 from loft_jax.training.distributed import is_of_another_process, leave
 
-# Models, optimizers and data are imported by the commands that use them: help comes at once.
+# Models, optimizers and data are imported by the commands that use them, so that help is fast.
 
 _INPUT = 2
 _FAILED = 1
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; mistakes of the user end with a message and exit code 2.
 
     Args:
-        arguments: As typed behind `loft-jax`; by default those of the process.
+        arguments: As typed after `loft-jax`; by default those of the process.
 
     Returns:
         The exit code.
@@ -90,10 +90,10 @@ def _run(name: str, arguments: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def _messages_shown() -> Iterator[None]:
-    """Shows what the library reports, as it words it: other libraries set the root's format.
+    """Shows the library's log messages as they are; other libraries set the root's format.
 
-    Orbax and TensorStore tell of every wait, and behind a full disk of all that they raise besides
-    what they raise here.
+    Orbax and TensorStore log every wait, and after a full disk also exceptions of their threads, in
+    addition to those that they raise; these are silenced.
     """
     for noisy in ("absl", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)

@@ -12,13 +12,13 @@ from loft_jax.training.config import check_output
 
 @dataclass(frozen=True)
 class Merge:
-    """Fold an adapter into its base model and write a whole Hugging Face model."""
+    """Merge an adapter into its base model and write a whole Hugging Face model."""
 
     source: Annotated[Source, tyro.conf.arg(name="")]
     output: str
-    """Folder to write; must be empty or absent."""
+    """Folder to write to; it must be empty or not exist."""
     dtype: Literal["base", "float32", "bfloat16", "float16"] = "base"
-    """What weights are stored in; "base" is what those of the base model are."""
+    """Dtype of the stored weights; "base" is that of the base model."""
 
     def __call__(self) -> int:
         """Runs the command."""

@@ -1,4 +1,4 @@
-"""Methods as flags: `--method`, and a flag for each setting that any of them has."""
+"""Methods as flags: `--method`, and a flag for each setting of any method."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args, get_type_hints
@@ -15,11 +15,11 @@ from loft_jax.errors import InputError, shown
 from loft_jax.methods import METHODS, Method, methods_with, settings_of
 
 METHOD_FLAGS = ConstructorRegistry()
-"""Makes `tyro.cli` read fields of type `Method` and `tuple[Method, ...]`."""
+"""Registry with which `tyro.cli` reads fields of type `Method` and `tuple[Method, ...]`."""
 
 _NAMES: Any = Literal.__getitem__(tuple(METHODS))
 
-_TOLD = " ".join(
+_DESCRIPTION = " ".join(
     f'"{name}": {(cls.__doc__ or "").splitlines()[0]}' for name, cls in METHODS.items()
 )
 
@@ -28,7 +28,7 @@ _TOLD = " ".join(
 def _one_method(info: StructTypeInfo) -> StructConstructorSpec | None:
     if not (isinstance(info.type, type) and issubclass(info.type, Method)):
         return None
-    named = StructFieldSpec("method", _NAMES, info.default.name, _TOLD)
+    named = StructFieldSpec("method", _NAMES, info.default.name, _DESCRIPTION)
     return StructConstructorSpec(
         lambda method, **settings: make_methods([method], settings)[0],
         (named, *_settings([info.default])),
@@ -40,7 +40,9 @@ def _several_methods(info: StructTypeInfo) -> StructConstructorSpec | None:
     if get_args(info.type) != (Method, ...):
         return None
     names = tuple(method.name for method in info.default)
-    named = StructFieldSpec("method", tuple[_NAMES, ...], names, f"Methods to compare. {_TOLD}")
+    named = StructFieldSpec(
+        "method", tuple[_NAMES, ...], names, f"Methods to compare. {_DESCRIPTION}"
+    )
     return StructConstructorSpec(
         lambda method, **settings: tuple(make_methods(method, settings)),
         (named, *_settings(info.default)),
@@ -53,24 +55,25 @@ def _settings(methods: Sequence[Method]) -> list[StructFieldSpec]:
     given = {name: value for method in methods for name, value in vars(method).items()}
     for cls in METHODS.values():
         hints = get_type_hints(cls, include_extras=True)
-        told = {p.arg_name: p.description for p in docstring_parser.parse(cls.__doc__ or "").params}
+        described = {
+            p.arg_name: p.description for p in docstring_parser.parse(cls.__doc__ or "").params
+        }
         for name, default in settings_of(cls).items():
             if name not in specs:
                 value = given.get(name, default)
-                specs[name] = StructFieldSpec(name, hints[name], value, told.get(name))
+                specs[name] = StructFieldSpec(name, hints[name], value, described.get(name))
     return list(specs.values())
 
 
 def make_methods(names: Iterable[str], settings: Mapping[str, Any]) -> Sequence[Method]:
-    """Makes methods of settings that any of them may have.
+    """Makes methods from the settings of all of them.
 
     Args:
-        names: Of the methods.
-        settings: By name; those that are not given, or that are what they are by default, may
-            belong to other methods.
+        names: Names of the methods.
+        settings: Settings by name. Those with their default value may belong to other methods.
 
     Returns:
-        The methods, each with its own of the settings.
+        The methods, each with its own settings.
 
     Raises:
         InputError: A method is unknown, or none of them has a setting.

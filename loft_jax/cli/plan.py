@@ -24,21 +24,21 @@ _FLAT = tyro.conf.arg(name="")
 
 @dataclass(frozen=True)
 class Plan:
-    """Compile the train step for TPUs that are not there, and tell what each chip would hold.
+    """Compile the train step for TPUs that need not be present, and report the memory of each chip.
 
-    No weights are read: the model may be a config.json too, or a well-known name. A setting
-    of a method goes to those of the methods that have it.
+    No weights are read: the model may also be a config.json or a well-known name. A setting applies
+    to all given methods that have it.
 
     Args:
-        topology: Slices: generation (v4, v5e, v5p, v6e) and grid of chips, as in v5e:2x4 v5p:2x2x4.
+        topology: Slices, by generation (v4, v5e, v5p, v6e) and grid of chips: v5e:2x4 v5p:2x2x4.
         model: The base model.
         method: Methods to compare.
         lora: The adapters.
-        batch: Rows of a step, over all chips, and tokens of a row.
-        mesh: How the chips share the work.
-        slices: How many such slices, joined by a slower network.
-        offload_optimizer: Keep the optimizer's state in the memory of the hosts between updates.
-        accumulation_steps: Parts of the batch, computed one after the other.
+        batch: Number of rows of a step, over all chips, and of tokens of a row.
+        mesh: How the work is split over the chips.
+        slices: Number of such slices, joined by a slower network.
+        offload_optimizer: Keep the optimizer state in host memory between updates.
+        accumulation_steps: Number of parts of the batch, computed one after another.
     """
 
     topology: tuple[str, ...]
@@ -62,7 +62,7 @@ class Plan:
 
         if not (self.topology and self.method):
             raise InputError("topology or method is empty, expected one of each at least")
-        jax.config.update("jax_platforms", "cpu")  # compiling must not take a TPU that is there
+        jax.config.update("jax_platforms", "cpu")  # compiling must not occupy a TPU that is present
         cases = list(itertools.product(self.topology, map(self._run, self.method)))
         for topology, run in cases:
             check_plan(run, topology, self.slices)
@@ -72,13 +72,13 @@ class Plan:
                 for topology, run in bar:
                     bar.set_description(f"{topology} {run.method.name}")
                     plans.append(plan_step(run, topology, self.slices))
-        finally:  # each has taken a minute or more: those that are there are shown
+        finally:  # each took a minute or more, so finished ones are shown
             if plans:
                 print(plan_table(plans))
         return 0
 
     def _run(self, method: Method) -> FinetuneConfig:
-        """The run whose step is compiled, with one of the methods."""
+        """Makes the run whose step is compiled, with one of the methods."""
         if not (match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", self.batch)):
             raise InputError(f"batch is {self.batch!r}, expected rows x tokens, as in 16x256")
         rows, tokens = map(int, match.groups())

@@ -1,4 +1,4 @@
-"""What the commands that use a model are given: a base, with or without an adapter."""
+"""The flags of commands that use a model: a base, with or without an adapter."""
 
 import functools
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ class Source:
     """A base model, with or without an adapter."""
 
     model: str = ""
-    """Folder, GGUF file or hub id; by default what the adapter's configuration names."""
+    """Folder, GGUF file or hub id; by default the one in the adapter's configuration."""
     adapter: str = ""
     """Folder of a PEFT adapter."""
 
     @functools.cached_property
     def base(self) -> str:
-        """The base model, as it is given or as the adapter named it at first."""
+        """The base model, as it is given or as the adapter named it when first read."""
         from loft_jax.hub.peft_load import base_model_of
 
         if not (self.model or self.adapter):
@@ -32,7 +32,7 @@ class Source:
 
     @functools.cached_property
     def adapter_head(self) -> tuple[Head, int] | None:
-        """What the adapter needs a model for, and with how many labels; None without an adapter."""
+        """The head that the adapter needs, and its number of labels; None without an adapter."""
         from loft_jax.hub import load_model_config
         from loft_jax.hub.peft_load import head_of
 
@@ -46,20 +46,20 @@ class Source:
         param_dtype: str = "float32",
         quantization: Quantization = "none",
     ) -> tuple[Any, "PreTrainedTokenizerBase"]:
-        """Loads the base model and puts the adapter on it.
+        """Loads the base model and applies the adapter.
 
         Args:
-            head: What the model is to give.
-            labels: Of a head that has them.
-            param_dtype: What weights are stored in.
-            quantization: What the kernels of the base model are stored in.
+            head: Head of the model.
+            labels: Names of the labels, for a head that has them.
+            param_dtype: Dtype of the stored weights.
+            quantization: Storage of the base model's kernels.
 
         Returns:
-            The model, to evaluate, and its tokenizer.
+            The model in evaluation mode, and its tokenizer.
 
         Raises:
-            InputError: One of them cannot be read, they do not fit, or the adapter was replaced by
-                one for another base model meanwhile.
+            InputError: One of them cannot be read, they do not fit, or the adapter was replaced
+                meanwhile by one for another base model.
         """
         from loft_jax.hub import load_peft_adapter, load_pretrained, load_tokenizer
         from loft_jax.hub.peft_load import base_model_of

@@ -1,4 +1,4 @@
-"""Data: files or a hub id -> examples -> tokens -> batches -> a checkpointable stream."""
+"""Data: files or a hub id to examples, tokens, batches, and a resumable stream."""
 
 from loft_jax.data.batches import Batch
 from loft_jax.data.config import DataConfig

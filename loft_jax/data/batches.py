@@ -1,4 +1,4 @@
-"""Rows of tokens to batches of one shape: padding, bucket lengths, packing."""
+"""Makes batches of a fixed shape from rows of tokens: padding, bucket lengths, packing."""
 
 from collections.abc import Sequence
 
@@ -8,21 +8,21 @@ from loft_jax.data.encode import Example
 
 Batch = dict[str, np.ndarray]
 
-_BUCKETS = 4  # each is one more compilation
-_WORTHWHILE = 0.9  # of the next longer one: the padding that a compilation has to save
+_BUCKETS = 4  # every bucket costs a compilation
+_WORTHWHILE = 0.9  # largest ratio to the next longer bucket that is worth a compilation
 _MULTIPLE = 8
 
 
 def pad_batch(
     rows: Sequence[Sequence[Example]], *, batch_size: int, length: int, pad_id: int
 ) -> Batch:
-    """Lay rows of one or more examples out as a batch.
+    """Pads rows of one or more examples to a batch.
 
     Args:
         rows: At most `batch_size`; the examples of a row have at most `length` tokens together.
-        batch_size: The number of rows; missing ones are padding without weight.
-        length: The number of tokens a row, t.
-        pad_id: Fills the rest.
+        batch_size: Number of rows; missing ones are padded, without weight.
+        length: Number of tokens of a row.
+        pad_id: Token that fills the rest.
 
     Returns:
         `tokens`, `positions` (from 0 in each example), `segment_ids` (0 is padding, examples count
@@ -51,14 +51,15 @@ def pad_batch(
 
 
 def bucket_lengths(lengths: np.ndarray, batch_size: int) -> tuple[int, ...]:
-    """A few lengths to pad random batches to, each fitting an equal share of the batches.
+    """Chooses a few lengths to pad random batches to, each for an equal share of the batches.
 
     The longest of b rows drawn at random is below the p-quantile of the rows with probability
     p^b; so the q-quantile of a batch's longest row is the rows' quantile at q^(1/b).
 
     Args:
-        lengths: Of the rows, in tokens, (n,).
-        batch_size: b; 1 if `lengths` are the longest of each batch already.
+        lengths: Lengths of the rows in tokens, (n,).
+        batch_size: Number of rows b of a batch; 1 if `lengths` are the longest of each batch
+            already.
 
     Returns:
         At most four increasing multiples of 8, each at least a tenth below the next; the last
@@ -78,17 +79,17 @@ def bucket_lengths(lengths: np.ndarray, batch_size: int) -> tuple[int, ...]:
 
 
 def smallest_bucket(buckets: Sequence[int], length: int) -> int:
-    """The smallest of the increasing `buckets` that holds `length` tokens."""
+    """Gives the smallest of the increasing `buckets` that holds `length` tokens."""
     return next(bucket for bucket in buckets if bucket >= length)
 
 
 def pack(lengths: np.ndarray, capacity: int, *, seed: int) -> list[np.ndarray]:
-    """Share examples out over rows: longest first, each into the fullest row that still has room.
+    """Packs examples into rows: longest first, each into the fullest row with enough room.
 
     Args:
-        lengths: Of the examples, in tokens, each at most `capacity`, (n,).
-        capacity: Of a row, in tokens.
-        seed: Decides which of equally long examples come first, hence which share a row.
+        lengths: Lengths of the examples in tokens, each at most `capacity`, (n,).
+        capacity: Capacity of a row in tokens.
+        seed: Seed of the order of examples of equal length, and so of which share a row.
 
     Returns:
         The examples of each row, as indices into `lengths`.
@@ -96,7 +97,7 @@ def pack(lengths: np.ndarray, capacity: int, *, seed: int) -> list[np.ndarray]:
     shuffled = np.random.default_rng(seed).permutation(len(lengths))
     order = shuffled[np.argsort(-lengths[shuffled], kind="stable")]
     rows: list[list[int]] = []
-    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows by the room they have left
+    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows by their remaining room
     with_room = np.zeros(capacity + 1, bool)
     for index in order:
         length = int(lengths[index])

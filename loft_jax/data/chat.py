@@ -1,4 +1,4 @@
-"""Conversations to token ids, with the assistant's turns marked."""
+"""Encodes conversations as token ids, and marks the assistant's turns."""
 
 import dataclasses
 import itertools
@@ -6,44 +6,44 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from loft_jax.data.log_once import log_once
 from loft_jax.data.templates import Chat, Message, Rendered, Start, render_chats
 from loft_jax.data.text import decoded, encode_continuations, encode_plain
-from loft_jax.data.told import tell
 from loft_jax.errors import InputError, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_ROWS = 64  # whose pieces the tokenizer is given at once, or as many as have this many characters:
+_ROWS = 64  # number of rows that are tokenized at once, unless they exceed this many characters:
 _CHUNK = 2**20
 _THINK_MARK = re.compile(r"</?think>")
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers takes the first there is
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers uses the first found
 
-_Piece = tuple[str, Message | None]  # rendered text; what the assistant says in it, if anything
+_Piece = tuple[str, Message | None]  # rendered text; the message of the assistant in it, or None
 
 
 def encode_chats(
     tokenizer: "PreTrainedTokenizerBase", chats: Iterable[Chat]
 ) -> Iterator[tuple[list[int], list[bool]]]:
-    """Token ids of conversations, and which of them the assistant says.
+    """Encodes conversations, and marks the tokens of the assistant.
 
-    An assistant turn reaches from where the template's generation prompt ends to the token that
-    closes the turn. Both places come from rendering the conversation up to there, so the template
-    needs no `{% generation %}` marks; what has been rendered must be a prefix of the whole.
+    An assistant turn begins where the template's generation prompt ends, and ends with the token
+    that closes the turn. Both positions are found by rendering the conversation up to there, so the
+    template needs no `{% generation %}` marks; the rendered text must be a prefix of the whole.
 
-    A warning says if the template closes no turn, leaves out some of what the assistant says (its
-    reasoning, say), or does not read all fields of the messages.
+    Logs a warning if the template closes no turn, leaves out some of what the assistant says (its
+    reasoning, say), or does not use all fields of the messages.
 
     Args:
         tokenizer: Has a chat template.
-        chats: Conversations whose turns have the texts `role` and `content`.
+        chats: Conversations whose messages have the texts `role` and `content`.
 
     Yields:
-        Of each, the ids, and one flag an id: said by the assistant.
+        For each conversation, its ids, and for each id whether the assistant says it.
 
     Raises:
-        InputError: There is no chat template, it refuses a conversation or fails on it, it writes a
-            turn differently once others follow, or its generation prompt is no beginning of a turn.
+        InputError: There is no chat template; it refuses a conversation or fails on it; it writes a
+            turn differently if others follow; or a turn does not begin with its generation prompt.
     """
     seen = _Seen()
     special = _special_ids(tokenizer)
@@ -69,7 +69,7 @@ def encode_chats(
                 ids += piece
                 said += [index < spoken for index in range(len(piece))]
             yield ids, said
-    seen.tell(tokenizer)
+    seen.warn(tokenizer)
 
 
 def _together(rows: Iterable[list[_Piece]]) -> Iterator[list[list[_Piece]]]:
@@ -86,7 +86,7 @@ def _together(rows: Iterable[list[_Piece]]) -> Iterator[list[list[_Piece]]]:
 
 
 def _starts(messages: Sequence[Message]) -> list[Start]:
-    """The beginnings of a conversation that say where the assistant begins and ends to speak."""
+    """Lists the beginnings of a conversation that show where assistant turns begin and end."""
     starts = []
     for turn, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -98,7 +98,7 @@ def _starts(messages: Sequence[Message]) -> list[Start]:
 
 
 def _pieces(chat: Chat, rendered: Rendered) -> list[_Piece]:
-    """The rendered conversation, cut where the assistant begins and ends to speak."""
+    """Cuts a rendered conversation where assistant turns begin and end."""
     whole = rendered.whole
     answers = iter(rendered.starts)
     pieces: list[_Piece] = []
@@ -111,8 +111,8 @@ def _pieces(chat: Chat, rendered: Rendered) -> list[_Piece]:
         if isinstance(after, str):
             raise InputError(
                 f"{chat.where}: the chat template does not write turn {turn} the same way on its "
-                "own as inside the whole conversation, so the assistant's tokens cannot be told "
-                "apart; expected a template that only appends, or prompt and completion fields"
+                "own as inside the whole conversation, so the assistant's tokens cannot be "
+                "found; expected a template that only appends, or prompt and completion fields"
             )
         if isinstance(before, str) or not done <= before <= after:
             raise InputError(f"{chat.where}: {_not_begun(whole[:after], before, turn)}")
@@ -123,20 +123,20 @@ def _pieces(chat: Chat, rendered: Rendered) -> list[_Piece]:
 
 
 def _common(whole: str, *starts: int | str) -> int | str:
-    """What two beginnings have in common, as a beginning."""
+    """Gives the common prefix of two beginnings, as a beginning."""
     texts = [whole[:start] if isinstance(start, int) else start for start in starts]
     same = texts[0][: _shared(*texts)]
     return len(same) if whole.startswith(same) else same
 
 
 def _shared(one: str, other: str) -> int:
-    """How many characters two texts begin with alike."""
+    """Counts the characters of the common prefix of two texts."""
     alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
     return sum(1 for _ in alike)
 
 
 def _not_begun(written: str, before: int | str, turn: int) -> str:
-    """Why a turn does not begin where the generation prompt ends."""
+    """Explains why a turn does not begin with the generation prompt."""
     prompted = written[:before] if isinstance(before, int) else before
     same = _shared(written, prompted)
     rest = prompted[same:]
@@ -144,9 +144,9 @@ def _not_begun(written: str, before: int | str, turn: int) -> str:
     if "think" in rest:
         cause = " (it opens a think block, which the template leaves out of what was said)"
     return (
-        f"the chat template's generation prompt is no beginning of turn {turn}: it has "
+        f"the chat template's generation prompt does not begin turn {turn}: it has "
         f"{shown(rest)}{cause} where the turn has {shown(written[same:])}, so the assistant's "
-        "tokens cannot be told apart; expected a template whose generation prompt every turn "
+        "tokens cannot be found; expected a template whose generation prompt every turn "
         "begins with, or prompt and completion fields"
     )
 
@@ -159,7 +159,7 @@ def _special_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
 def _end_of_turn(
     tokenizer: "PreTrainedTokenizerBase", piece: list[int], special: set[int]
 ) -> int | None:
-    """The place behind the special token that closes a turn; a line break may follow."""
+    """Finds the position after the special token that closes a turn; white space may follow it."""
     last = max((index for index, token in enumerate(piece) if token in special), default=None)
     if last is None or decoded(tokenizer, piece[last + 1 :]).strip():
         return None
@@ -168,7 +168,7 @@ def _end_of_turn(
 
 @dataclasses.dataclass
 class _Seen:
-    """What to tell of the conversations: what of them is not learned."""
+    """Collects what is not learned from the conversations, for warnings."""
 
     turns: int = 0
     closed: int = 0
@@ -177,7 +177,7 @@ class _Seen:
     fields: set[str] = dataclasses.field(default_factory=set)
 
     def read(self, chat: Chat) -> Chat:
-        """Takes in what a template is given."""
+        """Collects the fields that a template is given."""
         for message in chat.messages:
             self.fields.update(name for name, value in message.items() if value is not None)
         if chat.tools:
@@ -194,18 +194,18 @@ class _Seen:
             self.partial += 1
             self.lost = self.lost or lost[0]
 
-    def tell(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Warns once of what is not learned."""
+    def warn(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Warns once about what is not learned."""
         if self.turns and not self.closed:
-            tell(
+            log_once(
                 tokenizer,
                 "the chat template closes the assistant's turns with no special token, so no end "
                 "is learned, and generation will not stop by itself: to learn one, let the "
-                f"template write {{{{ eos_token }}}} ({shown(tokenizer.eos_token)}) behind what "
+                f"template write {{{{ eos_token }}}} ({shown(tokenizer.eos_token)}) after what "
                 "the assistant says",
             )
         if self.partial:
-            tell(
+            log_once(
                 tokenizer,
                 "the chat template leaves out or rewrites some of what the assistant says (its "
                 f"reasoning, say) in {self.partial} of {self.turns} turns, and that is not "
@@ -214,4 +214,6 @@ class _Seen:
         template = str(tokenizer.chat_template)
         fields = sorted(self.fields.difference(_REASONING))
         if unread := [name for name in fields if name not in template]:
-            tell(tokenizer, f"the chat template does not use {shown(unread)} of the conversations")
+            log_once(
+                tokenizer, f"the chat template does not use {shown(unread)} of the conversations"
+            )

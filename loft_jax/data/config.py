@@ -1,4 +1,4 @@
-"""What to read and how to turn it into rows of tokens."""
+"""The configuration of examples: where they are and how they become rows of tokens."""
 
 from dataclasses import dataclass
 
@@ -7,32 +7,35 @@ from loft_jax.errors import InputError, shown
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the examples are and how they become rows of tokens.
+    """Where examples are and how they become rows of tokens.
 
-    Which fields are present decides how an example is read: `messages` first, then `prompt` with
+    The fields of an example decide how it is read: `messages` comes first, then `prompt` with
     `completion`, then `text`.
 
     Args:
         path: A JSON, JSONL, CSV, TSV, Parquet or text file, a folder of such files, a folder
             written by `Dataset.save_to_disk`, or a dataset id on the Hugging Face hub.
-        split: Which split, with slices as `datasets` writes them: `"train"`, `"train[:90%]"`.
-            In a folder the split of a file is read from its name; a single file is `"train"`.
+        split: Name of the split, with slices in the syntax of `datasets`: `"train"`,
+            `"train[:90%]"`. In a folder, the name of a file gives its split; a single file is
+            `"train"`.
         name: The configuration of a hub dataset that has several.
-        messages_field: Holds a list of `{"role", "content"}`; the loss is on assistant turns. The
-            chat template is given the field `tools` too, if rows have it.
-        prompt_field: Holds the text the model is given.
-        completion_field: Holds the text the model is to give; the loss is on it and on EOS. It is
-            tokenized apart from the prompt, so a space between the two belongs to the completion.
-        text_field: Holds plain text; the loss is on all of it. For classification, the text that
-            the label is of.
-        text_pair_field: For classification, holds the second text of a pair, if rows have it.
-        label_field: For classification, holds the label: a text, or a whole number from 0; a
-            decimal number for regression.
-        max_length: The longest row, in tokens. A longer text becomes several rows; a longer example
-            of another kind loses the left of its prompt first (never BOS), then its end. Of a
-            question with answers to compare, the prompt with the longest of them.
-        packing: Put several examples into one row; attention and positions do not cross.
-        buckets: The lengths to pad to, increasing; empty means a few lengths fitted to the data.
+        messages_field: Field with a list of `{"role", "content"}`; the loss is on assistant turns.
+            The chat template also gets the field `tools`, if rows have it.
+        prompt_field: Field with the text that the model is given.
+        completion_field: Field with the text that the model should generate; the loss is on it and
+            on EOS. It is tokenized separately from the prompt, so a space between the two belongs
+            to the completion.
+        text_field: Field with plain text; the loss is on all of it. For classification, the text to
+            classify.
+        text_pair_field: For classification, field with the second text of a pair, if rows have it.
+        label_field: For classification, field with the label: a text, or an integer from 0; for
+            regression, a decimal number.
+        max_length: Largest length of a row, in tokens. A longer text becomes several rows; a longer
+            example of another kind loses the left of its prompt first (never BOS), then its end.
+            For a question with answers to compare, the length is that of the prompt with the
+            longest answer.
+        packing: Put several examples into one row; attention and positions do not cross examples.
+        buckets: Lengths to pad to, increasing; if empty, a few lengths are fitted to the data.
 
     Raises:
         InputError: A value is out of range.

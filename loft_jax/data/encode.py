@@ -1,4 +1,4 @@
-"""Examples to rows of tokens: which fields, which tokens carry the loss, what is cut."""
+"""Encodes examples as rows of tokens: fields, loss masks, truncation."""
 
 import dataclasses
 import json
@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from loft_jax.data.chat import encode_chats
 from loft_jax.data.config import DataConfig
+from loft_jax.data.log_once import Joins, log_unused
 from loft_jax.data.templates import Chat, Message
 from loft_jax.data.text import check_tokens, encode_continuations, encode_starts
-from loft_jax.data.told import Joins, tell_unused
 from loft_jax.errors import InputError, explained, shown
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Example(NamedTuple):
 
     Args:
         tokens: (n,) int32.
-        loss_mask: (n,) bool: the token is to be predicted from what stands before it.
+        loss_mask: (n,) bool: whether a token is to be predicted from those before it.
     """
 
     tokens: np.ndarray
@@ -41,11 +41,11 @@ class Example(NamedTuple):
 
 
 class Labelled(NamedTuple):
-    """What examples with a label have beside their tokens.
+    """Token types and labels of examples with a label.
 
     Args:
         token_types: (total,) int32: 1 in the second text of a pair, else 0.
-        labels: (n,), int32 places among the labels, or float32 numbers.
+        labels: (n,), int32 indices of labels, or float32 numbers.
     """
 
     token_types: np.ndarray
@@ -54,14 +54,14 @@ class Labelled(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenizedData:
-    """Many examples as tokens, end to end in two flat arrays.
+    """Examples as tokens, concatenated in two flat arrays.
 
     Args:
         tokens: (total,) int32.
         loss_mask: (total,) bool.
         offsets: (n + 1,) int64: example `i` is `offsets[i]:offsets[i + 1]`.
-        pad_id: The token that fills a row; it is never attended to.
-        labelled: Of examples whose label is learned; None for others.
+        pad_id: Token that pads a row; it is never attended to.
+        labelled: Token types and labels; None for examples without a label.
     """
 
     tokens: np.ndarray
@@ -90,7 +90,7 @@ def tokenize(
     *,
     vocab_size: int | None = None,
 ) -> TokenizedData:
-    """Turn examples into tokens with a loss mask.
+    """Encodes examples as tokens with a loss mask.
 
     - `messages`: the tokenizer's chat template; loss on every assistant turn. A field `tools`
       beside it, a list of JSON schemas of what the assistant may call or the JSON text of one, is
@@ -102,15 +102,15 @@ def tokenize(
       than `max_length` becomes several examples, each beginning with the last token of the one
       before: every token is predicted once.
 
-    Examples with nothing to learn (an empty completion, no assistant turn) are left out with a
-    warning that says how many; so are those of which `max_length` leaves nothing to learn. What
-    rows have and nothing is learned from is told by the log.
+    Examples with nothing to learn (an empty completion, no assistant turn, nothing left after
+    truncation to `max_length`) are left out, and a warning gives their number. Fields that are not
+    used are logged.
 
     Args:
         rows: Examples, as `load_examples` gives them or as plain dicts.
         tokenizer: A transformers tokenizer.
         config: Its field names and `max_length` are used.
-        vocab_size: The tokens that the model has weights for; None if no model is at hand.
+        vocab_size: Number of tokens that the model has weights for; None if it is not known.
 
     Returns:
         The examples that have something to learn, in order.
@@ -124,13 +124,13 @@ def tokenize(
     """
     kept: list[Example] = []
     empty = shortened = 0
-    cut_away: list[int] = []  # lengths of the examples that max_length leaves nothing of
+    cut_away: list[int] = []  # lengths of the examples with nothing left after truncation
     filler = pad_id(tokenizer)
     check_tokens([filler], tokenizer, vocab_size, where="padding")
     for index, ids, learn in _encoded(rows, tokenizer, config):
         check_tokens(ids, tokenizer, vocab_size, where=f"row {index}")
         tokens, mask = np.asarray(ids, np.int32), np.asarray(learn, bool)
-        mask[:1] = False  # nothing stands before the first token
+        mask[:1] = False  # there is nothing before the first token
         if not mask.any():
             empty += 1
             continue
@@ -171,19 +171,19 @@ _EMPTY = "an empty completion or text, or no assistant turn"
 def encode_prompts(
     tokenizer: "PreTrainedTokenizerBase", prompts: "Sequence[str | Sequence[Message]]"
 ) -> list[list[int]]:
-    """Token ids of what a model is to continue, as they stand before what is learned in training.
+    """Encodes prompts exactly as in training, up to where the learned tokens begin.
 
     Args:
         tokenizer: A transformers tokenizer.
-        prompts: Texts, as in the field `prompt` of rows; or conversations that the assistant is to
-            answer, as in the field `messages`, which the chat template writes.
+        prompts: Texts, as in the field `prompt` of rows; or conversations for the assistant to
+            answer, as in the field `messages`, which are rendered by the chat template.
 
     Returns:
-        One list of ids a prompt.
+        One list of ids for each prompt.
 
     Raises:
-        InputError: A conversation is no list of messages, or has the assistant's last; or there is
-            no chat template, or it cannot be followed.
+        InputError: A conversation is not a list of messages, or ends with one of the assistant; or
+            the chat template is missing or cannot be followed.
     """
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     chats = [
@@ -200,14 +200,14 @@ def encode_prompts(
 
 
 def _asked(where: str, messages: Any) -> Chat:
-    """A conversation with an answer, in front of which the prompt of the answer ends."""
+    """Makes a conversation with an answer added, before which the prompt ends."""
     if not (isinstance(messages, list) and messages and all(map(_is_message, messages))):
         raise InputError(
             f"{where}: found {shown(messages)}; expected a text, or a list of messages, each with "
             "the texts role and content"
         )
     if messages[-1]["role"] == "assistant":
-        raise InputError(f"{where}: the assistant's is the last message; expected one to answer")
+        raise InputError(f"{where}: the last message is the assistant's; expected one to answer")
     return Chat(where, [*messages, {"role": "assistant", "content": "x"}])
 
 
@@ -219,17 +219,17 @@ def _before_last_turn(ids: list[int], said: list[bool]) -> list[int]:
 
 
 def truncate(example: Example, max_length: int) -> Example:
-    """Cut an example to `max_length`: the left of its prompt first, then its end.
+    """Truncates an example to `max_length`: the left of its prompt first, then its end.
 
-    Of the prompt one token always stays, BOS where there is one, so that the first token of the
-    completion is predicted from something.
+    The first token of the prompt is always kept, BOS if there is one, so that the first token of
+    the completion is predicted from something.
 
     Args:
-        example: With some token to learn.
+        example: With at least one token to learn.
         max_length: In tokens.
 
     Returns:
-        The example, or what is left of it.
+        The truncated example, or the example itself if it is short enough.
     """
     tokens, mask = example
     excess = max(0, len(tokens) - max_length)
@@ -241,31 +241,31 @@ def truncate(example: Example, max_length: int) -> Example:
 
 
 def pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The token that fills a row: any will do, since it is never attended to.
+    """Chooses the token that pads a row: any token works, since it is never attended to.
 
     Args:
         tokenizer: A transformers tokenizer.
 
     Returns:
-        Its id: of padding, else of EOS, else 0.
+        The id of the padding token, else of EOS, else 0.
     """
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(token for token in candidates if token is not None)
 
 
 def text_of(row: Mapping[str, Any], field: str, index: int) -> str:
-    """The text in a field of a row.
+    """Gets the text in a field of a row.
 
     Args:
         row: An example.
         field: The name of the field.
-        index: Of the row, for the message.
+        index: Index of the row, for the message.
 
     Returns:
         The text.
 
     Raises:
-        InputError: There is something else, or nothing.
+        InputError: The field is missing or is not a text.
     """
     value = row.get(field)
     if not isinstance(value, str):
@@ -275,10 +275,10 @@ def text_of(row: Mapping[str, Any], field: str, index: int) -> str:
 
 
 def column_names(rows: "Dataset | Sequence[Mapping[str, Any]]") -> list[str]:
-    """The fields of the examples.
+    """Gives the names of the fields of examples.
 
     Args:
-        rows: As `load_examples` gives them or as plain dicts, of which the first one says.
+        rows: From `load_examples`, or plain dicts, of which the first one is used.
 
     Returns:
         Their names.
@@ -302,7 +302,7 @@ def _encoded(
     columns = column_names(rows)
     encode, used = _encoder(columns, config)
     used = [name for name in used if name in columns]
-    tell_unused(tokenizer, columns, used, config)
+    log_unused(tokenizer, columns, used, config)
     if not isinstance(rows, Sequence):
         rows = rows.select_columns(used)
     yield from encode(_chunks(rows), tokenizer, config)
@@ -320,7 +320,7 @@ _Encoder = Callable[
 
 
 def _encoder(columns: Sequence[str], config: DataConfig) -> tuple[_Encoder, list[str]]:
-    """How rows with these fields are encoded, and which of them are used."""
+    """Chooses how rows with these fields are encoded, and which fields are used."""
     if config.messages_field in columns:
         return _encode_messages, [config.messages_field, _TOOLS]
     if config.prompt_field in columns and config.completion_field in columns:
@@ -349,7 +349,7 @@ def _encode_completions(
             joins.add(prompt, completion)
         for (index, _), start, end in zip(numbered, starts, ends, strict=True):
             yield index, start + end, [False] * len(start) + [True] * len(end)
-    joins.tell(tokenizer)
+    joins.warn(tokenizer)
 
 
 def _encode_texts(
@@ -364,7 +364,7 @@ def _encode_texts(
 
 
 def _pieces(ids: list[int], max_length: int) -> Iterator[list[int]]:
-    """A text in rows; each begins with the last token of the one before, to predict from."""
+    """Splits a text into rows; each begins with the last token of the previous one."""
     step = max(1, max_length - 1)
     for start in range(0, max(1, len(ids) - 1), step):
         yield ids[start : start + step + 1]
@@ -396,7 +396,7 @@ def _is_message(message: object) -> bool:
 
 
 def _tools(index: int, found: Any) -> list[dict[str, Any]] | None:
-    """What the assistant may call: a list of JSON schemas, or the JSON text of one."""
+    """Gets the tools that the assistant may call, from a list of JSON schemas or its JSON text."""
     tools = found
     if isinstance(found, str):
         with explained(f"row {index}, field {_TOOLS!r}: cannot be read as JSON"):
@@ -410,7 +410,7 @@ def _tools(index: int, found: Any) -> list[dict[str, Any]] | None:
 
 
 def _closed(tokenizer: "PreTrainedTokenizerBase", encoded: list[list[int]]) -> list[list[int]]:
-    """EOS behind each that is not empty and does not end in it already."""
+    """Appends EOS to each list that is not empty and does not end with it."""
     eos = tokenizer.eos_token_id
     if eos is None:
         raise InputError("the tokenizer has no EOS token; expected one to close a completion with")

@@ -1,4 +1,4 @@
-"""JSON and JSON Lines to a table of examples, read as they stand and a piece at a time."""
+"""Reads JSON and JSON Lines into a table of examples, without conversions and in pieces."""
 
 import codecs
 import itertools
@@ -15,9 +15,9 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from loft_jax.errors import InputError, explained, shown
 
 _BLOCK = 2**20  # bytes read from a file at once
-_MOST_ROW = 2**26  # characters of a row: Python objects made of it take some ten times that
+_MOST_ROW = 2**26  # characters of a row; its Python objects take about ten times that
 _MOST_FIELDS = 1000
-_BATCH = 2**22  # characters of the rows that are Python objects at once, but for a longer row
+_BATCH = 2**22  # characters of the rows held as Python objects at once, unless one row is longer
 
 _KINDS = {str: "string", bool: "bool", int: "int64", float: "float64", type(None): "null"}
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -30,19 +30,20 @@ _Row = dict[str, Any]
 def read_json_rows(
     by_split: Mapping[str, Sequence[Path]], split: str, *, known: Collection[str]
 ) -> "datasets.Dataset":
-    """Reads the rows of a split out of files that hold JSON.
+    """Reads the rows of a split from JSON files.
 
-    A file holds objects one after the other (JSON Lines, or with line breaks inside them), a list
-    of objects, a list of texts, each of which becomes the field `text` of a row, or one object with
-    a list of objects in it. A field is text, a truth value, a whole number or a number if it is
-    that in all rows that have it; of any other field each value comes back as it was. A field that
-    a row lacks is None there. Files are read twice: first for what their fields are.
+    A file holds a sequence of objects (JSON Lines, also with line breaks inside objects), a list of
+    objects, a list of texts, each of which becomes the field `text` of a row, or one object with a
+    list of objects in it. A field is stored as text, boolean, integer or number if it has that type
+    in all rows that have it; other fields are stored as JSON, so that each value is read back
+    unchanged. A field that a row lacks is None there. Files are read twice, first to find the types
+    of their fields.
 
     Args:
-        by_split: The files of each split; regular ones, in UTF-8.
-        split: Which split, with slices as `datasets` writes them.
-        known: Fields of an example: an object that has one of them is an example, and not what
-            holds the list of examples.
+        by_split: The files of each split; regular files, in UTF-8.
+        split: Name of the split, with slices in the syntax of `datasets`.
+        known: Fields of an example. An object that has one of them is an example, and does not hold
+            the list of examples.
 
     Returns:
         The rows, in memory.
@@ -75,10 +76,10 @@ def read_json_rows(
 
 
 class _Json(datasets.Json):
-    """Values of any kind, kept as JSON: that of `datasets` rounds numbers and loses long ones."""
+    """Stores values as JSON; the class of `datasets` rounds numbers and loses long ones."""
 
     def decode_example(self, value: str | None, token_per_repo_id: Any = None) -> Any:
-        """The value that a row is given."""
+        """Decodes a value for a row."""
         with explained("a value of a row cannot be read as JSON"):
             return None if value is None else json.loads(value)
 
@@ -128,7 +129,7 @@ def _as_json(value: Any) -> str:
 
 
 def _rows_of(files: Sequence[Path], known: Collection[str]) -> Iterator[tuple[_Row, int]]:
-    """The rows of files, with about how many characters each has."""
+    """Yields the rows of files, with the approximate number of characters of each."""
     for file in files:
         for number, (value, length) in enumerate(_examples(file, known)):
             if isinstance(value, str):
@@ -153,7 +154,7 @@ def _is_list_of_objects(value: Any) -> bool:
 
 
 def _values(file: Path) -> Iterator[tuple[Any, int]]:
-    """The values that stand in a file, or in the list in it, with their lengths in characters."""
+    """Yields the values of a file, or of the list in it, with their lengths in characters."""
     found = _scan(_Scanner(file))
     for number in itertools.count():
         with explained(f"{file}: row {number} cannot be read as JSON"):
@@ -178,11 +179,11 @@ def _scan(scanner: "_Scanner") -> Iterator[tuple[Any, int]]:
         raise ValueError("expected a comma or the end of the list")
     scanner.skip()
     if scanner.peek():
-        raise ValueError("expected nothing behind the list")
+        raise ValueError("expected nothing after the list")
 
 
 class _Scanner:
-    """A file as JSON values, of which a block and the value at hand are in memory."""
+    """Scans the JSON values of a file, with one block and the current value in memory."""
 
     def __init__(self, file: Path) -> None:
         self._blocks = _blocks(file)
@@ -190,7 +191,7 @@ class _Scanner:
         self._at = 0
 
     def peek(self) -> str:
-        """The next character that is no white space; empty at the end."""
+        """Gives the next character that is not white space; empty at the end."""
         while True:
             match = _SPACE.match(self._text, self._at)
             self._at = match.end() if match else self._at
@@ -200,11 +201,11 @@ class _Scanner:
                 return ""
 
     def skip(self) -> None:
-        """Goes over the character that `peek` gave."""
+        """Skips the character that `peek` gave."""
         self._at += 1
 
     def value(self) -> tuple[Any, int]:
-        """The next value, and its length."""
+        """Reads the next value, and its length."""
         self.peek()
         while True:
             try:
@@ -217,13 +218,13 @@ class _Scanner:
                 if not (cut and self._read_on()):
                     raise ValueError(f"{said} at character {place} of it") from None
         if _HALF_A_PAIR.search(self._text, self._at, end):
-            _as_json(value).encode()  # a half that is alone is no text, and no tokenizer takes it
+            _as_json(value).encode()  # raises for half a surrogate pair, which no tokenizer accepts
         length = end - self._at
         self._at = end
         return value, length
 
     def _read_on(self) -> bool:
-        """Doubles what is not read yet, so that a long value is begun anew a few times only."""
+        """Doubles the text that is not parsed yet, so that parsing restarts only a few times."""
         rest = self._text[self._at :]
         if len(rest) > _MOST_ROW:
             raise ValueError(f"it is longer than {_MOST_ROW} characters")
@@ -247,7 +248,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 def _blocks(file: Path) -> Iterator[str]:
-    """The text of a file; a mark of the byte order at its beginning is none of it."""
+    """Yields the text of a file in blocks, without a byte order mark."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     with file.open("rb") as bytes_of:
         while True:
@@ -255,7 +256,9 @@ def _blocks(file: Path) -> Iterator[str]:
             try:
                 text = decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
-                yield error.object[: error.start].decode()  # the rows before are counted
+                yield error.object[
+                    : error.start
+                ].decode()  # so that the rows before the error are counted
                 raise
             if text:
                 yield text

@@ -1,4 +1,4 @@
-"""Examples from files, folders and the hub, as `datasets` tables."""
+"""Reads examples from files, folders and the hub as `datasets` tables."""
 
 import csv
 import glob
@@ -26,20 +26,20 @@ _BUILDERS = {
     ".parquet": "parquet",
     ".txt": "text",
 }
-_MOST_ROW = 2**26  # characters of a line, and of a row of CSV
+_MOST_ROW = 2**26  # largest number of characters of a line, and of a row of CSV
 _log = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def load_examples(config: DataConfig) -> "Dataset":
-    """Read the examples that `config` names.
+    """Reads the examples that `config` names.
 
-    A local path never touches the network, no code of a folder is run, and nothing is written
-    beside it: what `datasets` converts goes to its own cache. CSV and TSV cells are read as text,
-    and so are the texts of JSON, whatever they look like. In a folder, hidden files, folders and
-    files with other endings (a README, say) are passed over; files of JSON may differ in their
-    fields. Columns that stand for files (images, sounds) are passed over with a warning: nothing
-    that they name is opened.
+    For a local path the network is not used, no code in a folder is run, and nothing is written
+    beside it: `datasets` converts files into its own cache. Cells of CSV and TSV are read as text,
+    and texts of JSON stay texts, even if they look like numbers or dates. In a folder, hidden
+    files, subfolders and files with other endings (a README, say) are ignored; JSON files may
+    differ in their fields. Columns that refer to files (images, sounds) are left out with a
+    warning, and nothing that they name is opened.
 
     Args:
         config: Its `path`, `split` and `name` are used.
@@ -78,7 +78,7 @@ _EXPECTED = (
 
 
 def _read_files(by_split: dict[str, list[Path]], config: DataConfig, *, source: Path) -> "Dataset":
-    """One split out of files of one format."""
+    """Reads one split from files of one format."""
     files = [file for part in by_split.values() for file in part]
     for file in files:
         if file.suffix.lower() not in _BUILDERS:
@@ -109,7 +109,7 @@ def _read_json(by_split: Mapping[str, Sequence[Path]], config: DataConfig) -> "D
 def _build(
     builder: str, by_split: dict[str, list[Path]], split: str, *, separator: str
 ) -> "Dataset":
-    """One split out of files that a builder of `datasets` reads."""
+    """Reads one split from files with a builder of `datasets`."""
     from datasets import Dataset, Features, Value
 
     patterns = {
@@ -121,7 +121,7 @@ def _build(
     files = [file for part in by_split.values() for file in part]
     if builder == "text":
         for file in files:
-            for _ in _lines(file):  # that it has no endless one
+            for _ in _lines(file):  # checks their lengths
                 pass
         return Dataset.from_text(patterns, split=split)
     columns = _csv_columns(files[0], separator)
@@ -139,7 +139,7 @@ def _build(
 
 
 def _csv_columns(file: Path, separator: str) -> list[str]:
-    """The columns of a file, all rows of which are short enough to be held."""
+    """Gives the columns of a file, after checking that no row is too long."""
     limit = csv.field_size_limit(_MOST_ROW)
     try:
         rows = _csv_rows(file, separator)
@@ -148,7 +148,7 @@ def _csv_columns(file: Path, separator: str) -> list[str]:
             pass
     finally:
         csv.field_size_limit(limit)
-    if len(first) > len(header):  # pandas would take the first columns for an index
+    if len(first) > len(header):  # pandas would use the first columns as an index
         raise ValueError(f"the first row has {len(first)} cells and the header {len(header)}")
     if len(set(header)) < len(header):
         raise ValueError(f"the header {shown(header)} names a column twice")
@@ -162,7 +162,7 @@ def _csv_rows(file: Path, separator: str) -> Iterator[list[str]]:
         nonlocal size
         for number, line in enumerate(_lines(file), 1):
             size += len(line)
-            if size > _MOST_ROW:  # within quotes a row goes on behind its line
+            if size > _MOST_ROW:  # within quotes a row continues on the next line
                 raise InputError(
                     f"{file}: the row at line {number} is longer than {_MOST_ROW} characters; "
                     "expected a shorter one (a quote that is never closed makes one row of all)"
@@ -175,7 +175,7 @@ def _csv_rows(file: Path, separator: str) -> Iterator[list[str]]:
 
 
 def _lines(file: Path) -> Iterator[str]:
-    """The lines of a text, each short enough to be held: a file may have no line break at all."""
+    """Yields the lines of a text file, and refuses one that is too long to be held in memory."""
     with file.open(encoding="utf-8-sig", newline="") as text:
         for number in itertools.count(1):
             line = text.readline(_MOST_ROW + 1)
@@ -202,7 +202,7 @@ def _read_folder(folder: Path, config: DataConfig) -> "Dataset":
 
 
 def _split_of(file: Path) -> str:
-    """The split that a file of a folder belongs to, by the words of its name."""
+    """Gives the split that a file of a folder belongs to, by the words of its name."""
     words = set(re.split(r"[^a-z]+", file.stem.lower()))
     if words & {"test", "testing", "eval", "evaluation"}:
         return "test"
@@ -212,7 +212,7 @@ def _split_of(file: Path) -> str:
 
 
 def _read_saved(folder: Path, config: DataConfig) -> "Dataset":
-    """One split of what `save_to_disk` wrote."""
+    """Reads one split of a folder that `save_to_disk` wrote."""
     from datasets import DatasetDict, ReadInstruction, load_from_disk
 
     with explained(f"{folder}: empty or damaged, cannot be loaded from disk"):
@@ -229,14 +229,15 @@ def _read_saved(folder: Path, config: DataConfig) -> "Dataset":
 
 
 def _checked(rows: "Dataset") -> "Dataset":
-    """Rows of a binary file, in which texts may be no UTF-8 and offsets lead nowhere.
+    """Validates rows of a binary file, whose texts and offsets may be invalid.
 
-    It says what its columns are, and how rows are handed out. Columns of which `datasets` would
-    open whatever file or address they name as soon as a row is read are left out.
+    The file sets the types of its columns and the format of its rows. For some types, `datasets`
+    opens any file or address that a column names as soon as a row is read; these columns are left
+    out.
     """
     rows = rows.with_format(None)
     if odd := [name for name, feature in rows.features.items() if not _is_plain(feature)]:
-        _log.warning("the columns %s hold no plain values and are passed over", shown(odd))
+        _log.warning("the columns %s hold no plain values and are left out", shown(odd))
         rows = rows.remove_columns(odd)
     for batch in rows.data.table.to_batches():
         batch.validate(full=True)
@@ -244,7 +245,7 @@ def _checked(rows: "Dataset") -> "Dataset":
 
 
 def _is_plain(feature: Any) -> bool:
-    """Whether a value stands for itself, and for no file."""
+    """Whether a value is plain, and does not refer to a file."""
     from datasets import ClassLabel, Json, LargeList, List, Value
 
     if isinstance(feature, Mapping):
@@ -259,7 +260,7 @@ _SPLIT = re.compile(r"\w+(\.\w+)*")  # as `datasets` has it
 
 
 def _check_saved(folder: Path) -> None:
-    """That what a saved folder names are files in it: `datasets` opens whatever it names."""
+    """Checks that a saved folder names only files in it, since `datasets` opens what it names."""
     parts = [folder]
     if (folder / _SAVED_SPLITS).exists():
         names = read_json(folder / _SAVED_SPLITS)["splits"]

@@ -1,4 +1,4 @@
-"""Batches for training, without end and resumable, and for evaluation, once each."""
+"""Batches for training, endless and resumable, and for evaluation, each example once."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -18,11 +18,11 @@ _ENDLESS = 2**48  # rows; grain's own endless repetition overflows in batches of
 
 
 class TrainStream(Iterator[Batch]):
-    """An endless iterator of batches whose place can be saved; see `train_stream`.
+    """An endless iterator of batches whose position can be saved; see `train_stream`.
 
     Attributes:
-        rows_per_epoch: Rows that hold every example once: examples, or packed rows of them.
-        buckets: The lengths that batches come in.
+        rows_per_epoch: Number of rows that hold every example once: examples, or packed rows.
+        buckets: Lengths of the batches.
     """
 
     def __init__(
@@ -43,46 +43,46 @@ class TrainStream(Iterator[Batch]):
         return next(self._iterator)
 
     def get_state(self) -> dict[str, Any]:
-        """The place in the stream, as JSON can hold it."""
+        """Gives the position in the stream, as values that JSON can hold."""
         return {**self._iterator.get_state(), "fingerprint": self._fingerprint}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go to a place that `get_state` gave, here or in another process.
+        """Moves to a position from `get_state`, of this or of another process.
 
         Raises:
-            InputError: The state is of a stream over other data or with other settings.
+            InputError: The position is from a stream of other data or settings.
         """
         place = dict(state)
         if place.pop("fingerprint", None) != self._fingerprint:
             raise InputError(
-                "the saved place is of another data stream; expected the same examples, tokenizer, "
-                "max_length, packing, buckets, batch size and seed as when it was saved"
+                "the saved position is from another data stream; expected the same examples, "
+                "tokenizer, max_length, packing, buckets, batch size and seed as when it was saved"
             )
         self._iterator.set_state(place)
 
     def close(self) -> None:
-        """Stop the threads that make batches ahead."""
+        """Stops the threads that prefetch batches."""
         self._iterator.close()
 
 
 def train_stream(
     data: TokenizedData, config: DataConfig, *, batch_size: int, seed: int
 ) -> TrainStream:
-    """Shuffled global batches without end, the same for the same arguments on every machine.
+    """Makes an endless stream of shuffled batches, the same on every machine.
 
-    Every epoch is shuffled anew and holds every row exactly once; a batch may reach over the end of
-    one into the next, so that all batches are full. With `config.packing`, examples are shared out
-    over rows once, at the start. A process that wants its share of a batch slices its rows.
+    Every epoch is shuffled anew and holds every row exactly once. A batch may span two epochs, so
+    that all batches are full. With `config.packing`, examples are packed into rows once, at the
+    start. Batches are global: a process that needs its part of a batch slices its rows.
 
     Args:
         data: From `tokenize`.
         config: Its `packing`, `max_length` and `buckets` are used.
-        batch_size: Rows a batch, over all processes.
-        seed: Of the order, 0 to 2^32 - 1.
+        batch_size: Number of rows of a batch, over all processes.
+        seed: Seed of the order, 0 to 2^32 - 1.
 
     Returns:
-        An iterator of batches (see `pad_batch`), each as long as the smallest bucket that holds its
-        longest row, with `get_state` and `set_state`.
+        An iterator of batches (see `pad_batch`). The length of a batch is the smallest bucket that
+        holds its longest row.
 
     Raises:
         InputError: The batch size or the seed is out of range, or an example is too long.
@@ -130,12 +130,12 @@ def train_stream(
 
 
 class EvalBatches(Sequence[Batch]):
-    """Every example once, in batches made when they are asked for; see `eval_batches`."""
+    """A sequence of batches that hold every example once, made on access; see `eval_batches`."""
 
     def __init__(self, data: TokenizedData, *, batch_size: int, buckets: tuple[int, ...]) -> None:
         self._data = data
         self._batch_size = batch_size
-        order = np.argsort(data.lengths, kind="stable")[:, None]  # alike lengths together
+        order = np.argsort(data.lengths, kind="stable")[:, None]  # similar lengths together
         self._rows = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         longest = np.asarray([data.lengths[rows[-1]].item() for rows in self._rows])
         self.buckets = buckets or bucket_lengths(longest, batch_size=1)
@@ -145,7 +145,7 @@ class EvalBatches(Sequence[Batch]):
 
     @property
     def order(self) -> np.ndarray:
-        """The examples in the order that they come in, (n,)."""
+        """Indices of the examples in the order of the batches, (n,)."""
         return np.concatenate(self._rows)[:, 0]
 
     def __getitem__(self, index: Any) -> Any:
@@ -156,14 +156,14 @@ class EvalBatches(Sequence[Batch]):
 
 
 def eval_batches(data: TokenizedData, config: DataConfig, *, batch_size: int) -> EvalBatches:
-    """Every example exactly once, shortest first, one example a row.
+    """Makes batches that hold every example once, shortest first, one example in each row.
 
-    The last batch is filled with rows without weight, so that all have the same number of rows.
+    The last batch is padded with rows without weight, so that all have the same number of rows.
 
     Args:
         data: From `tokenize`.
         config: Its `buckets` are used.
-        batch_size: Rows a batch.
+        batch_size: Number of rows of a batch.
 
     Returns:
         A sequence of batches (see `pad_batch`).
@@ -221,7 +221,7 @@ def _check(data: TokenizedData, config: DataConfig, batch_size: int) -> None:
 
 
 def _fingerprint(data: TokenizedData, settings: Sequence[int]) -> str:
-    """What a place in the stream is a place of."""
+    """Computes a checksum of the data and settings that a position in the stream depends on."""
     digest = hashlib.blake2b(digest_size=16)
     labelled = data.labelled or ()
     kept = (data.tokens, data.loss_mask, data.offsets, *labelled, np.asarray(settings, np.int64))

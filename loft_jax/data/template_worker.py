@@ -1,7 +1,8 @@
-"""The process that renders chat templates, under limits; `templates` starts it by its path.
+"""The worker process that renders chat templates under limits; `templates` starts it.
 
-It imports nothing of this library. A line of its input is a chunk of rows as JSON; each row is
-answered by a line. What a template does to this process ends there.
+It is started by its path and imports nothing of this library. A line of its input is a chunk of
+rows as JSON, and it answers each row with a line. Whatever a template does affects only this
+process.
 """
 
 import contextlib
@@ -19,27 +20,27 @@ from transformers.utils import chat_template_utils
 
 
 class _OneDay(datetime):
-    """The day of every rendering, so that what is learned is the same on every day."""
+    """A fixed date for all renderings, so that what is learned does not depend on the day."""
 
     asked = False
 
     @classmethod
     def now(cls, tz: Any = None) -> "_OneDay":
-        """The day that templates write where there is no clock."""
+        """Gives the date that many templates write by default."""
         cls.asked = True
         return cls(2024, 7, 26)
 
 
 def main(seconds: float, memory: int, characters: int) -> None:
-    """Answers until the input ends, which it does when the other process ends.
+    """Answers rows until the input ends, which happens when the parent process ends.
 
     Args:
-        seconds: That a row may take; this process is killed after them.
-        memory: Bytes that it may take over what it has at its start.
-        characters: That a row may become.
+        seconds: Time limit of a row; the process is killed after it.
+        memory: Memory limit in bytes, beyond what the process uses at its start.
+        characters: Largest number of characters of a rendered row.
     """
     chat_template_utils.datetime = _OneDay  # type: ignore[misc]
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # which ends a process whatever it is at
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, whatever it is doing
     _limit_memory(memory)
     for line in sys.stdin.buffer:
         chunk = json.loads(line)
@@ -52,14 +53,14 @@ def main(seconds: float, memory: int, characters: int) -> None:
 
 
 def _limit_memory(memory: int) -> None:
-    with contextlib.suppress(OSError, ValueError):  # where there is no such limit, or a lower one
+    with contextlib.suppress(OSError, ValueError):  # there is no such limit, or a lower one is set
         with open("/proc/self/statm") as pages:
             taken = int(pages.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (taken + memory, taken + memory))
 
 
 def _answer(chunk: dict[str, Any], row: dict[str, Any], characters: int) -> bytes:
-    """What a row becomes, or the error of the template, as JSON."""
+    """Gives the rendered row, or the error of the template, as JSON."""
     try:
         return json.dumps(_render(chunk, row, characters)).encode()
     except TemplateError as error:
@@ -73,7 +74,7 @@ def _render(chunk: dict[str, Any], row: dict[str, Any], characters: int) -> dict
     _OneDay.asked = False
 
     def render(messages: list[dict[str, Any]], prompted: bool) -> str:
-        random.seed(0)  # Jinja has a filter that draws
+        random.seed(0)  # Jinja has a filter that draws random numbers
         rendered = chat_template_utils.render_jinja_template(
             conversations=[messages],
             tools=row["tools"],

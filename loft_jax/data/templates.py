@@ -1,4 +1,4 @@
-"""Chat templates, which are programs that strangers wrote, rendered in a process of its own."""
+"""Renders chat templates, which are untrusted programs, in a separate process."""
 
 import atexit
 import json
@@ -10,16 +10,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from loft_jax.data.told import tell
+from loft_jax.data.log_once import log_once
 from loft_jax.errors import InputError, cut, explained, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_SECONDS = 4.0  # that a row may take
-_MEMORY = 2**31  # bytes that rendering may take
-_CHARACTERS = 2**24  # that a row may become
-_ROWS = 64  # handed over at once, or as many as have this many characters:
+_SECONDS = 4.0  # time limit of a row
+_MEMORY = 2**31  # limit of the memory for rendering, in bytes
+_CHARACTERS = 2**24  # largest number of characters of a rendered row
+_ROWS = 64  # number of rows sent at once, unless they exceed this many characters:
 _CHUNK = 2**20
 
 _WORKER = Path(__file__).with_name("template_worker.py")
@@ -31,9 +31,9 @@ class Start(NamedTuple):
     """The beginning of a conversation.
 
     Args:
-        turns: How many messages it has.
-        content: What the last of them has for content; None is its own.
-        prompted: The generation prompt stands behind them.
+        turns: Number of its messages.
+        content: Replaces the content of the last message, unless it is None.
+        prompted: Whether the generation prompt follows the messages.
     """
 
     turns: int
@@ -45,9 +45,9 @@ class Chat(NamedTuple):
     """A conversation to render.
 
     Args:
-        where: Names it in errors.
-        messages: Its turns.
-        tools: What the assistant may call, as JSON schemas, if the row has any.
+        where: Its place in the data, for messages of errors.
+        messages: Its messages.
+        tools: JSON schemas of the tools that the assistant may call, if the row has any.
     """
 
     where: str
@@ -56,11 +56,12 @@ class Chat(NamedTuple):
 
 
 class Rendered(NamedTuple):
-    """A conversation as its template writes it.
+    """A conversation as rendered by its template.
 
     Args:
-        whole: The text.
-        starts: Of each start asked for, its length if the whole begins with it; else its text.
+        whole: The whole text.
+        starts: For each requested start, its length if the whole text begins with it, else its
+            text.
     """
 
     whole: str
@@ -70,23 +71,23 @@ class Rendered(NamedTuple):
 def render_chats(
     tokenizer: "PreTrainedTokenizerBase", chats: Iterable[tuple[Chat, Sequence[Start]]]
 ) -> Iterator[tuple[Chat, Rendered]]:
-    """Renders conversations as `tokenizer.apply_chat_template` does, out of reach of this process.
+    """Renders conversations as `tokenizer.apply_chat_template` does, in another process.
 
-    A template is a program in the files of a model. It runs in another process, under limits on
-    its time, its memory and what it writes, and what it raises becomes one message. There it is
-    always 26 July 2024, the day that many templates write where they know none: a template that
-    prints the day would teach another text every day. A warning says so where it matters.
+    A template is a program in the files of a model. It runs in another process under limits on its
+    time, its memory and the length of its output, and its exceptions become one error. The date
+    there is always 26 July 2024, the default of many templates: otherwise a template that writes
+    the date would teach another text every day. A warning is logged if a template writes the date.
 
     Args:
-        tokenizer: Has the template, and the special tokens it names.
-        chats: Conversations, and which beginnings of each are wanted.
+        tokenizer: Has the template and its special tokens.
+        chats: Conversations, each with the beginnings to render too.
 
     Yields:
-        The conversations, with what they become.
+        The conversations, each with its rendering.
 
     Raises:
-        InputError: There is no template to use, or it refuses a conversation, fails on it or
-            exceeds a limit.
+        InputError: There is no template, or it refuses a conversation, fails on it or exceeds a
+            limit.
     """
     dated = False
     unanswered = 0
@@ -108,11 +109,11 @@ def render_chats(
                 yield chat, Rendered(answer["whole"], answer["starts"])
     finally:
         if worker and unanswered:
-            _end(worker)  # what it still writes is of no use to the next
+            _end(worker)  # the next caller must not read its remaining output
         elif worker:
             _idle.append(worker)
     if dated:
-        tell(
+        log_once(
             tokenizer,
             "the chat template writes the day: it is 26 July 2024 in every example, so that what "
             "is learned does not depend on the day of the run",
@@ -122,20 +123,20 @@ def render_chats(
 def _chunks(
     tokenizer: "PreTrainedTokenizerBase", chats: Iterable[tuple[Chat, Sequence[Start]]]
 ) -> Iterator[tuple[list[tuple[Chat, Sequence[Start]]], str]]:
-    """Some conversations at a time, with what the worker is sent of them."""
+    """Yields chunks of conversations, each with the text to send to the worker."""
     held: list[tuple[Chat, Sequence[Start]]] = []
     rows: list[str] = []
     templates: dict[str, int] = {}
 
     def text() -> str:
-        told = {"templates": list(templates), "variables": tokenizer.special_tokens_map}
-        return f'{json.dumps(told, default=str)[:-1]}, "rows": [{", ".join(rows)}]}}\n'
+        header = {"templates": list(templates), "variables": tokenizer.special_tokens_map}
+        return f'{json.dumps(header, default=str)[:-1]}, "rows": [{", ".join(rows)}]}}\n'
 
     for chat, starts in chats:
         template = _template(tokenizer, chat)
         row = {
             "template": templates.setdefault(template, len(templates)),
-            # As transformers has it: what is null is absent.
+            # As in transformers, null fields are left out.
             "messages": [
                 {key: value for key, value in message.items() if value is not None}
                 for message in chat.messages
@@ -154,7 +155,7 @@ def _chunks(
 
 
 def _placeholder(value: Any) -> str:
-    return f"<{type(value).__name__}>"  # what transformers gives a template in its place
+    return f"<{type(value).__name__}>"  # transformers gives a template this text instead
 
 
 def _template(tokenizer: "PreTrainedTokenizerBase", chat: Chat) -> str:
@@ -181,19 +182,19 @@ _idle: list[_Worker] = []
 
 
 def _take() -> _Worker:
-    """A worker that nobody uses, or a new one."""
+    """Gives an idle worker, or starts a new one."""
     while _idle:
         if (worker := _idle.pop()).poll() is None:
             return worker
     limits = map(str, (_SECONDS, _MEMORY, _CHARACTERS))
-    # -P: the files beside it are not for it to import. Sets have one order in all processes.
+    # -P: it must not import the files beside it. PYTHONHASHSEED: sets have the same order always.
     return subprocess.Popen(
         [sys.executable, "-P", str(_WORKER), *limits],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0"},
-        start_new_session=True,  # an interrupt from the keyboard is for this process to handle
+        start_new_session=True,  # a keyboard interrupt is handled by this process
     )
 
 

@@ -1,4 +1,4 @@
-"""Strings to token ids: at the start of a row, and as what continues it."""
+"""Encodes strings as token ids: at the start of a row, and as its continuation."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -14,17 +14,17 @@ _ANY = "a"
 
 
 def encode_starts(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of texts that open a row: behind what the tokenizer puts first, and without EOS.
+    """Encodes texts that begin a row: after the tokenizer's first tokens, and without EOS.
 
-    What it puts first is BOS as a rule, or nothing, or several tokens. They stand there once, even
-    if a text has all of them itself.
+    A tokenizer puts BOS first as a rule, but may put nothing or several tokens. They are not
+    repeated if a text begins with all of them.
 
     Args:
         tokenizer: A transformers tokenizer.
         texts: What to encode.
 
     Returns:
-        One list of ids a text.
+        One list of ids for each text.
 
     Raises:
         InputError: The tokenizer fails on one.
@@ -35,7 +35,7 @@ def encode_starts(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) ->
 
 
 def _put_first(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """What the tokenizer puts before a text: what stands before one that it is known to have."""
+    """Finds the tokens that the tokenizer puts before a text."""
     (text,) = encode_plain(tokenizer, [_ANY])
     with explained("the tokenizer cannot encode a text"):
         whole = tokenizer(_ANY, verbose=False)["input_ids"]
@@ -47,17 +47,17 @@ def _put_first(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 def encode_continuations(
     tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]
 ) -> list[list[int]]:
-    """Token ids of texts that continue a row: no special tokens, no space put before them.
+    """Encodes texts that continue a row: without special tokens, and without an added space.
 
-    SentencePiece-like tokenizers put a space before every text they are given. In
-    mid-row that space is not there: each text is encoded behind an anchor, and the anchor is cut.
+    SentencePiece-like tokenizers put a space before every text, which is wrong within a row. With
+    them, each text is encoded after an anchor, and the anchor is removed.
 
     Args:
         tokenizer: A transformers tokenizer.
-        texts: What to encode; a space at the start of one is its own.
+        texts: What to encode; a space at the start of a text belongs to it.
 
     Returns:
-        One list of ids a text.
+        One list of ids for each text.
     """
     first = [_token(tokenizer, token) for token in encode_plain(tokenizer, [_ANY])[0][:1]]
     if not (first and first[0].startswith(_WORD_START)):
@@ -78,16 +78,16 @@ def check_tokens(
     *,
     where: str,
 ) -> None:
-    """Refuses tokens that a model has no weights for: looking them up gives those of other tokens.
+    """Refuses tokens that a model has no weights for; it would look up those of other tokens.
 
     Args:
-        ids: Of tokens.
-        tokenizer: That gave them.
-        vocab_size: How many tokens the model has weights for; None checks nothing.
-        where: Names what they stand for, in the error.
+        ids: Token ids.
+        tokenizer: The tokenizer that gave them.
+        vocab_size: Number of tokens that the model has weights for; None checks nothing.
+        where: Where they come from, for the message.
 
     Raises:
-        InputError: One of them is of another model.
+        InputError: The model has no weights for one of them.
     """
     if vocab_size is not None and (largest := max(ids, default=0)) >= vocab_size:
         token = _token(tokenizer, largest)
@@ -98,14 +98,14 @@ def check_tokens(
 
 
 def encode_plain(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of texts that bring their special tokens themselves, as a chat template's do.
+    """Encodes texts without adding special tokens, as for those that a chat template wrote.
 
     Args:
         tokenizer: A transformers tokenizer.
         texts: What to encode.
 
     Returns:
-        One list of ids a text.
+        One list of ids for each text.
 
     Raises:
         InputError: The tokenizer fails on one.
@@ -120,12 +120,12 @@ def encode_plain(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> 
 def decoded(
     tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], *, special: bool = True
 ) -> str:
-    """The text of token ids.
+    """Decodes token ids.
 
     Args:
         tokenizer: A transformers tokenizer.
-        ids: Of tokens that it has.
-        special: Whether special tokens are written too.
+        ids: Token ids of this tokenizer.
+        special: Whether special tokens are kept.
 
     Returns:
         The text.

@@ -1,4 +1,4 @@
-"""Weights, tokenizers and adapters as other libraries keep them, in and out."""
+"""Reads and writes weights, tokenizers and adapters in the formats of other libraries."""
 
 from loft_jax.hub.peft_load import load_peft_adapter
 from loft_jax.hub.peft_save import save_peft_adapter

@@ -1,4 +1,4 @@
-"""GGUF files: configuration and dequantized weights; families say what theirs are called."""
+"""Reads GGUF files: configuration and dequantized weights; families map the names."""
 
 import functools
 import os
@@ -19,14 +19,13 @@ from loft_jax.models.registry import gguf_family
 class GGUF:
     """A GGUF file: its metadata, family and configuration, and its tensors one at a time.
 
-    Tensors go by Hugging Face's names and are laid out as Hugging Face lays them out. A tensor that
-    has no such name keeps its own.
+    Tensors have Hugging Face's names and layouts. A tensor without such a name keeps its own.
 
     Args:
         path: A `.gguf` file.
 
     Raises:
-        InputError: A file that is missing, unreadable, damaged, or of another architecture.
+        InputError: The file is missing, unreadable, damaged, or of an unknown architecture.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -51,25 +50,26 @@ class GGUF:
             if len(self._tensors) < len(tensors):
                 raise ValueError("two of its tensors are the same one of Hugging Face's names")
             self.shapes: dict[str, tuple[int, ...]] = {
-                name: tuple(int(size) for size in reversed(tensor.shape))  # they run backwards
+                name: tuple(
+                    int(size) for size in reversed(tensor.shape)
+                )  # GGUF lists them in reverse
                 for name, tensor in self._tensors.items()
             }
         with explained(f"{self.path}: does not describe a model"), naming(self.path):
             self.config: PretrainedConfig = adapter.config(self.metadata, self.shapes)
 
     def read(self, name: str, region: Region = ...) -> np.ndarray:
-        """Reads one tensor, or a region of it, and dequantizes the rows that it touches.
+        """Reads one tensor or a region of it, and dequantizes only the rows that are needed.
 
         Args:
             name: One of `shapes`.
-            region: A slice for each axis, without steps; by default all of it.
+            region: One slice for each axis, without steps; by default the whole tensor.
 
         Returns:
             The values as float32.
 
         Raises:
-            InputError: There is no such tensor, or it is quantized in a way that cannot be undone
-                here.
+            InputError: There is no such tensor, or its quantization is not supported.
         """
         if name not in self._tensors:
             raise InputError(f"{self.path}: tensor {shown(name)} is missing")
@@ -86,7 +86,7 @@ class GGUF:
         return self._adapter.stored_rows(name, rows, self.config)
 
     def field(self, key: str) -> Any:
-        """Gives a metadata field that must be there.
+        """Gives a metadata field that is required.
 
         Raises:
             InputError: It is not.
@@ -97,7 +97,7 @@ class GGUF:
 
 
 class _BoundedReader(GGUFReader):
-    """The reader, which goes on over the end of a file as if nothing were there, held inside it."""
+    """Keeps `GGUFReader` within the file; by itself it reads on past the end without an error."""
 
     _pieces = 0
 
@@ -111,17 +111,17 @@ class _BoundedReader(GGUFReader):
 
 
 _MOST_PIECES = 2**22
-"""Numbers and texts of the metadata: the largest vocabularies have half as many."""
+"""Largest number of values of the metadata; the largest vocabularies have half as many."""
 
 
 def open_gguf(path: str | os.PathLike[str]) -> GGUF:
-    """Opens a GGUF file, or gives the last one again: parsing its vocabulary takes seconds.
+    """Opens a GGUF file; the last one is cached, since parsing its vocabulary takes seconds.
 
     Args:
         path: A `.gguf` file.
 
     Returns:
-        The file, to be read only.
+        The file, which must not be modified.
 
     Raises:
         InputError: As for `GGUF`.

@@ -1,4 +1,4 @@
-"""The tokenizer that a GGUF file carries, rebuilt without PyTorch."""
+"""Builds the tokenizer of a GGUF file, without PyTorch."""
 
 from typing import TYPE_CHECKING
 
@@ -8,14 +8,14 @@ from loft_jax.hub.gguf_io import GGUF
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_CONTROL, _USER_DEFINED = 3, 4  # types of tokens in GGUF that are never split
+_CONTROL, _USER_DEFINED = 3, 4  # GGUF's types of tokens that are never split
 
 
 def gguf_tokenizer(file: GGUF) -> "PreTrainedTokenizerFast":
     """Builds the byte-level BPE tokenizer of a GGUF file, with its chat template.
 
-    transformers can read it too, but imports PyTorch for that, and leaves out that SmolLM2 splits
-    numbers into digits before anything else.
+    transformers can read it too, but needs PyTorch for it, and leaves out the first step of
+    SmolLM2's tokenizer, which splits numbers into digits.
 
     Args:
         file: An opened file.
@@ -24,7 +24,7 @@ def gguf_tokenizer(file: GGUF) -> "PreTrainedTokenizerFast":
         A tokenizer of transformers.
 
     Raises:
-        InputError: Another kind of tokenizer, named.
+        InputError: The tokenizer is of another kind, which the message names.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -1,4 +1,4 @@
-"""Arrays brought to the host, also those that are spread over several processes."""
+"""Copies arrays to the host, including those that are split over several processes."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from jax.experimental import multihost_utils
 
 
 def gather_to_host(array: Any) -> np.ndarray:
-    """All of an array, on this host.
+    """Copies a whole array to this host.
 
     Args:
-        array: On devices of this process, or spread over several: then every process calls this.
+        array: An array on devices of this process, or of several, which then all call this.
 
     Returns:
         Its values.

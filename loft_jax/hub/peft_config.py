@@ -1,4 +1,4 @@
-"""PEFT's `adapter_config.json`: which modules an adapter is for, and how strong it is there."""
+"""PEFT's `adapter_config.json`: the modules of an adapter, with their ranks and alphas."""
 
 import functools
 import re
@@ -13,7 +13,7 @@ from loft_jax.errors import InputError, cut, explained, shown
 from loft_jax.files import MOST_CONFIG, read_json
 from loft_jax.patterns import Patterns
 
-# Settings that are read here, or that have no say in what a stored adapter computes.
+# Settings that are read here, or that do not affect what a stored adapter computes.
 _UNDERSTOOD = {
     "alpha_pattern",
     "auto_mapping",
@@ -74,11 +74,11 @@ class Strength(NamedTuple):
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """The settings of an adapter on disk that say what it computes.
+    """The configuration of an adapter on disk.
 
     Attributes:
         path: The file, for messages.
-        settings: Its content.
+        settings: Content of the file.
     """
 
     path: Path
@@ -95,8 +95,8 @@ class PeftConfig:
             The configuration.
 
         Raises:
-            InputError: The file is missing or damaged, is no LoRA adapter, or sets something that
-                is not supported; the message names the setting.
+            InputError: The file is missing or damaged, is not of a LoRA adapter, or has a setting
+                that is not supported; the message names the setting.
         """
         settings = read_json(path, most_bytes=MOST_CONFIG)
         kind = settings.get("peft_type")
@@ -132,7 +132,7 @@ class PeftConfig:
 
     @property
     def modules_to_save(self) -> tuple[str, ...]:
-        """Names, or ends of names, of the modules that are held whole."""
+        """Names, or ends of names, of the modules that are saved whole."""
         names = self.settings.get("modules_to_save") or ()
         return (names,) if isinstance(names, str) else tuple(names)
 
@@ -176,7 +176,7 @@ class PeftConfig:
         return _by_pattern(self.settings.get(field) or {}, name, default, self._patterns)
 
     def _is_matched(self, targets: str | Collection[str], name: str) -> bool:
-        """PEFT's rule: a string is a pattern of the whole name, a list holds ends of names."""
+        """Matches as PEFT does: a string is a pattern of whole names, a list holds their ends."""
         if isinstance(targets, str):
             return self._patterns.fullmatch(targets, name) is not None
         return ends_with(name, targets)
@@ -225,18 +225,18 @@ def peft_settings(
     modules_to_save: Collection[str] = (),
     fan_in_fan_out: bool = False,
 ) -> dict[str, Any]:
-    """Writes down an adapter so that PEFT finds these modules, no others, at their strengths.
+    """Makes the settings with which PEFT adapts exactly these modules, at their ranks and alphas.
 
     Args:
         modules: Rank and alpha of every adapted module, by name.
         others: Names of the modules without an adapter.
         base_model: Name or path of the base model.
         task_type: PEFT's task.
-        dropout: Rate used in training.
-        use_rslora: Whether all of them scale by `alpha / sqrt(rank)`.
-        use_dora: Whether all of them have a magnitude.
+        dropout: Dropout rate of training.
+        use_rslora: Whether all modules scale by `alpha / sqrt(rank)`.
+        use_dora: Whether all modules have a magnitude.
         modules_to_save: Names of modules that are saved whole.
-        fan_in_fan_out: Whether the adapted weights are `(in, out)` in PyTorch.
+        fan_in_fan_out: Whether the adapted weights have the shape `(in, out)` in PyTorch.
 
     Returns:
         The content of `adapter_config.json`.
@@ -269,7 +269,7 @@ def peft_settings(
 
 
 def ends_with(name: str, ends: Collection[str]) -> bool:
-    """Whether a module's name is one of some, or ends with one behind a dot."""
+    """Whether a module's name equals one of `ends`, or ends with one of them after a dot."""
     return any(name == end or name.endswith(f".{end}") for end in ends)
 
 
@@ -279,7 +279,7 @@ def _by_pattern(values: Mapping[str, Any], name: str, default: Any, patterns: Pa
 
 
 def _targets(names: list[str], others: Collection[str]) -> list[str] | str:
-    """The shortest of: last parts of the names, whole names, a pattern, that matches no other."""
+    """Gives the shortest targets that match no other module: ends of names, names or a pattern."""
     taken = {_last(name) for name in names if ends_with(name, [_last(name)])}
     clashing = {last for last in taken if any(ends_with(other, [last]) for other in others)}
     short = sorted({name if _last(name) in clashing else _last(name) for name in names})
@@ -289,7 +289,7 @@ def _targets(names: list[str], others: Collection[str]) -> list[str] | str:
 
 
 def _pattern(modules: Mapping[str, Strength], field: str, default: float) -> dict[str, Any]:
-    """Ranks or alphas that are not the default: by last part of the name where that will do."""
+    """Gives ranks or alphas that are not the default, by the last part of a name if possible."""
     values: dict[str, Any] = {name: getattr(s, field) for name, s in modules.items()}
     by_last: dict[str, set[Any]] = {}
     for name, value in values.items():
@@ -299,7 +299,7 @@ def _pattern(modules: Mapping[str, Strength], field: str, default: float) -> dic
     own = Patterns(f"{field}_pattern")
     if all(_by_pattern(pattern, name, default, own) == value for name, value in values.items()):
         return pattern
-    # One name ends like another: anchored, each matches itself alone.
+    # One name ends with another: anchored patterns match only their own module.
     return {f"^{re.escape(n)}": _whole(v) for n, v in sorted(values.items()) if v != default}
 
 
@@ -308,5 +308,5 @@ def _last(name: str) -> str:
 
 
 def _whole(value: float) -> float | int:
-    """An int where there is one: readers of the format expect it of alpha."""
+    """Gives an int for an integral value, which readers of the format expect of alpha."""
     return int(value) if value == int(value) else value

@@ -1,4 +1,4 @@
-"""LoRA adapters, read from folders of Hugging Face PEFT."""
+"""Reads LoRA adapters from folders of Hugging Face PEFT."""
 
 import os
 import re
@@ -52,27 +52,27 @@ def load_peft_adapter(
 ) -> Model:
     """Reads an adapter in PEFT's format into a model, in place.
 
-    A model without LoRA gets it, without dropout, which is no part of what an adapter computes. A
-    model that has LoRA must have it on the same layers, at the same ranks and alphas, with rsLoRA
-    and DoRA where the adapter has them; its factors and magnitudes are filled. It cannot have a
-    start other than zero ("balanced", "pissa"), which no adapter holds. The model is not touched
-    when an error is raised.
+    A model without LoRA gets LoRA layers, without dropout, which does not affect what an adapter
+    computes. A model with LoRA must have it on the same layers as the adapter, with the same ranks
+    and alphas, and with rsLoRA and DoRA if the adapter has them; its factors and magnitudes are
+    overwritten. Its initial product must be zero (not "balanced" or "pissa"), since no adapter
+    holds another one. If an error is raised, the model is unchanged.
 
     Args:
-        folder: Holds `adapter_config.json` and `adapter_model.safetensors`.
+        folder: Folder with `adapter_config.json` and `adapter_model.safetensors`.
         model: The base model, with or without LoRA.
         hf_name: As in `save_peft_adapter`.
-        dtype: Dtype of the factors; by default that of the model's factors if it has some, and
+        dtype: Dtype of the factors; by default that of the model's factors, if it has LoRA, and
             else that of the file.
 
     Returns:
         The same model.
 
     Raises:
-        InputError: The adapter is missing, damaged, uses what is not supported, or is for another
-            base model; the message names the file and the setting, module or tensor. A stack of
-            layers has one rank and one alpha: an adapter that leaves out some of its layers, or
-            adapts them differently, is refused.
+        InputError: The adapter is missing, damaged, not supported, or for another base model; the
+            message names the file and the setting, module or tensor. A stack of layers has one rank
+            and one alpha, so an adapter that leaves out some of its layers, or adapts them
+            differently, is refused.
 
     Example:
         >>> import tempfile
@@ -110,7 +110,7 @@ def load_peft_adapter(
 
 
 def base_model_of(folder: str | os.PathLike[str]) -> str:
-    """The base model that an adapter names: a path or a hub id.
+    """Reads the base model that an adapter names: a path or a hub id.
 
     Args:
         folder: Of the adapter.
@@ -132,7 +132,7 @@ def base_model_of(folder: str | os.PathLike[str]) -> str:
 def head_of(
     folder: str | os.PathLike[str], family: Family, config: PretrainedConfig
 ) -> tuple[Head, int]:
-    """The head that a model needs for an adapter.
+    """Finds the head that a model needs for an adapter.
 
     Args:
         folder: Of the adapter.
@@ -140,7 +140,7 @@ def head_of(
         config: Of its base model.
 
     Returns:
-        What the head gives, by PEFT's task, and how many labels it has, by the tensor that the
+        The kind of head, from PEFT's task, and its number of labels, from the tensor that the
         adapter holds whole; 0 for a language model.
 
     Raises:
@@ -173,7 +173,7 @@ def _check_folder(folder: Path) -> None:
 
 
 class _Slot(NamedTuple):
-    """Where a module of the file goes: a layer of the model, and its number in the stack."""
+    """The place of a module of the file: a layer of the model, and its number in the stack."""
 
     path: str
     number: int
@@ -182,7 +182,7 @@ class _Slot(NamedTuple):
 
 
 class _Filled(NamedTuple):
-    """All of one layer of the model, by attribute of it.
+    """The adapter arrays of one layer of the model, by attribute.
 
     `lora_a (*stack, *in, r)`, `lora_b (*stack, r, *out)`, with DoRA `lora_magnitude
     (*stack, out)`.
@@ -195,10 +195,11 @@ class _Filled(NamedTuple):
 def _read_unchanged(
     folder: Path, model: nnx.Module, slots: dict[str, _Slot]
 ) -> tuple[PeftConfig, Safetensors, dict[str, _Filled], dict[str, np.ndarray]]:
-    """All that one adapter holds, should another be written to its place meanwhile.
+    """Reads one adapter consistently, even if another is written to the folder meanwhile.
 
     A writer removes the configuration, replaces the weights, and then writes its configuration. So
-    if both files are the same before and after reading, all that was read is of one adapter.
+    if both files are the same before and after reading, everything that was read belongs to one
+    adapter.
     """
     deadline = time.monotonic() + _SECONDS_OF_WRITING
     while True:
@@ -226,7 +227,7 @@ _SECONDS_OF_WRITING = 10.0
 
 
 def _identity(folder: Path) -> list[tuple[int, int, int] | None]:
-    """What tells each file of an adapter from one that takes its place."""
+    """Identifies the files of an adapter, to notice if they are replaced."""
     found: list[tuple[int, int, int] | None] = []
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         try:
@@ -238,7 +239,7 @@ def _identity(folder: Path) -> list[tuple[int, int, int] | None]:
 
 
 def _slots(model: nnx.Module, hf_name: NameRule | None) -> dict[str, _Slot]:
-    """Every module an adapter of this model could be for, by name."""
+    """Maps the name of every module that an adapter of this model could adapt to its place."""
     slots: dict[str, _Slot] = {}
     seen: set[int] = set()
     for path, layer in named_modules(model).items():
@@ -249,7 +250,7 @@ def _slots(model: nnx.Module, hf_name: NameRule | None) -> dict[str, _Slot]:
             axes = weight_axes(layer)
             names = module_names(model, path, axes, hf_name)
         except InputError:
-            continue  # has no name in PyTorch, so no adapter can be for it
+            continue  # it has no name in PyTorch, so no adapter can adapt it
         for index, name in enumerate(names):
             slots[name] = _Slot(path, index, layer, axes)
     return slots
@@ -258,7 +259,7 @@ def _slots(model: nnx.Module, hf_name: NameRule | None) -> dict[str, _Slot]:
 def _whole_parameters(
     config: PeftConfig, model: nnx.Module, slots: dict[str, _Slot]
 ) -> dict[str, tuple[str, bool]]:
-    """What `modules_to_save` holds, by path of ours: the tensor, and whether it is transposed."""
+    """Finds the tensors of `modules_to_save` by path of ours, and whether they are transposed."""
     found: dict[str, tuple[str, bool]] = {}
     for name, slot in slots.items():
         if config.is_saved(name):
@@ -269,7 +270,7 @@ def _whole_parameters(
 def _saved(
     file: Safetensors, model: nnx.Module, whole: dict[str, tuple[str, bool]]
 ) -> dict[str, np.ndarray]:
-    """The parameters that the file holds whole, laid out as ours."""
+    """Reads the parameters that the file holds whole, in our layout."""
     parameters = flat_parameters(model, nnx.Param)
     values = {}
     for path, (name, transposed) in whole.items():
@@ -294,7 +295,7 @@ def _saved(
 def _by_module(
     file: Safetensors, slots: dict[str, _Slot], whole: Collection[str]
 ) -> dict[str, dict[str, str]]:
-    """Names of the tensors of every module in the file, as A, B and magnitude."""
+    """Groups the names of the tensors by module, as A, B and magnitude."""
     held = {*whole, *(name.removeprefix(PREFIX) for name in whole)}
     by_module: dict[str, dict[str, str]] = {}
     unknown: list[str] = []
@@ -333,7 +334,7 @@ def _by_module(
 
 
 def _check_base_weight(file: Safetensors, tensor: str, slot: _Slot | None) -> None:
-    """PEFT stores an adapted embedding whole beside its factors; it must be the model's own."""
+    """Checks that the embedding that PEFT stores beside its factors is the model's."""
     if slot is not None and not slot.axes.stack:
         embedding = isinstance(slot.layer, nnx.Embed)
         weight = slot.layer.embedding if embedding else slot.layer.kernel
@@ -376,7 +377,7 @@ def _filled(
     slots: dict[str, _Slot],
     by_module: dict[str, dict[str, str]],
 ) -> dict[str, _Filled]:
-    """Reads the factors of every layer of the model that has some, whole stacks at a time."""
+    """Reads the factors of every adapted layer of the model, stacked."""
     members: dict[str, dict[int, str]] = {}
     for module in by_module:
         members.setdefault(slots[module].path, {})[slots[module].number] = module
@@ -400,7 +401,7 @@ def _filled(
         ordered = [modules[index] for index in sorted(modules)]
         rank = strength.rank
         parts: list[tuple[str, tuple[int, ...], str, tuple[int, ...]]] = [
-            # Attribute, its shape, part of a module in the file, its shape.
+            # Attribute, its shape, kind of tensor in the file, its shape.
             ("lora_a", axes.a_shape(rank), "A", (rank, axes.fan_in)),
             ("lora_b", axes.b_shape(rank), "B", (axes.fan_out, rank)),
         ]
@@ -416,7 +417,7 @@ def _filled(
 
 
 def _stacked(file: Safetensors, tensors: list[str], shape: tuple[int, ...]) -> np.ndarray:
-    """Tensors of one part across a stack, factors transposed to `(in, r)` or `(r, out)`."""
+    """Stacks the tensors of one kind, with factors transposed to `(in, r)` or `(r, out)`."""
     for tensor in tensors:
         if file.shapes[tensor] != shape:
             raise InputError(
@@ -464,7 +465,7 @@ def _check_same_layers(
 def _values(
     file: Safetensors, layer: Any, filled: _Filled, dtype: DTypeLike | None
 ) -> dict[str, jax.Array]:
-    """Factors as JAX arrays, laid out over devices like those they replace."""
+    """Converts factors to JAX arrays, with the shardings of those that they replace."""
     values = {}
     for name, array in filled.arrays.items():
         old = None if layer is None else getattr(layer, name)[...]

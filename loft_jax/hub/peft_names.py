@@ -1,4 +1,4 @@
-"""What files, modules and tensors of an adapter are called in PEFT's format."""
+"""Names of files, modules and tensors in PEFT's format."""
 
 from collections.abc import Callable, Iterable
 
@@ -13,7 +13,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 NameRule = Callable[[str, int | None], str]
-"""Name in PyTorch of the module at a dotted path, given its number in a stack or None."""
+"""Maps the dotted path of a module and its number in a stack, or None, to its name in PyTorch."""
 
 _SHOWN = 5
 
@@ -21,20 +21,20 @@ _SHOWN = 5
 def module_names(
     model: nnx.Module, path: str, axes: WeightAxes, hf_name: NameRule | None
 ) -> tuple[str, ...]:
-    """PyTorch's names of the modules that one layer of the model stands for.
+    """Gives PyTorch's names of the modules that one layer of the model represents.
 
     Args:
-        model: Whose `hf_name` is the rule where none is given.
-        path: Of the layer, dotted.
-        axes: Of its weight.
+        model: Its `hf_name` is the rule if none is given.
+        path: Dotted path of the layer.
+        axes: Axes of its weight.
         hf_name: The rule, or None.
 
     Returns:
-        A name for each layer of the stack; one for a layer that is none.
+        One name for each layer of a stack, and one for a layer that is not stacked.
 
     Raises:
-        InputError: PEFT has no place for the layer: a batch axis, a stack without a rule, a stack
-            of stacks, or the whole model.
+        InputError: PEFT's format cannot hold the layer: it has a batch axis, is a stack without a
+            rule or a stack of stacks, or is the whole model.
     """
     rule = hf_name or getattr(model, "hf_name", None)
     if axes.batch:
@@ -54,15 +54,15 @@ def module_names(
 
 
 def tensor_name(name: str, factor: str, layer: nnx.Module) -> str:
-    """What a file calls a tensor of an adapter.
+    """Gives the name of a tensor of an adapter in a file.
 
     Args:
-        name: Of the module, in PyTorch.
+        name: Name of the module in PyTorch.
         factor: `"A"`, `"B"` or `"magnitude"`.
-        layer: That the module is; embeddings have names of their own.
+        layer: The layer of the module; the factors of embeddings have other names.
 
     Returns:
-        The name, as `base_model.model.model.layers.0.mlp.up_proj.lora_A.weight`.
+        The name, for example `base_model.model.model.layers.0.mlp.up_proj.lora_A.weight`.
     """
     if factor == "magnitude":
         return f"{PREFIX}{name}.lora_magnitude_vector"
@@ -72,18 +72,19 @@ def tensor_name(name: str, factor: str, layer: nnx.Module) -> str:
 
 
 def saved_tensors(model: nnx.Module, module: str) -> dict[str, tuple[str, bool]]:
-    """The parameters of a module that an adapter holds whole.
+    """Finds the tensors of a module that an adapter holds whole.
 
     Args:
-        model: Whose table of parameters is the rule; without one, names are ours and kernels are
+        model: Its parameter table gives the names. Without one, names are ours and kernels are
             transposed.
         module: Its dotted path.
 
     Returns:
-        By dotted path of ours, the tensor's name in a file, and whether it is transposed there.
+        For each dotted path of ours, the name of the tensor in a file and whether it is transposed
+        there.
 
     Raises:
-        InputError: The model has no such module, or none with parameters.
+        InputError: The model has no such module, or the module has no parameters.
     """
     table = getattr(model, "table", None)
     found: dict[str, tuple[str, bool]] = {}
@@ -102,7 +103,7 @@ def saved_tensors(model: nnx.Module, module: str) -> dict[str, tuple[str, bool]]
 
 
 def listed(names: Iterable[str]) -> str:
-    """The first few of some names, for a message, and how many more there are."""
+    """Formats the first few of some names for a message, and the number of the others."""
     names = list(names)
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(map(shown, names[:_SHOWN])) + more

@@ -1,4 +1,4 @@
-"""LoRA adapters, written as folders of Hugging Face PEFT."""
+"""Writes LoRA adapters as folders of Hugging Face PEFT."""
 
 import contextlib
 import json
@@ -44,32 +44,30 @@ def save_peft_adapter(
 ) -> None:
     """Writes the LoRA factors of a model as an adapter that PEFT loads.
 
-    Stacked layers are written one by one, weights of more than two axes as matrices: A as
-    `lora_A.weight (rank, in)`, B as `lora_B.weight (out, rank)`, in the dtype they have, and
-    DoRA's magnitude as `lora_magnitude_vector (out,)`. `adapter_config.json` comes last, so
-    that a folder without it is no adapter.
+    Stacked layers are written one by one, and weights of more than two axes as matrices: A as
+    `lora_A.weight (rank, in)` and B as `lora_B.weight (out, rank)`, in their dtype, and DoRA's
+    magnitude as `lora_magnitude_vector (out,)`. `adapter_config.json` is written last, so that an
+    incomplete folder is not an adapter. With several processes, all of them call this, and the
+    first one writes.
 
-    A layer that started with a product other than zero ("balanced", "pissa") is written as plain
-    LoRA of twice its rank, `A B - A0 B0 = (A - A0) B + A0 (B - B0)`, with an alpha that keeps
-    the scaling: any reader computes the same with the base weights as they are. Loaded again, it
-    is that plain LoRA.
+    A layer whose initial product was not zero ("balanced", "pissa") is written as plain LoRA of
+    twice its rank, `A B - A0 B0 = (A - A0) B + A0 (B - B0)`, with an alpha that keeps the scaling.
+    So any reader computes the same from the unchanged base weights. Such an adapter is loaded as
+    plain LoRA.
 
     Args:
-        folder: Where to; made if missing. An adapter already there is replaced.
+        folder: Folder to write to; made if missing. An existing adapter is replaced.
         model: A model with LoRA layers.
         base_model: Name or path of the base model, for PEFT to find it.
-        hf_name: Name in PyTorch of the module at a dotted path, given the number of the layer in
-            its stack or None. By default `model.hf_name` where the model has it, and else the
-            path itself.
-        task_type: PEFT's task, None for a base model that is no transformer.
-        modules_to_save: Paths of modules without LoRA that are written whole, as a new head is.
-
-    Of several processes all call this, and the first one writes.
+        hf_name: Maps the dotted path of a module and its number in a stack, or None, to its name in
+            PyTorch. By default `model.hf_name` if the model has it, and else the path itself.
+        task_type: PEFT's task; None for a base model that is not a transformer.
+        modules_to_save: Paths of modules without LoRA that are written whole, such as a new head.
 
     Raises:
-        InputError: The model has no LoRA layer, or one that PEFT has no place for (a stack without
-            `hf_name`, a batch axis); DoRA or rsLoRA on some of its LoRA layers only; or the
-            folder cannot be written.
+        InputError: The model has no LoRA layer, or one that PEFT's format cannot hold (a stack
+            without `hf_name`, a batch axis); only some of its LoRA layers have DoRA or rsLoRA; or
+            the folder cannot be written.
 
     Example:
         >>> import tempfile
@@ -139,7 +137,7 @@ def save_peft_adapter(
 
 
 def _fan_in_fan_out(model: nnx.Module, layers: dict[str, Any]) -> bool:
-    """Whether PyTorch has the adapted weights as `(in, out)`, which PEFT wants to be told."""
+    """Whether the adapted weights have the shape `(in, out)` in PyTorch, a setting of PEFT."""
     table = getattr(model, "table", None)
     linear = [path for path, layer in layers.items() if not isinstance(layer, nnx.Embed)]
     if table is None or not linear:
@@ -150,7 +148,7 @@ def _fan_in_fan_out(model: nnx.Module, layers: dict[str, Any]) -> bool:
 def _names_or_path(
     model: nnx.Module, path: str, module: nnx.Module, hf_name: NameRule | None
 ) -> tuple[str, ...]:
-    """Names of a module without LoRA; its path if it is no layer or has no other name."""
+    """Gives the names of a module without LoRA, or its path if it has none in PyTorch."""
     if is_adaptable(module):
         try:
             return module_names(model, path, weight_axes(module), hf_name)
@@ -160,7 +158,7 @@ def _names_or_path(
 
 
 def _on_all(layers: dict[str, Any], feature: str, has: Callable[[Any], bool]) -> bool:
-    """Whether the layers have something that an adapter has on all of its modules or on none."""
+    """Whether the layers have a feature, which must be on all of them or on none."""
     having = [path for path, layer in layers.items() if has(layer)]
     without = [path for path in layers if path not in having]
     if having and without:
@@ -172,7 +170,7 @@ def _on_all(layers: dict[str, Any], feature: str, has: Callable[[Any], bool]) ->
 
 
 def _strength(layer: Any, rank: int) -> Strength:
-    """Rank and alpha as written: twice the rank, where there is a start, at the same scaling."""
+    """Gives rank and alpha as written: twice the rank, at the same scaling, if there is a start."""
     more = rank // layer.lora_rank
     return Strength(rank, layer.lora_alpha * (math.sqrt(more) if layer.lora_rslora else more))
 
@@ -191,8 +189,8 @@ def _write(folder: Path, settings: dict[str, Any], tensors: dict[str, np.ndarray
             raise InputError(f"{folder}: another process is writing an adapter there") from error
         except OSError:  # a file system without locks
             pass
-        # An old configuration must not stand beside new weights, should this be interrupted or
-        # somebody read it meanwhile.
+        # An old configuration must not be beside new weights, if this is interrupted or the folder
+        # is read meanwhile.
         config.unlink(missing_ok=True)
         write_safetensors(folder / WEIGHTS_NAME, tensors)
         with replacing(config) as partial:

@@ -1,4 +1,4 @@
-"""Whole models: from a folder, a GGUF file or the Hugging Face hub, and back to a folder."""
+"""Loads models from a folder, a GGUF file or the Hugging Face hub, and saves them to a folder."""
 
 import functools
 import json
@@ -66,11 +66,11 @@ _TOKENIZER_PATTERNS = (
 _MAX_SHARD_BYTES = 5 * 10**9
 
 Placement = Callable[[ParameterTable, str, tuple[int, ...]], Sharding]
-"""Where a parameter goes: by the model's table, dotted path and shape."""
+"""Maps the model's table, a dotted path and a shape to the sharding of a parameter."""
 
 
 class _Source(Protocol):
-    """Where tensors come from, by Hugging Face's names."""
+    """A source of tensors by Hugging Face's names."""
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
@@ -79,10 +79,10 @@ class _Source(Protocol):
 
 
 class _Renamed:
-    """A source under the names that Hugging Face has for its tensors today.
+    """A source whose tensors have Hugging Face's current names.
 
-    Older ones are translated, a model without its head gets the prefix that it has inside of one
-    with a head, and what says nothing is left out.
+    Older names are translated, a model without a head gets the prefix that it has within a model
+    with one, and tensors that the family ignores are left out.
     """
 
     def __init__(self, source: _Source, family: Family) -> None:
@@ -108,7 +108,7 @@ class _Renamed:
 
 
 class _Opened(NamedTuple):
-    """A model before its weights are read."""
+    """A model whose weights are not read yet."""
 
     family: Family
     config: PretrainedConfig
@@ -173,32 +173,32 @@ def load_pretrained(
 ) -> PretrainedModel:
     """Loads a model with its weights.
 
-    Tensors are read one by one into the stacked parameters. On a mesh, a host reads what its own
-    devices need: what it holds at a time is the shard of one device, of one stacked parameter, and
-    the part of one tensor that goes into it.
+    Tensors are read one by one into the stacked parameters. On a mesh, a host reads only what its
+    own devices need. At a time it holds one device's shard of one stacked parameter, and the part
+    of one tensor that belongs to it.
 
     Args:
-        path_or_hub_id: A folder with `config.json` and safetensors, a `.gguf` file, a folder
-            with exactly one of those, or a model's name on the Hugging Face hub.
-        head: What the model is to give.
-        labels: Of a head of "sequence-classification": names of what it tells apart, or one name
-            of the number that it gives; by default those of the checkpoint.
-        dtype: What the model computes in.
-        param_dtype: What its parameters are stored in.
-        remat: What the backward pass computes again.
-        quantization: What the kernels of the layers are stored in, as for
+        path_or_hub_id: A folder with `config.json` and safetensors, a `.gguf` file, a folder with
+            exactly one `.gguf` file, or the name of a model on the Hugging Face hub.
+        head: Head of the model.
+        labels: For a head of "sequence-classification", the names of its labels, or one name for a
+            regression; by default those of the checkpoint.
+        dtype: Dtype of the computation.
+        param_dtype: Dtype of the stored parameters.
+        remat: What the backward pass recomputes.
+        quantization: Storage of the kernels of the layers, as for
             `loft_jax.models.quantized.quantize_kernels`; each is quantized when it is read.
-        placement: Where a parameter goes, by the model's table of parameters, the parameter's
-            dotted path and its shape; by default on the default device.
-        seed: Of the head, where the checkpoint has none, and of dropout. What is drawn is among the
-            model's `output_modules`, which train and are exported whole.
+        placement: Gives the sharding of a parameter from the model's parameter table, its dotted
+            path and its shape; by default all are on the default device.
+        seed: Seed of dropout, and of what the checkpoint lacks and is drawn, such as a new head. It
+            is among the model's `output_modules`, which train and are exported whole.
 
     Returns:
-        The model, a `loft_jax.models.family.PretrainedModel` of its family.
+        The model, a `loft_jax.models.family.PretrainedModel`.
 
     Raises:
-        InputError: No such model, a hub that cannot be reached, a file that cannot be read, an
-            unsupported configuration, or a tensor that is missing, unknown or of another shape.
+        InputError: There is no such model, the hub cannot be reached, a file cannot be read, the
+            configuration is not supported, or a tensor is missing, unknown or of another shape.
 
     Example:
         >>> model = load_pretrained("HuggingFaceTB/SmolLM2-135M")  # doctest: +SKIP
@@ -235,16 +235,18 @@ def load_pretrained(
             value = quantize(value, quantization, name=path, placement=place)
         parameter.set_value(value)
     for path, variable in variables.items():
-        if path not in parameters:  # of a random stream
+        if path not in parameters:  # a random stream
             variable.set_value(drawn[path])
     model = nnx.merge(graphdef, state)
-    if new := sorted({path.rpartition(".")[0] for path in absent} - set(model.output_modules)):
-        model.output_modules = (*model.output_modules, *new)
+    heads = tuple(f"{head}." for head in model.output_modules)
+    new = {path.rpartition(".")[0] for path in absent if not path.startswith(heads)}
+    if new:
+        model.output_modules = (*model.output_modules, *sorted(new))
     return model
 
 
 def _drawn(make: Callable[[], PretrainedModel], paths: Sequence[str]) -> dict[str, jax.Array]:
-    """Initial values of some variables of a model; the others are not computed."""
+    """Computes the initial values of some variables of a model, and not of the others."""
     if not paths:
         return {}
 
@@ -256,16 +258,16 @@ def _drawn(make: Callable[[], PretrainedModel], paths: Sequence[str]) -> dict[st
 
 
 def load_model_config(path_or_hub_id: str | os.PathLike[str]) -> tuple[Family, PretrainedConfig]:
-    """Reads what a model is made of, and none of its weights.
+    """Reads the family and the configuration of a model, but not its weights.
 
     Args:
-        path_or_hub_id: As for `load_pretrained`, or a `config.json` itself.
+        path_or_hub_id: As for `load_pretrained`, or the path of a `config.json`.
 
     Returns:
         Its family and its configuration.
 
     Raises:
-        InputError: No such model, or an unsupported configuration.
+        InputError: There is no such model, or its configuration is not supported.
     """
     path = Path(path_or_hub_id)
     if path.suffix != ".json":
@@ -278,16 +280,16 @@ def load_model_config(path_or_hub_id: str | os.PathLike[str]) -> tuple[Family, P
 
 
 def stored_dtype(path_or_hub_id: str | os.PathLike[str]) -> np.dtype:
-    """What a model's weights are stored in, as its embeddings tell.
+    """Finds the dtype that a model's weights are stored in, from its embeddings.
 
     Args:
         path_or_hub_id: As for `load_pretrained`.
 
     Returns:
-        Their dtype; float32 for a GGUF file, whose weights are computed when they are read.
+        The dtype; float32 for a GGUF file, whose weights are dequantized when they are read.
 
     Raises:
-        InputError: No such model, or a file that cannot be read.
+        InputError: There is no such model, or a file cannot be read.
     """
     family, config, source = _open(_resolve(path_or_hub_id, _WEIGHT_PATTERNS))
     table = next(iter(family.models.values())).parameter_table(config)
@@ -305,7 +307,7 @@ def load_tokenizer(path_or_hub_id: str | os.PathLike[str]) -> "PreTrainedTokeniz
         A tokenizer of transformers.
 
     Raises:
-        InputError: No such model, or no tokenizer with it that can be read.
+        InputError: There is no such model, or it has no tokenizer that can be read.
     """
     path = _resolve(path_or_hub_id, _TOKENIZER_PATTERNS)
     if (file := _gguf_file(path)) is not None:
@@ -323,29 +325,31 @@ def save_pretrained(
 ) -> None:
     """Writes a model folder that transformers loads: configuration, safetensors, tokenizer.
 
-    The folder appears under its name when it is complete. Of several processes all call this, and
+    The folder gets its name when it is complete. With several processes, all of them call this, and
     the first one writes.
 
     Args:
-        folder: Where to; must not exist, or be empty.
-        model: A model without LoRA layers; parameters are stored in the dtype they have.
-        tokenizer: Written beside the weights.
-        base_model: What the model was made from, as for `load_pretrained`: its settings of
-            generation, stop tokens among them, are taken over where it has a file of them.
+        folder: Folder to write to; it must not exist, or be empty.
+        model: A model without LoRA layers; parameters are stored in their dtype.
+        tokenizer: Tokenizer to write beside the weights.
+        base_model: The model that it was made from, as for `load_pretrained`. Its
+            generation_config.json, which holds stop tokens, is copied if there is one.
 
     Raises:
-        InputError: The folder holds something, the model still carries LoRA layers, or there is no
-            such base model.
+        InputError: The folder is not empty, the model still has LoRA layers, or there is no such
+            base model.
     """
     folder = Path(folder)
     parameters = flat_parameters(model, nnx.Param)
     for path, parameter in parameters.items():
         if isinstance(parameter, nnx.LoRAParam):
             raise InputError(
-                f"{path.rpartition('.')[0]}: still carries LoRA factors; merge them before saving"
+                f"{path.rpartition('.')[0]}: still has LoRA factors; merge them before saving"
             )
     if jax.process_index() > 0:
-        for _ in _hf_tensors(parameters, model.table):  # has its part in each of them
+        for _ in _hf_tensors(
+            parameters, model.table
+        ):  # every process takes part in gathering each of them
             pass
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -371,7 +375,7 @@ def save_pretrained(
 
 
 def _resolve(path_or_hub_id: str | os.PathLike[str], patterns: Sequence[str]) -> Path:
-    """A path as it is; anything else that can be a hub id, downloaded."""
+    """Gives an existing path as it is, and downloads anything else that can be a hub id."""
     path = Path(path_or_hub_id)
     with explained(f"{cut(str(path))}: cannot be looked for"):
         if path.exists():
@@ -388,7 +392,7 @@ def _resolve(path_or_hub_id: str | os.PathLike[str], patterns: Sequence[str]) ->
 
 
 def _gguf_file(path: Path) -> Path | None:
-    """The GGUF file that `path` is or, without a `config.json`, holds."""
+    """Gives the GGUF file that `path` is, or that a folder without `config.json` holds."""
     if not path.is_dir():
         return regular_file(path, "a folder or a .gguf file")
     if (path / _CONFIG_NAME).exists():
@@ -417,13 +421,15 @@ def _open(path: Path) -> _Opened:
     if (path / _GENERATION_NAME).exists():
         generation = read_json(inside(path, _GENERATION_NAME), most_bytes=MOST_CONFIG)
         ends = generation.get("eos_token_id")
-        if ends is not None:  # as transformers generates, whatever the model's own says
+        if (
+            ends is not None
+        ):  # transformers generates by these, whatever the model's configuration says
             with (
                 explained(f"{path / _GENERATION_NAME}: cannot be read as a configuration"),
                 naming(path / _GENERATION_NAME),
             ):
                 config = with_end_tokens(config, ends)
-    # Where there are both, transformers reads the one file too.
+    # If there are both, transformers reads the single file too.
     one, index = path / FILE_NAME, path / INDEX_NAME
     if one.exists() and index.exists():
         _log.warning("%s: read from %s, as transformers does, not by its index", path, FILE_NAME)
@@ -444,7 +450,7 @@ def _read_config(path: Path) -> tuple[Family, PretrainedConfig]:
 
 
 def _check(parameters: Mapping[str, Any], source: _Source, table: ParameterTable) -> set[str]:
-    """Everything that is expected is there in its shape, and nothing else is.
+    """Checks that the source has exactly the expected tensors, in their shapes.
 
     Returns:
         Paths of the optional parameters that the source lacks.
@@ -505,14 +511,14 @@ def _load_parameter(
         region = tuple(slice(*bound) for bound in bounds)
         values = _read_shard(path, parameter, source, table, region)
         shards += [jax.device_put(values, device) for device in copies]
-        jax.block_until_ready(shards)  # before the next one takes memory
+        jax.block_until_ready(shards)  # before the next shard takes memory
     return jax.make_array_from_single_device_arrays(parameter.shape, sharding, shards)
 
 
 def _read_shard(
     path: str, parameter: Any, source: _Source, table: ParameterTable, index: Sequence[slice]
 ) -> np.ndarray:
-    """A region of one of our parameters, all its layers, transposed and cast on the way."""
+    """Reads a region of one of our parameters in all its layers, transposed and cast."""
     values = np.empty([axis.stop - axis.start for axis in index], parameter.dtype)
     names, tensor = list(table.names(path, parameter.shape)), table.tensor(path)
     layers = values if tensor.stacked else values[None]
@@ -527,7 +533,7 @@ def _read_shard(
 def _hf_tensors(
     parameters: Mapping[str, Any], table: ParameterTable
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Hugging Face's tensors, in the order of the table's names."""
+    """Yields Hugging Face's tensors, in the order of the table's names."""
     for path, parameter in parameters.items():
         values, tensor = gather_to_host(parameter.get_value()), table.tensor(path)
         layers = values if tensor.stacked else values[None]

@@ -1,4 +1,4 @@
-"""Safetensors files, read one tensor at a time and written whole or not at all."""
+"""Reads safetensors files one tensor at a time, and writes them completely or not at all."""
 
 import json
 import os
@@ -17,22 +17,22 @@ INDEX_NAME = "model.safetensors.index.json"
 FILE_NAME = "model.safetensors"
 
 Region = tuple[slice, ...] | EllipsisType
-"""A slice for each axis of a tensor, or all of it."""
+"""One slice for each axis of a tensor, or `...` for the whole tensor."""
 
 _READABLE = ("F64", "F32", "F16", "BF16")
 
 
 class Safetensors:
-    """The floating-point tensors of one file, or of the shards an index names.
+    """The floating-point tensors of one file, or of the shards that an index names.
 
-    A file is opened for one tensor at a time, so that nothing stays mapped in memory.
+    A file is opened anew for each tensor, so that nothing stays mapped in memory.
 
     Args:
         path: A `.safetensors` file, or a `.safetensors.index.json` beside its shards.
 
     Raises:
-        InputError: A file that is missing, unreadable or damaged, or an index that does not tell
-            what its shards hold.
+        InputError: A file is missing, unreadable or damaged, or the index does not match its
+            shards.
 
     Example:
         >>> import tempfile
@@ -53,18 +53,18 @@ class Safetensors:
             self._open_file(self.path)
 
     def read(self, name: str, region: Region = ...) -> np.ndarray:
-        """Reads one tensor, or a region of it, and nothing of the file beside it.
+        """Reads one tensor or a region of it, and nothing else of the file.
 
         Args:
             name: One of `shapes`.
-            region: A slice for each axis, without steps; by default all of it.
+            region: One slice for each axis, without steps; by default the whole tensor.
 
         Returns:
-            The values in the dtype they are stored in (bfloat16 as `ml_dtypes.bfloat16`).
+            The values in their stored dtype (bfloat16 as `ml_dtypes.bfloat16`).
 
         Raises:
-            InputError: There is no such tensor, the file cannot be read, or it holds what is no
-                floating-point number.
+            InputError: There is no such tensor, the file cannot be read, or the tensor is not of
+                floating-point numbers.
         """
         if name not in self._files:
             raise InputError(f"{self.path}: tensor {shown(name)} is missing")
@@ -122,13 +122,13 @@ def write_safetensors(
     tensors: Mapping[str, np.ndarray],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes tensors to a file that either is complete or does not exist.
+    """Writes tensors to a file, which is complete or does not exist.
 
     Args:
-        path: Where to; an existing file is replaced.
+        path: Path of the file; an existing file is replaced.
         tensors: Arrays by name.
-        metadata: Written into the header; `{"format": "pt"}` by default, which PyTorch's loaders
-            ask for.
+        metadata: Metadata of the header; by default `{"format": "pt"}`, which PyTorch's loaders
+            require.
 
     Raises:
         InputError: The file cannot be written.
@@ -147,13 +147,13 @@ def write_checkpoint(
 ) -> None:
     """Writes a model's tensors as one file, or as shards and their index.
 
-    Holds one shard in memory.
+    One shard at a time is held in memory.
 
     Args:
         folder: An existing folder.
         shapes: Shape and dtype of every tensor, in the order in which `tensors` yields them.
         tensors: Names and arrays.
-        max_shard_bytes: A shard holds at most this much, or one tensor if that is larger.
+        max_shard_bytes: Largest size of a shard, unless it holds a single larger tensor.
     """
     shards: list[list[str]] = [[]]
     total = room = 0

@@ -1,4 +1,4 @@
-"""The tokenizer of a model's folder: what its files may say, and transformers' reader behind it."""
+"""Loads the tokenizer of a folder with transformers, after checks of its files."""
 
 import os
 import re
@@ -12,12 +12,12 @@ from loft_jax.files import MOST_CONFIG, inside, read_json, regular_file
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_MOST_BYTES = 2**27  # of one file; the largest vocabularies have a quarter
-_MOST_GROWTH = 1000  # times that normalizers, and the frame around a text, may lengthen it
+_MOST_BYTES = 2**27  # largest size of a file; the largest vocabularies have a quarter
+_MOST_GROWTH = 1000  # largest factor by which normalizers and special tokens may lengthen a text
 
 _IS_TOKENIZER = re.compile(r"Tokenizer|Backend$")
 
-# What transformers may open to read a tokenizer.
+# Files that transformers may open to read a tokenizer.
 _READ = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "additional_chat_templates/*.jinja")
 _JSON = {
     "config.json": MOST_CONFIG,
@@ -30,17 +30,17 @@ _JSON = {
 
 
 def folder_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """Loads the tokenizer of a folder, without running code of it or asking the network.
+    """Loads the tokenizer of a folder, without running its code or using the network.
 
     Args:
-        folder: With the files that transformers writes.
+        folder: Folder with the files that transformers writes.
 
     Returns:
         A tokenizer of transformers.
 
     Raises:
-        InputError: There is none, or a file that is damaged, leads out of the folder, would
-            lengthen texts without measure, or asks for code of its own.
+        InputError: There is no tokenizer; or a file is damaged, leads out of the folder, could
+            lengthen texts without bound, or requires code of its own.
     """
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -67,7 +67,7 @@ def folder_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
                 folder, local_files_only=True, trust_remote_code=False
             )
     except InputError:
-        if file.exists():  # to say which file it is, where it is the one of most errors
+        if file.exists():  # names the file that most errors are in
             with explained(f"{file}: cannot be read as a tokenizer"):
                 Tokenizer.from_file(str(file))
         raise
@@ -79,7 +79,7 @@ def folder_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 
 
 def _check_class(folder: Path, contents: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuses a class that is no tokenizer's: transformers makes whatever of its own is named."""
+    """Refuses a class that is not a tokenizer's, since transformers would instantiate it."""
     for name in ("tokenizer_config.json", "config.json"):
         found = contents.get(name, {}).get("tokenizer_class")
         if found is None or (isinstance(found, str) and _IS_TOKENIZER.search(found)):
@@ -90,10 +90,10 @@ def _check_class(folder: Path, contents: Mapping[str, Mapping[str, Any]]) -> Non
 
 
 def _check_names(folder: Path, config: Mapping[str, Any]) -> None:
-    """Refuses files that a configuration names outside its folder.
+    """Refuses files outside the folder that a configuration names.
 
-    Where a configuration was saved it often names the files of its author's machine, which are not
-    here and which transformers passes over.
+    A configuration often names files of its author's machine, which do not exist here and which
+    transformers ignores; these are allowed.
     """
     for key, value in config.items():
         if key == "fast_tokenizer_files" and isinstance(value, list):
@@ -106,7 +106,7 @@ def _check_names(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def _check_growth(file: Path, content: Mapping[str, Any]) -> None:
-    """Refuses what makes a short text a long one: replacements that feed each other."""
+    """Refuses replacements that feed each other, so that a short text becomes a very long one."""
     framed = 1
     for part in _parts(content.get("post_processor")):
         added = (part.get("special_tokens") or {}).values()
@@ -125,7 +125,7 @@ def _check_growth(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def _replaced(steps: Any) -> float:
-    """How many times as long a text can become by replacements one after the other."""
+    """Computes by which factor successive replacements can lengthen a text."""
     growth = 1.0
     for part in _parts(steps):
         added = len(part.get("content") or part.get("prepend") or "")
@@ -135,7 +135,7 @@ def _replaced(steps: Any) -> float:
 
 
 def _parts(part: Any) -> Iterator[Mapping[str, Any]]:
-    """The steps of a sequence of normalizers and the like, however they are nested."""
+    """Yields the steps of a sequence of normalizers, processors or decoders, also nested ones."""
     if not isinstance(part, Mapping):
         return
     yield part

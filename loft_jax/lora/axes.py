@@ -1,4 +1,4 @@
-"""Which axes of a layer's weight are stacked, contracted with the input, and produced."""
+"""The roles of the axes of a layer's weight: stack, batch, input, output."""
 
 import math
 import string
@@ -12,14 +12,14 @@ from loft_jax.errors import InputError
 
 @dataclass(frozen=True)
 class WeightAxes:
-    """Sizes of a weight's axes by role, and how two factors make an update of that shape.
+    """Sizes of a weight's axes by role, and the product of two factors in its shape.
 
     Args:
         stack: Leading axes of scanned layers.
-        batch: Axes along which every index has a matrix of its own, as in `batch_axis`.
+        batch: Axes along which every index has its own matrix, as in `batch_axis`.
         ins: Axes contracted with the input.
         outs: Axes of the output.
-        product: Einsum of A and B of one layer of the stack to the update of its weight.
+        product: Einsum of A and B of one layer of the stack to the shape of its weight.
     """
 
     stack: tuple[int, ...]
@@ -30,17 +30,17 @@ class WeightAxes:
 
     @property
     def fan_in(self) -> int:
-        """Rows of the weight seen as a matrix."""
+        """The number of rows of the weight as a matrix."""
         return math.prod(self.ins)
 
     @property
     def fan_out(self) -> int:
-        """Columns of the weight seen as a matrix."""
+        """The number of columns of the weight as a matrix."""
         return math.prod(self.outs)
 
     @property
     def unfold(self) -> str:
-        """Einsum of the weight of one layer of the stack to `(*batch, *ins, *outs)`."""
+        """The einsum of the weight of one layer of the stack to `(*batch, *ins, *outs)`."""
         factors, kernel = self.product.split("->")
         a, b = factors.split(",")  # (*batch, *ins, rank) and (*batch, rank, *outs)
         return f"{kernel}->{a[:-1]}{b[len(self.batch) + 1 :]}"
@@ -55,7 +55,7 @@ class WeightAxes:
 
 
 class EinsumParts(NamedTuple):
-    """An einsum of an input and a kernel, cut in two at the rank.
+    """An einsum of an input and a kernel, split in two at the rank.
 
     `batch`, `ins` and `outs` are axis numbers of the kernel, `down` maps (input, A) to
     the rank, `up` maps (that, B) to the output, `product` (A, B) to the kernel's shape.
@@ -86,7 +86,7 @@ def general_axes(layer: nnx.LinearGeneral) -> WeightAxes:
 
 
 def einsum_axes(layer: nnx.Einsum) -> WeightAxes:
-    """Gives the axes of `Einsum`, whose equation says which axis of the kernel does what."""
+    """Gives the axes of `Einsum`, whose equation gives each axis of the kernel its role."""
     shape = tuple(layer.kernel_shape)
     stack = _stack(layer.kernel.shape, shape)
     parts = einsum_parts(layer.einsum_str)
@@ -99,10 +99,10 @@ def einsum_axes(layer: nnx.Einsum) -> WeightAxes:
 
 
 def einsum_parts(equation: str) -> EinsumParts:
-    """Cuts `input,kernel->output` into `input,A->h` and `h,B->output`.
+    """Splits `input,kernel->output` into `input,A->h` and `h,B->output`.
 
-    An axis of the kernel is contracted when the input has it and the output has not, produced
-    the other way round, and batched (a pair of factors for each index) when both have it.
+    An axis of the kernel is contracted if only the input has it, produced if only the output has
+    it, and batched (a pair of factors for each index) if both have it.
 
     Args:
         equation: Explicit einsum of two operands.
@@ -111,7 +111,7 @@ def einsum_parts(equation: str) -> EinsumParts:
         The kernel's axes by role and the three equations.
 
     Raises:
-        InputError: The update of this kernel is no product of two factors.
+        InputError: An update of this kernel cannot be a product of two factors.
 
     Example:
         >>> einsum_parts("nta,hab->nthb").down, einsum_parts("nta,hab->nthb").up
@@ -154,8 +154,8 @@ def einsum_parts(equation: str) -> EinsumParts:
 
 
 def _stack(shape: tuple[int, ...], own: tuple[int, ...]) -> tuple[int, ...]:
-    """Axes before the layer's own: a stack of layers, made by vmap and run by scan."""
+    """Gives the axes before the layer's own: those of a stack made by vmap and run by scan."""
     leading = len(shape) - len(own)
     if leading < 0 or tuple(shape[leading:]) != own:
-        raise InputError(f"its weight is {tuple(shape)}, expected {own} behind the axes of a stack")
+        raise InputError(f"its weight is {tuple(shape)}, expected {own} after the axes of a stack")
     return tuple(shape[:leading])

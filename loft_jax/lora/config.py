@@ -1,4 +1,4 @@
-"""Which layers of a model get LoRA factors, and what those factors are."""
+"""The configuration of LoRA: which layers get factors, and of which kind."""
 
 import functools
 import math
@@ -22,7 +22,7 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """What `loft_jax.lora.add_lora` adds: `W = W0 + s A B` on chosen layers.
+    """The configuration of `loft_jax.lora.add_lora`, which adds `W = W0 + s A B` to layers.
 
     The scaling `s` is `alpha / rank`, or `alpha / sqrt(rank)` with `use_rslora`.
 
@@ -31,34 +31,33 @@ class LoRAConfig:
 
     Args:
         rank: Inner size r of the factors, at least 1 and at most `min(in, out)` of each layer.
-        alpha: Numerator of the scaling; None takes each layer's own rank, so a scaling of 1, or
-            of sqrt(rank) with `use_rslora`.
+        alpha: Numerator of the scaling. None uses the rank of each layer, for a scaling of 1, or of
+            sqrt(rank) with `use_rslora`.
         target_modules: A name, a sequence of names, one regular expression, or `"all-linear"`:
-            every linear layer (`nnx.Linear`, `LinearGeneral`, `Einsum`) but the output head,
+            every linear layer (`nnx.Linear`, `LinearGeneral`, `Einsum`) except the output head,
             which is the module `lm_head` at the top of the model. Embeddings must be named.
-        exclude_modules: Name, names or regular expression of layers to leave out.
+        exclude_modules: Name, names or regular expression of layers to exclude.
         dropout: Probability in [0, 1) of dropping an input of the low-rank branch in training.
-            An embedding has no input to drop, and takes none.
-        dtype: Dtype the factors are stored in; they are cast to the layer's own dtype to compute.
-            DoRA's magnitudes are in float32 at the least.
-        init: How A starts: `"kaiming_uniform"` is uniform in ±1/sqrt(in), `"gaussian"` normal
-            with standard deviation 1/rank, or a JAX initializer called with shape `(in, rank)`. B
-            starts at zero. An embedding is the other way round: A zero, B standard normal.
-            Two more start with a product that is not zero and is taken off again, so that the layer
-            still starts as the base: `W = W0 + s (A B - A0 B0)`, with the start A0, B0 kept
-            beside the weight, which does not change. `"balanced"`: A uniform in ±1/sqrt(in) and B
-            in ±1/sqrt(out), so that AᵀA and BBᵀ are about equal. `"pissa"`: `s A B` is the part
-            of W0 of the rank largest singular values, `A = U sqrt(S / s)` and
-            `B = sqrt(S / s) Vᵀ`, by a full decomposition of every weight. An embedding takes
-            neither.
-        rank_pattern: Rank of the layers whose path's end matches a regular expression; the first
-            that matches counts.
+            Embeddings have no such input, and no dropout.
+        dtype: Dtype of the stored factors; they are cast to the layer's dtype for the computation.
+            DoRA's magnitudes are stored in float32 or wider.
+        init: Initialization of A: `"kaiming_uniform"` is uniform in ±1/sqrt(in), `"gaussian"`
+            normal with standard deviation 1/rank, or a JAX initializer is called with shape `(in,
+            rank)`. B starts at zero. For an embedding, A starts at zero and B is standard normal.
+            Two further options start with a product that is not zero and subtract it, so that the
+            layer still starts as the base: `W = W0 + s (A B - A0 B0)`; the initial A0 and B0 are
+            kept beside the weight, which does not change. `"balanced"`: A is uniform in ±1/sqrt(in)
+            and B in ±1/sqrt(out), so that AᵀA and BBᵀ are about equal. `"pissa"`: `s A B` is the
+            best approximation of W0 of that rank, `A = U sqrt(S / s)` and `B = sqrt(S / s) Vᵀ`,
+            from a full SVD of every weight. Neither is available for embeddings.
+        rank_pattern: Ranks of layers by regular expressions for the end of the path; the first
+            match counts.
         alpha_pattern: The same for alpha.
-        use_rslora: Scale by `alpha / sqrt(rank)`, so that the size of the update does not fall
+        use_rslora: Scale by `alpha / sqrt(rank)`, so that the size of the update does not decrease
             with the rank.
-        use_dora: Train the norm of each column of the weight apart from its direction,
-            `W = m (W0 + s A B) / ‖W0 + s A B‖`, norms over the inputs of each output and constant
-            to the gradient. m starts as the norms of W0. For `nnx.Linear` only.
+        use_dora: Train the norm of each column of the weight separately from its direction, `W = m
+            (W0 + s A B) / ‖W0 + s A B‖`. Norms are over the inputs of each output, and constants
+            for the gradient. m starts as the norms of W0. For `nnx.Linear` only.
 
     Raises:
         InputError: A value is out of its range; the message names the field.
@@ -113,7 +112,7 @@ class LoRAConfig:
 
     @functools.cached_property
     def patterns(self) -> Patterns:
-        """Matches what it names layers by."""
+        """Compiles and matches the patterns of this configuration."""
         return Patterns("the patterns of target, excluded or ranked modules")
 
     def key_of(self, values: Mapping[str, Any], path: str) -> str | None:
@@ -134,7 +133,7 @@ class LoRAConfig:
 
 
 def product_scaling(rank: int, alpha: float, use_rslora: bool) -> float:
-    """Gives the factor of the product of two factors."""
+    """Gives the scaling of the product of A and B."""
     return alpha / (math.sqrt(rank) if use_rslora else rank)
 
 

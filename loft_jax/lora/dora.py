@@ -1,4 +1,4 @@
-"""DoRA's arithmetic: norms of the columns of an adapted weight, and what they are scaled by."""
+"""DoRA's arithmetic: norms of the columns of an adapted weight, and their scales."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from jax import lax
 def column_norms(
     weight: jax.Array, a: jax.Array, b: jax.Array, scaling: jax.Array | float
 ) -> jax.Array:
-    """Norms of the columns of `W + s A B`, which is not made for it.
+    """Computes the norms of the columns of `W + s A B`, without materializing it.
 
     `‖w_j + s A b_j‖² = ‖w_j‖² + 2 s (Wᵀ A)_j b_j + s² b_jᵀ (Aᵀ A) b_j`, in float32 (float64 for
     float64 weights) at the highest precision.
@@ -37,12 +37,12 @@ def column_norms(
     gram = jnp.einsum("iq,ir->qr", a, a, precision=highest)
     step = 2 * cross + scaling * jnp.einsum("qr,ro->qo", gram, b, precision=highest)  # (r, out)
     squares = jnp.sum(jnp.square(weight), axis=0) + scaling * jnp.sum(b * step, axis=0)
-    # Where the update takes a column away, rounding may leave a little less than nothing of it.
+    # If the update cancels a column, rounding may make its square slightly negative.
     return jnp.sqrt(jnp.maximum(squares, 0))
 
 
 def weight_norms(weight: jax.Array) -> jax.Array:
-    """Norms of the columns of a weight: the magnitudes as they start.
+    """Computes the norms of the columns of a weight, which are the initial magnitudes.
 
     Args:
         weight: `(in, out)`.
@@ -59,9 +59,9 @@ def weight_norms(weight: jax.Array) -> jax.Array:
 
 
 def magnitude_scale(magnitude: jax.Array, norms: jax.Array) -> jax.Array:
-    """What a column is multiplied by to have its magnitude: `m / ‖w‖`.
+    """Computes the scale that gives each column its magnitude: `m / ‖w‖`.
 
-    A column of zeros stays one, whatever it is multiplied by; here by something finite.
+    A column of zeros remains zero; its scale is finite.
 
     Args:
         magnitude: `(out,)`.

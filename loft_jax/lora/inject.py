@@ -1,4 +1,4 @@
-"""Adding LoRA factors to a model in place, folding them into the weights, taking them off."""
+"""Adds LoRA factors to a model in place, merges them into the weights, and removes them."""
 
 import functools
 from collections.abc import Callable
@@ -18,41 +18,42 @@ from loft_jax.lora.targets import named_modules, select
 
 Model = TypeVar("Model", bound=nnx.Module)
 
-# Starts that are taken off the weight again.
+# Initializations whose product is not zero at the start, and is subtracted.
 _PRODUCTS_NOT_ZERO = ("balanced", "pissa")
 
 
 def add_lora(model: Model, config: LoRAConfig, *, rngs: nnx.Rngs) -> Model:
-    """Adds LoRA factors to the layers a configuration selects, in place.
+    """Adds LoRA factors to the layers that a configuration selects, in place.
 
-    Each selected layer becomes an instance of a subclass of its own class, with `lora_a` and
-    `lora_b` beside its weights: base parameters keep their paths and their values, and the
-    model computes what it did before, to the bit, until the factors move (to rounding with DoRA).
-    Nothing is changed when an error is raised.
+    Each selected layer becomes an instance of a subclass of its class, with `lora_a` and `lora_b`
+    beside its weights. Base parameters keep their paths and their values. The output of the model
+    is bitwise the same (with DoRA, up to rounding) until the factors change. If an error is raised,
+    the model is unchanged.
 
-    The factors, and `lora_magnitude` of DoRA, are `nnx.LoRAParam`, a subclass of `nnx.Param`;
-    that filter is all a training step needs to give neither gradients nor optimizer state to the
-    base (see the example). Put it before `nnx.Param` when splitting by both. Factors that start
-    with a product other than zero ("balanced", "pissa") have copies of that start beside them,
-    `lora_start_a` and `lora_start_b`, which are `LoRAStart` and no `nnx.Param`.
+    The factors, and DoRA's `lora_magnitude`, are `nnx.LoRAParam`, a subclass of `nnx.Param`. With
+    that filter a training step computes neither gradients nor optimizer state for the base (see the
+    example). Put it before `nnx.Param` when splitting by both. If the initial product is not zero
+    ("balanced", "pissa"), copies of the initial factors are kept in `lora_start_a` and
+    `lora_start_b`, which are `LoRAStart` and not `nnx.Param`.
 
-    A layer made by `nnx.vmap` and run by a scan has axes of the stack before its own, found
-    from the shape of its weight; every layer of the stack gets its own random A and, with
-    dropout, its own stream. Dropout is on after `model.train()`, which is how it starts, and
-    off after `model.eval()`. Without dropout no random state is added to the model.
+    A layer made by `nnx.vmap` and run by a scan has axes of the stack before its own, which are
+    found from the shape of its weight. Every layer of the stack gets its own random A and, with
+    dropout, its own stream. Dropout is active initially and after `model.train()`, and inactive
+    after `model.eval()`. Without dropout no random state is added to the model.
 
     Args:
         model: Any NNX model, or one layer.
-        config: What to add where.
-        rngs: Stream `params` draws the factors, `dropout` seeds dropout; `default` stands in.
+        config: Which layers get factors, and of which kind.
+        rngs: Stream `params` draws the factors and `dropout` seeds dropout; `default` replaces
+            either.
 
     Returns:
         The same model.
 
     Raises:
-        InputError: A target matches nothing or cannot be adapted, a layer has LoRA already, a
-            rank is above `min(in, out)` of a layer, DoRA is asked of another layer than
-            `nnx.Linear` or "balanced" or "pissa" of an embedding; the message names the path.
+        InputError: A target matches nothing or cannot be adapted; a layer has LoRA already; a rank
+            is above `min(in, out)` of a layer; DoRA is requested for a layer other than
+            `nnx.Linear`, or "balanced" or "pissa" for an embedding. The message names the path.
 
     Example:
         >>> import optax
@@ -82,10 +83,11 @@ def add_lora(model: Model, config: LoRAConfig, *, rngs: nnx.Rngs) -> Model:
 
 
 def insert_lora(model: Model, config: LoRAConfig, *, rngs: nnx.Rngs) -> Model:
-    """As `add_lora`, at any rank.
+    """Adds LoRA factors as `add_lora` does, but at any rank.
 
-    To train a rank above the smaller side of a weight is a mistake; to read an adapter of such a
-    rank is none: PEFT makes them, and one with a start is written at twice its rank.
+    Training a rank above the smaller side of a weight is a mistake, but reading an adapter of such
+    a rank is not: PEFT makes them, and an adapter whose initial product is not zero is written at
+    twice its rank.
 
     Args:
         model: As for `add_lora`.
@@ -96,7 +98,7 @@ def insert_lora(model: Model, config: LoRAConfig, *, rngs: nnx.Rngs) -> Model:
         The same model.
 
     Raises:
-        InputError: As for `add_lora`, but for ranks.
+        InputError: As for `add_lora`, except for ranks.
 
     Example:
         >>> linear = nnx.Linear(4, 8, rngs=nnx.Rngs(0))
@@ -108,7 +110,7 @@ def insert_lora(model: Model, config: LoRAConfig, *, rngs: nnx.Rngs) -> Model:
 
 
 def lora_layers(model: nnx.Module) -> dict[str, Any]:
-    """Gives the LoRA layers of a model by dotted path, a shared one under its first path.
+    """Gives the LoRA layers of a model by dotted path; a shared layer has its first path.
 
     Args:
         model: Any NNX model.
@@ -129,11 +131,12 @@ def lora_layers(model: nnx.Module) -> dict[str, Any]:
 
 
 def merge_lora(model: Model) -> Model:
-    """Folds the factors into the weights, in place: `W + s A B`.
+    """Merges the factors into the weights, in place: `W + s A B`.
 
-    With a start that is `W + s (A B - A0 B0)`, with DoRA `m (W + s A B) / ‖W + s A B‖`. It is
-    computed in float32 (float64 for float64 weights) and rounded once to the weight's dtype. Layers
-    get their own class back; no trace of LoRA is left.
+    If the initial product is not zero, the merged weight is `W + s (A B - A0 B0)`; with DoRA it is
+    `m (W + s A B) / ‖W + s A B‖`. It is computed in float32 (float64 for float64 weights) and
+    rounded once to the weight's dtype. Layers get their original class back, without any LoRA
+    attribute.
 
     Args:
         model: A model with LoRA layers.
@@ -142,8 +145,8 @@ def merge_lora(model: Model) -> Model:
         The same model.
 
     Raises:
-        InputError: The model has no LoRA layer, or a weight with LoRA is used by another layer
-            too, where folding would change that layer; the message names both.
+        InputError: The model has no LoRA layer, or a weight with LoRA is shared with another layer,
+            which merging would change; the message names both.
 
     Example:
         >>> linear = add_lora(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), LoRAConfig(2), rngs=nnx.Rngs(1))
@@ -170,7 +173,7 @@ def merge_lora(model: Model) -> Model:
 
 
 def remove_lora(model: Model) -> Model:
-    """Takes the factors off, in place, leaving the model as it was before, to the bit.
+    """Removes the factors in place; the model is bitwise the same as before they were added.
 
     Args:
         model: A model with LoRA layers.
@@ -226,7 +229,7 @@ def _plan(path: str, layer: nnx.Module, config: LoRAConfig) -> _Plan:
 
 
 def _insert(planned: list[_Plan], config: LoRAConfig, rngs: nnx.Rngs) -> None:
-    """Makes all that is new before the first layer is touched."""
+    """Makes all new arrays before the first layer is changed."""
     ready = [
         (
             plan,
@@ -245,7 +248,7 @@ def _insert(planned: list[_Plan], config: LoRAConfig, rngs: nnx.Rngs) -> None:
         layer.lora_alpha = plan.alpha
         layer.lora_rslora = config.use_rslora
         if config.init in _PRODUCTS_NOT_ZERO:
-            # Copies: a training step may give the buffers of the factors away.
+            # Copies: a training step may donate the buffers of the factors.
             layer.lora_start_a = LoRAStart(jnp.array(a, copy=True))
             layer.lora_start_b = LoRAStart(jnp.array(b, copy=True))
         if magnitude is not None:
@@ -255,7 +258,7 @@ def _insert(planned: list[_Plan], config: LoRAConfig, rngs: nnx.Rngs) -> None:
 
 
 def _factors(plan: _Plan, config: LoRAConfig, rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array]:
-    """A and B as they start."""
+    """Makes the initial A and B."""
     axes, rank = plan.axes, plan.rank
     if config.init == "pissa":
         return _principal(plan, config)
@@ -267,7 +270,7 @@ def _factors(plan: _Plan, config: LoRAConfig, rngs: nnx.Rngs) -> tuple[jax.Array
     draw = _initializer(config, rank)
 
     def drawn(key: jax.Array, side: int) -> jax.Array:
-        # One key a matrix: initializers see (side, r), so that they scale by its true size.
+        # One key for each matrix: initializers get (side, r), so that they scale by its true size.
         keys = jax.random.split(key, (*axes.stack, *axes.batch)).reshape(-1)
         return jax.vmap(lambda key: draw(key, (side, rank), config.dtype))(keys)
 
@@ -278,7 +281,7 @@ def _factors(plan: _Plan, config: LoRAConfig, rngs: nnx.Rngs) -> tuple[jax.Array
 
 
 def _principal(plan: _Plan, config: LoRAConfig) -> tuple[jax.Array, jax.Array]:
-    """PiSSA's A and B: `s A B` is the nearest matrix of that rank to every weight."""
+    """Computes PiSSA's A and B: `s A B` is the best approximation of that rank of a weight."""
     axes, rank = plan.axes, plan.rank
     scale = product_scaling(rank, plan.alpha, config.use_rslora)
 
@@ -298,13 +301,13 @@ def _magnitude(plan: _Plan, config: LoRAConfig) -> jax.Array | None:
     if not config.use_dora:
         return None
     norms = _each_weight(plan, weight_norms)
-    # In half precision norms would be rounded, and the model would not start where it was.
+    # In half precision norms would be rounded, and the initial output would change.
     dtype = jnp.promote_types(config.dtype, jnp.float32)
     return norms.reshape(*plan.axes.stack, plan.axes.fan_out).astype(dtype)
 
 
 def _each_weight(plan: _Plan, of: Callable[[jax.Array], Any]) -> Any:
-    """A function of every weight of a stack, in turn: one at a time is wide, or not quantized."""
+    """Maps a function over the weights of a stack, so that only one is dequantized at a time."""
     weight = getattr(plan.layer, plan.lora_class.lora_weight)
     stacked = len(plan.axes.stack)
     layers = jax.tree.map(lambda x: x.reshape(-1, *x.shape[stacked:]), weight.get_value())
@@ -344,7 +347,7 @@ def _required_layers(model: nnx.Module) -> dict[str, Any]:
 
 
 def _check_not_shared(model: nnx.Module, layers: dict[str, Any]) -> None:
-    """Refuses a weight that folding one layer's update into would change for another."""
+    """Refuses to merge into a weight that another layer shares."""
     adapted = {id(getattr(layer, layer.lora_weight)): path for path, layer in layers.items()}
     modules = {id(module): (path, module) for path, module in named_modules(model).items()}
     for path, module in modules.values():
@@ -371,7 +374,7 @@ def _fold(
     product: str,
     stacked: int,
 ) -> jax.Array:
-    """The adapted weight, one layer of the stack at a time to hold one update only."""
+    """Computes the merged weight layer by layer, so that one update at a time is in memory."""
     dtype = jnp.promote_types(weight.dtype, jnp.float32)
 
     def fold(layer: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]) -> jax.Array:

@@ -1,8 +1,8 @@
-"""LoRA subclasses of the Flax NNX layers, which an instance takes on in place.
+"""LoRA subclasses of the Flax NNX layers; an instance of a layer changes its class in place.
 
-Every class computes `base(x) + s dropout(x) A B`, with DoRA scaled so that the columns of the
-adapted weight have their magnitudes. The low-rank branch runs in the dtype its layer computes in,
-whatever dtype the factors are stored in.
+Every class computes `base(x) + s dropout(x) A B`; with DoRA the result is scaled so that the
+columns of the adapted weight have their magnitudes. The low-rank branch is computed in the dtype of
+its layer, independent of the dtype of the stored factors.
 """
 
 import copyreg
@@ -30,25 +30,25 @@ from loft_jax.lora.dora import column_norms, magnitude_scale
 
 
 class LoRAStart(nnx.Variable[Any]):
-    """A factor as it started, where the product of the two was not zero; never trained."""
+    """An initial factor, kept if the initial product is not zero; never trained."""
 
 
-# A module, not a plain mixin: instances must be laid out as the base class's to take on the class.
+# A module, not a plain mixin: to change its class, an instance needs the layout of the base class.
 class LoRALayer(nnx.Module):
-    """What every LoRA layer has beside its base class.
+    """The common part of all LoRA layers, beside their base classes.
 
     Attributes:
         lora_a: `(*stack, *in, rank)`.
         lora_b: `(*stack, rank, *out)`.
-        lora_rank: Inner size of the two.
+        lora_rank: Rank of the factors.
         lora_alpha: Numerator of the scaling.
         lora_rslora: Whether the scaling is `alpha / sqrt(rank)`.
-        lora_start_a: A as it started, None where the product started at zero.
-        lora_start_b: B as it started, likewise.
-        lora_magnitude: `(*stack, out)` of DoRA, None without it.
-        lora_dropout: Dropout on the input of the branch, None when its rate is zero.
+        lora_start_a: Initial A; None if the product starts at zero.
+        lora_start_b: Initial B; None if the product starts at zero.
+        lora_magnitude: DoRA's magnitude `(*stack, out)`, or None.
+        lora_dropout: Dropout on the input of the branch; None if its rate is zero.
         lora_base: The class without LoRA.
-        lora_weight: Name of the parameter the factors stand beside.
+        lora_weight: Name of the parameter that the factors adapt.
     """
 
     lora_a: nnx.LoRAParam
@@ -65,23 +65,23 @@ class LoRALayer(nnx.Module):
 
     @property
     def lora_scaling(self) -> float:
-        """Factor of the low-rank product, `alpha / rank` or `alpha / sqrt(rank)`."""
+        """The scaling of the low-rank product, `alpha / rank` or `alpha / sqrt(rank)`."""
         return product_scaling(self.lora_rank, self.lora_alpha, self.lora_rslora)
 
     @staticmethod
     def lora_axes(layer: Any) -> WeightAxes:
-        """Gives the roles of the weight's axes, of a layer with or without LoRA."""
+        """Gives the roles of the axes of the weight, for a layer with or without LoRA."""
         raise NotImplementedError
 
     def lora_factors(self) -> tuple[jax.Array, jax.Array]:
-        """Gives the two whose product, times the scaling, is added to the weight.
+        """Gives the two factors whose product, times the scaling, is added to the weight.
 
-        These are A and B; with a start also A0 and B0, beside them along the rank:
-        `A B - A0 B0 = (A - A0) B + A0 (B - B0)`, which is zero at the start to the bit, and takes
-        differences before anything is rounded to the dtype that the layer computes in.
+        These are A and B; if the initial product A0 B0 is not zero, they are concatenated along the
+        rank: `A B - A0 B0 = (A - A0) B + A0 (B - B0)`. This is exactly zero at the start, and
+        differences are computed before anything is rounded to the dtype of the layer.
 
         Returns:
-            `(*stack, *in, r)` and `(*stack, r, *out)`, or with 2r in the place of r.
+            `(*stack, *in, r)` and `(*stack, r, *out)`, or with 2r in place of r.
         """
         a, b = self.lora_a[...], self.lora_b[...]
         if self.lora_start_a is None or self.lora_start_b is None:
@@ -104,8 +104,8 @@ class LoRALayer(nnx.Module):
 class LoRALinear(LoRALayer, nnx.Linear):
     """`nnx.Linear` with factors A `(*stack, in, r)` and B `(*stack, r, out)`.
 
-    With DoRA, `y = x W0 + bias + (c - 1) x' W0 + c s x' A B` where c is the magnitude over the
-    norm of a column and x' the input, dropped out as in PEFT for both terms.
+    With DoRA, `y = x W0 + bias + (c - 1) x' W0 + c s x' A B`, where c is the ratio of magnitude and
+    norm of a column, and x' is the input after dropout, in both terms as in PEFT.
     """
 
     lora_base = nnx.Linear
@@ -121,8 +121,8 @@ class LoRALinear(LoRALayer, nnx.Linear):
         x = self._dropped(_computed(self, inputs))
 
         def branch(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-            # As a matrix: the gradients of A and B are then plain products, where several row axes
-            # cost transposed copies of the largest activations.
+            # As a matrix, so that the gradients of A and B are plain products; several row axes
+            # would cost transposed copies of the largest activations.
             rows = x.reshape(-1, x.shape[-1])
             down = jnp.dot(rows, a, precision=self.precision) * self.lora_scaling
             up = jnp.dot(
@@ -173,7 +173,7 @@ class LoRALinear(LoRALayer, nnx.Linear):
 class LoRALinearGeneral(LoRALayer, nnx.LinearGeneral):
     """`nnx.LinearGeneral` with factors A `(*stack, *in, r)` and B `(*stack, r, *out)`.
 
-    With a `batch_axis`, its axes stand behind those of the stack: a pair for each index.
+    With a `batch_axis`, its axes follow those of the stack, with one pair for each index.
     """
 
     lora_base = nnx.LinearGeneral
@@ -187,7 +187,7 @@ class LoRALinearGeneral(LoRALayer, nnx.LinearGeneral):
         """Applies the layer along `axis`, giving `(..., *out)`."""
         y = super().__call__(inputs, out_sharding=out_sharding)
         x = self._dropped(_computed(self, inputs))
-        # The base layer contracts the axes in ascending order, however they were given.
+        # The base layer contracts the axes in ascending order, independent of their given order.
         contract, batch = (
             tuple(sorted(axis % x.ndim for axis in axes)) for axes in (self.axis, self.batch_axis)
         )
@@ -241,7 +241,7 @@ class LoRAEmbed(LoRALayer, nnx.Embed):
 
     @staticmethod
     def lora_axes(layer: nnx.Embed) -> WeightAxes:
-        """Gives the roles of the embedding's axes: one row a token, as a one-hot input has it."""
+        """Gives the roles of the embedding's axes: each token is a row, as for a one-hot input."""
         return matrix_axes(layer.embedding.shape, layer.num_embeddings, layer.features)
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
@@ -249,7 +249,7 @@ class LoRAEmbed(LoRALayer, nnx.Embed):
         y = super().__call__(inputs, out_sharding=out_sharding)
 
         def branch(a: jax.Array, b: jax.Array, inputs: jax.Array) -> jax.Array:
-            if self.num_embeddings == 1:  # then the base layer does not look at the indices
+            if self.num_embeddings == 1:  # the base layer then ignores the indices
                 inputs = jnp.zeros_like(inputs)
             down = jnp.take(a, inputs, axis=0)  # (..., r)
             return (down * self.lora_scaling) @ b
@@ -278,16 +278,15 @@ SUPPORTED = tuple(_LORA_CLASSES)
 
 
 class _CombinedMeta(type(nnx.Linear)):  # type: ignore[misc]
-    """Metaclass of the classes made here, so that pickle makes them again instead of looking."""
+    """Metaclass of the classes made by `lora_class`, with which pickle makes them again."""
 
 
 @functools.cache
 def lora_class(base: type[nnx.Module]) -> type[LoRALayer]:
-    """Gives the class with LoRA of a layer's class.
+    """Gives the LoRA class of a layer's class.
 
-    For a subclass of a Flax layer it is a new class in which the subclass comes first and finds
-    the LoRA layer where it calls `super()`: what it does to the layer's inputs and outputs is
-    done with the adapted weight.
+    For a subclass of a Flax layer it is a new class in which `super()` of the subclass is the LoRA
+    layer, so that its changes to inputs and outputs apply to the adapted layer.
 
     Args:
         base: `nnx.Linear`, `LinearGeneral`, `Einsum`, `Embed` or a subclass of one.
@@ -296,8 +295,8 @@ def lora_class(base: type[nnx.Module]) -> type[LoRALayer]:
         A subclass of `base` and of `LoRALayer`.
 
     Raises:
-        InputError: The subclass computes its output without calling `super()`, so that factors
-            beside its weight would have no effect.
+        InputError: The subclass computes its output without `super()`, so that factors would have
+            no effect.
 
     Example:
         >>> lora_class(nnx.Linear).__name__
@@ -323,10 +322,10 @@ def lora_class(base: type[nnx.Module]) -> type[LoRALayer]:
 
 
 def weight_axes(layer: nnx.Module) -> WeightAxes:
-    """Gives the roles of the axes of a layer's weight, whether it has LoRA or not.
+    """Gives the roles of the axes of a layer's weight, with or without LoRA.
 
     Args:
-        layer: An instance of a class LoRA supports.
+        layer: An instance of a class that LoRA supports.
 
     Returns:
         Sizes by role.
@@ -351,7 +350,7 @@ copyreg.pickle(_CombinedMeta, _pickled)
 
 
 def _computed(layer: Any, inputs: jax.Array) -> jax.Array:
-    """Inputs in the dtype the base layer computes in."""
+    """Casts inputs to the dtype of the base layer's computation."""
     bias = None if layer.bias is None else layer.bias[...]
     return layer.promote_dtype((inputs, layer.kernel[...], bias), dtype=layer.dtype)[0]
 
@@ -364,7 +363,7 @@ def _low_rank(
     batch: tuple[int, ...],
     out_sharding: Any,
 ) -> jax.Array:
-    """`scaling * x A B` over the axes `contract` of x, apart for each index of `batch`."""
+    """Computes `scaling * x A B` over the axes `contract` of x, for each index of `batch`."""
     leading = tuple(range(len(batch)))
     ins = tuple(range(len(batch), len(batch) + len(contract)))
 
@@ -384,5 +383,5 @@ def _low_rank(
 
 
 def _sharded(branch: Callable[..., jax.Array], out_sharding: Any) -> Callable[..., jax.Array]:
-    """The branch with its output laid out as the base layer's, in JAX's explicit sharding mode."""
+    """Gives the output of the branch the base layer's sharding, in JAX's explicit sharding mode."""
     return branch if out_sharding is None else auto_axes(branch, out_sharding=out_sharding)

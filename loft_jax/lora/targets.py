@@ -1,4 +1,4 @@
-"""Matching the dotted paths of modules against names and patterns."""
+"""Selects modules by names and patterns of their dotted paths."""
 
 import difflib
 import re
@@ -12,7 +12,7 @@ from loft_jax.lora.config import ALL_LINEAR, LoRAConfig
 from loft_jax.lora.layers import SUPPORTED
 from loft_jax.patterns import Patterns
 
-# What most models call their head; those of a family say it themselves.
+# Usual name of the head; models of a family have their own list.
 _HEADS = ("lm_head",)
 _SHOWN = 8
 
@@ -28,7 +28,7 @@ def is_adaptable(module: nnx.Module) -> bool:
 
 
 def select(model: nnx.Module, config: LoRAConfig) -> dict[str, nnx.Module]:
-    """Gives the layers a configuration is about, each once, by dotted path.
+    """Selects the layers that a configuration targets, each once, by dotted path.
 
     Args:
         model: The model.
@@ -38,8 +38,8 @@ def select(model: nnx.Module, config: LoRAConfig) -> dict[str, nnx.Module]:
         Layers in the order of their paths.
 
     Raises:
-        InputError: A name or pattern matches no layer (near names are listed) or a module that
-            holds parameters and takes no LoRA; or nothing is left.
+        InputError: A name or pattern matches no layer (similar names are listed), or a module with
+            parameters that LoRA does not support; or no layer is left.
 
     Example:
         >>> model = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), nnx.relu)
@@ -94,7 +94,7 @@ def select(model: nnx.Module, config: LoRAConfig) -> dict[str, nnx.Module]:
 
 
 def _patterns(modules: str | Sequence[str]) -> list[str]:
-    """Regular expressions for whole paths: one for each name, or the one given."""
+    """Gives regular expressions for whole paths: one for each name, or the one given."""
     if isinstance(modules, str):
         return [_ends_with(modules) if re.fullmatch(r"[\w.]+", modules) else modules]
     return [_ends_with(name) for name in modules]
@@ -111,7 +111,7 @@ def _matching(
     layers: dict[str, nnx.Module],
     patterns: Patterns,
 ) -> list[str]:
-    """Candidates a pattern matches; at least one must be a layer."""
+    """Gives the candidates that a pattern matches; at least one must be a layer."""
     matched = [path for path in candidates if patterns.fullmatch(pattern, path)]
     if any(path in layers for path in matched):
         return matched
@@ -123,7 +123,7 @@ def _matching(
 
 
 def _near(pattern: str, paths: list[str]) -> str:
-    """What the user may have meant, or else what there is."""
+    """Lists names that the user may have meant, or else the names of the layers."""
     names = sorted({path.rpartition(".")[2] for path in paths} | set(paths))
     plain = re.sub(r"[^\w.]+", "", pattern)
     near = difflib.get_close_matches(plain, names, n=_SHOWN)
@@ -150,7 +150,7 @@ def _walk(
 
 
 def _children(module: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
-    """Modules held by attributes, also inside lists and dicts; numbers in numerical order."""
+    """Yields modules in attributes, also in lists and dicts; numbers in numerical order."""
     for name, value in sorted(vars(module).items(), key=_numerically):
         if name.startswith("_pytree__"):
             continue

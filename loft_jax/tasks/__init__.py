@@ -1,4 +1,4 @@
-"""Tasks, one file each: rows to inputs, the loss, what evaluation reports."""
+"""Tasks, one file each: inputs from rows, the loss, the evaluation."""
 
 from loft_jax.tasks.causal_lm import CausalLM, Perplexity, perplexity
 from loft_jax.tasks.choice import Choice, ChoiceScores, score_choices

@@ -1,4 +1,4 @@
-"""Predicting the next token: prompts and completions, conversations, plain texts."""
+"""Language modeling: prompts and completions, conversations, plain texts."""
 
 import functools
 import math
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class CausalLM(Task):
-    """A language model; the loss is the mean cross entropy of the tokens that are to be learned."""
+    """Next-token prediction; the loss is the mean cross entropy of the tokens to be learned."""
 
     name: ClassVar[TaskName] = "causal-lm"
     head = "causal-lm"
@@ -40,21 +40,21 @@ class CausalLM(Task):
         *,
         vocab_size: int | None = None,
     ) -> TokenizedData:
-        """As `loft_jax.data.tokenize`."""
+        """Encodes examples with `loft_jax.data.tokenize`."""
         return tokenize(rows, tokenizer, data, vocab_size=vocab_size)
 
     def inputs(self, batch: Batch) -> Batch:
-        """As `predicted`."""
+        """Adds the tokens to predict with `predicted`."""
         return predicted(batch)
 
     def shapes(self, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Those of a batch whose loss is on every token."""
+        """Gives the shapes of a batch whose loss is on every token."""
         names = ("tokens", "positions", "segment_ids", "places", "targets")
         shapes = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in names}
         return {**shapes, "weights": jax.ShapeDtypeStruct((rows, length), jnp.float32)}
 
     def loss(self, model: LanguageModel, inputs: Arrays) -> tuple[jax.Array, jax.Array]:
-        """The sum of `-log p(token | what stands before it)`, and the number of those tokens."""
+        """Sums `-log p(token | tokens before it)`, and counts these tokens."""
         arrays = {name: jnp.asarray(value) for name, value in inputs.items()}
         hidden, _ = model.hidden_states(
             arrays["tokens"], positions=arrays["positions"], segment_ids=arrays["segment_ids"]
@@ -74,7 +74,7 @@ class CausalLM(Task):
         vocab_size: int | None = None,
         progress: bool = True,
     ) -> Evaluation:
-        """Measures the loss, and reports the perplexity."""
+        """Evaluates the loss, and reports the perplexity."""
         tokens = tokenize(rows, tokenizer, data, vocab_size=vocab_size)
         batches = eval_batches(tokens, data, batch_size=batch_size)
 
@@ -87,18 +87,18 @@ class CausalLM(Task):
 
 
 def predicted(batch: Batch) -> Batch:
-    """Adds which tokens of a batch are to be predicted, so that only they meet the output head.
+    """Adds the tokens of a batch that are to be predicted, so that the head is applied only there.
 
-    Where the loss is on completions only, most positions carry none, and logits are the largest
-    array of a step: (b, t, vocab) in float32.
+    If the loss is on completions only, most positions do not contribute to it, and logits are the
+    largest array of a step: (b, t, vocab) in float32.
 
     Args:
-        batch: `tokens` and `loss_mask` (b, t), as `loft_jax.data` makes them.
+        batch: `tokens` and `loss_mask` (b, t), from `loft_jax.data`.
 
     Returns:
-        The batch without `loss_mask`, with `places` (b, k) int32, the positions whose next token is
-        predicted, `targets` (b, k) int32, those tokens, and `weights` (b, k) float32, 0 where a row
-        has fewer than k. k is a power of two or t, so that few shapes are compiled.
+        The batch without `loss_mask`, and with `places` (b, k) int32, the positions whose next
+        token is predicted, `targets` (b, k) int32, these next tokens, and `weights` (b, k) float32,
+        0 if a row has fewer than k. k is a power of two or t, so that few shapes are compiled.
     """
     learned = batch["loss_mask"][:, 1:] > 0  # (b, t - 1)
     length = learned.shape[1] + 1
@@ -115,11 +115,11 @@ def predicted(batch: Batch) -> Batch:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """What `perplexity` found.
+    """The result of `perplexity`.
 
     Args:
-        nll: Mean negative log-likelihood, nats a token.
-        tokens: The number of tokens it is the mean of.
+        nll: Mean negative log-likelihood, in nats per token.
+        tokens: Number of tokens in the mean.
     """
 
     nll: float
@@ -127,14 +127,14 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        """`exp(nll)`; infinite where that overflows."""
+        """`exp(nll)`; infinite if that overflows."""
         return math.inf if self.nll >= 700 else math.exp(self.nll)
 
 
 def perplexity(
     model: LanguageModel, batches: Sequence[Batch], *, progress: bool = True
 ) -> Perplexity:
-    """Mean negative log-likelihood of the tokens that carry the loss, all weighing the same.
+    """Computes the mean negative log-likelihood of the tokens with a loss, equally weighted.
 
     Args:
         model: A language model.
@@ -145,7 +145,7 @@ def perplexity(
         The mean over all tokens of all batches.
 
     Raises:
-        InputError: No token carries the loss.
+        InputError: No token has a loss.
 
     Example:
         >>> perplexity(model, eval_batches(data, config, batch_size=8)).nll  # doctest: +SKIP

@@ -1,4 +1,4 @@
-"""Multiple choice: which of the given answers does a model find most likely."""
+"""Multiple choice: which of several answers a model finds the likeliest."""
 
 import functools
 import logging
@@ -15,8 +15,8 @@ from tqdm import tqdm
 from loft_jax.data import DataConfig, Example
 from loft_jax.data.batches import bucket_lengths, smallest_bucket
 from loft_jax.data.encode import column_names, pad_id, text_of, truncate
+from loft_jax.data.log_once import Joins, log_unused
 from loft_jax.data.text import check_tokens, encode_continuations, encode_starts
-from loft_jax.data.told import Joins, tell_unused
 from loft_jax.errors import InputError, shown
 from loft_jax.models.activations import gathered
 from loft_jax.models.family import LanguageModel
@@ -35,15 +35,15 @@ _MULTIPLE = 8
 
 
 class Choice(CausalLM):
-    """A language model that is asked which of several answers is the likeliest.
+    """Language modeling, evaluated by which of several answers is the likeliest.
 
-    It learns as a language model does, from prompts and completions; only its evaluation differs.
+    Training is that of `CausalLM`, on prompts and completions; only the evaluation differs.
     """
 
     name = "choice"
 
     def __init__(self, choices: Sequence[str] = ()) -> None:
-        """Says what is compared.
+        """Sets the answers to compare.
 
         Args:
             choices: The answers of every row; empty if each row brings its own.
@@ -60,7 +60,7 @@ class Choice(CausalLM):
         vocab_size: int | None = None,
         progress: bool = True,
     ) -> Evaluation:
-        """Measures the loss of the right answers, and the accuracy of the likeliest."""
+        """Evaluates the loss of the right answers, and the accuracy of the likeliest ones."""
         check_choices(tokenizer, rows, data, choices=self.choices, vocab_size=vocab_size)
 
         def measure(model: LanguageModel) -> Measured:
@@ -77,7 +77,7 @@ class Choice(CausalLM):
             report = {name: getattr(scores, name) for name in names}
             values = {"loss": scores.nll, "accuracy": scores.accuracy}
             right = {"accuracy": scores.right}
-            if not self.choices:  # labels of every row are what they are; answers differ in length
+            if not self.choices:  # answers differ from row to row, and in length
                 values["accuracy_norm"] = scores.accuracy_norm
                 right["accuracy_norm"] = scores.right_norm
             return Measured(values, report, right)
@@ -87,13 +87,13 @@ class Choice(CausalLM):
 
 @dataclass(frozen=True)
 class ChoiceScores:
-    """What `score_choices` found.
+    """The result of `score_choices`.
 
     Args:
-        right: Of each row, whether its right answer has the highest log-likelihood.
-        right_norm: The same with log-likelihoods divided by the answers' characters, without the
-            space before them.
-        nll: Mean negative log-likelihood of the right answer over the whole vocabulary, nats.
+        right: For each row, whether its right answer has the highest log-likelihood.
+        right_norm: The same with log-likelihoods divided by the number of characters of the
+            answers, without a leading space.
+        nll: Mean negative log-likelihood of the right answer over the whole vocabulary, in nats.
     """
 
     right: tuple[bool, ...]
@@ -102,12 +102,12 @@ class ChoiceScores:
 
     @property
     def accuracy(self) -> float:
-        """Share of rows that are right."""
+        """The share of rows that are right."""
         return sum(self.right) / self.count
 
     @property
     def accuracy_norm(self) -> float:
-        """Share of rows that are right by character."""
+        """The share of rows that are right by `right_norm`."""
         return sum(self.right_norm) / self.count
 
     @property
@@ -126,34 +126,36 @@ def score_choices(
     batch_size: int = 16,
     progress: bool = True,
 ) -> ChoiceScores:
-    """Compare the log-likelihoods of answers that continue a prompt.
+    """Compares the log-likelihoods of answers that continue a prompt.
 
-    A row is `{"prompt", "choices", "answer"}`, the answer an index; or, with `choices` given for
-    all rows, `{"prompt", "completion"}`, the completion one of them. Answers are tokenized as
-    completions are in training, without EOS. A row goes through the model once: its prompt, and
-    behind it the answers, as branches that do not see each other. The head is applied where a token
-    of an answer is predicted, and nowhere else. Of answers equally likely the first is taken, and
-    of answers that the model has no number for none.
+    A row is `{"prompt", "choices", "answer"}`, whose answer is an index; or, with `choices` given
+    for all rows, `{"prompt", "completion"}`, whose completion is one of them. Answers are tokenized
+    like completions in training, without EOS. A row passes through the model once: its prompt, and
+    after it the answers, as branches that do not see each other. The head is applied only where a
+    token of an answer is predicted. Of equally likely answers the first is chosen; if a
+    log-likelihood is NaN, none is.
 
-    Nothing is put between a prompt and its answers: where words are to be apart, answers begin with
-    the space, and prompts do not end with it.
+    Nothing is inserted between a prompt and its answers: if a space is needed, answers begin with
+    it, and prompts do not end with it.
 
     Args:
-        model: With its adapters.
+        model: The model with its adapters.
         tokenizer: The model's.
-        rows: Examples, as `load_examples` gives them or as plain dicts.
-        config: Its `prompt_field`, `completion_field` and `max_length` are used: a prompt that is
-            too long with the longest of its answers loses its left, and a warning says how many.
+        rows: Examples, from `load_examples` or as plain dicts.
+        config: Its `prompt_field`, `completion_field` and `max_length` are used. If a prompt with
+            the longest of its answers is too long, the left of the prompt is cut, and a warning
+            gives the number of such prompts.
         choices: The answers of every row; empty if each row brings its own.
-        batch_size: Rows computed at once.
+        batch_size: Number of rows computed at once.
         progress: Show a bar.
 
     Returns:
         Which rows are right, and the mean negative log-likelihood of the right answers.
 
     Raises:
-        InputError: A field is missing or malformed, a completion is none of the choices, an answer
-            has no token or does not fit into `max_length`, or the model has no weights for a token.
+        InputError: A field is missing or malformed, a completion is not one of the choices, an
+            answer has no token or does not fit into `max_length`, or the model has no weights for a
+            token.
 
     Example:
         >>> rows = [{"prompt": "Review: a joy\\nSentiment:", "completion": " positive"}]
@@ -182,7 +184,7 @@ def score_choices(
     with tqdm(total=len(encoded), desc="choices", leave=False, disable=not progress) as bar:
         for indices, batch in _batches(encoded, batch_size, filler):
             found = np.asarray(_answer_scores(graphdef, state, batch), np.float64)  # (b, c)
-            for index, values in zip(indices, found, strict=False):  # the rows behind are padding
+            for index, values in zip(indices, found, strict=False):  # further rows are padding
                 scores[index] = values[questions[index].which]
             bar.update(len(indices))
     both = list(zip(questions, scores, strict=True))
@@ -201,14 +203,14 @@ def check_choices(
     choices: Sequence[str] = (),
     vocab_size: int | None,
 ) -> None:
-    """Says what `score_choices` would refuse, before there is a model.
+    """Refuses what `score_choices` would refuse, without a model.
 
     Args:
         tokenizer: The model's.
-        rows: As for `score_choices`, like the two below.
+        rows: As for `score_choices`, like `config` and `choices`.
         config: Its `prompt_field`, `completion_field` and `max_length` are used.
         choices: The answers of every row; empty if each row brings its own.
-        vocab_size: The tokens that the model has weights for; None if it is not at hand.
+        vocab_size: Number of tokens that the model has weights for; None if it is not known.
 
     Raises:
         InputError: As for `score_choices`.
@@ -217,7 +219,7 @@ def check_choices(
 
 
 def bring_choices(rows: "Dataset | Sequence[Mapping[str, Any]]") -> bool:
-    """Whether each example has answers of its own to compare: `choices` and `answer`."""
+    """Whether examples have their own answers to compare: fields `choices` and `answer`."""
     return set(_OWN_CHOICES) <= set(column_names(rows))
 
 
@@ -236,21 +238,21 @@ def _encoded(
 @dataclass(frozen=True)
 class _Question:
     prompt: list[int]
-    choices: list[list[int]]  # each once: of two that are the same, rounding must not choose
-    which: list[int]  # of these is each choice of the row, (c,)
-    sizes: np.ndarray  # of the choices of the row in characters, (c,)
+    choices: list[list[int]]  # without duplicates, so that rounding cannot decide between them
+    which: list[int]  # index in `choices` of each choice of the row, (c,)
+    sizes: np.ndarray  # number of characters of each choice of the row, (c,)
     answer: int
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A prompt and its answers behind it, but for the last token of each: none follows it."""
+    """A prompt followed by its answers, each without its last token, which predicts nothing."""
 
     tokens: list[int]
-    branches: list[int]  # 0 in the prompt, 1 and on in the answers
+    branches: list[int]  # 0 in the prompt, 1 and higher in the answers
     places: list[int]  # where a token of an answer is predicted, (n,)
     targets: list[int]  # these tokens, (n,)
-    answers: list[int]  # that they belong to, (n,)
+    answers: list[int]  # index of the answer that each belongs to, (n,)
 
 
 def _questions(
@@ -266,7 +268,7 @@ def _questions(
             f"field {missing[0]!r} is missing; found the fields {shown(sorted(columns))}; expected "
             f"{needed} to score answers{'' if choices else ' (or choices given for all rows)'}"
         )
-    tell_unused(tokenizer, columns, needed, config)
+    log_unused(tokenizer, columns, needed, config)
     joins = Joins()
     prompts, offered, answers = [], [], []
     for index in range(len(rows)):
@@ -280,11 +282,11 @@ def _questions(
             if choices
             else _own_answer(row, index)
         )
-    joins.tell(tokenizer)
+    joins.warn(tokenizer)
     known = sorted({choice for row_choices in offered for choice in row_choices})
     encoded = dict(zip(known, encode_continuations(tokenizer, known), strict=True))
-    if untold := [choice for choice, ids in encoded.items() if not ids]:
-        raise InputError(f"choice {shown(untold[0])} has no token; expected some text")
+    if empty := [choice for choice, ids in encoded.items() if not ids]:
+        raise InputError(f"choice {shown(empty[0])} has no token; expected some text")
     questions = []
     for prompt, row_choices, answer in zip(
         encode_starts(tokenizer, prompts), offered, answers, strict=True
@@ -318,12 +320,12 @@ _OWN_CHOICES = ["choices", "answer"]
 
 
 def _likeliest(scores: np.ndarray) -> int:
-    """The first of the largest; -1 if one is no number."""
+    """Gives the index of the first largest score; -1 if one is NaN."""
     return -1 if np.isnan(scores).any() else int(np.argmax(scores))
 
 
 def _size(choice: str) -> int:
-    """Characters of an answer; the space that only sets it apart from the prompt is none of it."""
+    """Counts the characters of an answer, without a leading space."""
     return max(1, len(choice.removeprefix(" ")))
 
 
@@ -376,7 +378,7 @@ def _row(index: int, asked: _Question, config: DataConfig) -> _Row:
 def _prompt_beside(
     longest: list[int], index: int, prompt: list[int], config: DataConfig
 ) -> list[int]:
-    """The prompt, cut on its left if it is too long with an answer behind it."""
+    """Cuts the left of a prompt if it is too long with its longest answer."""
     tokens = np.asarray(prompt + longest, np.int32)
     mask = np.arange(len(tokens)) >= len(prompt)
     example = truncate(Example(tokens, mask), config.max_length)
@@ -391,7 +393,7 @@ def _prompt_beside(
 def _batches(
     rows: Sequence[_Row], batch_size: int, pad: int
 ) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
-    """Indices of rows of alike lengths, and arrays of them, of `batch_size` rows and few shapes."""
+    """Yields indices of rows of similar lengths, and their arrays, in few shapes."""
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].tokens))
     groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     longest = np.asarray([len(rows[group[-1]].tokens) for group in groups])
@@ -424,7 +426,7 @@ def _batches(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _answer_scores(graphdef: nnx.GraphDef, state: nnx.State, batch: Arrays) -> jax.Array:
-    """Log-likelihoods of the answers of each row, (b, c)."""
+    """Computes the log-likelihoods of the answers of each row, (b, c)."""
     model = nnx.merge(graphdef, state)
     ids = {name: jnp.asarray(batch[name]) for name in ("segment_ids", "branch_ids")}
     hidden, _ = model.hidden_states(jnp.asarray(batch["tokens"]), **ids)  # (b, t, hidden)

@@ -1,4 +1,4 @@
-"""Telling texts, or pairs of texts, apart by labels, or by a number."""
+"""Classification and regression of texts or pairs of texts."""
 
 import functools
 import logging
@@ -17,8 +17,8 @@ from tqdm import tqdm
 from loft_jax.data import DataConfig, TokenizedData, eval_batches
 from loft_jax.data.batches import Batch
 from loft_jax.data.encode import Labelled, column_names, pad_id, text_of
+from loft_jax.data.log_once import log_unused
 from loft_jax.data.text import check_tokens
-from loft_jax.data.told import tell_unused
 from loft_jax.errors import InputError, explained, shown
 from loft_jax.models.activations import gathered
 from loft_jax.models.family import SequenceClassifier
@@ -33,29 +33,29 @@ _CHUNK = 1000  # rows handed to the tokenizer at once
 
 
 class _OfTexts(Task):
-    """What classification and regression share: one text or one pair of texts, and its label."""
+    """The common part of classification and regression: a text or a pair of texts with a label."""
 
     head = "sequence-classification"
     peft_type = "SEQ_CLS"
     trains_head = True
     label_dtype: ClassVar[Any]
-    reported_loss: ClassVar[str]  # what `evaluate` calls the loss
+    reported_loss: ClassVar[str]  # the name of the loss in the report
 
     @abstractmethod
     def label(self, value: Any, where: str) -> float:
-        """A label of a row, as the loss needs it.
+        """Converts the label of a row for the loss.
 
         Args:
-            value: As the row has it.
-            where: The row and its field, for messages.
+            value: The value in the row.
+            where: The row and the field, for messages.
 
         Raises:
-            InputError: It is none.
+            InputError: It is not a label.
         """
 
     @abstractmethod
     def losses(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
-        """The loss of each row.
+        """Computes the loss of each row.
 
         Args:
             logits: (b, labels) float32.
@@ -67,14 +67,14 @@ class _OfTexts(Task):
 
     @abstractmethod
     def metrics(self, logits: np.ndarray, labels: np.ndarray) -> Measured:
-        """What an evaluation says beside the loss.
+        """Computes the metrics of an evaluation, without the loss.
 
         Args:
             logits: (n, labels) float64.
             labels: (n,).
 
         Returns:
-            Values and truth of each row, without the loss.
+            The metrics, and whether each row is right.
         """
 
     def tokenize(
@@ -85,9 +85,9 @@ class _OfTexts(Task):
         *,
         vocab_size: int | None = None,
     ) -> TokenizedData:
-        """Encodes texts as the tokenizer does: with its special tokens, and cut to `max_length`.
+        """Encodes texts with the tokenizer's special tokens, truncated to `max_length`.
 
-        Of a pair that is too long the longer text is cut.
+        If a pair is too long, its longer text is truncated.
         """
         columns = column_names(rows)
         if missing := [f for f in (data.text_field, data.label_field) if f not in columns]:
@@ -97,7 +97,7 @@ class _OfTexts(Task):
             )
         pairs = data.text_pair_field in columns
         used = [data.text_field, *([data.text_pair_field] if pairs else []), data.label_field]
-        tell_unused(tokenizer, columns, used, data)
+        log_unused(tokenizer, columns, used, data)
         filler = pad_id(tokenizer)
         check_tokens([filler], tokenizer, vocab_size, where="padding")
         labels: list[float] = []
@@ -134,13 +134,13 @@ class _OfTexts(Task):
         )
 
     def inputs(self, batch: Batch) -> Batch:
-        """The tokens, their kinds, and the labels; rows of padding weigh nothing."""
+        """Selects tokens, token types and labels, with a weight of 0 for rows of padding."""
         kept = {name: batch[name] for name in ("tokens", "segment_ids", "token_types", "labels")}
         real = np.any(batch["segment_ids"] > 0, axis=1)  # (b,)
         return {**kept, "weights": np.asarray(real, np.float32)}
 
     def shapes(self, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Those of any batch."""
+        """Gives the shapes of a batch."""
         names = ("tokens", "segment_ids", "token_types")
         return {
             **{name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in names},
@@ -149,12 +149,12 @@ class _OfTexts(Task):
         }
 
     def logits(self, model: SequenceClassifier, inputs: Arrays) -> jax.Array:
-        """What the model says, (b, labels) float32."""
+        """Computes the logits of a batch, (b, labels) float32."""
         tokens, *kinds = (jnp.asarray(inputs[n]) for n in ("tokens", "segment_ids", "token_types"))
         return model(tokens, segment_ids=kinds[0], token_types=kinds[1])
 
     def loss(self, model: SequenceClassifier, inputs: Arrays) -> tuple[jax.Array, jax.Array]:
-        """The sum of the rows' losses, and the number of rows."""
+        """Sums the losses of the rows, and counts the rows."""
         losses = self.losses(self.logits(model, inputs), jnp.asarray(inputs["labels"]))
         weights = jnp.asarray(inputs["weights"])
         return jnp.sum(losses * weights), jnp.sum(weights)
@@ -169,7 +169,7 @@ class _OfTexts(Task):
         vocab_size: int | None = None,
         progress: bool = True,
     ) -> Evaluation:
-        """Measures the loss of a row, and what `metrics` says."""
+        """Evaluates the mean loss of the rows, and the metrics."""
         tokens = self.tokenize(rows, tokenizer, data, vocab_size=vocab_size)
         batches = eval_batches(tokens, data, batch_size=batch_size)
 
@@ -210,7 +210,7 @@ def _encode(
 
 
 def _by_row(right: Mapping[str, Sequence[bool]], order: np.ndarray) -> dict[str, tuple[bool, ...]]:
-    """Truth values in the order of the rows, from the order of the batches."""
+    """Reorders values from the order of the batches to that of the rows."""
     places = np.argsort(order)
     return {name: tuple(np.asarray(values)[places].tolist()) for name, values in right.items()}
 
@@ -225,7 +225,7 @@ def _loss_and_logits(
 
 
 class Classification(_OfTexts):
-    """One of several labels; the loss is the cross entropy."""
+    """Predicts one of several labels; the loss is the cross entropy."""
 
     name = "classification"
     label_dtype = np.int32
@@ -233,10 +233,10 @@ class Classification(_OfTexts):
     labels: tuple[str, ...]
 
     def __init__(self, labels: Sequence[str]) -> None:
-        """Says what is told apart.
+        """Sets the labels.
 
         Args:
-            labels: Names, in the order of the model's logits.
+            labels: Names of the labels, in the order of the model's logits.
 
         Raises:
             InputError: There are fewer than two, or two are the same.
@@ -255,7 +255,7 @@ class Classification(_OfTexts):
         return hash(self.labels)
 
     def label(self, value: Any, where: str) -> int:
-        """The place of a label: of a name, or the whole number that it is."""
+        """Gives the index of a label, from its name or from the integer itself."""
         if isinstance(value, str) and value in self._places:
             return self._places[value]
         if isinstance(value, (int, np.integer)) and 0 <= value < len(self.labels):
@@ -265,13 +265,13 @@ class Classification(_OfTexts):
         )
 
     def losses(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
-        """Cross entropy, in nats."""
+        """Computes the cross entropy, in nats."""
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
     def metrics(self, logits: np.ndarray, labels: np.ndarray) -> Measured:
-        """Accuracy, F1 (of label 1 of two, or the mean over the labels) and Matthews' correlation.
+        """Computes GLUE's metrics: accuracy, F1 and Matthews' correlation.
 
-        The metrics of GLUE's classification tasks.
+        F1 is that of label 1 if there are two labels, and else the mean over all labels.
         """
         chosen = np.where(np.isnan(logits).any(axis=1), -1, logits.argmax(axis=1))
         count = len(self.labels)
@@ -290,12 +290,12 @@ class Classification(_OfTexts):
         return Measured(values, {}, {"accuracy": tuple(map(bool, right))})
 
     def score(self, values: Mapping[str, float]) -> float:
-        """The share of rows that are wrong."""
+        """Gives the share of rows that are wrong."""
         return 1.0 - values["accuracy"]
 
 
 class Regression(_OfTexts):
-    """A number; the loss is the squared error."""
+    """Predicts a number; the loss is the squared error."""
 
     name = "regression"
     label_dtype = np.float32
@@ -309,17 +309,17 @@ class Regression(_OfTexts):
         return hash(type(self))
 
     def label(self, value: Any, where: str) -> float:
-        """The number itself."""
+        """Checks the number."""
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
         raise InputError(f"{where} is {shown(value)}; expected a finite number")
 
     def losses(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
-        """Squared error of the one number that the model gives."""
+        """Computes the squared error of the number that the model predicts."""
         return jnp.square(logits[:, 0] - labels)
 
     def metrics(self, logits: np.ndarray, labels: np.ndarray) -> Measured:
-        """Pearson's and Spearman's correlation, as STS-B has them; 0 where one side is constant."""
+        """Computes Pearson's and Spearman's correlations, 0 if one side is constant."""
         given, true = logits[:, 0], labels.astype(np.float64)
         values = {
             "pearson": _correlation(given, true),
@@ -335,25 +335,25 @@ def _correlation(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _ranks(x: np.ndarray) -> np.ndarray:
-    """Places in order; those that are equal share the mean of theirs."""
+    """Computes ranks; equal values share the mean of their ranks."""
     _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[inverse]
 
 
 def labels_of(rows: Any, field: str) -> tuple[str, ...] | None:
-    """The labels that rows have.
+    """Finds the labels of rows.
 
     Args:
-        rows: As `load_examples` gives them or as plain dicts.
-        field: That holds the label.
+        rows: From `load_examples`, or plain dicts.
+        field: Field with the label.
 
     Returns:
-        Their names: those that the dataset knows of its whole numbers, or the numbers themselves;
-        texts in alphabetical order. None if they are decimal numbers.
+        Names of the labels: for integers, the names that the dataset gives them or the numbers
+        themselves; for texts, the texts in alphabetical order. None for decimal numbers.
 
     Raises:
-        InputError: They are of several kinds, or none of these.
+        InputError: Labels are of several kinds or of another kind.
     """
     features = getattr(rows, "features", None)
     if names := getattr(features[field] if features and field in features else None, "names", None):

@@ -1,4 +1,4 @@
-"""The tasks that the library has, and which of them rows and a model are for."""
+"""The tasks by name, and the choice of a task for rows and a model."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,21 +27,21 @@ def infer_task(
     choices: Sequence[str] = (),
     labels: Sequence[str] = (),
 ) -> TaskName:
-    """Finds the task that rows are for, among those that a family has a model for.
+    """Finds the task that fits the rows, among those that the family has a model for.
 
     Args:
         family: Of the model.
-        rows: To train on, or to measure.
-        held_out: To measure while training; None for none.
+        rows: Examples to train on or to evaluate.
+        held_out: Held-out examples of a training run, or None.
         data: Names of fields.
-        choices: Answers of every row.
+        choices: Answers of all rows.
         labels: Names of labels.
 
     Returns:
         The name of the task.
 
     Raises:
-        InputError: It could be several.
+        InputError: Several tasks fit.
 
     Example:
         >>> from loft_jax.models.registry import FAMILIES
@@ -73,17 +73,17 @@ def make_task(
     """Makes a task.
 
     Args:
-        name: Which.
-        rows: To train on; their labels are the task's where none are given. None if there are none.
+        name: Name of the task.
+        rows: Training examples, whose labels are used if none are given; or None.
         data: Names of fields.
-        choices: Of task "choice": the answers of every row; empty if rows bring their own.
-        labels: Of task "classification": names in the order of the logits.
+        choices: For task "choice", the answers of all rows; empty if rows have their own.
+        labels: For task "classification", names of labels in the order of the logits.
 
     Returns:
         The task.
 
     Raises:
-        InputError: Choices or labels are given to another task, or labels are not known.
+        InputError: Choices or labels are given for another task, or labels are not known.
     """
     for given, what, whose in (
         (choices, "choices", "choice"),

@@ -1,6 +1,6 @@
-"""What a task is: how rows become inputs, the loss, and what evaluation reports.
+"""The interface of a task: inputs from rows, the loss, and the evaluation.
 
-Training, evaluation and plans know no model and no loss but by this.
+Training, evaluation and plans use models and losses only through this interface.
 """
 
 import dataclasses
@@ -27,12 +27,12 @@ Arrays = Mapping[str, jax.Array | np.ndarray]
 
 @dataclass(frozen=True)
 class Measured:
-    """What a model does on held-out examples.
+    """The result of an evaluation.
 
     Attributes:
-        values: What a run logs, by name; `loss` is among them.
-        report: What the command `evaluate` prints.
-        right: Of each accuracy among the values, whether each row is right.
+        values: Metrics that a run logs, by name; `loss` is one of them.
+        report: Metrics that the command `evaluate` prints.
+        right: For each accuracy in `values`, whether each row is right.
     """
 
     values: dict[str, float]
@@ -41,18 +41,18 @@ class Measured:
 
 
 Evaluation = Callable[[Any], Measured]
-"""Measures a model on the examples that it was made with."""
+"""Evaluates a model on the examples that the function was made with."""
 
 
 class Task(ABC):
     """One kind of fine-tuning.
 
     Attributes:
-        name: Of the task.
-        head: What its model gives.
-        peft_type: PEFT's name of it.
+        name: Name of the task.
+        head: Head of its model.
+        peft_type: PEFT's name of the task.
         trains_head: Whether the head is new, and trained and exported whole beside the adapters.
-        labels: Names of the logits that the head is made with; None for another kind of head.
+        labels: Names of the logits of a new head; None for other heads.
     """
 
     name: ClassVar[TaskName]
@@ -70,24 +70,24 @@ class Task(ABC):
         *,
         vocab_size: int | None = None,
     ) -> TokenizedData:
-        """Turns examples into tokens, and what is learned of them.
+        """Encodes examples as tokens, with what is to be learned from them.
 
         Args:
-            rows: As `load_examples` gives them or as plain dicts.
+            rows: From `load_examples`, or plain dicts.
             tokenizer: Of the model.
-            data: Names of fields, and `max_length`.
-            vocab_size: The tokens that the model has weights for; None if no model is at hand.
+            data: Its field names and `max_length` are used.
+            vocab_size: Number of tokens that the model has weights for; None if it is not known.
 
         Returns:
             The examples that have something to learn.
 
         Raises:
-            InputError: Rows are not of this task, or the tokenizer is not of the model.
+            InputError: Rows do not fit this task, or the tokenizer does not fit the model.
         """
 
     @abstractmethod
     def inputs(self, batch: Batch) -> Batch:
-        """What `loss` needs of a batch, made on the host.
+        """Makes the inputs of `loss` from a batch, on the host.
 
         Args:
             batch: From a stream or from `eval_batches`.
@@ -98,11 +98,11 @@ class Task(ABC):
 
     @abstractmethod
     def shapes(self, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """The largest that `inputs` gives for a batch of a size.
+        """Gives the largest shapes of `inputs` for batches of a size.
 
         Args:
-            rows: Of the batch.
-            length: Tokens of a row.
+            rows: Number of rows of a batch.
+            length: Number of tokens of a row.
 
         Returns:
             Shapes and dtypes by name.
@@ -110,16 +110,16 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, model: Any, inputs: Arrays) -> tuple[jax.Array, jax.Array]:
-        """The loss of a batch, as a sum and its weight: the one of training and of evaluation.
+        """Computes the loss of a batch, as a sum and its weight, for training and evaluation.
 
-        Sums, not means, so that parts of a batch add up to the mean over the whole.
+        Sums of parts of a batch add up, so that the mean over the whole batch is exact.
 
         Args:
-            model: Of the family, with the head of this task.
+            model: A model with the head of this task.
             inputs: From `inputs`.
 
         Returns:
-            Two float32 scalars: the summed loss, and what it is divided by.
+            Two float32 scalars: the summed loss, and the weight to divide it by.
         """
 
     @abstractmethod
@@ -133,48 +133,48 @@ class Task(ABC):
         vocab_size: int | None = None,
         progress: bool = True,
     ) -> Evaluation:
-        """Prepares held-out examples, so that what is wrong with them is known before training.
+        """Prepares held-out examples, so that errors in them are raised before training.
 
         Args:
             rows: As for `tokenize`.
             tokenizer: Of the model.
             data: As for `tokenize`.
-            batch_size: Rows computed at once.
+            batch_size: Number of rows computed at once.
             vocab_size: As for `tokenize`.
-            progress: Show bars.
+            progress: Show progress bars.
 
         Returns:
-            A function of a model.
+            A function that evaluates a model.
 
         Raises:
             InputError: As for `tokenize`.
         """
 
     def score(self, values: Mapping[str, float]) -> float:
-        """What the best of several evaluations has least of.
+        """Gives the number by which evaluations are compared; lower is better.
 
         Args:
             values: Of a `Measured`.
 
         Returns:
-            The loss, unless a task says otherwise.
+            The loss, unless a task overrides it.
         """
         return values["loss"]
 
     def head_modules(self, model: PretrainedModel) -> tuple[str, ...]:
-        """Paths of the modules that train beside the adapters."""
+        """Gives the paths of the modules that are trained beside the adapters."""
         return model.output_modules if self.trains_head else ()
 
 
 def within(data: DataConfig, model: PretrainedConfig) -> DataConfig:
-    """The data of a model that has weights for so many positions only.
+    """Limits the length of rows to the positions that a model has weights for.
 
     Args:
-        data: As it is asked for.
-        model: Of the model.
+        data: The configuration as it was requested.
+        model: Configuration of the model.
 
     Returns:
-        The same, with a `max_length` that the model has positions for.
+        The same, with at most the `max_length` of the model.
     """
     if model.max_length is None or data.max_length <= model.max_length:
         return data

@@ -1,7 +1,7 @@
-"""Checkpoints of a run: trained parameters, optimizer, streams, data position; never the base.
+"""Checkpoints of a run: trained parameters, optimizer, streams, data position; no base weights.
 
-Each has three items: "params", all that an export needs; "optimizer", the rest of the state; and
-"run", plain values.
+Each has three items: "params", which is all that an export needs; "optimizer", the rest of the
+state; and "run", plain values.
 """
 
 import contextlib
@@ -31,10 +31,10 @@ _log = logging.getLogger(__name__)
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's, which leaves it to the training loop to see to preemptions.
+    """Orbax's manager, without its own check for preemptions: the training loop has one.
 
-    It would ask JAX about steps that the loop has left behind, from another thread, and so set back
-    what JAX takes for the step of this process.
+    Orbax's check runs in another thread and asks JAX about steps that the loop has already passed,
+    which would set back what JAX regards as the current step of this process.
     """
 
     def reached_preemption(self, step: int) -> bool:
@@ -42,11 +42,11 @@ class _Manager(ocp.CheckpointManager):
 
 
 class Checkpoints:
-    """The checkpoints of one run, the newest ones and the best.
+    """The newest and the best checkpoints of one run.
 
-    Each is complete or absent: Orbax writes to a temporary name and renames, in the background.
-    Each carries a digest of its arrays, so that a damaged one is known when it is read. Of several
-    processes all do the same calls.
+    A checkpoint is complete or absent: Orbax writes it in the background under a temporary name,
+    and renames it. It holds a checksum of its arrays, so that damage is found when it is read. With
+    several processes, all of them make the same calls.
     """
 
     def __init__(
@@ -57,17 +57,17 @@ class Checkpoints:
         keep_best: int = 0,
         read_only: bool = False,
     ) -> None:
-        """Opens the folder, and removes what a kill left unfinished.
+        """Opens the folder, and removes checkpoints that a kill left unfinished.
 
         Args:
-            folder: Of the checkpoints; made if missing.
-            keep_last: Newest checkpoints to keep.
-            keep_best: Checkpoints of the best evaluations to keep besides.
-            read_only: Change nothing: a run may be writing there.
+            folder: Folder of the checkpoints; made if missing.
+            keep_last: Number of the newest checkpoints to keep.
+            keep_best: Number of checkpoints with the best evaluations to keep in addition.
+            read_only: Change nothing, since a run may be writing there.
 
         Raises:
-            InputError: The folder cannot be made or read; or what lies in all its checkpoints, or
-                with `read_only` in any, may not be opened.
+            InputError: The folder cannot be made or read; or all its checkpoints, or with
+                `read_only` any of them, hold something that must not be opened.
         """
         self.folder = Path(folder).resolve()
         policies: list[Any] = [LatestN(keep_last)]
@@ -90,7 +90,7 @@ class Checkpoints:
                 self.folder,
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=AnyPreservationPolicy(policies),
-                    best_fn=_score,  # so that scores are on disk for a resumed run
+                    best_fn=_score,  # stores the scores on disk, for a resumed run
                     best_mode="min",
                     create=False,
                     cleanup_tmp_directories=not read_only,
@@ -100,12 +100,12 @@ class Checkpoints:
             )
 
     def _prepare(self) -> None:
-        """Finds what is wrong with the folder before any work, not at the first save."""
+        """Checks and repairs the folder now, rather than at the first save."""
         seen = self.folder / "seen-by-all"
         if is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
             seen.unlink(missing_ok=True)
-            seen.touch(exist_ok=False)  # and not what a link there leads to
+            seen.touch(exist_ok=False)  # refuses a link there
             self._put_unopenable_aside()
             self._mend_scores()
         wait_for_all("checkpoint folder made")
@@ -118,7 +118,7 @@ class Checkpoints:
             seen.unlink()
 
     def _unopenable(self) -> list[tuple[int, InputError]]:
-        """The steps of checkpoints that Orbax must not even look at, and why."""
+        """Finds the steps of checkpoints that Orbax must not open, and why."""
         found = []
         for step in self._on_disk():
             try:
@@ -131,7 +131,7 @@ class Checkpoints:
         return [int(name) for name in os.listdir(self.folder) if re.fullmatch("[0-9]+", name)]
 
     def _put_unopenable_aside(self) -> None:
-        """Unless there is no other: then all stay where they are."""
+        """Renames the checkpoints that must not be opened; raises if there are no others."""
         found = self._unopenable()
         if found and len(found) == len(self._on_disk()):
             raise found[0][1]
@@ -140,9 +140,9 @@ class Checkpoints:
             self._put_aside(step)
 
     def _mend_scores(self) -> None:
-        """Writes again what Orbax reads of a score and our own copy says otherwise.
+        """Rewrites the scores that Orbax reads and that differ from our own copies.
 
-        Orbax cannot be opened with a damaged one, of however old a checkpoint.
+        Orbax cannot be opened while a score is damaged, even that of an old checkpoint.
         """
         for file in self.folder.glob("*/metrics/metrics"):
             step, score = file.parts[-3], None
@@ -158,29 +158,32 @@ class Checkpoints:
             file.unlink()
             if score is not None:
                 file.write_text(text, encoding="utf-8")
-            told = "not known" if score is None else score
-            _log.warning("%s: damaged; the score of its evaluation is %s", self.folder / step, told)
+            known = "not known" if score is None else score
+            _log.warning(
+                "%s: damaged; the score of its evaluation is %s", self.folder / step, known
+            )
 
     def save(self, state: TrainState, run: dict[str, Any], score: float | None) -> None:
-        """Copies what is to be saved, and goes on to write it while training does.
+        """Starts to save a checkpoint, which is written in the background.
 
-        The one before is complete when this returns. Of several processes each writes its part;
-        all call this at the same step.
+        The previous checkpoint is complete when this returns. With several processes, all of them
+        call this at the same step, and each writes its part.
 
         Args:
             state: What to save; it may be donated afterwards.
-            run: Plain values to save with it: configuration and data position.
-            score: Of the evaluation at this step, if there is one; the best have the lowest.
+            run: Plain values to save with the state: configuration and data position.
+            score: Score of the evaluation at this step, if there is one; lower is better.
 
         Raises:
-            InputError: This checkpoint or the one before cannot be written; earlier ones are whole.
+            InputError: This checkpoint or the previous one cannot be written; earlier ones are
+                intact.
         """
         step = int(gather_to_host(state.step))
         if step in self._manager.all_steps():
             return
         items = _items(state)
-        digests = {name: tree_checksum(item) for name, item in items.items()}
-        plain = {**run, "score": score, "digest": digests}
+        checksums = {name: tree_checksum(item) for name, item in items.items()}
+        plain = {**run, "score": score, "digest": checksums}
         with self._writable():
             self._manager.save(
                 step,
@@ -195,7 +198,7 @@ class Checkpoints:
         """Waits until the last checkpoint is complete.
 
         Raises:
-            InputError: It cannot be written; earlier ones are whole.
+            InputError: It cannot be written; earlier ones are intact.
         """
         with self._writable():
             self._manager.wait_until_finished()
@@ -205,7 +208,7 @@ class Checkpoints:
         try:
             yield
         except jax.errors.JaxRuntimeError:
-            raise  # of another process that is gone
+            raise  # another process is gone
         except Exception as error:  # Orbax and TensorStore wrap what the disk says in their own
             complete = sorted(self._on_disk())
             raise InputError(
@@ -214,7 +217,7 @@ class Checkpoints:
             ) from error
 
     def steps(self) -> list[int]:
-        """Finds the complete checkpoints; waits for one that is being written.
+        """Lists the complete checkpoints, after waiting for one that is being written.
 
         Returns:
             Their steps, newest first.
@@ -226,10 +229,10 @@ class Checkpoints:
         return sorted(self._manager.all_steps(), reverse=True)
 
     def best_step(self) -> int | None:
-        """Finds the best of the checkpoints whose plain values can be read.
+        """Finds the checkpoint with the best score, among those whose plain values can be read.
 
         Returns:
-            The step of the one with the lowest score; None if there is none with a score.
+            The step of the checkpoint with the lowest score; None if no checkpoint has a score.
         """
         scores = {}
         for step in self.steps():
@@ -239,10 +242,10 @@ class Checkpoints:
         return min(evaluated, key=lambda step: scores[step], default=None)
 
     def newest_run(self) -> dict[str, Any] | None:
-        """Reads the plain values of the newest checkpoint that they can be read of.
+        """Reads the plain values of the newest checkpoint whose values can be read.
 
         Returns:
-            As from `run_of`; None without one.
+            As from `run_of`; None if there is no such checkpoint.
         """
         for step in self.steps():
             with contextlib.suppress(InputError):
@@ -256,10 +259,10 @@ class Checkpoints:
             step: One of `steps()`.
 
         Returns:
-            What `save` was given, with `score` and the digest of the arrays.
+            The values given to `save`, with `score` and the checksums of the arrays.
 
         Raises:
-            InputError: They cannot be read, or are not those that were saved.
+            InputError: They cannot be read, or differ from those that were saved.
         """
         folder = self.folder / str(step)
         run = read_json(folder / "run" / "metadata")
@@ -272,28 +275,28 @@ class Checkpoints:
         return run
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Reads a checkpoint, onto whichever mesh the state to be has.
+        """Reads a checkpoint onto the mesh of a given state, which may differ from the saved one.
 
         Args:
             step: One of `steps()`.
-            like: A state with the shapes, dtypes and shardings to expect.
+            like: A state with the expected shapes, dtypes and shardings.
 
         Returns:
             The state as it was saved, and the plain values.
 
         Raises:
-            InputError: The checkpoint cannot be read, does not fit, or is damaged. Then it is so on
-                every process.
+            InputError: The checkpoint cannot be read, does not fit, or is damaged. The error is
+                raised on every process.
         """
         found, run = self._restored(step, _items(like))
         return TrainState(params=found["params"], **found["optimizer"]), run
 
     def restore_params(self, step: int, like: Any) -> Any:
-        """Reads the trained parameters of a checkpoint, and nothing that training alone needs.
+        """Reads only the trained parameters of a checkpoint.
 
         Args:
             step: One of `steps()`.
-            like: Parameters with the shapes, dtypes and shardings to expect.
+            like: Parameters with the expected shapes, dtypes and shardings.
 
         Returns:
             The parameters as they were saved.
@@ -304,13 +307,13 @@ class Checkpoints:
         return self._restored(step, {"params": like})[0]["params"]
 
     def _restored(self, step: int, likes: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Some items of a checkpoint, and its plain values."""
+        """Reads some items of a checkpoint, and its plain values."""
         folder = self.folder / str(step)
         found: tuple[dict[str, Any], dict[str, Any]] | None = None
         problem = InputError(f"{folder}: cannot be read by another process")
         try:
             run = self.run_of(step)
-            # Not by way of the manager, which would wait for processes that found it damaged.
+            # Not by the manager, which would wait for processes that found the checkpoint damaged.
             with explained(f"{folder}: cannot be read"):
                 _check_entries(folder)
                 items = {
@@ -333,19 +336,19 @@ class Checkpoints:
         return found
 
     def restore_newest(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Reads the newest checkpoint that is whole, and puts those above it aside.
+        """Reads the newest intact checkpoint, and renames the damaged ones that are newer.
 
-        They stay in the folder, under the name of their step with "-damaged" behind: this run will
-        write its own in their place.
+        Damaged ones stay in the folder, under the name of their step with the suffix "-damaged":
+        this run will write its own in their place.
 
         Args:
-            like: A state with the shapes and dtypes to expect.
+            like: A state with the expected shapes and dtypes.
 
         Returns:
             The state, and the plain values saved with it.
 
         Raises:
-            InputError: There is none; then all stay where they are.
+            InputError: There is no intact checkpoint; then none is renamed.
         """
         damaged: list[int] = []
         for step in self.steps():
@@ -372,21 +375,21 @@ class Checkpoints:
         (self.folder / str(step)).rename(aside)
 
     def close(self) -> None:
-        """Releases what the manager holds; `wait` has told of what could not be written."""
+        """Releases the manager; `wait` has already raised if something could not be written."""
         with contextlib.suppress(Exception):
             self._manager.close()
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-    """The items of a checkpoint: what is trained, and what training alone goes on from."""
+    """Splits a state into items: the trained parameters, and what only training needs."""
     rest = state._asdict()
     return {"params": rest.pop("params"), "optimizer": rest}
 
 
 def _check_entries(folder: Path) -> None:
-    """Refuses what Orbax would open in a checkpoint though it is no file of it.
+    """Refuses entries of a checkpoint that are neither files nor folders.
 
-    A pipe, which nobody may ever write to, or a link, which may lead to anything.
+    Orbax would open them: a pipe would block if nobody writes to it, and a link may lead anywhere.
     """
     for place, folders, files in os.walk(folder):
         for name in (*folders, *files):
@@ -409,7 +412,7 @@ def _abstract(x: Any) -> Any:
 
 
 def _why(error: Exception) -> str:
-    """What the disk said, which TensorStore tells behind long paths, or what the error says."""
+    """Gives the disk's error, which TensorStore puts after long paths, or else the error's text."""
     number = re.search(r"os_error_code='(\d+)'", str(error))
     return os.strerror(int(number[1])) if number else reason(error)
 

@@ -1,4 +1,4 @@
-"""Fingerprints of arrays that do not depend on how the arrays are split over devices."""
+"""Checksums of arrays, independent of how the arrays are split over devices."""
 
 import math
 import zlib
@@ -10,22 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-_LANES = (0x9E3779B9, 0x85EBCA6B)  # seeds; a change that one lane does not see, the other does
+_LANES = (0x9E3779B9, 0x85EBCA6B)  # seeds; a change that one lane misses is found by the other
 
 
 def tree_checksum(tree: Any) -> list[str]:
-    """A checksum of every array of a tree, from its bits, dtype, shape and path.
+    """Computes a checksum of every array of a tree, from its bits, dtype, shape and path.
 
-    `sum_i h(x_i ^ h(i)) mod 2^32` over the bits x of the elements, h being a bijection that mixes
-    them, with two seeds: integer sums are the same in any order, so on any mesh, and no array
-    leaves its devices. Damage of one element always changes it, other damage but by chance.
+    The checksum is `sum_i h(x_i ^ h(i)) mod 2^32` over the bits x of the elements, with two seeds;
+    h is a bijection that mixes bits. Integer sums do not depend on the order, so the checksum is
+    the same on any mesh, and no array leaves its devices. Damage to one element always changes it;
+    other damage changes it except by chance.
 
     Args:
-        tree: Arrays, which may be split over the devices of several processes; then every process
-            calls this, and all get the same.
+        tree: Arrays. If they are split over several processes, every process calls this and gets
+            the same result.
 
     Returns:
-        16 hexadecimal digits an array, in the order of the leaves.
+        16 hexadecimal digits for each array, in the order of the leaves.
 
     Example:
         >>> tree_checksum({"a": jnp.zeros(3), "b": jnp.zeros((3, 1))})
@@ -49,7 +50,7 @@ def tree_checksum(tree: Any) -> list[str]:
 
 
 def _on_device(leaf: Any) -> Any:
-    """An array as it is, or brought there from the memory of the host."""
+    """Moves an array to its devices if it is in host memory."""
     sharding = getattr(leaf, "sharding", None)
     if sharding is None or sharding.memory_kind in (None, "device"):
         return leaf
@@ -57,12 +58,12 @@ def _on_device(leaf: Any) -> Any:
 
 
 def _sums(leaves: list[jax.Array]) -> jax.Array:
-    """(leaves, lanes) uint32."""
+    """Computes the sums of all leaves, (leaves, lanes) uint32."""
     return jnp.stack([jnp.stack(_mixed_sums(leaf)) for leaf in leaves])
 
 
 def _mixed_sums(leaf: jax.Array) -> Sequence[jax.Array]:
-    """The sum of each lane."""
+    """Computes the sums of one leaf, one for each lane."""
     if leaf.dtype in (jnp.bool_, jnp.int4, jnp.uint4):  # less than a byte
         leaf = leaf.astype(jnp.uint8)
     bits = leaf.dtype.itemsize * 8
@@ -73,7 +74,7 @@ def _mixed_sums(leaf: jax.Array) -> Sequence[jax.Array]:
         place += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride)
     words = words.astype(jnp.uint32)
     mixed = [_mixed(words ^ _mixed(place + jnp.uint32(seed))) for seed in _LANES]
-    # As one reduction, which XLA computes without an array of what is summed.
+    # One reduction, so that XLA does not materialize the array that is summed.
     zeros = [jnp.uint32(0)] * len(mixed)
     return jax.lax.reduce(mixed, zeros, _added, tuple(range(words.ndim)))
 

@@ -1,4 +1,4 @@
-"""Which messages between devices a compiled program holds."""
+"""Finds the messages between devices in a compiled program."""
 
 import math
 import re
@@ -11,12 +11,12 @@ _ARRAY = re.compile(r"([a-z]+\d*)\w*\[([\d,]*)\]")
 
 @dataclass(frozen=True)
 class Collective:
-    """All messages of one kind.
+    """All collectives of one kind in a program.
 
     Args:
-        kind: As XLA calls it: "all-gather", "all-reduce", ...
-        count: How many the program holds; one in a loop over layers counts once.
-        bytes: Sum of the results of these, on one device.
+        kind: XLA's name: "all-gather", "all-reduce", ...
+        count: Number in the program; one in a loop over layers counts once.
+        bytes: Total size of their results on one device.
     """
 
     kind: str
@@ -27,14 +27,14 @@ class Collective:
 def find_collectives(program: str) -> list[Collective]:
     """Finds the collectives in the text of a compiled program.
 
-    An asynchronous one may be written in several places; its channel tells that it is one. So
-    copies of one function, which share channels, count once too.
+    An asynchronous collective appears in several places, with one channel, and is counted once a
+    channel. So copies of one function, which share channels, count once too.
 
     Args:
-        program: As `compiled.as_text()` gives it.
+        program: From `compiled.as_text()`.
 
     Returns:
-        One entry a kind, the largest first.
+        One entry for each kind, the largest first.
 
     Example:
         >>> find_collectives("%x = bf16[8,16]{1,0} all-gather(%p), channel_id=3, dimensions={0}")
@@ -44,7 +44,7 @@ def find_collectives(program: str) -> list[Collective]:
     for shapes, kind, start, channel in _CALL.findall(program):
         shaped = _ARRAY.findall(re.sub(r"\{[^}]*\}", "", shapes))
         arrays = [_bytes(*array) for array in shaped if array != ("u32", "")]  # handles
-        # A start gives its operands back with its results; an all-reduce has both in one place.
+        # A start returns its operands with its results; an all-reduce has both in one place.
         if start and kind != "all-reduce":
             arrays = arrays[len(arrays) // 2 :]
         size = sum(arrays)

@@ -1,7 +1,7 @@
-"""All that decides a fine-tuning run: a dataclass of small ones, for Python, YAML and the shell.
+"""The configuration of a fine-tuning run: nested dataclasses, for Python, YAML and the shell.
 
-Flags of the command line have the names of the fields, without that of the section they are in; but
-for `data` and `mesh`, and where a field says otherwise.
+A command-line flag has the name of its field, without the name of its section. The exceptions are
+`data` and `mesh`, whose flags keep it, and fields that name their flag themselves.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ from loft_jax.tasks.task import TaskName
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
-# What a resumed run may change: what does not change what is learned; and where something lies, if
-# it is known to be the same.
+# What a resumed run may change: fields that do not affect what is learned (free), and paths whose
+# content is known to be the same (place).
 _FREE = {"resume": "free"}
 _PLACE = {"resume": "place"}
 
@@ -29,13 +29,13 @@ _FLAT = arg(name="")
 
 
 def check_output(folder: str) -> None:
-    """Refuses before any work a folder that nothing could be written to at its end.
+    """Refuses an output folder that could not be written to at the end of a run.
 
     Args:
         folder: As the user gives it.
 
     Raises:
-        InputError: It is a bucket, or its name is no UTF-8, which writers of weights need.
+        InputError: It is a bucket, or its name is not UTF-8, which writers of weights need.
 
     Example:
         >>> check_output("gs://bucket/run")
@@ -54,17 +54,18 @@ class ModelConfig:
 
     Args:
         path: A folder with config.json and safetensors, a GGUF file, or a Hugging Face hub id.
-        dtype: What the model computes in; "auto" is bfloat16 on accelerators, float32 on CPUs.
-        param_dtype: What frozen weights are stored in; "auto" is `dtype`. Trained weights are
+        dtype: Dtype of the model's computation; "auto" is bfloat16 on accelerators, float32 on
+            CPUs.
+        param_dtype: Dtype that frozen weights are stored in; "auto" is `dtype`. Trained weights are
             always float32.
-        quantization: What the weights of the base model's linear layers are stored in: as they are,
-            8-bit integers with a scale for each output, or 4-bit NormalFloats (QLoRA's) with a
-            scale for each 64 inputs. Needs the extra `quantized`; not for method "full".
-        remat: What the backward pass computes again: "none", "dots" (all but the outputs of linear
-            layers), or "full" (each layer as a whole): less memory, more time.
+        quantization: Storage of the weights of the base model's linear layers: as they are, as
+            8-bit integers with a scale for each output, or as QLoRA's 4-bit NormalFloats with a
+            scale for every 64 inputs. Needs the extra `quantized`; not for method "full".
+        remat: What the backward pass recomputes: "none", "dots" (all but the outputs of linear
+            layers) or "full" (whole layers). More recomputation takes less memory and more time.
 
     Raises:
-        InputError: A value out of its range.
+        InputError: A value is out of its range.
     """
 
     path: Annotated[str, arg(name="model")] = field(metadata=_PLACE)
@@ -79,24 +80,24 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The adapters of a run; the method may set more of them.
+    """The adapters of a run; the method may set further options of them.
 
     Args:
         rank: Rank of the adapters.
-        alpha: LoRA's alpha, scaling = alpha / rank; by default the rank, so a scaling of 1. LoFT
-            does not depend on it.
+        alpha: LoRA's alpha; the scaling is alpha / rank. By default the rank, for a scaling of 1.
+            LoFT does not depend on it.
         target_modules: Names of the modules that get an adapter, one regular expression, or
             "all-linear".
-        exclude_modules: Names of modules that get none.
+        exclude_modules: Names of modules that get no adapter.
         dropout: Dropout on the input of the adapters.
         rank_pattern: Ranks of modules whose name matches a pattern.
         alpha_pattern: Alphas of modules whose name matches a pattern.
-        init: How factors start: A uniform ("kaiming_uniform") or normal ("gaussian") and B zero; or
-            both uniform and alike in size ("balanced"), with the start of their product taken off
-            again, as RefLoRA can begin without warmup.
+        init: Initial factors: A uniform ("kaiming_uniform") or normal ("gaussian") and B zero; or
+            both uniform and of similar size ("balanced"), with their initial product subtracted, so
+            that RefLoRA needs no warmup.
 
     Raises:
-        InputError: A value out of its range.
+        InputError: A value is out of its range.
     """
 
     rank: int = 16
@@ -114,21 +115,21 @@ class AdapterConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """What the optimizers of all methods have in common.
+    """Settings that the optimizers of all methods have in common.
 
     Args:
         b1: Decay of the first moment.
         b2: Decay of the second moment.
         eps: Adam's epsilon.
-        weight_decay: Decoupled weight decay, times the learning rate.
-        max_grad_norm: Clips gradients to this global norm; 0 does not clip. With LoFT, the norm of
-            the projected gradients of the full weights.
-        offload: Keep the optimizer's state in the memory of the hosts between updates.
-        max_skipped_steps: Give up after this many steps in a row whose loss or gradient is not
-            finite. Such a step changes nothing but this count.
+        weight_decay: Decoupled weight decay; it is multiplied by the learning rate.
+        max_grad_norm: Clips gradients to this global norm; 0 does not clip. With LoFT, it is the
+            norm of the projected gradients of the full weights.
+        offload: Keep the optimizer state in host memory between updates.
+        max_skipped_steps: Stop with an error after this many consecutive steps whose loss or
+            gradient is not finite. Such a step changes nothing but this count.
 
     Raises:
-        InputError: A value out of its range.
+        InputError: A value is out of its range.
     """
 
     b1: float = 0.9
@@ -146,20 +147,19 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """How many steps a run has, of how many rows, at which learning rates.
+    """The number of steps of a run, their rows and their learning rates.
 
     Args:
         learning_rate: Peak learning rate.
-        shape: Course of the learning rate after the warmup: down to zero by a cosine or a line,
-            or constant.
-        warmup_steps: Steps of linear warmup from zero.
-        steps: Optimizer steps; 0 takes as many as `epochs` need.
-        epochs: Passes over the data, if `steps` is 0.
-        batch_size: Rows in a step.
-        accumulation_steps: Parts that the rows of a step are computed in, one after the other.
+        shape: The learning rate after the warmup: cosine or linear decay to zero, or constant.
+        warmup_steps: Number of steps of linear warmup from zero.
+        steps: Number of optimizer steps; with 0 it follows from `epochs`.
+        epochs: Number of passes over the data, if `steps` is 0.
+        batch_size: Number of rows in a step.
+        accumulation_steps: Number of parts of a batch, computed one after another to save memory.
 
     Raises:
-        InputError: A value out of its range.
+        InputError: A value is out of its range.
     """
 
     learning_rate: float = 3e-4
@@ -182,18 +182,18 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What a run is measured on.
+    """The evaluation of a run on held-out examples.
 
     Args:
-        path: Held-out examples, in the form of the training data; empty for no evaluation.
+        path: Held-out examples, in the format of the training data; empty for no evaluation.
         split: Their split.
-        choices: Answers to compare on the held-out examples: with them, evaluation also reports the
-            accuracy of the likeliest answer. For single-answer tasks with a fixed set of labels.
-        batch_size: Rows computed at once in evaluation.
-        every: Steps between evaluations; 0 evaluates before and after training only.
+        choices: Answers to compare on the held-out examples; evaluation then also reports the
+            accuracy of the likeliest answer. For tasks with one answer from a fixed set of labels.
+        batch_size: Number of rows computed at once in evaluation.
+        every: Number of steps between evaluations; 0 evaluates only before and after training.
 
     Raises:
-        InputError: A value out of its range.
+        InputError: A value is out of its range.
     """
 
     path: Annotated[str, arg(name="eval-path")] = field(default="", metadata=_PLACE)
@@ -213,16 +213,17 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Which checkpoints of a run are made and kept.
+    """Which checkpoints of a run are saved and kept.
 
     Args:
-        save_every: Steps between checkpoints.
-        keep_last: Newest checkpoints to keep.
-        keep_best: Checkpoints of the best evaluations to keep besides: of the lowest loss, or for
-            classification of the highest accuracy; each evaluation then saves one.
+        save_every: Number of steps between checkpoints.
+        keep_last: Number of the newest checkpoints to keep.
+        keep_best: Number of checkpoints with the best evaluations to keep in addition: those of the
+            lowest loss, or for classification of the highest accuracy. If it is not 0, each
+            evaluation saves a checkpoint.
 
     Raises:
-        InputError: A value out of its range.
+        InputError: A value is out of its range.
     """
 
     save_every: int = 100
@@ -236,12 +237,12 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh; one of them may be -1 and takes the devices that the others leave.
+    """Sizes of the device mesh; one of them may be -1 for all remaining devices.
 
     Args:
-        data: Copies of the model.
-        fsdp: Devices that share the weights of one copy and split its rows.
-        tensor: Devices that split each product with a weight.
+        data: Number of copies of the model.
+        fsdp: Number of devices over which the weights and the rows of one copy are split.
+        tensor: Number of devices over which each product with a weight is split.
 
     Raises:
         InputError: A size that is neither positive nor -1, or more than one -1.
@@ -264,7 +265,7 @@ class MeshConfig:
             raise InputError(f"mesh: {' and '.join(open_)} are -1, expected one of them at most")
 
     def sizes(self, devices: int) -> tuple[int, int, int]:
-        """The sizes of (data, fsdp, tensor) on a number of devices.
+        """Gives the sizes of (data, fsdp, tensor) on a number of devices.
 
         Raises:
             InputError: The sizes do not make up that number.
@@ -282,16 +283,16 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """What a run tells.
+    """What a run logs.
 
     Args:
-        log_every: Steps between lines of metrics.
-        wandb: Weights & Biases project to report to besides; empty for none. Needs the extra
+        log_every: Number of steps between lines of metrics.
+        wandb: Weights & Biases project to report to in addition; empty for none. Needs the extra
             `wandb`.
-        profile_steps: First and last step to write a JAX trace of, to `profile/`; empty for none.
+        profile_steps: First and last step of a JAX trace, written to `profile/`; empty for none.
 
     Raises:
-        InputError: A value out of its range.
+        InputError: A value is out of its range.
     """
 
     log_every: int = 10
@@ -312,15 +313,14 @@ class TaskConfig:
     """What is learned.
 
     Args:
-        name: "causal-lm" predicts the next token; "choice" too, and evaluation then asks which of
-            several answers is the likeliest; "classification" gives one of several labels, and
-            "regression" a number. "auto" is the one that the rows and the model have in common,
-            where there is one.
-        labels: Names of the labels of classification, in the order of the logits; by default those
+        name: "causal-lm" predicts the next token. "choice" does too, and its evaluation asks which
+            of several answers is the likeliest. "classification" predicts one of several labels,
+            "regression" a number. "auto" is the only task that fits both the rows and the model.
+        labels: Names of the labels for classification, in the order of the logits; by default those
             of the training rows.
 
     Raises:
-        InputError: A value out of its range.
+        InputError: A value is out of its range.
     """
 
     name: Annotated[Literal["auto", TaskName], arg(name="task")] = "auto"
@@ -339,19 +339,19 @@ class FinetuneConfig:
         data: The training examples.
         output: Folder of the run: configuration, metrics, plot, checkpoints, adapter.
         task: What is learned.
-        method: What trains, and how, with the settings of its own; one of `loft_jax.methods`.
-            docs/methods.md has them all.
+        method: What is trained and how: one of `loft_jax.methods`, with its own settings.
+            docs/methods.md describes them all.
         lora: The adapters.
-        optimizer: What all methods have in common.
-        schedule: Steps, rows and learning rates.
+        optimizer: Settings that all methods have in common.
+        schedule: Number of steps, rows and learning rates.
         evaluation: The held-out examples.
-        checkpoint: What is saved.
-        mesh: How devices share the work.
-        logging: What is told.
-        seed: Of initial factors, data order and dropout.
+        checkpoint: Which checkpoints are kept.
+        mesh: How the work is split over devices.
+        logging: What is logged.
+        seed: Seed of initial factors, data order and dropout.
 
     Raises:
-        InputError: A value out of its range; the message names the field.
+        InputError: A value is out of its range; the message names the field.
 
     Example:
         >>> config = FinetuneConfig(
@@ -396,6 +396,6 @@ class FinetuneConfig:
                 f"model.quantization is {shown(self.model.quantization)}, but method "
                 f"{self.method.name} trains the weights; expected none"
             )
-        # The command line makes a run before it has read what it is called.
+        # The command line builds a configuration before it has parsed the value of `output`.
         if isinstance(self.output, str):
             check_output(self.output)

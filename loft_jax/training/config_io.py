@@ -1,4 +1,4 @@
-"""Configurations of runs in YAML files: written, read, checked, and compared at resume."""
+"""Writes, reads, checks and compares the configurations of runs, in YAML."""
 
 import dataclasses
 import os
@@ -44,8 +44,8 @@ def load_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         Those fields alone, in plain values.
 
     Raises:
-        InputError: The file cannot be read, is no mapping, sets an unknown field, or sets a field
-            to a value of another type than its own.
+        InputError: The file cannot be read, is not a mapping, sets an unknown field, or sets a
+            field to a value of the wrong type.
     """
     text = read_text(Path(path), "settings in YAML", most_bytes=_MOST_BYTES)
     with explained(f"{path}: cannot be read as YAML"):
@@ -57,15 +57,15 @@ def load_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses what no configuration needs before anything is made of it.
+    """Refuses a file of too many values or levels before any value is built.
 
-    A few lines of aliases of aliases stand for more values than any memory holds.
+    A few lines of nested aliases can stand for more values than any memory holds.
     """
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
         self._size = self._depth = 0
-        self._sizes: dict[int, int] = {}  # of each node that is complete, by its identity
+        self._sizes: dict[int, int] = {}  # of every complete node, by its id
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         is_alias, before = self.check_event(yaml.AliasEvent), self._size
@@ -86,17 +86,17 @@ class _Loader(yaml.SafeLoader):
 
 
 def checked_fields(fields: Any, where: str) -> dict[str, Any]:
-    """Fields of a configuration as a file of a stranger gives them, checked by name and type.
+    """Checks the fields of a configuration from an untrusted file by name and type.
 
     Args:
         fields: What was read.
         where: The file, for messages.
 
     Returns:
-        The same fields, each of the type that it has in a `FinetuneConfig`.
+        The same fields, each with the type that it has in a `FinetuneConfig`.
 
     Raises:
-        InputError: They are no mapping, or a field is unknown or of another type.
+        InputError: They are not a mapping, or a field is unknown or of the wrong type.
     """
     if not isinstance(fields, dict):
         raise InputError(f"{where}: holds a {type(fields).__name__}, expected fields and values")
@@ -104,7 +104,7 @@ def checked_fields(fields: Any, where: str) -> dict[str, Any]:
 
 
 def config_from_dict(fields: dict[str, Any]) -> FinetuneConfig:
-    """Makes a configuration of plain values.
+    """Builds a configuration from plain values.
 
     Args:
         fields: As `config_to_dict` gives them, or some of them.
@@ -119,25 +119,25 @@ def config_from_dict(fields: dict[str, Any]) -> FinetuneConfig:
 
 
 def config_to_dict(config: FinetuneConfig) -> dict[str, Any]:
-    """Takes a configuration apart.
+    """Converts a configuration to plain values.
 
     Args:
         config: Of a run.
 
     Returns:
-        Its fields in plain values, as JSON and YAML hold them.
+        Its fields as values that JSON and YAML can hold.
     """
     return _plain(dataclasses.asdict(config))
 
 
 def check_same_run(saved: dict[str, Any], now: dict[str, Any], *, same_content: bool) -> None:
-    """Refuses to go on with a run under settings that would have made it another one.
+    """Refuses to resume a run with settings that would have made it another run.
 
     Args:
         saved: What the run was started with, from `config_to_dict`.
-        now: What it is to go on with.
-        same_content: Whether fingerprints tell that model and examples are the same, wherever they
-            lie now.
+        now: What it is to be resumed with.
+        same_content: Whether fingerprints will show that model and examples are the same; their
+            paths may then differ.
 
     Raises:
         InputError: Names the first field that differs, with both values.
@@ -154,7 +154,7 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any], *, same_content: 
 
 
 def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Fields by their dotted names."""
+    """Yields the fields by their dotted names."""
     for name, value in fields.items():
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{prefix}{name}.")
@@ -163,7 +163,7 @@ def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _may_change(cls: Any, kinds: set[str], prefix: str = "") -> Iterator[str]:
-    """Dotted names of the fields and sections that a resumed run may change, by their metadata."""
+    """Yields the dotted names of fields and sections that a resumed run may change."""
     hints = get_type_hints(cls)
     for known in dataclasses.fields(cls):
         name = f"{prefix}{known.name}"
@@ -206,7 +206,7 @@ def _checked(cls: Any, fields: dict[str, Any], where: str, prefix: str = "") -> 
 
 
 def _method(fields: dict[str, Any], where: str = "") -> tuple[type[Method], dict[str, Any]]:
-    """The class of a method and its settings, from fields that a file gives."""
+    """Gives the class of a method and its settings, from the fields of a file."""
     if "name" not in fields:
         raise InputError(f"{where}field method.name is missing")
     settings = dict(fields)
@@ -246,7 +246,7 @@ _EXPECTED = {bool: "true or false", int: "an integer", float: "a number", str: "
 
 
 def _typed(hint: Any, value: Any, *, where: str) -> Any:
-    """A value that YAML gave, as the type hint of its field has it."""
+    """Converts a value from YAML to the type of its field."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Literal:
         if value in inner:

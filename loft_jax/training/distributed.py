@@ -1,4 +1,4 @@
-"""Several processes as one run: joining, agreeing, and arrays that are spread over them."""
+"""A run of several processes: joining, agreeing, and placing arrays over all of them."""
 
 import logging
 import os
@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from loft_jax.data import Batch
 from loft_jax.errors import InputError
 
-# Seconds after which a process that is silent is taken for dead, so that the others stop.
+# Seconds after which a silent process counts as dead, so that the others stop.
 _HEARTBEAT_TIMEOUT = 30
 
 # Where Slurm and Open MPI say how many processes they have started.
@@ -23,16 +23,16 @@ _PROCESS_COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """How this process finds the others. On Cloud TPU, Slurm and Open MPI nothing is needed.
+    """How this process finds the others; not needed on Cloud TPU, Slurm and Open MPI.
 
     Args:
-        coordinator_address: Address of process 0, as every process reaches it, and a free port:
+        coordinator_address: Address of process 0 that every process can reach, with a free port:
             "10.0.0.1:1234".
         process_count: Number of processes.
-        process_id: Number of this one, from 0.
+        process_id: Number of this process, from 0.
 
     Raises:
-        InputError: Some are given, but not all.
+        InputError: Some of the settings are given, but not all.
     """
 
     coordinator_address: str = ""
@@ -49,10 +49,10 @@ class DistributedConfig:
 
 
 def join(config: DistributedConfig) -> None:
-    """Joins the other processes of the run, before JAX touches a device; alone, does nothing.
+    """Joins the other processes of a run, before JAX uses a device; does nothing if there are none.
 
     Args:
-        config: As users give it; by default the cluster's environment tells.
+        config: As users give it; by default it is read from the cluster's environment.
 
     Raises:
         InputError: The processes cannot find each other.
@@ -72,26 +72,26 @@ def join(config: DistributedConfig) -> None:
     except (ValueError, RuntimeError) as error:
         # What JAX says where nothing announces a cluster, and in a program that has used it.
         alone = ("coordinator_address should be defined", "must be called before any JAX calls")
-        told = config.coordinator_address or any(
+        expected = config.coordinator_address or any(
             os.environ.get(name, "1") != "1" for name in _PROCESS_COUNTS
         )
-        if told or not any(words in str(error) for words in alone):
+        if expected or not any(words in str(error) for words in alone):
             raise InputError(f"cannot join the other processes: {error}") from error
 
 
 def is_of_another_process(error: Exception) -> bool:
-    """Whether an error is one that a process gets when another one has gone."""
-    told = ("unavailable", "aborted", "deadline_exceeded", "gloo", "connection")
+    """Whether an error is one that a process gets when another process is gone."""
+    words = ("unavailable", "aborted", "deadline_exceeded", "gloo", "connection")
     return isinstance(error, jax.errors.JaxRuntimeError) and any(
-        word in str(error).lower() for word in told
+        word in str(error).lower() for word in words
     )
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process in the middle of a run, and so the run.
+    """Ends this process at once, so that the whole run ends.
 
-    The usual end waits for the others, who wait in vain for this one; once it is gone, what they
-    wait for fails.
+    A usual exit would wait for the other processes, which wait for this one. Once this one is gone,
+    their waiting fails and they end too.
 
     Args:
         code: Exit code.
@@ -103,18 +103,18 @@ def leave(code: int) -> NoReturn:
 
 
 def is_main() -> bool:
-    """Whether this process writes what one process has to."""
+    """Whether this is the process that writes files for all."""
     return jax.process_index() == 0
 
 
 def wait_for_all(what: str) -> None:
-    """Waits until every process is here."""
+    """Waits until every process has called this."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
 
 
 def all_agree(ok: bool) -> bool:
-    """Whether it holds on every process; every process asks."""
+    """Whether `ok` is true on every process; every process calls this."""
     if jax.process_count() == 1:
         return ok
     return bool(np.all(multihost_utils.process_allgather(np.asarray(ok))))
@@ -124,11 +124,11 @@ def place_batch(batch: Batch, sharding: NamedSharding) -> dict[str, jax.Array]:
     """Puts the rows of a batch on the devices that compute them.
 
     Args:
-        batch: All of it, the same on every process.
-        sharding: Of its rows.
+        batch: The whole batch, the same on every process.
+        sharding: Sharding of its rows.
 
     Returns:
-        Arrays over the mesh; a process copies the rows of its own devices.
+        Arrays on the mesh; a process copies only the rows of its own devices.
     """
     return {
         name: jax.make_array_from_callback(rows.shape, sharding, rows.__getitem__)

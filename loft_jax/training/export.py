@@ -1,4 +1,4 @@
-"""What a run leaves: the model as it was trained, read from a checkpoint or written for others."""
+"""Exports a trained model: restores it from a checkpoint, and writes it for other libraries."""
 
 import os
 from collections.abc import Mapping
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
 
 
 def trained_with(run: Mapping[str, Any], where: str) -> FinetuneConfig:
-    """The configuration that a checkpoint was made with; `config.yaml` may say another since.
+    """Gives the configuration that a checkpoint was made with; `config.yaml` may have changed.
 
     Args:
         run: The plain values of the checkpoint.
         where: The checkpoint, for messages.
 
     Returns:
-        The configuration, by name of its precision.
+        The configuration, with its precision resolved.
 
     Raises:
-        InputError: There is none, or a field of it is not what it should be.
+        InputError: There is no configuration, or one of its fields is wrong.
     """
     return with_precision(config_from_dict(checked_fields(run.get("config"), where)))
 
@@ -50,27 +50,27 @@ def trained_with(run: Mapping[str, Any], where: str) -> FinetuneConfig:
 def restore_model(
     config: FinetuneConfig, checkpoints: Checkpoints, step: int
 ) -> tuple[PretrainedModel, Task]:
-    """The model of a run as it was at one of its checkpoints.
+    """Restores the model of a run as it was at one of its checkpoints.
 
     Args:
-        config: As from `trained_with`; its model may have moved.
+        config: From `trained_with`; the path of its model may have changed.
         checkpoints: Of the run.
         step: One of `checkpoints.steps()`.
 
     Returns:
-        The model, with its trained parameters, and the task that it was trained on.
+        The model with its trained parameters, and the task that it was trained on.
 
     Raises:
-        InputError: The checkpoint cannot be read, or is damaged; or the base model is not the one
+        InputError: The checkpoint cannot be read or is damaged, or the base model is not the one
             that the run was started with.
     """
-    with explained(f"{checkpoints.folder / str(step)}: does not tell what it was trained on"):
+    with explained(f"{checkpoints.folder / str(step)}: does not say what it was trained on"):
         run = checkpoints.run_of(step)
         saved, name = run["fingerprints"], run["task"]["name"]
         labels = run["task"]["labels"] if name == "classification" else ()
         task = make_task(name, None, config.data, choices=config.evaluation.choices, labels=labels)
     base = load_base(config, task)
-    with explained(f"{checkpoints.folder / str(step)}: does not tell what it was trained on"):
+    with explained(f"{checkpoints.folder / str(step)}: does not say what it was trained on"):
         check_fingerprints(saved, {"model": base_fingerprint(base)}, doing="export")
     model = adapted(base, config, task)
     parts = split_model(model, trained_variables(config.method, task.head_modules(model)))
@@ -90,15 +90,15 @@ def export_trained(
     *,
     base_model: str,
 ) -> Path:
-    """Writes what a run trained: `adapter/` in PEFT's format, or all weights to `model/`.
+    """Writes the trained adapter to `adapter/` in PEFT's format, or all weights to `model/`.
 
     Args:
         model: The trained model.
-        tokenizer: Goes with a whole model.
+        tokenizer: Written with a whole model.
         method: Of the run.
         task: Of the run.
         folder: Where `adapter/` or `model/` goes.
-        base_model: What the run began with, as users name it.
+        base_model: Name or path of the base model, as users give it.
 
     Returns:
         The folder that was written.

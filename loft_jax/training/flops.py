@@ -1,4 +1,4 @@
-"""Floating-point operations of a step, and of the chips that compute it."""
+"""Floating-point operations of a step, and the peak rates of chips."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from flax import nnx
 
 from loft_jax.models.family import PretrainedModel, flat_parameters
 
-# Dense bfloat16 operations a second, by JAX's name of the device: Google's and NVIDIA's figures.
+# Dense bfloat16 operations per second by JAX's device kind, from Google's and NVIDIA's figures.
 _PEAK = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -24,15 +24,15 @@ _PEAK = {
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """Model FLOPs of one trained token: 2 a weight and pass, and those of the attention scores.
+    """Model FLOPs of one trained token: 2 for each weight and pass, plus the attention scores.
 
-    There are three passes: forward, the gradient of activations, and the gradient of weights. The
-    last one is left out where the base is frozen; adapters are not counted, nor is what is
-    computed again, nor a head that reads one token of a row.
+    There are three passes: forward, the gradient of the activations, and the gradient of the
+    weights. A frozen base has no third pass. Adapters, recomputation and a head that reads one
+    token of a row are not counted.
 
     Attributes:
-        weights: Elements of the weights that every token is multiplied with.
-        width: Of the heads of all layers together.
+        weights: Number of elements of the weights that every token is multiplied with.
+        width: Total width of the attention heads of all layers.
 
     Source:
         Chowdhery et al., PaLM, arXiv 2204.02311, appendix B.
@@ -43,13 +43,13 @@ class ModelFlops:
 
     @classmethod
     def of(cls, model: PretrainedModel) -> "ModelFlops":
-        """Counts the weights of a model by its table of parameters.
+        """Counts the weights of a model by its parameter table.
 
         Args:
-            model: Shapes are enough; adapters are passed over.
+            model: Shapes are enough; adapters are ignored.
 
         Returns:
-            What its tokens meet: kernels of the layers, a head of the vocabulary, tied or not.
+            Counts of the kernels of the layers and of the head of the vocabulary, tied or not.
 
         Example:
             >>> from loft_jax.models.registry import WELL_KNOWN
@@ -72,10 +72,10 @@ class ModelFlops:
         return cls(weights, width)
 
     def per_token(self, length: int, *, full: bool) -> float:
-        """Multiplications and additions.
+        """Computes the FLOPs of one token.
 
         Args:
-            length: Tokens of a row, which a token attends to; masked ones count, as is the custom.
+            length: Number of tokens of a row; all of them count as attended to, as is the custom.
             full: Whether all weights are trained.
 
         Returns:
@@ -86,5 +86,5 @@ class ModelFlops:
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """FLOPs a second that a device is sold with, in bfloat16; None for one that is not known."""
+    """Gives the peak bfloat16 FLOPs per second of a device; None if it is not known."""
     return _PEAK.get(device.device_kind)

@@ -14,27 +14,28 @@ from loft_jax.training.partition import ModelPartition
 
 Tree = Any
 Loss = Callable[[Any, Arrays], tuple[jax.Array, jax.Array]]
-"""Of a model and a batch: the summed loss, and its weight."""
+"""Maps a model and a batch to the summed loss and its weight."""
 
 Sums = tuple[jax.Array, jax.Array, Tree, Tree]
-"""Of the loss, of its weight, of the gradients, and the counters of the random streams after."""
+"""Sums of loss, weight and gradients, and the counters of the random streams afterwards."""
 
 
 def make_gradients(
     parts: ModelPartition, loss: Loss, accumulation_steps: int, mesh: Mesh | AbstractMesh | None
 ) -> Callable[[Tree, Tree, Tree, Arrays], Sums]:
-    """The sums that a step divides by their weight.
+    """Makes the function that sums loss, weight and gradients of a batch.
 
     Args:
         parts: From `split_model`.
-        loss: Of a task.
-        accumulation_steps: Parts of the batch, computed one after the other; divides its rows.
-        mesh: That the step is split over, if it is.
+        loss: The loss of a task.
+        accumulation_steps: Number of parts of the batch, computed one after another; divides its
+            rows.
+        mesh: The mesh that the step is split over, if any.
 
     Returns:
         A function of trained parameters, counters of the random streams, frozen parameters and a
-        batch as the loss takes it. Over copies of the model (`data`) it adds parts up once, after
-        the last one, in float32; with dropout each copy then draws its own masks.
+        batch as the loss takes it. It sums over copies of the model (`data`) once, after the last
+        part, in float32; with dropout each copy then draws its own masks.
     """
 
     def summed_loss(
@@ -65,7 +66,7 @@ def make_gradients(
         return jax.lax.scan(add, start, divided)[0]
 
     def summed_in_each_copy(params: Tree, streams: Tree, frozen: Tree, batch: Arrays) -> Sums:
-        """Sums over the parts in each copy of the model, and then once over the copies."""
+        """Sums over the parts within each copy of the model, then once over the copies."""
         copy = jax.lax.axis_index("data")
         frozen = jax.tree.map(
             lambda x: (
@@ -89,10 +90,10 @@ def make_gradients(
 
 
 def _copies_apart(mesh: Mesh | AbstractMesh) -> bool:
-    """Whether the copies of the model can sum their gradients apart from each other.
+    """Whether each copy of the model can sum its gradients over the parts by itself.
 
-    Else the compiler adds them up over the copies in each part and layer. With three axes in use
-    it would have to: XLA's partitioner cannot split what is left over two (its check in
-    `ExpandDeviceGroups` fails, jaxlib 0.10.2).
+    Otherwise the compiler sums them over the copies in every part and layer. With three axes in use
+    there is no choice: XLA's partitioner cannot split the remaining computation over two axes (its
+    check in `ExpandDeviceGroups` fails, jaxlib 0.10.2).
     """
     return mesh.shape["data"] > 1 and 1 in (mesh.shape["fsdp"], mesh.shape["tensor"])

@@ -1,4 +1,4 @@
-"""The held-out examples of a run, and what a model does on them."""
+"""The held-out examples of a run, and the evaluation of a model on them."""
 
 import dataclasses
 import hashlib
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 def held_out_data(config: FinetuneConfig) -> DataConfig:
-    """Where the held-out examples of a run are, in the form of its training examples."""
+    """Gives the data configuration of the held-out examples of a run."""
     evaluation = config.evaluation
     return dataclasses.replace(config.data, path=evaluation.path, split=evaluation.split)
 
 
 class HeldOut:
-    """Examples to measure a model on."""
+    """Held-out examples to evaluate models on."""
 
     def __init__(
         self,
@@ -33,19 +33,20 @@ class HeldOut:
         vocab_size: int | None = None,
         progress: bool,
     ) -> None:
-        """Prepares them.
+        """Tokenizes and checks the examples.
 
         Args:
             task: Of the run.
-            rows: As `load_examples` gives them.
+            rows: From `load_examples`.
             tokenizer: Of the model.
-            data: Names of fields, and `max_length`.
-            batch_size: Rows computed at once.
-            vocab_size: The tokens that the model has weights for; None if it is not at hand.
-            progress: Show bars.
+            data: Its field names and `max_length` are used.
+            batch_size: Number of rows computed at once.
+            vocab_size: Number of tokens that the model has weights for; None if it is not known.
+            progress: Show progress bars.
 
         Raises:
-            InputError: They are not of the task, or have a token that the model has no weights for.
+            InputError: The examples do not fit the task, or have a token that the model has no
+                weights for.
         """
         self._rows = rows
         self._evaluate = task.evaluation(
@@ -54,12 +55,12 @@ class HeldOut:
 
     @property
     def count(self) -> int:
-        """How many examples there are."""
+        """The number of examples."""
         return len(self._rows)
 
     @property
     def fingerprint(self) -> str:
-        """What tells these examples from others, wherever their file lies: 32 digits."""
+        """A checksum of the contents of the examples, 32 hexadecimal digits."""
         digest = hashlib.blake2b(digest_size=16)
         for index in range(len(self._rows)):
             row = dict(self._rows[index])
@@ -67,12 +68,12 @@ class HeldOut:
         return digest.hexdigest()
 
     def measure(self, model: Any) -> Measured:
-        """What the task says of a model on these examples.
+        """Evaluates a model on these examples.
 
         Args:
             model: With its adapters.
 
         Returns:
-            The loss, and what else the task measures.
+            The loss and the other metrics of the task.
         """
         return self._evaluate(model)

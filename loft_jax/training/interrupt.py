@@ -1,4 +1,4 @@
-"""Ctrl-C, termination signals and preemption notices as a request to stop behind a step."""
+"""Turns Ctrl-C, termination signals and preemption notices into requests to stop after a step."""
 
 import signal
 import threading
@@ -10,13 +10,14 @@ from jax.experimental import multihost_utils
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM is a request to stop; a second one acts as usual.
+    """Takes the first SIGINT or SIGTERM as a request to stop; a second one acts as usual.
 
-    In a run of several processes JAX takes SIGTERM, which is also how a cluster gives notice of a
-    preemption, on whichever process gets it, and names a step that all of them can stop behind; a
-    second one does nothing there.
+    In a run of several processes, JAX handles SIGTERM, with which a cluster also announces a
+    preemption: whichever process gets it, JAX chooses a step after which all of them can stop.
+    There a second one does nothing.
 
-    Outside the main thread, where Python lets nobody handle signals, one process requests nothing.
+    Outside the main thread Python does not allow signal handlers; a single process then gets no
+    requests.
 
     Example:
         >>> with StopRequest() as stop:
@@ -26,14 +27,14 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self._together = jax.process_count() > 1
+        self._several = jax.process_count() > 1
         self._requested = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
             # In several processes SIGTERM has the handler that JAX set when they joined.
-            for number in [signal.SIGINT, *([] if self._together else [signal.SIGTERM])]:
+            for number in [signal.SIGINT, *([] if self._several else [signal.SIGTERM])]:
                 self._before[number] = signal.signal(number, self._request)
         return self
 
@@ -41,16 +42,16 @@ class StopRequest:
         self._restore()
 
     def reached(self, step: int) -> bool:
-        """Whether to stop behind this step; asked after every one, on every process."""
-        if self._together:
+        """Whether to stop after this step; called after every step, on every process."""
+        if self._several:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._requested
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self._requested = True
         self._restore()
-        if self._together:
-            signal.raise_signal(signal.SIGTERM)  # for JAX to tell the others
+        if self._several:
+            signal.raise_signal(signal.SIGTERM)  # JAX passes it on to the other processes
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

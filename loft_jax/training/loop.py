@@ -1,4 +1,4 @@
-"""The training loop of a run, from its configuration to the adapter it leaves."""
+"""The training loop, from the configuration of a run to its exported adapter."""
 
 import contextlib
 import logging
@@ -42,17 +42,17 @@ from loft_jax.training.step import TrainState
 
 _log = logging.getLogger(__name__)
 
-# Steps that JAX may still be computing when another one is begun: enough to keep a device busy, and
-# few enough to stop within seconds.
+# Number of steps that JAX may still be computing when the next one is dispatched: enough to keep a
+# device busy, and few enough to stop within seconds.
 _STEPS_AHEAD = 2
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run came to.
+    """The result of a run.
 
     Args:
-        steps: Steps done.
+        steps: Number of steps done.
         interrupted: Whether it was asked to stop before its last step, and saved a checkpoint.
         before: Evaluation before training, by name; empty without evaluation.
         after: Evaluation after training; empty without evaluation, or when interrupted.
@@ -71,24 +71,24 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, progress: bool = T
     """Fine-tunes a model.
 
     The output folder then holds `config.yaml`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`,
-    `loss.png` (with matplotlib) and `adapter/` in PEFT's format (`model/` for method "full"). An
-    interrupt or a termination signal saves a checkpoint before the function returns; a killed run
-    loses the steps since its last checkpoint. A resumed run goes on as if it had never stopped, to
-    the bit on the same machine.
+    `loss.png` (with matplotlib) and `adapter/` in PEFT's format (`model/` for method "full"). On an
+    interrupt or a termination signal the function saves a checkpoint and returns; a killed run
+    loses the steps since its last checkpoint. A resumed run continues as if it had never stopped,
+    bit for bit on the same machine.
 
     Args:
         config: The run.
-        resume: Go on from the newest checkpoint in the output folder; a run that was killed before
-            its first one starts again.
+        resume: Continue from the newest checkpoint in the output folder; a run that was killed
+            before its first checkpoint starts again.
         progress: Show bars.
 
     Returns:
-        What it came to.
+        The result of the run.
 
     Raises:
-        InputError: Something given is wrong: model, data, targets, a folder that holds another
-            run or is being trained in, a changed configuration at resume, no checkpoint to resume
-            from; or the run trained nothing, since no loss or no gradient was finite.
+        InputError: The model, the data or the targets are wrong; the folder holds another run or a
+            run is training there; at resume, the configuration has changed or there is no
+            checkpoint; or the run trained nothing, since no loss or no gradient was finite.
 
     Example:
         >>> result = finetune(  # doctest: +SKIP
@@ -127,10 +127,10 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, progress: bool = T
         if is_main():
             plot_losses(rows, folder / "loss.png")
             held_out = bool(config.evaluation.path)
-            if done == run.steps and (told := rise_of_loss(rows, held_out=held_out)):
+            if done == run.steps and (rise := rise_of_loss(rows, held_out=held_out)):
                 _log.warning(
                     "%s: expected it to fall; a smaller learning_rate than %g may train",
-                    *(told, config.schedule.learning_rate),
+                    *(rise, config.schedule.learning_rate),
                 )
         return RunResult(
             steps=done,
@@ -143,7 +143,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, progress: bool = T
 
 @contextlib.contextmanager
 def _checkpoints(config: FinetuneConfig, resume: bool) -> Iterator[Checkpoints]:
-    """Opens the folder of a run, refusing before any work what would mix two runs."""
+    """Opens the checkpoints of a run, and refuses a folder that would mix two runs."""
     folder = Path(config.output)
     checkpoints = Checkpoints(
         folder / "checkpoints",
@@ -167,11 +167,11 @@ def _checkpoints(config: FinetuneConfig, resume: bool) -> Iterator[Checkpoints]:
 
 
 def _started_with(checkpoints: Checkpoints, folder: Path) -> dict[str, Any]:
-    """The configuration that a run to resume was started with."""
+    """Gives the configuration that a run to resume was started with."""
     if (saved := checkpoints.newest_run()) is not None:
         return config_to_dict(trained_with(saved, str(checkpoints.folder)))
     if checkpoints.steps() or not (folder / "config.yaml").exists():
-        found = ", none of those it holds can be read" if checkpoints.steps() else ""
+        found = ", none of the checkpoints there can be read" if checkpoints.steps() else ""
         raise InputError(f"{checkpoints.folder}: no checkpoint to resume from{found}")
     _log.warning("%s: stopped before its first checkpoint; starting again", folder)
     return config_to_dict(with_precision(config_from_dict(load_config(folder / "config.yaml"))))
@@ -237,7 +237,7 @@ def _train(
             speed.count(int((batch["segment_ids"] > 0).sum()), batch["tokens"].shape[1])
             bar.update()
             last, stopped = done == run.steps, stop.reached(done)
-            # The first one too: what later losses are compared with.
+            # The first step too: later losses are compared with its loss.
             logs = last or done == 1 or done % log_every == 0
             due = eval_every > 0 and done % eval_every == 0
             evaluates = last or (due and not stopped)  # a notice of preemption leaves little time
@@ -272,7 +272,7 @@ def _train(
 
 
 def _check_skipped(state: TrainState, run: Run, known: int) -> int:
-    """Tells of steps that were skipped since the last look, and ends a run of nothing else."""
+    """Warns of newly skipped steps, and raises if too many were skipped in a row."""
     done = int(gather_to_host(state.step))
     skipped, in_a_row = (int(count) for count in gather_to_host(state.skipped))
     if in_a_row >= run.config.optimizer.max_skipped_steps or skipped == run.steps:

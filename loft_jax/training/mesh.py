@@ -3,7 +3,7 @@
 - `data`: copies of the model, each with its own rows of the batch.
 - `fsdp`: rows of the batch too, and weights split over the same devices; a layer's weights are
   gathered when it runs.
-- `tensor`: weights split by heads, MLP features and vocabulary, which compute side by side.
+- `tensor`: weights split by heads, MLP features and vocabulary, which are computed in parallel.
 """
 
 import math
@@ -20,21 +20,21 @@ from loft_jax.training.config import MeshConfig
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Lays a mesh over devices, neighbours on the torus of a TPU slice next to each other.
+    """Makes a mesh of devices in which neighbours on the torus of a TPU slice are adjacent.
 
-    Over several slices, which a slower network joins, `data` runs across them, or else `fsdp`;
-    `tensor` never does.
+    Several slices are joined by a slower network: `data` is split across them, or else `fsdp`, but
+    never `tensor`.
 
     Args:
-        config: Its sizes.
-        devices: By default all that there are.
+        config: Sizes of the axes.
+        devices: By default all devices.
 
     Returns:
-        A mesh of the axes data, fsdp, tensor.
+        A mesh with the axes data, fsdp and tensor.
 
     Raises:
-        InputError: The sizes do not make up the number of devices, or neither data nor fsdp is a
-            multiple of the number of slices.
+        InputError: The product of the sizes is not the number of devices, or neither data nor fsdp
+            is a multiple of the number of slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
@@ -45,7 +45,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         grid = mesh_utils.create_hybrid_device_mesh(inside, across, list(devices))
     elif devices[0].platform == "tpu":
         grid = mesh_utils.create_device_mesh(sizes, list(devices))
-    else:  # in the order of their hosts, so that the last axes stay inside of one
+    else:  # in the order of their hosts, so that the last axes stay within one host
         grid = np.asarray(devices).reshape(sizes)
     return Mesh(grid, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
@@ -66,12 +66,12 @@ def check_batch(rows: int, accumulation_steps: int, mesh: Mesh) -> None:
     """Refuses a batch whose rows cannot be split evenly.
 
     Args:
-        rows: Of a step, over all devices.
-        accumulation_steps: Parts that they are computed in.
+        rows: Number of rows of a step, over all devices.
+        accumulation_steps: Number of parts that they are computed in.
         mesh: From `make_mesh`.
 
     Raises:
-        InputError: Names the nearest number of rows that can be.
+        InputError: The rows cannot be split; the message names the nearest possible number.
     """
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     unit = shards * accumulation_steps

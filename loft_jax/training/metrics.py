@@ -1,4 +1,4 @@
-"""Metrics of a run: written as JSON lines and for TensorBoard, read again, drawn, and judged."""
+"""Writes, reads, plots and checks the metrics of a run."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ from tensorboardX.summary import scalar
 from loft_jax.errors import InputError, explained
 from loft_jax.files import own_file, read_text, regular_file, replacing
 
-_LAST = 5  # logged losses that the end of a run is judged by: one alone is of one batch
+_LAST = 5  # number of logged losses that the end of a run is judged by; one would be noisy
 _MOST_BYTES = 2**30  # of a metrics file: three million rows
 
 
@@ -36,9 +36,9 @@ class MetricsLog:
 
         Args:
             folder: The run's folder.
-            resumed_at: The step a run goes on from: later rows are forgotten, as it makes them
-                again. None forgets all.
-            wandb: Weights & Biases project to report to besides.
+            resumed_at: The step that a run is resumed at; later rows are removed, since the run
+                will write them again. None removes all rows.
+            wandb: Weights & Biases project to report to in addition.
 
         Raises:
             InputError: The folder cannot be written.
@@ -52,7 +52,7 @@ class MetricsLog:
                 partial.write_text(text, encoding="utf-8")
             self._file = self.path.open("a", encoding="utf-8")
             (Path(folder) / "tensorboard").mkdir(exist_ok=True)
-            # Not a SummaryWriter: its thread, once the disk was full, leaves its callers waiting.
+            # Not a SummaryWriter: once the disk is full, its thread leaves its callers waiting.
             self._events = EventsWriter(str(Path(folder) / "tensorboard" / "events"))
             begin = SessionLog(status=SessionLog.START)
             self._events.write_event(Event(wall_time=time.time(), step=last + 1, session_log=begin))
@@ -62,8 +62,8 @@ class MetricsLog:
         """Adds the values of a step.
 
         Args:
-            step: Behind which they were measured.
-            values: By name; those that are infinite or no number stay out.
+            step: The step after which they were measured.
+            values: Values by name; infinite values and NaN are left out.
 
         Raises:
             InputError: The folder cannot be written.
@@ -73,14 +73,14 @@ class MetricsLog:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
             for name, value in values.items():
-                told = Event(wall_time=time.time(), step=step, summary=scalar(name, value))
-                self._events.write_event(told)
+                event = Event(wall_time=time.time(), step=step, summary=scalar(name, value))
+                self._events.write_event(event)
             self._events.flush()
         if self._wandb is not None:
             self._wandb.log({"step": step, **values})
 
     def close(self) -> None:
-        """Writes out what is buffered."""
+        """Flushes and closes the log."""
         with contextlib.ExitStack() as closing:
             if self._wandb is not None:
                 closing.callback(self._wandb.finish)
@@ -93,16 +93,16 @@ class MetricsLog:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of a metrics file, up to the first that is none, as one cut off by a kill.
+    """Reads the rows of a metrics file, up to the first invalid row (one cut off by a kill, say).
 
     Args:
-        path: Of `metrics.jsonl`, which need not exist.
+        path: Path of `metrics.jsonl`, which need not exist.
 
     Returns:
         Numbers by name, `step` among them.
 
     Raises:
-        InputError: It is no file, or larger than any run makes it.
+        InputError: It is not a file, or larger than any run makes it.
     """
     if not Path(path).exists():
         return []
@@ -129,14 +129,14 @@ def _is_row(row: Any) -> bool:
 
 
 def plot_losses(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> bool:
-    """Draws training and evaluation loss by step.
+    """Plots training and evaluation loss by step.
 
     Args:
         rows: Rows of `metrics.jsonl`.
         path: PNG file to write.
 
     Returns:
-        Whether it was drawn: False when matplotlib, the extra `plot`, is not installed.
+        Whether it was plotted: False if matplotlib, the extra `plot`, is not installed.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -158,21 +158,21 @@ def plot_losses(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str]) ->
 
 
 def rise_of_loss(rows: Sequence[dict[str, Any]], *, held_out: bool) -> str:
-    """What to tell of a run whose loss ended far above its start, or as no number.
+    """Describes the losses that ended far above their start, or as no finite number.
 
-    Far is half of the first loss and half a nat above it, or three times the first loss and a tenth
-    of a nat above it: batches scatter by less around a loss that stays as it is, be it large or
-    small, and a run that diverged has lost more.
+    Far above means above `min(1.5 l + 0.5, max(3 l, l + 0.1))` nats, for a first loss of `l`. The
+    losses of batches scatter less than that around a loss that stays constant, large or small, and
+    the loss of a run that diverges rises more.
 
     Args:
-        rows: Of the `metrics.jsonl` of a run that is at its end; what was infinite or no number is
-            missing in them.
-        held_out: Whether the run has held-out examples: rows without training's values are then
-            theirs, and otherwise none of this run.
+        rows: Rows of the `metrics.jsonl` of a finished run; infinite values and NaN are missing in
+            them.
+        held_out: Whether the run has held-out examples, so that rows without values of training are
+            evaluations of it.
 
     Returns:
-        Of the training loss the first and the median of the last 5, and of the held-out loss those
-        before and after training: of whichever rose. Empty if neither did.
+        For each loss that rose, its start and its end: the first and the median of the last 5
+        training losses, and the held-out losses before and after training. Empty if neither rose.
 
     Example:
         >>> rise_of_loss([{"step": 1, "learning_rate": 0.1, "train_loss": 2.0},
@@ -182,14 +182,14 @@ def rise_of_loss(rows: Sequence[dict[str, Any]], *, held_out: bool) -> str:
     """
     trained = [row.get("train_loss", math.inf) for row in rows if "learning_rate" in row]
     measured = [row.get("eval_loss", math.inf) for row in rows if "learning_rate" not in row]
-    told = []
+    risen = []
     kinds = [("training", trained, _LAST), ("held-out", measured, 1)]
     for name, losses, count in kinds if held_out else kinds[:1]:
         first, later = losses[:1], losses[1:][-count:]
         if first and later and _rose(first[0], median(later)):
             figures = f"{_figure(first[0])} at first and {_figure(median(later))} at the end"
-            told.append(f"the {name} loss was {figures}")
-    return ", ".join(told)
+            risen.append(f"the {name} loss was {figures}")
+    return ", ".join(risen)
 
 
 def _rose(first: float, last: float) -> bool:
@@ -201,13 +201,13 @@ def _figure(loss: float) -> str:
 
 
 def check_wandb(project: str) -> None:
-    """Says before any work if Weights & Biases is asked for and not there.
+    """Refuses a Weights & Biases project if `wandb` is not installed.
 
     Args:
-        project: Empty if it is not asked for.
+        project: Name of the project; empty for none.
 
     Raises:
-        InputError: It is not installed.
+        InputError: `wandb` is not installed.
     """
     if project:
         try:
@@ -220,7 +220,7 @@ def check_wandb(project: str) -> None:
 
 
 def _wandb_run(folder: Path, project: str, last: int) -> Any:
-    """The run of this folder, gone on with if this one is."""
+    """Opens the Weights & Biases run of a folder; a resumed run continues it."""
     import wandb
 
     file = folder / "wandb_id"
@@ -229,6 +229,6 @@ def _wandb_run(folder: Path, project: str, last: int) -> Any:
             partial.write_text(secrets.token_hex(8), encoding="utf-8")
     known = read_text(own_file(file), "the name of a run of Weights & Biases", most_bytes=100)
     run = wandb.init(project=project, name=folder.name, dir=folder, id=known, resume="allow")
-    # By a step of our own: W&B takes no row that lies before its last one, as a resumed run's may.
+    # We define our own step: W&B refuses rows before its last step, which a resumed run may write.
     run.define_metric("*", step_metric="step")
     return run

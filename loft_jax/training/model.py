@@ -1,4 +1,4 @@
-"""The model of a run as it starts: base weights and adapters."""
+"""The initial model of a run: base weights and adapters."""
 
 import dataclasses
 import hashlib
@@ -32,7 +32,7 @@ Model = TypeVar("Model", bound=PretrainedModel)
 
 
 def load_model(config: FinetuneConfig, task: Task, mesh: Mesh | None = None) -> PretrainedModel:
-    """Loads the base model of a run and adds its adapters, as they start.
+    """Loads the base model of a run and adds its initial adapters.
 
     Args:
         config: Its model, method and adapters are used.
@@ -51,7 +51,7 @@ def load_base(config: FinetuneConfig, task: Task, mesh: Mesh | None = None) -> P
     Args:
         config: Its model, method and seed are used.
         task: Of the run.
-        mesh: Where its weights are split over; by default all lie on one device.
+        mesh: Mesh that its weights are split over; by default all are on one device.
 
     Returns:
         The model, without adapters.
@@ -73,70 +73,70 @@ def load_base(config: FinetuneConfig, task: Task, mesh: Mesh | None = None) -> P
 
 
 def base_fingerprint(base: PretrainedModel) -> str:
-    """What tells one base model from another, wherever its files lie and whatever its mesh.
+    """Computes a checksum of a base model, independent of its path and its mesh.
 
     Args:
-        base: As it was loaded; on a mesh of several processes all of them call this.
+        base: As it was loaded; with several processes, all of them call this.
 
     Returns:
-        32 hexadecimal digits, of every bit of its weights, in the dtypes they are held in, and of
-        the constants of its forward pass.
+        32 hexadecimal digits, from every bit of its weights as they are stored, and from the
+        constants of its forward pass.
     """
     constants = {k: v for k, v in base.config.to_hf().items() if k not in _NOT_COMPUTED_WITH}
     # Tells the token of padding where positions are counted from it.
     constants["max_length"] = base.config.max_length
     weights = tree_checksum(nnx.to_pure_dict(nnx.state(base, nnx.Param)))
-    told = json.dumps((constants, weights), sort_keys=True)
-    return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
+    text = json.dumps((constants, weights), sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 _NOT_COMPUTED_WITH = (
     "architectures", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id",
     "max_position_embeddings",
 )  # fmt: skip
-"""Of a model's configuration, what does not change its forward pass."""
+"""Fields of a model's configuration that do not change its forward pass."""
 
 
 def check_fingerprints(saved: Mapping[str, Any], now: Mapping[str, str], *, doing: str) -> None:
-    """Refuses other contents than a run was started with, whatever they are called and wherever.
+    """Refuses a model or examples whose content is not what a run was started with.
 
     Args:
-        saved: The fingerprints that a checkpoint of the run has, by field.
-        now: Those of what the fields lead to now.
-        doing: What cannot be done with others, for the message.
+        saved: The fingerprints in a checkpoint of the run, by field.
+        now: The fingerprints of the current content, by field.
+        doing: The action to be refused, for the message.
 
     Raises:
-        InputError: One differs; names its field.
+        InputError: A fingerprint differs; the message names its field.
     """
     for name, fingerprint in now.items():
         if saved[name] != fingerprint:
             raise InputError(
                 f"cannot {doing} with another {name}: what it holds now is not what the run "
-                f"was started with ({_TOLD[name]})"
+                f"was started with ({_CHANGES[name]})"
             )
 
 
-_TOLD = {
+_CHANGES = {
     "model": "its weights are others, or its configuration",
     "data.path": "its examples are others, or their order or their tokens",
     "evaluation.path": "its examples are others, or their order",
 }
-"""What makes the fingerprint of a field another one."""
+"""What changes the fingerprint of a field."""
 
 
 def abstract_model(
     family: Family, sizes: PretrainedConfig, config: FinetuneConfig, task: Task
 ) -> PretrainedModel:
-    """The model of a run as shapes: what `load_model` gives, with nothing read or allocated.
+    """Makes the model of `load_model` with shapes for arrays; nothing is read or allocated.
 
     Args:
         family: Of the base model.
-        sizes: Its configuration.
+        sizes: Configuration of the base model.
         task: Of the run.
         config: As for `load_model`.
 
     Returns:
-        The model, with a `jax.ShapeDtypeStruct` in the place of every array.
+        The model, with a `jax.ShapeDtypeStruct` in place of every array.
     """
 
     def made() -> PretrainedModel:
@@ -149,14 +149,14 @@ def abstract_model(
 
 
 def with_precision(config: FinetuneConfig, platform: str | None = None) -> FinetuneConfig:
-    """The configuration with "auto" made what it is on a kind of machine.
+    """Replaces a precision of "auto" by the dtype that it means on a platform.
 
     Args:
         config: Its model and method are used.
-        platform: The kind, as JAX names it; by default that of this machine.
+        platform: JAX's name of the platform; by default that of this machine.
 
     Returns:
-        The same run, by name of its precision: on another machine it is no other.
+        The same run, with named dtypes, so that it is the same on another machine.
     """
     dtype, param_dtype = config.model.dtype, config.model.param_dtype
     if dtype == "auto":
@@ -168,16 +168,16 @@ def with_precision(config: FinetuneConfig, platform: str | None = None) -> Finet
 
 
 def _computation(config: FinetuneConfig) -> dict[str, Any]:
-    """What a base model is stored in, computes in, and computes again."""
+    """Gives the options of a base model: dtypes and recomputation."""
     model = with_precision(config).model
     param_dtype = model.param_dtype if config.method.adapts else "float32"
     return {"dtype": model.dtype, "param_dtype": param_dtype, "remat": model.remat}
 
 
 def adapted(model: Model, config: FinetuneConfig, task: Task) -> Model:
-    """Adds the adapters of a run to its base model, in place, as they start.
+    """Adds the initial adapters of a run to its base model, in place.
 
-    A head that trains beside them becomes float32.
+    A head that is trained beside them is cast to float32.
 
     Args:
         model: The base model; under `nnx.eval_shape`, of shapes only.
@@ -188,8 +188,8 @@ def adapted(model: Model, config: FinetuneConfig, task: Task) -> Model:
         The same model, in training mode; without adapters for a method that trains all weights.
 
     Raises:
-        InputError: Targets are not what they should be, inside of a head that trains whole, or not
-            what the method can train.
+        InputError: The targets are wrong, or inside of a head that trains whole, or the method
+            cannot train them.
     """
     if config.method.adapts:
         given, targets = vars(config.lora), config.lora.target_modules
@@ -212,14 +212,14 @@ def adapted(model: Model, config: FinetuneConfig, task: Task) -> Model:
 
 
 def trained_variables(method: Method, heads: Sequence[str] = ()) -> Any:
-    """Tells what a run trains.
+    """Makes the filter of the variables that a run trains.
 
     Args:
         method: Of the run.
-        heads: Paths of the modules that train whole beside adapters.
+        heads: Paths of the modules that are trained whole beside the adapters.
 
     Returns:
-        A filter of NNX for its variables.
+        A filter for `nnx.split`.
     """
     if not (method.adapts and heads):
         return method.trained
@@ -232,13 +232,14 @@ def trained_variables(method: Method, heads: Sequence[str] = ()) -> Any:
 
 
 def scaling_of(model: PretrainedModel) -> Callable[[str], float]:
-    """Tells how the products of a model's adapters are scaled.
+    """Gives the scaling of each adapter of a model.
 
     Args:
         model: With its adapters.
 
     Returns:
-        Gives the s of `W = W0 + s A B` by a pair's path (`"layers/self_attn/q_proj"`).
+        A function from the path of a pair (`"layers/self_attn/q_proj"`) to the s of `W = W0 + s A
+        B`.
     """
     scalings = {
         path.replace(".", "/"): layer.lora_scaling for path, layer in lora_layers(model).items()

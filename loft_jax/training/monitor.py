@@ -1,4 +1,4 @@
-"""What a run tells of itself at a log line, apart from its loss: speed, memory, conditioning."""
+"""Metrics of a run apart from its loss: speed, memory, condition numbers."""
 
 import contextlib
 import math
@@ -20,33 +20,33 @@ _PARTS = ("data", "eval", "save")
 
 
 class Speedometer:
-    """Where the time since the last log line went, and what was computed in it.
+    """Measures how the time since the last log line was spent, and the speed of training in it.
 
-    JAX computes while Python goes on, so that a step is not timed by itself: what is left of the
-    interval after data, evaluation and saving is the steps'.
+    JAX computes asynchronously, so single steps cannot be timed: the time of the steps is the
+    interval without the time spent on data, evaluation and saving.
     """
 
     def __init__(self, flops: ModelFlops, *, full: bool, devices: int) -> None:
         """Starts the clock.
 
         Args:
-            flops: Of the model.
+            flops: Model FLOPs of a token.
             full: Whether all weights are trained.
-            devices: How many compute.
+            devices: Number of devices of the run.
         """
         self._model_flops, self._full, self._devices = flops, full, devices
         self._peak = peak_flops(jax.local_devices()[0])
         self.restart()
 
     def restart(self) -> None:
-        """Begins a new interval."""
+        """Starts a new interval."""
         self._start = time.perf_counter()
         self._spent = dict.fromkeys(_PARTS, 0.0)
         self._steps, self._tokens, self._flops = 0, 0, 0.0
 
     @contextlib.contextmanager
     def spent_on(self, part: str) -> Iterator[None]:
-        """Counts the time inside for "data", "eval" or "save"."""
+        """Adds the time spent inside to "data", "eval" or "save"."""
         start = time.perf_counter()
         try:
             yield
@@ -54,18 +54,18 @@ class Speedometer:
             self._spent[part] += time.perf_counter() - start
 
     def count(self, tokens: int, length: int) -> None:
-        """Counts a step of so many tokens, padding apart, in rows of a length."""
+        """Counts a step of `tokens` tokens without padding, in rows of `length`."""
         self._steps += 1
         self._tokens += tokens
         self._flops += tokens * self._model_flops.per_token(length, full=self._full)
 
     def read(self) -> dict[str, float]:
-        """The figures of the interval, which ends; what was computed in it must have ended too.
+        """Ends the interval and gives its metrics; its computations must have finished.
 
         Returns:
-            `tokens_per_second` and `seconds_per_step` of the time that steps took; `seconds_data`,
-            `seconds_eval` and `seconds_save` of the whole interval; on chips that are known, `mfu`,
-            the share of their peak that model FLOPs took.
+            `tokens_per_second` and `seconds_per_step` for the time of the steps; `seconds_data`,
+            `seconds_eval` and `seconds_save` for the whole interval; and on known chips `mfu`, the
+            ratio of model FLOPs per second to the peak of the chips.
         """
         training = time.perf_counter() - self._start - sum(self._spent.values())
         values = {
@@ -80,10 +80,10 @@ class Speedometer:
 
 
 def memory_in_use() -> dict[str, float]:
-    """The most bytes that this host, and any of its devices, has held so far.
+    """Gives the peak memory of this process, and the largest of its devices, in bytes.
 
     Returns:
-        `host_bytes`, and `device_bytes` where devices count theirs.
+        `host_bytes`, and `device_bytes` if the devices report it.
     """
     unit = 1 if sys.platform == "darwin" else 1024
     values = {"host_bytes": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)}
@@ -94,14 +94,14 @@ def memory_in_use() -> dict[str, float]:
 
 
 def largest_condition(params: Any) -> float:
-    """The largest condition number of the factors' Gram matrices; infinite for one of less rank.
+    """Computes the largest condition number of the factors' Gram matrices.
 
     Args:
-        params: With LoRA pairs.
+        params: Parameters with LoRA pairs.
 
     Returns:
-        `lambda_max / lambda_min` of the worst of `AᵀA` and `B Bᵀ`; a factor of zeros, as B at the
-        start, does not count. Infinite too where a factor is.
+        The largest `lambda_max / lambda_min` of all `AᵀA` and `B Bᵀ`. It is infinite if one is
+        singular or not finite; factors of zeros, as an initial B, are ignored.
     """
     most = 1.0
     for gram in _grams(params).values():

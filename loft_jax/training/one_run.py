@@ -1,4 +1,4 @@
-"""One run in an output folder at a time."""
+"""Ensures that one run at a time uses an output folder."""
 
 import contextlib
 import logging
@@ -18,17 +18,17 @@ _MOST_BYTES = 1000
 
 @contextlib.contextmanager
 def only_run(folder: Path) -> Iterator[None]:
-    """Holds an output folder against other runs, until it is left or this process ends.
+    """Locks an output folder against other runs, until the context or this process ends.
 
-    The file `.lock` in it tells who holds it, and stays. Of several processes the first one holds
-    the folder, and all of them call this.
+    The file `.lock` in it names the holder, and is not removed. With several processes, all of them
+    call this, and the first one holds the lock.
 
     Args:
         folder: Made if missing.
 
     Raises:
-        InputError: The folder cannot be made, its `.lock` is a link, or another run holds it; then
-            on every process.
+        InputError: The folder cannot be made, its `.lock` is a link, or another run holds it. The
+            error is raised on every process.
     """
     with contextlib.ExitStack() as held:
         problem = InputError(f"{folder}: the first process cannot have it for this run")

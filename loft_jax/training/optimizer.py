@@ -1,4 +1,4 @@
-"""The Optax chain of a run: its learning rates by step, and the optimizer of its method."""
+"""The Optax chain of a run: its learning rate schedule and the optimizer of its method."""
 
 import optax
 
@@ -8,11 +8,11 @@ from loft_jax.training.config import FinetuneConfig, ScheduleConfig
 
 
 def make_schedule(config: ScheduleConfig, steps: int) -> optax.Schedule:
-    """The learning rate by step: linear warmup from zero, then the named course.
+    """Makes the learning rate schedule: linear warmup from zero, then the shape named.
 
     Args:
         config: Its learning_rate, shape and warmup_steps are used.
-        steps: Steps of the whole run.
+        steps: Number of steps of the whole run.
 
     Returns:
         An Optax schedule.
@@ -29,7 +29,7 @@ def make_schedule(config: ScheduleConfig, steps: int) -> optax.Schedule:
         "linear": optax.linear_schedule(peak, 0.0, rest),
         "cosine": optax.cosine_decay_schedule(peak, rest),
     }[config.shape]
-    # The first step is not lost: it takes 1 / warmup of the peak.
+    # The first step is not wasted: its learning rate is peak / warmup.
     rise = optax.linear_schedule(peak / max(1, warmup), peak, max(1, warmup - 1))
     return optax.join_schedules([rise, course], [warmup]) if warmup else course
 
@@ -37,13 +37,13 @@ def make_schedule(config: ScheduleConfig, steps: int) -> optax.Schedule:
 def make_optimizer(
     config: FinetuneConfig, schedule: optax.Schedule, scaling: Scaling
 ) -> optax.GradientTransformation:
-    """The optimizer of a run; every method clips by the same max_grad_norm.
+    """Makes the optimizer of a run; every method clips by max_grad_norm.
 
     Args:
-        config: Its method, Adam's numbers and the start of its factors are used.
+        config: Its method, Adam's settings and the initialization of its factors are used.
         schedule: Learning rate by step.
-        scaling: The s of `W = s A B` by path of a pair, for methods that project on what A and B
-            span.
+        scaling: The s of `W = s A B` by the path of a pair, for methods that project on the spans
+            of A and B.
 
     Returns:
         A gradient transformation over the trained parameters.

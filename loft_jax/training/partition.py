@@ -1,4 +1,4 @@
-"""A model taken apart for training: what is trained, what counts, what stays."""
+"""Partitions a model for training: trained parameters, counters, frozen arrays."""
 
 from typing import Any, NamedTuple
 
@@ -10,13 +10,13 @@ Tree = Any
 
 
 class ModelPartition(NamedTuple):
-    """A model taken apart for training.
+    """A model partitioned for training.
 
     Attributes:
-        graphdef: Its structure.
-        params: What is trained.
+        graphdef: The structure of the model.
+        params: Trained parameters.
         streams: Counters of its random streams.
-        frozen: All the rest: base weights, random keys.
+        frozen: All other arrays: base weights and random keys.
     """
 
     graphdef: nnx.GraphDef[PretrainedModel]
@@ -25,19 +25,19 @@ class ModelPartition(NamedTuple):
     frozen: Tree
 
     def merged(self, params: Tree, streams: Tree) -> PretrainedModel:
-        """The model with other parameters and counters."""
+        """Builds the model with the given parameters and counters."""
         return nnx.merge(self.graphdef, params, streams, self.frozen, copy=True)
 
 
 def split_model(model: PretrainedModel, trained: Any) -> ModelPartition:
-    """Takes a model apart.
+    """Partitions a model.
 
     Args:
         model: With its adapters, if there are any.
-        trained: Kind of variable that is trained: `nnx.LoRAParam`, or `nnx.Param` for all.
+        trained: Type of the variables that are trained: `nnx.LoRAParam`, or `nnx.Param` for all.
 
     Returns:
-        Its parts, as nested dicts of arrays.
+        The partition, with nested dicts of arrays.
     """
     graphdef, *states = nnx.split(model, trained, nnx.RngCount, ...)
     params, streams, frozen = map(nnx.to_pure_dict, states)

@@ -1,8 +1,8 @@
-"""What a run will take of each chip, answered by the TPU compiler before there is a TPU.
+"""Plans the memory of a run on each chip with the TPU compiler; no TPU is needed.
 
-The step that is compiled is the one that trains: model, optimizer, sharding rules and step are
-those of `loft_jax.training`, over shapes instead of arrays. What the compiler reserves for it is
-what a chip will hold.
+The compiled step is the one that trains: model, optimizer, sharding rules and step are those of
+`loft_jax.training`, with shapes instead of arrays. A chip will hold what the compiler reserves for
+it.
 """
 
 import contextlib
@@ -39,23 +39,23 @@ Tree = Any
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What one chip holds during a step, in bytes. The parts add up to the total.
+    """The memory of one chip during a step, in bytes; the parts add up to the total.
 
     Args:
         config: The run whose step was compiled.
-        topology: The slice, as in "v5e:2x4".
+        topology: The slice, for example "v5e:2x4".
         mesh: Sizes of (data, fsdp, tensor).
         memory: HBM of the chip.
-        weights: Base weights; the trained ones, for a method that trains them all.
+        weights: Base weights, trained or not.
         adapter: LoRA factors.
-        optimizer_state: Moments, bases, counters; what is kept in the memory of the host apart.
-        other: The batch, metrics, and what the compiler pads the arrays above with.
-        temporaries: Activations, gradients, gathered weights. None when the step does not fit.
-        program: The compiled code, which lies in HBM too. None when the step does not fit.
-        collectives: Messages between chips, by kind. None when the step does not fit, or when this
+        optimizer_state: Moments, bases, counters; without what is kept in host memory.
+        other: The batch, metrics, and the padding that the compiler adds to the arrays above.
+        temporaries: Activations, gradients, gathered weights. None if the step does not fit.
+        program: The compiled code, which is in HBM too. None if the step does not fit.
+        collectives: Messages between chips, by kind. None if the step does not fit, or if this
             jaxlib cannot read the program that libtpu has made.
-        seconds: Taken to trace and compile.
-        shortage: The compiler's words when the step does not fit; else empty.
+        seconds: Time taken to trace and compile.
+        shortage: The compiler's message if the step does not fit, else empty.
     """
 
     config: FinetuneConfig
@@ -74,7 +74,7 @@ class StepPlan:
 
     @property
     def total(self) -> int | None:
-        """All that the chip holds; None when the step does not fit."""
+        """The memory of all parts; None if the step does not fit."""
         if self.temporaries is None or self.program is None:
             return None
         stored = self.weights + self.adapter + self.optimizer_state + self.other
@@ -82,23 +82,23 @@ class StepPlan:
 
 
 def plan_step(config: FinetuneConfig, topology: str, slices: int = 1) -> StepPlan:
-    """Compiles a train step ahead of time for TPUs that are not there.
+    """Compiles a train step ahead of time, for TPUs that need not be present.
 
-    A model of 7 billion weights takes one to two minutes; nothing of its size is allocated, and no
-    weights and no examples are read: a row has `data.max_length` tokens.
+    A model of 7 billion weights takes one to two minutes. Nothing of its size is allocated, and
+    neither weights nor examples are read: a row has `data.max_length` tokens.
 
     Args:
-        config: The run. The path of its model may be a config.json, or one of the names in
+        config: The run. The path of its model may also be a config.json or one of the names in
             `WELL_KNOWN`.
-        topology: Generation and grid of chips, as in "v5e:2x4".
-        slices: How many such slices, joined by a slower network.
+        topology: Generation and grid of chips, for example "v5e:2x4".
+        slices: Number of such slices, joined by a slower network.
 
     Returns:
-        What a chip would hold.
+        The memory of a chip.
 
     Raises:
-        InputError: Something given is wrong (model, topology, batch, mesh, target modules), or
-            there is no libtpu.
+        InputError: The model, topology, batch, mesh or target modules are wrong, or libtpu is not
+            installed.
 
     Example:
         >>> from loft_jax.data import DataConfig
@@ -137,7 +137,7 @@ def plan_step(config: FinetuneConfig, topology: str, slices: int = 1) -> StepPla
     other, temporaries, program = 0, None, None
     if compiled is not None:
         memory = compiled.memory_analysis()
-        # The state is donated: what is given back lies where it was taken from.
+        # The state is donated: its result takes the memory of the argument.
         results = memory.output_size_in_bytes - memory.alias_size_in_bytes
         other = memory.argument_size_in_bytes - sum(stored) + results
         temporaries = memory.temp_size_in_bytes
@@ -161,7 +161,7 @@ def plan_step(config: FinetuneConfig, topology: str, slices: int = 1) -> StepPla
 
 
 def check_plan(config: FinetuneConfig, topology: str, slices: int = 1) -> None:
-    """Finds what is wrong in seconds, so that no minutes are spent on plans beside it.
+    """Checks the arguments of `plan_step` without compiling, in seconds.
 
     Args:
         config: As for `plan_step`.
@@ -175,7 +175,7 @@ def check_plan(config: FinetuneConfig, topology: str, slices: int = 1) -> None:
 
 
 class _Prepared(NamedTuple):
-    """All that a step is compiled from."""
+    """The inputs of the compilation of a step."""
 
     task: Task
     parts: ModelPartition
@@ -204,7 +204,7 @@ def _prepare(config: FinetuneConfig, topology: str, slices: int) -> _Prepared:
 
 
 def _task_of(config: FinetuneConfig, family: Family, sizes: PretrainedConfig) -> Task:
-    """The task of a run; by default the first that the family has a model for."""
+    """Gives the task of a run; by default the first that the family has a model for."""
     labels, given = config.task.labels, config.task.name
     possible = [known for known, task in TASKS.items() if task.head in family.models]
     name = possible[0] if given == "auto" else given
@@ -214,16 +214,16 @@ def _task_of(config: FinetuneConfig, family: Family, sizes: PretrainedConfig) ->
 
 
 def plan_model(name: str) -> tuple[Family, PretrainedConfig]:
-    """The family and the sizes of a model.
+    """Finds the family and the configuration of a model.
 
     Args:
-        name: As the path of the model that `plan_step` takes.
+        name: Path or name of the model, as for `plan_step`.
 
     Returns:
         Its family and its configuration.
 
     Raises:
-        InputError: No such model, or one of a family that is not known.
+        InputError: There is no such model, or its family is not known.
     """
     if name.lower() in WELL_KNOWN:
         return WELL_KNOWN[name.lower()]
@@ -234,13 +234,13 @@ def plan_model(name: str) -> tuple[Family, PretrainedConfig]:
 
 
 def plan_table(plans: Sequence[StepPlan]) -> str:
-    """Plans as text, one a line, each compared with LoRA on the same slice, and with the chip.
+    """Formats plans as a table, one in each row, compared with LoRA on the same slice.
 
     Args:
-        plans: Of one model and batch.
+        plans: Plans of one model and batch.
 
     Returns:
-        A table in MiB a chip, and the collectives below it.
+        A table in MiB for each chip, and the collectives below it.
     """
     head = ["topology", "mesh", "method", "weights", "adapter", "optimizer", "other", "temporaries"]
     rows = [[*head, "program", "total", "of chip", "over lora", "compiled in"]]
@@ -291,7 +291,7 @@ def _kinds(collectives: Sequence[Collective] | None) -> str:
 
 
 def plan_method(method: Method) -> str:
-    """A method as tables name it: with those of its settings that are not the usual ones."""
+    """Names a method with those of its settings that differ from their defaults."""
     usual = settings_of(type(method))
     changed = {
         name: getattr(method, name) for name in usual if getattr(method, name) != usual[name]
@@ -317,14 +317,14 @@ def _collectives(compiled: jax.stages.Compiled) -> tuple[Collective, ...] | None
     try:
         return tuple(find_collectives(compiled.as_text() or ""))
     except jax.errors.JaxRuntimeError:
-        # libtpu may be newer than jaxlib, and write operations in forms that it does not know:
-        # fused asynchronous collectives of v5p, for one.
+        # libtpu may be newer than jaxlib, and write operations in forms that jaxlib does not know,
+        # such as fused asynchronous collectives of v5p.
         return None
 
 
 @contextlib.contextmanager
 def _uncached() -> Iterator[None]:
-    """Keeps programs out of JAX's persistent cache: without their chips, none can be read back."""
+    """Keeps programs out of JAX's persistent cache: they cannot be read without their chips."""
     setting = "jax_persistent_cache_min_compile_time_secs"
     before = getattr(jax.config, setting)
     jax.config.update(setting, math.inf)
@@ -343,5 +343,5 @@ def _bytes_on_a_device(tree: Tree, shardings: Tree) -> int:
 
 
 def _bits(dtype: Any) -> int:
-    """Of one number; TPUs pack those of less than a byte."""
+    """Gives the number of bits of one element; TPUs pack elements smaller than a byte."""
     return jnp.iinfo(dtype).bits if dtype in (jnp.int4, jnp.uint4) else dtype.itemsize * 8

@@ -1,4 +1,4 @@
-"""A JAX trace of some steps, to be looked at in TensorBoard or Perfetto."""
+"""Records a JAX trace of some steps, for TensorBoard or Perfetto."""
 
 import logging
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ _log = logging.getLogger(__name__)
 
 
 class StepProfiler:
-    """Records from before the first of two steps to after the last."""
+    """Records a trace from before the first to after the last of some steps."""
 
     def __init__(self, folder: Path, steps: Sequence[int]) -> None:
-        """Prepares the recording.
+        """Sets up the trace, which `before` starts.
 
         Args:
-            folder: Where the trace goes.
+            folder: Folder of the trace.
             steps: The first and the last step; empty for no trace.
         """
         self._folder, self._steps = folder, tuple(steps)
@@ -32,14 +32,14 @@ class StepProfiler:
             _log.warning("profile_steps %d to %d: none of them was done", *self._steps)
 
     def before(self, step: int, running: Any) -> None:
-        """Begins at the first of the steps that is done here, when those before have ended."""
+        """Starts the trace at the first of its steps, when earlier steps have finished."""
         if self._steps and not self._traced and self._steps[0] <= step <= self._steps[1]:
             jax.block_until_ready(running)
             jax.profiler.start_trace(self._folder)
             self._running = self._traced = True
 
     def after(self, step: int, results: Any) -> None:
-        """Ends, if this step is the last one, when its results are there."""
+        """Stops the trace after the last of its steps, when its results are computed."""
         if self._running and step == self._steps[1]:
             jax.block_until_ready(results)
             self._stop()

@@ -1,4 +1,4 @@
-"""What a run is made of, from its configuration: data, model, optimizer, compiled step."""
+"""Sets up a run from its configuration: data, model, optimizer, compiled step."""
 
 import logging
 import math
@@ -46,22 +46,22 @@ class Run:
     """The parts of a fine-tuning run, laid out on its mesh.
 
     Attributes:
-        config: What it was made from.
+        config: Its configuration.
         progress: Whether bars are shown.
         task: What is learned.
-        steps: How many there are.
-        stream: Of training batches.
-        parts: The model; its trained parameters are those of a state.
+        steps: Number of steps.
+        stream: Training batches.
+        parts: The partition of the model; current values of its trained parameters are in a state.
         schedule: Learning rate by step.
         step: The compiled step.
     """
 
     def __init__(self, config: FinetuneConfig, mesh: Mesh, *, progress: bool) -> None:
-        """Loads and compiles nothing that it does not need; all processes of a run do this.
+        """Loads data and model and places them on the mesh; every process of a run does this.
 
         Args:
             config: Of the run.
-            mesh: Of all its devices.
+            mesh: Of all devices of the run.
             progress: Show bars.
 
         Raises:
@@ -148,37 +148,37 @@ class Run:
         )
 
     def close(self) -> None:
-        """Stops the threads that make batches."""
+        """Stops the threads that prepare batches."""
         self.stream.close()
 
     def begin(self, checkpoints: Checkpoints) -> TrainState:
-        """The state to begin with, and the stream at its place.
+        """Gives the state to start from, and moves the stream to its position.
 
         Args:
-            checkpoints: Of the run; without any, this is the state before the first step.
+            checkpoints: Of the run; if there are none, the state is the one before the first step.
 
         Returns:
-            That of the newest checkpoint that is whole. The run does not keep a copy.
+            The state of the newest intact checkpoint. The run does not keep a copy.
 
         Raises:
-            InputError: There are checkpoints but none is whole, or they are of another model or
+            InputError: There are checkpoints but none is intact, or they belong to another model or
                 other examples.
         """
         own, self._own = self._own, None
         if not checkpoints.steps():
             return self._initial(*own)
-        with explained(f"{checkpoints.folder}: does not tell what the run was started with"):
+        with explained(f"{checkpoints.folder}: does not say what the run was started with"):
             saved = (checkpoints.newest_run() or {})["fingerprints"]
             check_fingerprints(saved, self._fingerprints, doing="resume")
         shapes = jax.eval_shape(self._initial, *own)
-        del own  # its memory is needed for what is read
+        del own  # what is read needs its memory
         like = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             shapes,
             self._shardings.state,
         )
         state, plain = checkpoints.restore_newest(like)
-        with explained(f"{checkpoints.folder}: has no place in the data to go on from"):
+        with explained(f"{checkpoints.folder}: has no position in the data to resume from"):
             self.stream.set_state(plain["data"])
         _log.info("resumed at step %d of %d", int(gather_to_host(state.step)), self.steps)
         return state
@@ -195,10 +195,10 @@ class Run:
         return place_batch(self.task.inputs(batch), self._shardings.batch)
 
     def speedometer(self) -> Speedometer:
-        """Starts a clock for the steps of this run.
+        """Starts a `Speedometer` for the steps of this run.
 
         Returns:
-            It knows the sizes of the model, and what the method trains of it.
+            One that knows the size of the model and what the method trains.
         """
         full = not self.config.method.adapts
         return Speedometer(self._flops, full=full, devices=self._mesh.size)
@@ -206,12 +206,12 @@ class Run:
     def report(
         self, state: TrainState, metrics: Mapping[str, jax.Array], skipped: int
     ) -> dict[str, float]:
-        """What a line of the log says of the last step, and of memory.
+        """Gives the metrics of the last step and of memory, for a line of the log.
 
         Args:
-            state: Behind the step.
-            metrics: What the step gave.
-            skipped: Steps skipped so far.
+            state: After the step.
+            metrics: As the step returned them.
+            skipped: Number of steps skipped so far.
 
         Returns:
             Values by name.
@@ -230,11 +230,11 @@ class Run:
         }
 
     def save(self, checkpoints: Checkpoints, state: TrainState, measured: Measured | None) -> None:
-        """Saves all that a resumed run needs.
+        """Saves a checkpoint with all that a resumed run needs.
 
         Args:
             checkpoints: Of the run.
-            state: Behind the step to save.
+            state: After the step to save.
             measured: The evaluation at this step, if there is one.
 
         Raises:
@@ -259,14 +259,14 @@ class Run:
         """Writes the adapter, or the whole model if all weights were trained.
 
         Args:
-            state: Behind the last step.
+            state: After the last step.
 
         Returns:
             The folder that was written.
         """
         folder, method = Path(self.config.output), self.config.method
         if not method.adapts and (folder / "model").exists():
-            return folder / "model"  # whole, or not there: this run was at its end before
+            return folder / "model"  # it is complete if it exists: this run had finished before
         return export_trained(
             self._trained(state),
             self._tokenizer,
@@ -280,10 +280,10 @@ class Run:
         """Measures the model on the held-out examples.
 
         Args:
-            state: Of which its parameters are used.
+            state: Its parameters are used.
 
         Returns:
-            What the task measures; None without such examples.
+            What the task measures; None if there are no held-out examples.
         """
         return None if self._held_out is None else self._held_out.measure(self._trained(state))
 
@@ -292,19 +292,19 @@ class Run:
 
 
 def task_of(config: FinetuneConfig, family: Family, rows: Any, held_out: Any) -> Task:
-    """The task of a run, as it is named or as the rows say.
+    """Gives the task of a run: the named one, or the one inferred from the rows.
 
     Args:
         config: Its task and the choices of its evaluation are used.
         family: Of its model.
-        rows: To train on.
-        held_out: To measure; None for none.
+        rows: Training examples.
+        held_out: Held-out examples, or None.
 
     Returns:
         The task.
 
     Raises:
-        InputError: The rows could be for several, or are not for the one that is named.
+        InputError: The rows fit several tasks, or do not fit the named one.
     """
     given: dict[str, Any] = {"choices": config.evaluation.choices, "labels": config.task.labels}
     name = config.task.name
@@ -314,7 +314,7 @@ def task_of(config: FinetuneConfig, family: Family, rows: Any, held_out: Any) ->
 
 
 def _placed(x: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """An array on its devices; JAX does not put random keys on those of other processes."""
+    """Puts an array on its devices; JAX cannot put random keys on those of other processes."""
     if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jax.device_put(x, sharding)
     data = jax.device_put(jax.random.key_data(x), sharding)

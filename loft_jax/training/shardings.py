@@ -1,8 +1,8 @@
-"""Rules for how every array of a run lies on its mesh.
+"""Rules for the shardings of all arrays of a run on its mesh.
 
-Models name the axes of their parameters (`ParameterTable.logical_axes`); here these names meet
-those of the mesh. All is GSPMD: the compiled step is the one of a single device, with shardings at
-its borders and on the residual stream.
+Models name the axes of their parameters (`ParameterTable.logical_axes`); the rules here map these
+names to axes of the mesh. GSPMD does the rest: the program is that of a single device, with
+shardings on its arguments, its results and the residual stream.
 """
 
 import math
@@ -22,7 +22,7 @@ from loft_jax.training.step import HOST_MEMORY, StepShardings, TrainState
 
 Tree = Any
 
-# Logical axis of a parameter -> axis of the mesh. Other axes stay whole: a scan runs over
+# Logical axis of a parameter -> axis of the mesh. Other axes are not split: a scan runs over
 # "layers", and norms are small.
 _RULES: Mapping[str | None, str] = {
     "embed": "fsdp",
@@ -41,18 +41,17 @@ def step_shardings(
     *,
     offload_optimizer: bool = False,
 ) -> StepShardings:
-    """The shardings of a run.
+    """Makes the shardings of a run.
 
-    Weights are split by `parameter_spec`, the optimizer's state like the parameters it is about
-    (`loft_jax.optim.state_shardings`); random streams, counters and metrics are on every
-    device.
+    Weights are split by `parameter_spec`, and the optimizer state like its parameters
+    (`loft_jax.optim.state_shardings`). Random streams, counters and metrics are replicated.
 
     Args:
         parts: From `split_model`; shapes are enough.
         tx: The optimizer.
         table: Of the model's parameters.
         mesh: From `make_mesh`.
-        offload_optimizer: Whether the optimizer's state lies in the memory of the hosts.
+        offload_optimizer: Whether the optimizer state is kept in host memory.
 
     Returns:
         The shardings, for `make_step` and for `jax.device_put`.
@@ -75,7 +74,7 @@ def step_shardings(
 
     params = of(parts.params)
     opt_state = state_shardings(tx, parts.params, params)
-    if offload_optimizer:  # but for counters: XLA wants scalars on the devices
+    if offload_optimizer:  # except counters: XLA needs scalars on the devices
         opt_state = jax.tree.map(
             lambda held, x: held.with_memory_kind(HOST_MEMORY) if x.ndim else held,
             opt_state,
@@ -94,17 +93,17 @@ def step_shardings(
 def parameter_spec(
     path: str, shape: Sequence[int], table: ParameterTable, mesh: Mesh
 ) -> PartitionSpec:
-    """How one array of a model is split.
+    """Gives the partition spec of one array of a model.
 
-    The side of a weight that meets the residual stream ("embed") is split over fsdp, the other one
-    (heads, MLP features, vocabulary) over tensor. A LoRA factor has one long side and takes the
-    mesh axes of both there, so that it has as many shards as the weight it adapts: a factor, and
-    with it the optimizer's state, that followed its own side only would be whole on every device
-    of the other axis. Its rank is never split. A magnitude of DoRA is split like a bias.
+    The "embed" axis of a weight, on the side of the residual stream, is split over fsdp, and the
+    other axis (heads, MLP features, vocabulary) over tensor. A LoRA factor has one long axis, which
+    is split over both, so that the factor has as many shards as the weight it adapts. Split over
+    one of them only, the factor and its optimizer state would be replicated over the other. Its
+    rank is never split. A magnitude of DoRA is split like a bias.
 
-    An axis that cannot be split stays whole: one whose size the mesh axis does not divide, and the
-    heads (or key heads) of an attention that has no multiple of `tensor` of them, since a head is
-    computed on one device. Norms, and what is no parameter (random keys), are whole everywhere.
+    An axis is not split if the mesh axis does not divide its size. Heads (and key heads) are not
+    split if `tensor` does not divide their number, since a head is computed on one device. Norms
+    and arrays that are not parameters (random keys) are replicated.
 
     Args:
         path: Dotted path of the array.
@@ -113,7 +112,7 @@ def parameter_spec(
         mesh: From `make_mesh`.
 
     Returns:
-        A mesh axis, several, or None for each axis of the array.
+        One mesh axis, several, or None, for each axis of the array.
 
     Example:
         >>> from loft_jax.models.family import ParameterTable, linear

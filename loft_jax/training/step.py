@@ -15,16 +15,16 @@ from loft_jax.training.partition import ModelPartition
 Tree = Any
 
 HOST_MEMORY = "pinned_host"
-"""What JAX calls the memory of the hosts that devices can copy from."""
+"""JAX's name of the host memory that devices can copy from."""
 
 
 class TrainState(NamedTuple):
-    """All that a step changes, and so all that a checkpoint holds.
+    """The state of a run: what a step changes and a checkpoint holds.
 
     Attributes:
-        step: (), int32, steps done, with those that were skipped.
-        skipped: (2,), int32, steps skipped, since their loss or gradient was not finite: all of
-            them, and those since the last one that was not.
+        step: (), int32, number of steps done, including skipped ones.
+        skipped: (2,), int32, number of steps skipped because their loss or gradient was not finite:
+            in total, and since the last step that was not skipped.
         params: Trained parameters, nested dicts of float32 arrays.
         opt_state: State of the optimizer.
         streams: Counters of the random streams (dropout).
@@ -38,12 +38,12 @@ class TrainState(NamedTuple):
 
 
 class StepShardings(NamedTuple):
-    """Where everything that a step takes and gives lies on a mesh.
+    """Shardings of the arguments and results of a step.
 
     Attributes:
-        state: A `NamedSharding` for each array of the `TrainState`.
-        frozen: One for each frozen array.
-        batch: The one of every array of a batch: rows over data and fsdp.
+        state: A `NamedSharding` for every array of the `TrainState`.
+        frozen: A `NamedSharding` for every frozen array.
+        batch: The sharding of all arrays of a batch: rows over data and fsdp.
     """
 
     state: TrainState
@@ -52,7 +52,7 @@ class StepShardings(NamedTuple):
 
 
 def initial_state(parts: ModelPartition, tx: optax.GradientTransformation) -> TrainState:
-    """The state before the first step; its arrays are its own, so that it can be donated."""
+    """Makes the state before the first step, of copied arrays, so that it can be donated."""
     params, streams = jax.tree.map(jnp.copy, (parts.params, parts.streams))
     counters = jnp.zeros([], jnp.int32), jnp.zeros(2, jnp.int32)
     return TrainState(*counters, params, tx.init(params), streams)
@@ -67,38 +67,40 @@ def make_step(
     *,
     max_skipped_steps: int = 1,
 ) -> Callable[[TrainState, Tree, Arrays], tuple[TrainState, dict[str, jax.Array]]]:
-    """Compiles the step of a run.
+    """Makes the jitted train step of a run.
 
-    The loss is the mean over all that weighs in the batch, however many parts it is computed in:
-    sums of loss and gradient are divided once, by the weight of the whole batch. Over copies of the
-    model (`data`) they are added up once too, after the last part, in float32; with dropout each
-    copy then draws its own.
+    The loss is the weighted mean over the whole batch, independent of the number of parts it is
+    computed in: sums of loss and gradient are divided once, by the weight of the whole batch. They
+    are also summed once over copies of the model (`data`), after the last part, in float32; with
+    dropout each copy then draws its own masks.
 
-    A step whose loss or gradient is not finite leaves parameters and optimizer as they are. From
-    `max_skipped_steps` of them in a row on all are skipped, however late the caller notices.
+    A step whose loss or gradient is not finite leaves parameters and optimizer state unchanged.
+    After `max_skipped_steps` such steps in a row every later step is skipped too, so that nothing
+    changes before the caller notices.
 
     Args:
         parts: From `split_model`.
-        loss: Of a task.
+        loss: The loss of a task.
         tx: The optimizer.
-        accumulation_steps: Parts of the batch, computed one after the other; divides its rows.
-        shardings: Where its arguments and results lie on a mesh, from
-            `loft_jax.training.shardings.step_shardings`; by default all on one device. An optimizer
-            state in the memory of the hosts is brought to the devices for the update.
-        max_skipped_steps: Steps skipped in a row after which nothing moves.
+        accumulation_steps: Number of parts of the batch, computed one after another; divides its
+            rows.
+        shardings: Shardings of its arguments and results, from
+            `loft_jax.training.shardings.step_shardings`; by default all arrays are on one device.
+            An optimizer state in host memory is moved to the devices for the update.
+        max_skipped_steps: Number of consecutive skipped steps after which all are skipped.
 
     Returns:
         A jitted function of state (donated), frozen parameters and a batch as the loss takes it. It
-        gives the next state and metrics: `loss` (the mean), `grad_norm` (global norm of the
-        gradients; where the optimizer clips by the norm of projected ones, that norm) and
-        `update_norm` (global norm of what was added to the parameters).
+        returns the next state and metrics: `loss` (the mean), `grad_norm` (global norm of the
+        gradients, or of the projected gradients if the optimizer clips by that) and `update_norm`
+        (global norm of what was added to the parameters).
     """
     gradients = make_gradients(
         parts, loss, accumulation_steps, None if shardings is None else shardings.batch.mesh
     )
 
     def moved(opt_state: Tree, kind: str) -> Tree:
-        """What lies in the memory of the hosts between updates, there or on the devices."""
+        """Moves the state that is offloaded between updates to a kind of memory."""
         if shardings is None:
             return opt_state
         return jax.tree.map(
@@ -117,8 +119,8 @@ def make_step(
         total, weight, grads, streams = gradients(state.params, state.streams, frozen, batch)
         count = jnp.maximum(weight, 1.0)
         grads = jax.tree.map(lambda g: g / count, grads)
-        # What the optimizer can compute without gradients, such as bases, would else be computed
-        # early and lie beside the activations.
+        # Without the barrier, what the optimizer computes without gradients, such as bases, would
+        # be computed early and take memory beside the activations.
         grads, state, total, count, streams = jax.lax.optimization_barrier(
             (grads, state, total, count, streams)
         )
@@ -128,7 +130,7 @@ def make_step(
         moves = finite & (streak < max_skipped_steps)
 
         def update(params: Tree, opt_state: Tree) -> tuple[Tree, Tree, jax.Array, jax.Array]:
-            # Moved in here, since the compiler moves it as early as it can.
+            # Moved inside the branch: outside, the compiler would move it as early as it can.
             updates, opt_state = tx.update(grads, moved(opt_state, "device"), params)
             norm = optax.tree.get(opt_state, "projected_norm", grad_norm)
             update_norm = optax.tree.norm(updates)

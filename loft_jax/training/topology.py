@@ -1,4 +1,4 @@
-"""TPU slices that are not there: devices to compile for, from libtpu alone."""
+"""Descriptions of TPU slices to compile for, from libtpu alone; no TPU is needed."""
 
 import importlib.util
 import os
@@ -12,8 +12,8 @@ from loft_jax.errors import InputError
 
 _GB = 1 << 30
 
-# What libtpu asks Google Cloud's metadata server for, and waits for in vain anywhere else; and its
-# lock is there for chips that two processes must not share, not for compilers.
+# Outside Google Cloud, libtpu would wait in vain for these values from the metadata server. Its
+# lock protects chips that two processes must not share; a compiler does not need it.
 _OFF_CLOUD = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -28,8 +28,8 @@ class Chip:
     """A generation of TPUs.
 
     Args:
-        name: As in the name of a topology.
-        memory: HBM of one chip, in bytes. The compiler keeps a little of it for itself.
+        name: As in topology names.
+        memory: HBM of one chip, in bytes. The compiler reserves a little of it.
     """
 
     name: str
@@ -49,12 +49,12 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Topology:
-    """A slice of TPU chips, or several.
+    """One or more slices of TPU chips.
 
     Args:
-        name: Generation and grid, as in "v5e:2x4".
+        name: Generation and grid, for example "v5e:2x4".
         chip: Its generation.
-        devices: One for each chip; programs can be compiled for them, not run.
+        devices: One for each chip; programs can be compiled for them, but not run.
     """
 
     name: str
@@ -65,17 +65,17 @@ class Topology:
 def load_topology(name: str, slices: int = 1) -> Topology:
     """Describes a slice to compile for; no TPU is needed or touched.
 
-    Environment variables that libtpu reads are set where they are not, for this process.
+    Sets the environment variables that libtpu reads for this process, unless they are set already.
 
     Args:
         name: Generation and grid of chips: "v5e:2x4", "v5p:2x2x4".
-        slices: How many of them, joined by a slower network.
+        slices: Number of slices, joined by a slower network.
 
     Returns:
-        The slice, or all of them.
+        The slice or slices.
 
     Raises:
-        InputError: An unknown generation, a grid that libtpu does not know, or no libtpu.
+        InputError: The generation or the grid is not known, or libtpu is not installed.
 
     Example:
         >>> len(load_topology("v5e:2x4").devices)  # doctest: +SKIP

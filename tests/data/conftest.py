@@ -4,7 +4,7 @@ import datasets
 import huggingface_hub
 import pytest
 
-from loft_jax.data import told
+from loft_jax.data import log_once
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +17,7 @@ def own_datasets_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def nothing_told_before():
-    told._told.clear()
+    log_once._logged.clear()
 
 
 @pytest.fixture

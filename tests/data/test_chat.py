@@ -115,9 +115,7 @@ REASONED = [
 
 def test_generation_prompt_that_opens_a_think_block():
     tokenizer = tiny_tokenizer(chat_template=THINKING.replace("PROMPT", "<think>\n"))
-    message = (
-        r"row 7: .*generation prompt is no beginning of turn 1: it has '<think>\\n' \(it opens"
-    )
+    message = r"row 7: .*generation prompt does not begin turn 1: it has '<think>\\n' \(it opens"
     with pytest.raises(InputError, match=message):
         encode_chat(tokenizer, REASONED, where="row 7")
 

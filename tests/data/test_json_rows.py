@@ -124,7 +124,7 @@ def test_one_example_is_no_container(tmp_path):
         ('{"text": "a"},\n{"text": "b"}', "row 1 .*Expecting value at character 0"),
         ('[{"text": "a"}', "row 1 .*expected a comma or the end of the list"),
         ('[{"text": "a"},]', "row 1 .*Expecting value"),
-        ('[{"text": "a"}]\n{}', "row 1 .*expected nothing behind the list"),
+        ('[{"text": "a"}]\n{}', "row 1 .*expected nothing after the list"),
         ('{"text": "a"}\n3', "row 1 is 3; expected an object"),
         ('[{"text": "a"}, null]', "row 1 is None; expected an object"),
         ('[["a"]]', r"row 0 is \['a'\]; expected an object"),

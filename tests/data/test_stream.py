@@ -160,7 +160,7 @@ def test_restored_in_another_process_continues_to_the_bit(tmp_path, packing):
 def test_state_of_another_stream_is_refused(other):
     state = make_stream().get_state()
     stream = make_stream(**other)
-    with pytest.raises(InputError, match="of another data stream; expected the same examples"):
+    with pytest.raises(InputError, match="from another data stream; expected the same examples"):
         stream.set_state(state)
 
 

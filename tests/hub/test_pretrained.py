@@ -103,7 +103,7 @@ def test_saving_refuses_a_folder_with_something_in_it(tmp_path, tiny_llama):
 def test_saving_refuses_lora_layers(tmp_path, tiny_llama):
     model = load_pretrained(tiny_llama)
     add_lora(model, LoRAConfig(rank=2, target_modules=["v_proj"]), rngs=nnx.Rngs(0))
-    with pytest.raises(InputError, match=r"layers\.self_attn\.v_proj: still carries LoRA"):
+    with pytest.raises(InputError, match=r"layers\.self_attn\.v_proj: still has LoRA"):
         save_pretrained(tmp_path / "out", model)
     assert not list(tmp_path.iterdir())
 

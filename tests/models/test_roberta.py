@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 from loft_jax.data import DataConfig
 from loft_jax.errors import InputError
-from loft_jax.hub import load_pretrained
+from loft_jax.hub import load_pretrained, save_peft_adapter
 from loft_jax.hub.peft_load import head_of
 from loft_jax.hub.pretrained import load_model_config
 from loft_jax.lora import LoRAConfig, add_lora, lora_layers

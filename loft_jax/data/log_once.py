@@ -1,7 +1,7 @@
-"""What rows have and nothing is learned from, told by the log: each sentence once a run.
+"""Logs what is not learned from the rows of a run, each sentence once.
 
-A run looks at its held-out examples again and again; they need not be told of each time. It has a
-tokenizer of its own, and what was told is kept as long as that.
+A run reads its held-out examples many times, which must not repeat the warnings. Every run has its
+own tokenizer, so the sentences that were logged are kept for each tokenizer.
 """
 
 import dataclasses
@@ -18,61 +18,64 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_CONTEXT = 20  # characters shown of each side of a join
+_CONTEXT = 20  # number of characters shown on each side of a join
+
+_logged: "weakref.WeakKeyDictionary[PreTrainedTokenizerBase, set[str]]" = (
+    weakref.WeakKeyDictionary()
+)
 
 
-_told: "weakref.WeakKeyDictionary[PreTrainedTokenizerBase, set[str]]" = weakref.WeakKeyDictionary()
-
-
-def tell(tokenizer: "PreTrainedTokenizerBase", sentence: str, level: int = logging.WARNING) -> None:
-    """Logs a sentence, if it was not logged before with this tokenizer.
+def log_once(
+    tokenizer: "PreTrainedTokenizerBase", sentence: str, level: int = logging.WARNING
+) -> None:
+    """Logs a sentence, unless it was logged before with this tokenizer.
 
     Args:
         tokenizer: That of the run.
-        sentence: Whole, with its numbers and names: another number is told again.
-        level: Of the log.
+        sentence: With its numbers and names, so that one with another number is logged again.
+        level: Level of the log record.
     """
-    told = _told.setdefault(tokenizer, set())
-    if sentence not in told:
-        told.add(sentence)
+    logged = _logged.setdefault(tokenizer, set())
+    if sentence not in logged:
+        logged.add(sentence)
         _log.log(level, "%s", sentence)
 
 
-def tell_unused(
+def log_unused(
     tokenizer: "PreTrainedTokenizerBase",
     columns: Collection[str],
     used: Collection[str],
     config: DataConfig,
 ) -> None:
-    """Tells which fields are passed over: a warning if examples could be read from them.
+    """Logs which fields are not used: as a warning if examples could be read from them.
 
     Args:
         tokenizer: That of the run.
         columns: The fields of the rows.
-        used: Those that are read.
+        used: The fields that are read.
         config: Its field names are used.
     """
     others = [name for name in columns if name not in used]
     if rivals := sorted(config.fields.intersection(others)):
-        tell(
+        log_once(
             tokenizer,
             f"the fields {shown(rivals)} of the rows are not used: {shown(list(used))} go before "
             "them",
         )
     if rest := [name for name in others if name not in rivals]:
-        tell(tokenizer, f"the fields {shown(rest)} of the rows are not used", logging.INFO)
+        log_once(tokenizer, f"the fields {shown(rest)} of the rows are not used", logging.INFO)
 
 
 @dataclasses.dataclass
 class Joins:
-    """Whether white space stands between prompts and what follows them."""
+    """Counts prompts with and without white space between them and what follows."""
 
     apart: int = 0
     joined: int = 0
-    first: str = ""  # how the first prompt without it is joined
+    first: str = ""  # how the first prompt without white space is joined
 
     def add(self, prompt: str, following: str) -> None:
-        """Looks at a pair; one with an empty side says nothing."""
+        """Counts a pair, unless one side is empty."""
         if not (prompt and following):
             return
         if prompt[-1].isspace() or following[0].isspace():
@@ -81,10 +84,10 @@ class Joins:
             self.joined += 1
             self.first = self.first or prompt[-_CONTEXT:] + following[:_CONTEXT]
 
-    def tell(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Warns if there is none in most pairs."""
+    def warn(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Warns if most pairs have no white space."""
         if self.joined > self.apart:
-            tell(
+            log_once(
                 tokenizer,
                 f"{self.joined} of {self.joined + self.apart} times there is no white space "
                 "between a prompt and what follows, and none is put there: the first of them "

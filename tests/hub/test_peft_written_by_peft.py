@@ -1,0 +1,87 @@
+"""We read the adapters that PEFT writes."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from peft import LoraConfig, PeftModel
+from safetensors.numpy import load_file, save_file
+
+from loft_jax.errors import InputError
+from loft_jax.hub import load_peft_adapter, save_peft_adapter
+from loft_jax.hub.pretrained import load_pretrained
+from loft_jax.lora import merge_lora
+from tests.hub.peft_adapters import (
+    CPU,
+    WEIGHTS,
+    assert_same_files,
+    our_logits,
+    randomized_peft,
+    torch_llama,
+    torch_logits,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's
+
+THEIRS = {
+    "plain": {"target_modules": ["q_proj", "v_proj"], "lora_alpha": 16},
+    "all linear": {"target_modules": "all-linear", "lora_dropout": 0.1},
+    "regex": {"target_modules": r".*\.(self_attn\.o|mlp\.gate)_proj"},
+    "rslora": {"target_modules": ["k_proj"], "use_rslora": True, "lora_alpha": 3},
+    "patterns": {
+        "target_modules": ["q_proj", "v_proj", "down_proj"],
+        "rank_pattern": {"q_proj": 2, r"model\.layers\.\d+\.mlp\..*": 5},
+        "alpha_pattern": {"^model.layers.[012].self_attn.v_proj": 1},
+    },
+    "embedding": {"target_modules": ["embed_tokens", "lm_head", "up_proj"]},
+    "excluded": {"target_modules": "all-linear", "exclude_modules": ["gate_proj"]},
+    "gaussian": {"target_modules": ["q_proj"], "init_lora_weights": "gaussian"},
+    "dora": {"target_modules": "all-linear", "use_dora": True, "use_rslora": True},
+    # Above the smaller side of the weight, which is 32 to 16.
+    "wide": {"target_modules": ["k_proj"], "r": 24},
+}
+
+
+@pytest.fixture(scope="module", params=THEIRS)
+def written(request, llama_folder, tmp_path_factory):
+    """The folder of an adapter by PEFT, and the logits and our model of it."""
+    fields = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", **THEIRS[request.param]}
+    theirs = randomized_peft(torch_llama(llama_folder), LoraConfig(**fields))
+    folder = tmp_path_factory.mktemp("adapter")
+    theirs.save_pretrained(folder)
+    model = load_peft_adapter(folder, load_pretrained(llama_folder))
+    return SimpleNamespace(folder=folder, logits=torch_logits(theirs), model=model)
+
+
+def test_we_compute_the_logits_of_peft(written, llama_folder):
+    np.testing.assert_allclose(our_logits(written.model), written.logits, atol=1e-4)
+    base = torch_logits(torch_llama(llama_folder))
+    assert np.abs(written.logits - base).max() > 0.5
+
+
+def test_we_write_the_same_tensors_again(written, tmp_path):
+    save_peft_adapter(tmp_path / "again", written.model)
+    stored = load_file(written.folder / WEIGHTS)
+    # PEFT stores the weight of an adapted embedding beside its factors.
+    factors = {name: tensor for name, tensor in stored.items() if ".lora_" in name}
+    (tmp_path / "factors").mkdir()
+    save_file(factors, tmp_path / "factors" / WEIGHTS)
+    assert_same_files(tmp_path / "again", tmp_path / "factors")
+
+
+def test_peft_reads_what_we_write_again(written, llama_folder, tmp_path):
+    save_peft_adapter(tmp_path, written.model)
+    again = PeftModel.from_pretrained(torch_llama(llama_folder), tmp_path, **CPU)
+    np.testing.assert_allclose(torch_logits(again), written.logits, atol=1e-5)
+
+
+def test_a_merged_model_computes_the_logits_of_peft(written, llama_folder):
+    model = load_peft_adapter(written.folder, load_pretrained(llama_folder))
+    np.testing.assert_allclose(our_logits(merge_lora(model)), written.logits, atol=1e-3)
+
+
+def test_an_adapter_of_some_layers_of_a_stack_is_refused(base, llama_folder, tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[0, 2])
+    randomized_peft(torch_llama(llama_folder), config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"no factors for layer 1 of 'layers\.self_attn\.q_proj'"):
+        load_peft_adapter(tmp_path, base)

@@ -22,7 +22,7 @@ from loft_jax import (
     save_peft_adapter,
     save_pretrained,
 )
-from loft_jax.models import Llama, LlamaConfig
+from loft_jax.models.llama import Llama, LlamaConfig
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}
 SHAPE = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -56,7 +56,7 @@ def generate(
             range, or the model's output is NaN.
 
     Example:
-        >>> from loft_jax.models import Llama, LlamaConfig
+        >>> from loft_jax.models.llama import Llama, LlamaConfig
         >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
         ...                      num_hidden_layers=2, num_attention_heads=4,
         ...                      num_key_value_heads=2, head_dim=8)

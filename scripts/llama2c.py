@@ -22,7 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 
 from loft_jax.errors import InputError
 from loft_jax.hub.safetensors_io import FILE_NAME, write_safetensors
-from loft_jax.models import LlamaConfig
+from loft_jax.models.llama import LlamaConfig
 
 _UNK, _BOS, _EOS = range(3)  # ids that llama2.c's run.c relies on
 _SPECIAL = ("<unk>", "<s>", "</s>")

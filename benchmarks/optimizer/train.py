@@ -23,8 +23,8 @@ from benchmarks.optimizer.shapes import rank_of
 from benchmarks.optimizer.turns import WARM_UP, Turn, take_turns, timing
 from loft_jax import LoRAConfig, add_lora, load_pretrained, state_bytes
 from loft_jax.errors import InputError
-from loft_jax.models import Llama, LlamaConfig
 from loft_jax.models.family import LanguageModel
+from loft_jax.models.llama import Llama, LlamaConfig
 from loft_jax.tasks.causal_lm import CausalLM, predicted
 from loft_jax.training.partition import split_model
 from loft_jax.training.step import TrainState, initial_state, make_step

@@ -60,7 +60,7 @@ def quantize_kernels(model: PretrainedModel, quantization: Quantization) -> None
         InputError: Qwix is not installed, or a kernel has a number of inputs that shares no tile.
 
     Example:
-        >>> from loft_jax.models import Llama, LlamaConfig
+        >>> from loft_jax.models.llama import Llama, LlamaConfig
         >>> model = Llama(LlamaConfig(64, 32, 48, 2, 4, 2, 8), rngs=nnx.Rngs(0))
         >>> quantize_kernels(model, "int8")
         >>> model.layers.mlp.up_proj.kernel.get_value().qvalue.dtype

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from loft_jax.errors import InputError
 from loft_jax.lora import LoRAConfig, add_lora, lora_layers, merge_lora, remove_lora
 from loft_jax.lora.dora import column_norms
-from loft_jax.models import Llama, LlamaConfig
+from loft_jax.models.llama import Llama, LlamaConfig
 from loft_jax.models.quantized import quantize_kernels
 
 from .models import Doubled, Stacked

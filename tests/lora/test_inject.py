@@ -13,8 +13,7 @@ from flax import nnx
 from loft_jax import find_pairs
 from loft_jax.errors import InputError
 from loft_jax.lora import LoRAConfig, add_lora, lora_layers, merge_lora, remove_lora
-from loft_jax.models import LlamaConfig
-from loft_jax.models.llama import Llama
+from loft_jax.models.llama import Llama, LlamaConfig
 
 from .models import Stacked
 

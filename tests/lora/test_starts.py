@@ -10,7 +10,7 @@ from flax import nnx
 from loft_jax import find_pairs
 from loft_jax.errors import InputError
 from loft_jax.lora import LoRAConfig, LoRAStart, add_lora, lora_layers, merge_lora, remove_lora
-from loft_jax.models import Llama, LlamaConfig
+from loft_jax.models.llama import Llama, LlamaConfig
 from loft_jax.models.quantized import quantize_kernels
 from loft_jax.training.config import MeshConfig
 from loft_jax.training.mesh import make_mesh

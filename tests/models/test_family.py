@@ -2,7 +2,7 @@ import pytest
 from flax import nnx
 
 from loft_jax.errors import InputError
-from loft_jax.models import Llama, LlamaConfig
+from loft_jax.models.llama import Llama, LlamaConfig
 
 CONFIG = LlamaConfig(
     vocab_size=64,

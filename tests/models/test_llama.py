@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from loft_jax.hub.pretrained import load_pretrained
 from loft_jax.lora import LoRAConfig, add_lora
-from loft_jax.models import Llama, LlamaConfig
+from loft_jax.models.llama import Llama, LlamaConfig
 from tests.tiny import save_tiny_llama
 
 CONFIG = LlamaConfig(

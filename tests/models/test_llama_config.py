@@ -2,7 +2,8 @@ import pytest
 import transformers
 
 from loft_jax.errors import InputError
-from loft_jax.models import LlamaConfig, RopeScaling
+from loft_jax.models.llama import LlamaConfig
+from loft_jax.models.rope import RopeScaling
 
 SIZES = {
     "model_type": "llama",

@@ -4,7 +4,7 @@ import torch
 import transformers
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from loft_jax.models import LlamaConfig
+from loft_jax.models.llama import LlamaConfig
 from loft_jax.models.rope import inverse_frequencies, rotate, rotation
 
 SIZES = {

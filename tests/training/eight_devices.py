@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 
 from loft_jax import LoRAConfig, add_lora, load_pretrained, loft, save_pretrained
 from loft_jax.hub.safetensors_io import Safetensors
-from loft_jax.models import Llama, LlamaConfig
+from loft_jax.models.llama import Llama, LlamaConfig
 from loft_jax.models.quantized import quantize_kernels
 from loft_jax.tasks.causal_lm import CausalLM, predicted
 from loft_jax.training.checksum import tree_checksum

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from loft_jax.errors import InputError
-from loft_jax.models import Llama, LlamaConfig
+from loft_jax.models.llama import Llama, LlamaConfig
 from loft_jax.training.config import MeshConfig
 from loft_jax.training.mesh import check_batch, make_mesh
 from loft_jax.training.shardings import parameter_spec

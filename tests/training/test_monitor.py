@@ -43,7 +43,7 @@ def test_flops_are_those_that_xla_counts():
     import jax
     from flax import nnx
 
-    from loft_jax.models import Llama, LlamaConfig
+    from loft_jax.models.llama import Llama, LlamaConfig
 
     config = LlamaConfig(512, 256, 512, 4, 4, 4, 64)
     model = Llama(config, rngs=nnx.Rngs(0))

@@ -7,7 +7,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 # Here, since jax, transformers and tokenizers read them when test modules import them. Most of
-# what tests do is compile: what is kept of it makes another run faster.
+# what tests do is compile: it takes a third less without LLVM's optimizations, which programs this
+# small do not run long enough to need, and what is kept of it makes another run faster.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

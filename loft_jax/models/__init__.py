@@ -1,4 +1,4 @@
-"""Model families in Flax NNX, one file each, and what the library needs to know of them."""
+"""Model families in Flax NNX, one file each, and the interface that they implement."""
 
 from loft_jax.models.family import Head, Remat
 from loft_jax.models.quantized import Quantization

@@ -1,28 +1,28 @@
-"""Where activations lie on a mesh."""
+"""Shardings of activations on a mesh."""
 
 import jax
 from jax import lax
 from jax.sharding import AbstractMesh, PartitionSpec
 
-# Mesh axes that the rows of a batch are split over, and the one that its features are.
+# Mesh axes that the rows of a batch are split over, and the axis that features are split over.
 BATCH_AXES = ("data", "fsdp")
 FEATURE_AXIS = "tensor"
 
 
 def laid_out(x: jax.Array, *, features: int | None = None) -> jax.Array:
-    """Splits activations over the mesh that the caller computes on: rows, and features if asked.
+    """Splits activations over the current mesh: their rows, and features if an axis is given.
 
-    Weights and rows are split over the same devices (fsdp). Left alone, a compiler may move the
-    activations to the weights (or to their small LoRA factors) instead of the weights to the
+    Weights and rows are split over the same devices (fsdp). Without this constraint, the compiler
+    may move activations to the weights (or to their small LoRA factors) instead of weights to the
     activations.
 
     Args:
         x: `(b, ...)`.
-        features: The axis of heads or features that belongs to the mesh axis `tensor`; it stays
-            whole where `tensor` does not divide it. Other axes are whole on every device.
+        features: Axis of heads or features to split over the mesh axis `tensor`; it is not split if
+            `tensor` does not divide it. Other axes are never split.
 
     Returns:
-        The same values; with no mesh in the context, or one of other axes, the same array.
+        The same values; without a mesh, or with one of other axes, the same array.
 
     Example:
         >>> laid_out(jax.numpy.ones((2, 3))).shape
@@ -38,11 +38,11 @@ def laid_out(x: jax.Array, *, features: int | None = None) -> jax.Array:
 
 
 def embeddings_laid_out(x: jax.Array) -> jax.Array:
-    """Splits what was looked up in an embedding by rows.
+    """Splits the output of an embedding by rows.
 
     The features of an embedding are split over fsdp, so each device looks up its features for all
-    rows of its copy of the model. Said in two steps, this becomes rows by one exchange; in one, a
-    compiler may make the whole of it everywhere.
+    rows of its copy of the model. With two constraints the compiler exchanges features for rows
+    once; with one, it may replicate the whole array.
 
     Args:
         x: `(b, t, hidden)`.
@@ -63,13 +63,13 @@ def embeddings_laid_out(x: jax.Array) -> jax.Array:
 
 
 def gathered(x: jax.Array) -> jax.Array:
-    """Puts results on every device of the mesh, where any process can read them.
+    """Replicates results on all devices of the mesh, so that any process can read them.
 
     Args:
-        x: Small; of any shape.
+        x: A small array of any shape.
 
     Returns:
-        The same values; with no mesh in the context, the same array.
+        The same values; without a mesh, the same array.
 
     Example:
         >>> gathered(jax.numpy.ones(2)).shape
@@ -84,5 +84,5 @@ def _mesh() -> AbstractMesh | None:
 
 
 def _automatic(mesh: AbstractMesh) -> tuple[str, ...]:
-    """Axes of the rows that the compiler sees to: in a `shard_map` over data, not that one."""
+    """Gives the axes of rows that the compiler handles: in a `shard_map` over data, not data."""
     return tuple(name for name in BATCH_AXES if name not in mesh.manual_axes)

@@ -1,4 +1,4 @@
-"""Who sees whom, the keys and values that were seen, and attention over them."""
+"""Attention, its masks, and the cache of keys and values."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,13 +12,13 @@ from jax.typing import DTypeLike
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of the tokens so far, in buffers of a fixed length; a pytree.
+    """Keys and values of the tokens so far, in buffers of fixed length; a pytree.
 
     Attributes:
         keys: `(layers, b, kv_heads, s, head_dim)`.
         values: `(layers, b, kv_heads, s, head_dim)`.
-        segment_ids: `(b, s)` int32, 0 where nothing is written yet or padding was.
-        length: `()` int32, slots written so far, the same for every row.
+        segment_ids: `(b, s)` int32, 0 for empty slots and padding.
+        length: `()` int32, number of written slots, the same for every row.
     """
 
     keys: jax.Array
@@ -37,7 +37,7 @@ class KVCache:
         head_dim: int,
         dtype: DTypeLike,
     ) -> "KVCache":
-        """Makes a cache with room for `length` tokens a row."""
+        """Makes an empty cache for `length` tokens in each row."""
         shape = (layers, batch, kv_heads, length, head_dim)
         return cls(
             keys=jnp.zeros(shape, dtype),
@@ -49,10 +49,10 @@ class KVCache:
     def written(
         self, layer: jax.Array, keys: jax.Array, values: jax.Array
     ) -> tuple["KVCache", jax.Array, jax.Array]:
-        """Writes the keys and values of new tokens behind those of a layer.
+        """Writes the keys and values of new tokens after those that a layer has.
 
         Args:
-            layer: Its number.
+            layer: Number of the layer.
             keys: `(b, kv_heads, t, head_dim)`.
             values: `(b, kv_heads, t, head_dim)`.
 
@@ -77,19 +77,19 @@ def visibility(
     cache: KVCache | None,
     branch_ids: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache | None]:
-    """Which keys each query may attend to: not later, of the same segment, not padding.
+    """Makes the mask of attention: keys that are not later, of the same segment, and not padding.
 
     Args:
-        batch: Rows, `b`.
-        length: New tokens a row, `t`.
-        segment_ids: `(b, t)`, 0 for padding; None when every row is one unpadded text.
-        cache: What was seen before; its segment ids are extended by the new ones.
-        branch_ids: `(b, t)`, 0 for what all branches of a text see; branches do not see each
-            other. None when texts have none.
+        batch: Number of rows, `b`.
+        length: Number of new tokens in each row, `t`.
+        segment_ids: `(b, t)`, 0 for padding; None if every row is one unpadded text.
+        cache: Cache of earlier tokens; its segment ids are extended by the new ones.
+        branch_ids: `(b, t)`, 0 for the common part of all branches; branches do not see each other.
+            None if there are no branches.
 
     Returns:
-        Mask `(b or 1, t, s)`, with `s = t` without a cache and the cache's length with one; and
-        the cache with its segment ids extended (its `length` still that of before).
+        Mask `(b or 1, t, s)`, where `s` is `t` without a cache, and the cache's length with one;
+        and the cache with extended segment ids (its `length` is unchanged).
     """
     if cache is None:
         visible = jnp.tril(jnp.ones((length, length), bool))[None]  # (1, t, t)
@@ -115,9 +115,9 @@ def visibility(
 
 
 def positions_from(visible: jax.Array) -> jax.Array:
-    """Positions as the number of tokens each token sees before itself.
+    """Computes positions as the number of earlier tokens that each token sees.
 
-    One rule for packed examples, padding on either side and continued texts.
+    This rule holds for packed examples, padding on either side, and continued texts.
 
     Args:
         visible: Mask `(b, t, s)`.
@@ -135,7 +135,7 @@ def attend(
     visible: jax.Array,
     dropout: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
-    """Grouped-query attention, softmax in float32.
+    """Computes grouped-query attention, with the softmax in float32.
 
     Args:
         queries: `(b, t, heads, head_dim)`; heads `g·i … g·i+g-1` share key head `i`.
@@ -143,7 +143,7 @@ def attend(
         values: `(b, kv_heads, s, head_dim)`.
         visible: `(b or 1, t or 1, s)` bool. A query that sees nothing (padding) gets a finite
             mean.
-        dropout: On the weights, if there is one.
+        dropout: Dropout on the weights, or None.
 
     Returns:
         `(b, t, heads, head_dim)` in the dtype of `queries`.

@@ -116,7 +116,7 @@ class BertConfig:
 
     @property
     def max_length(self) -> int:
-        """Positions that there are embeddings for."""
+        """The number of positions that have embeddings."""
         return self.max_position_embeddings
 
     @classmethod
@@ -159,7 +159,7 @@ class BertConfig:
 
 
 class Embeddings(nnx.Module):
-    """Words, positions and token types, added up, normed and dropped out."""
+    """The sum of the embeddings of tokens, positions and token types, with a norm and dropout."""
 
     def __init__(self, config: BertConfig, embed: Callable[..., nnx.Embed], norm: Any, rngs: Any):
         self.word_embeddings = embed(config.vocab_size, config.hidden_size)
@@ -179,7 +179,7 @@ class Embeddings(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-    """Self-attention over all tokens that are no padding."""
+    """Self-attention over all tokens but padding."""
 
     def __init__(self, config: BertConfig, linear: Callable[..., nnx.Linear], rngs: nnx.Rngs):
         self.heads = config.num_attention_heads
@@ -201,7 +201,7 @@ class SelfAttention(nnx.Module):
 
 
 class Output(nnx.Module):
-    """A linear layer, dropped out, added to the residual stream and normed."""
+    """A linear layer with dropout, added to the residual stream, and a norm."""
 
     def __init__(
         self,
@@ -221,7 +221,7 @@ class Output(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Self-attention and its output; `self` is Hugging Face's name of the first."""
+    """Self-attention and its output; Hugging Face's name of the former is `self`."""
 
     def __init__(self, config: BertConfig, linear: Callable[..., nnx.Linear], norm: Any, rngs: Any):
         self.self = SelfAttention(config, linear, rngs)
@@ -233,7 +233,7 @@ class Attention(nnx.Module):
 
 
 class Intermediate(nnx.Module):
-    """The wide half of the MLP."""
+    """The first layer of the MLP."""
 
     def __init__(self, config: BertConfig, linear: Callable[..., nnx.Linear]):
         self.act = _ACTIVATIONS[config.hidden_act]
@@ -277,7 +277,7 @@ class Encoder(nnx.Module):
 
 
 class Pooler(nnx.Module):
-    """What the first token says of the whole text."""
+    """The pooler: a summary of the text, from its first token."""
 
     def __init__(self, config: BertConfig, linear: Callable[..., nnx.Linear]):
         self.dense = linear(config.hidden_size, config.hidden_size)
@@ -288,7 +288,7 @@ class Pooler(nnx.Module):
 
 
 class BertForSequenceClassification(SequenceClassifier):
-    """A BERT that tells texts or pairs of texts apart, or gives a number.
+    """A BERT for classification or regression of texts or pairs of texts.
 
     Args:
         config: Sizes, constants and labels.
@@ -345,7 +345,7 @@ class BertForSequenceClassification(SequenceClassifier):
         segment_ids: jax.Array | None = None,
         token_types: jax.Array | None = None,
     ) -> jax.Array:
-        """Gives one logit a label; as `SequenceClassifier.__call__`."""
+        """Gives one logit for each label; see `SequenceClassifier.__call__`."""
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
         if token_types is None:
@@ -359,7 +359,7 @@ class BertForSequenceClassification(SequenceClassifier):
 
     @staticmethod
     def parameter_table(config: BertConfig) -> ParameterTable:
-        """The parameters of a BERT with a head of its own."""
+        """Makes the parameter table of a BERT with a head."""
         return ParameterTable(
             {
                 **encoder_rows("bert"),

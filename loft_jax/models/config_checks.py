@@ -1,11 +1,11 @@
-"""Checks of the values in a model's configuration, the same for every family."""
+"""Checks of the values in a model's configuration, common to all families."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 from loft_jax.errors import InputError, shown
 
-# What no model comes near: larger sizes are damage, or meant to take all memory.
+# Far above the sizes of any model: larger ones are damage, or meant to exhaust memory.
 MOST_TOKENS = 2**24
 MOST_HIDDEN = 2**20
 MOST_FEATURES = 2**22  # of an MLP
@@ -23,10 +23,10 @@ def is_positive(value: Any) -> TypeGuard[int | float]:
 
 
 def required(config: Mapping[str, Any], name: str) -> int:
-    """A size that a `config.json` must have.
+    """Reads a size that a `config.json` must have.
 
     Raises:
-        InputError: It is missing, or no positive integer.
+        InputError: It is missing, or not a positive integer.
     """
     if config.get(name) is None:
         raise InputError(f"config: {name} is missing")
@@ -37,12 +37,12 @@ def required(config: Mapping[str, Any], name: str) -> int:
 
 
 def present(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """The fields that a `config.json` sets, of some that have defaults."""
+    """Gives those of some optional fields that a `config.json` sets."""
     return {name: config[name] for name in names if config.get(name) is not None}
 
 
 def tokens(value: Any) -> Any:
-    """Tokens as a configuration holds them: several as a tuple."""
+    """Converts tokens for a configuration: several become a tuple."""
     return tuple(value) if isinstance(value, (list, tuple)) else value
 
 
@@ -53,16 +53,16 @@ def check_kind(
     architectures: Iterable[str],
     only: Mapping[str, Any],
 ) -> None:
-    """Checks that a `config.json` is of a family, and sets nothing that is not implemented.
+    """Checks that a `config.json` belongs to a family, and sets nothing that is not implemented.
 
     Args:
         config: Its contents.
-        model_type: Of the family.
-        architectures: Hugging Face's classes of models that are read.
-        only: Fields that change what a model computes, with the one value that is implemented.
+        model_type: `model_type` of the family.
+        architectures: Names of Hugging Face's classes that are supported.
+        only: Fields that change the computation, with the only value that is implemented.
 
     Raises:
-        InputError: It is of another kind, or sets such a field to another value.
+        InputError: It belongs to another family, or sets such a field to another value.
     """
     if config.get("model_type") != model_type:
         raise InputError(
@@ -92,17 +92,17 @@ def check_values(
     rates: Iterable[str] = (),
     flags: Iterable[str] = (),
 ) -> None:
-    """Checks the fields of a configuration, and those of its special tokens.
+    """Checks fields of a configuration, including those of special tokens.
 
     Args:
         config: A dataclass.
-        sizes: Names of integers, and the largest that each may be.
+        sizes: Names of integers, with the largest value of each.
         positive: Names of positive numbers.
         rates: Names of numbers in [0, 1).
-        flags: Names of truth values.
+        flags: Names of booleans.
 
     Raises:
-        InputError: Names the field, what it is, and what was expected.
+        InputError: A field is wrong; the message names it.
     """
     for name, most in sizes.items():
         value = getattr(config, name)
@@ -128,10 +128,10 @@ def check_values(
 
 
 def check_one_of(config: Any, name: str, known: Collection[str]) -> None:
-    """Checks a field that is one of some names.
+    """Checks that a field is one of some names.
 
     Raises:
-        InputError: It is another.
+        InputError: It is not.
     """
     if (value := getattr(config, name)) not in known:
         raise InputError(
@@ -140,16 +140,16 @@ def check_one_of(config: Any, name: str, known: Collection[str]) -> None:
 
 
 def labels(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The labels of a `config.json`, in the order of the logits.
+    """Reads the labels of a `config.json`, in the order of the logits.
 
     Args:
-        config: Its contents; `id2label` is read, else `num_labels`, else there are two.
+        config: Its contents: `id2label`, or else `num_labels`, which is 2 by default.
 
     Returns:
         Their names.
 
     Raises:
-        InputError: `id2label` does not name the labels from 0 on.
+        InputError: `id2label` does not name the labels from 0.
     """
     names = config.get("id2label")
     if names is None:
@@ -172,10 +172,10 @@ _MOST_LABELS = 2**16
 
 
 def labels_to_hf(names: Sequence[str]) -> dict[str, Any]:
-    """The fields of a `config.json` that say what logits stand for.
+    """Makes the fields of a `config.json` for labels.
 
     Args:
-        names: Of the labels; one stands for a number.
+        names: Names of the labels; a single one is for regression.
 
     Returns:
         Fields as transformers reads them.

@@ -1,4 +1,4 @@
-"""Dropout of a base model, as its configuration asks for it."""
+"""Dropout of base models, as set in their configuration."""
 
 from collections.abc import Callable
 
@@ -10,12 +10,11 @@ def dropout(rate: float, rngs: nnx.Rngs) -> nnx.Dropout | None:
     """Makes a dropout layer.
 
     Args:
-        rate: Share of the values that are dropped.
-        rngs: For its random stream.
+        rate: Probability of dropping a value.
+        rngs: Source of its random stream.
 
     Returns:
-        The layer; None where nothing is dropped, so that a model without dropout has no random
-        state.
+        The layer; None for a rate of 0, so that a model without dropout has no random state.
     """
     return nnx.Dropout(rate, rngs=rngs) if rate else None
 

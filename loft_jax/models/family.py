@@ -1,8 +1,8 @@
-"""What the library needs to know of a family of models, and how a family says it.
+"""The interface between the library and a family of models.
 
-A family is one file: a configuration from and to Hugging Face's, modules in Flax NNX, one table of
-parameters, and a `Family` that names them. Loading, saving, PEFT's names, sharding, quantization,
-LoRA targets, FLOPs and plans read these; none of them knows a family.
+A family is one file: a configuration from and to Hugging Face's, modules in Flax NNX, one parameter
+table, and a `Family` that names them. Loading, saving, PEFT's names, sharding, quantization, LoRA
+targets, FLOPs and plans use only these, and do not depend on any family.
 """
 
 import dataclasses
@@ -21,34 +21,34 @@ from loft_jax.errors import InputError
 from loft_jax.models.attention import KVCache
 
 Head = Literal["causal-lm", "sequence-classification"]
-"""What a model gives: logits of the next token, or of the labels of a text."""
+"""The head of a model: logits of the next token, or of the labels of a text."""
 
 Remat = Literal["none", "dots", "full"]
-"""What the backward pass computes again: nothing; all of a layer but the outputs of its linear
-layers, which are kept; or each layer as a whole."""
+"""What the backward pass recomputes: nothing; all of a layer but the outputs
+of its linear layers; or whole layers."""
 
 
 class PretrainedConfig(Protocol):
-    """Sizes and constants of a model, under the names of Hugging Face's `config.json`."""
+    """Sizes and constants of a model, with the names of Hugging Face's `config.json`."""
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that the model has weights for."""
+        """The number of tokens that the model has weights for."""
 
     @property
     def max_length(self) -> int | None:
-        """Positions that the model has weights for; None where they are computed."""
+        """The number of positions with weights; None if positions are computed."""
 
     @property
     def eos_token_id(self) -> int | tuple[int, ...] | None:
-        """Tokens that end a text."""
+        """The tokens that end a text."""
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
         """Reads the contents of a `config.json`.
 
         Raises:
-            InputError: A field whose value is not supported; the message names it.
+            InputError: The value of a field is not supported; the message names the field.
         """
 
     def to_hf(self) -> dict[str, Any]:
@@ -57,16 +57,18 @@ class PretrainedConfig(Protocol):
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where one of our parameters stands in a Hugging Face checkpoint.
+    """The place of one of our parameters in a Hugging Face checkpoint.
 
     Attributes:
-        name: Hugging Face's name. `{}` stands for the number of the layer: ours is then a stack
-            of theirs, along its first axis.
-        axes: Logical axes of one of theirs as ours has it; a mesh maps these names to its own axes,
-            and None stays whole.
-        transposed: Whether theirs is `(out, in)` where ours is `(in, out)`.
-        tied: Theirs that has to be the same where it is there too: the head, of tied weights.
-        optional: Whether a checkpoint may lack it, as it lacks a new head, which is then drawn.
+        name: Hugging Face's name. `{}` stands for the number of the layer; our parameter is then a
+            stack of their tensors, along its first axis.
+        axes: Logical axes of one layer of our parameter. A mesh maps these names to its own axes;
+            None is not split.
+        transposed: Whether their tensor is `(out, in)` and our parameter `(in, out)`.
+        tied: Name of their tensor that must be equal if the checkpoint has it: the head, for tied
+            weights.
+        optional: Whether a checkpoint may lack the tensor, such as a new head, which is then
+            initialized.
     """
 
     name: str
@@ -77,20 +79,20 @@ class Tensor:
 
     @property
     def stacked(self) -> bool:
-        """Whether ours holds all layers."""
+        """Whether our parameter holds all layers."""
         return "{}" in self.name
 
 
 def linear(
     path: str, name: str, axes: tuple[str | None, str | None], **rest: Any
 ) -> dict[str, Tensor]:
-    """The rows of a table for an `nnx.Linear` that is a `torch.nn.Linear` there.
+    """Makes the rows of a table for an `nnx.Linear` that is a `torch.nn.Linear` in PyTorch.
 
     Args:
-        path: Of our module, dotted.
-        name: Of theirs.
+        path: Dotted path of our module.
+        name: Name of their module.
         axes: Logical axes of the kernel, (in, out).
-        **rest: Of both tensors, as for `Tensor`; `transposed=False` for a Conv1D.
+        **rest: Further fields of both tensors, as for `Tensor`; `transposed=False` for a Conv1D.
 
     Returns:
         Kernel and bias; a model without the bias has no parameter at that path.
@@ -105,19 +107,19 @@ def linear(
 def embedding(
     path: str, name: str, axes: tuple[str | None, str | None], *, tied: str = ""
 ) -> dict[str, Tensor]:
-    """The row of a table for an `nnx.Embed`; see `linear` and `Tensor`."""
+    """Makes the row of a table for an `nnx.Embed`; see `linear` and `Tensor`."""
     return {f"{path}.embedding": Tensor(f"{name}.weight", axes, tied=tied)}
 
 
 def norm(path: str, name: str) -> dict[str, Tensor]:
-    """The rows of a table for a norm; see `linear`."""
+    """Makes the rows of a table for a norm; see `linear`."""
     return {
         f"{path}.scale": Tensor(f"{name}.weight", ("norm",)),
         f"{path}.bias": Tensor(f"{name}.bias", ("norm",)),
     }
 
 
-# LoRA's variables beside a weight (in, out): which of its two axes they have, by place.
+# For LoRA's variables beside a weight (in, out): the axis of the weight that each of their axes is.
 _ADAPTER: Mapping[str, tuple[int | None, ...]] = {
     "lora_a": (0, None),
     "lora_start_a": (0, None),
@@ -129,42 +131,42 @@ _ADAPTER: Mapping[str, tuple[int | None, ...]] = {
 
 @dataclass(frozen=True)
 class ParameterTable:
-    """All parameters that a model of one configuration may have.
+    """The table of all parameters that a model of one configuration may have.
 
     Attributes:
-        tensors: By dotted path of ours; an embedding of tokens first.
-        units: Sizes of logical axes that are split between so many parts only, as "heads" is.
+        tensors: Tensors by our dotted path; the embedding of tokens is first.
+        units: Numbers of units of logical axes whose units are not split, such as "heads".
     """
 
     tensors: Mapping[str, Tensor]
     units: Mapping[str, int] = field(default_factory=dict)
 
     def tensor(self, path: str) -> Tensor:
-        """Where a parameter stands.
+        """Gives the row of a parameter.
 
         Args:
-            path: Of ours, dotted.
+            path: Our dotted path.
 
         Returns:
             The row of the table.
 
         Raises:
-            InputError: There is none.
+            InputError: The table has no such parameter.
         """
         if path not in self.tensors:
             raise InputError(f"{path}: not a parameter of the model")
         return self.tensors[path]
 
     def logical_axes(self, path: str) -> tuple[str | None, ...]:
-        """Names the axes of an array, for a mesh to be laid over them.
+        """Gives the logical axes of an array, for its sharding.
 
-        A LoRA factor has the axis of its weight that it shares; its rank is never split.
+        A LoRA factor has the axis that it shares with its weight; its rank is never split.
 
         Args:
-            path: Dotted path of a parameter, or of what LoRA put beside one.
+            path: Dotted path of a parameter, or of a variable of LoRA beside it.
 
         Returns:
-            One name for each axis of the array, None for an axis that stays whole.
+            One name for each axis of the array; None for an axis that is not split.
 
         Raises:
             InputError: The table has no such parameter.
@@ -179,7 +181,7 @@ class ParameterTable:
         return ("layers", *axes) if weight.stacked else axes
 
     def weight(self, module: str) -> str:
-        """The path of a module's weight: its kernel, its embedding, or its scale.
+        """Gives the path of a module's weight: its kernel, its embedding, or its scale.
 
         Raises:
             InputError: The table has no such module.
@@ -194,13 +196,14 @@ class ParameterTable:
 
         Args:
             path: Dotted path of our module.
-            layer: Which of the stacked layers; None for a module outside of the stack.
+            layer: Number of the stacked layer; None for a module outside the stack.
 
         Returns:
             The dotted name.
 
         Raises:
-            InputError: No such module, or a layer where there is none to choose.
+            InputError: There is no such module, or a layer is given for a module that is not
+                stacked, or missing for one that is.
         """
         weight = self.tensor(self.weight(path))
         if weight.stacked != (layer is not None):
@@ -210,11 +213,11 @@ class ParameterTable:
         return weight.name.format(layer).rpartition(".")[0]
 
     def names(self, path: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """The tensors that make up one of our parameters.
+        """Gives the tensors that make up one of our parameters.
 
         Args:
-            path: Of ours, dotted.
-            shape: Of ours.
+            path: Our dotted path.
+            shape: Shape of our parameter.
 
         Returns:
             Their shapes by name, in the order of the layers.
@@ -230,13 +233,13 @@ class ParameterTable:
 
 
 class PretrainedModel(nnx.Module):
-    """What every model of a family has beside its modules.
+    """The common part of all models, beside their modules.
 
     Attributes:
-        config: What it was made from.
-        architecture: Hugging Face's class of the same model.
-        output_modules: Paths of its heads, and of other modules that were drawn anew since the
-            checkpoint has none; "all-linear" leaves them out, as PEFT does.
+        config: Configuration of the model.
+        architecture: Name of Hugging Face's class of the same model.
+        output_modules: Paths of its heads, and of other modules that were drawn because the
+            checkpoint lacks them; "all-linear" excludes them, as PEFT does.
     """
 
     config: Any
@@ -245,22 +248,22 @@ class PretrainedModel(nnx.Module):
 
     @staticmethod
     def parameter_table(config: Any) -> ParameterTable:
-        """The parameters of a model of this configuration."""
+        """Makes the parameter table of a model of this configuration."""
         raise NotImplementedError
 
     @property
     def table(self) -> ParameterTable:
-        """Its parameters."""
+        """The parameter table of this model."""
         return self.parameter_table(self.config)
 
     @property
     def tied_modules(self) -> tuple[str, ...]:
-        """Paths of the modules whose weight is a head's too."""
+        """Paths of the modules whose weight is tied to a head."""
         tensors = self.table.tensors.items()
         return tuple(path.rpartition(".")[0] for path, tensor in tensors if tensor.tied)
 
     def hf_name(self, path: str, layer: int | None) -> str:
-        """Hugging Face's name of a module; as `ParameterTable.module_name`."""
+        """Gives Hugging Face's name of a module; see `ParameterTable.module_name`."""
         return self.table.module_name(path, layer)
 
 
@@ -306,10 +309,10 @@ class LanguageModel(PretrainedModel):
 
         Args:
             tokens: `(b, t)` int32.
-            positions: `(b, t)` int32; by default each token's place within its segment.
+            positions: `(b, t)` int32; by default each token's position within its segment.
             segment_ids: `(b, t)` int32: 0 for padding, equal numbers for tokens of one text.
                 Texts in one row do not see each other. By default every row is one text, unpadded.
-            cache: What came before these tokens, from `init_cache` or an earlier call.
+            cache: Keys and values of earlier tokens, from `init_cache` or an earlier call.
 
         Returns:
             Logits `(b, t, vocab)` float32; with a cache, also the cache extended by the tokens.
@@ -329,16 +332,16 @@ class LanguageModel(PretrainedModel):
         branch_ids: jax.Array | None = None,
         cache: KVCache | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Gives what the head reads, for callers that want logits of a few tokens only.
+        """Computes the input of the head, for callers that need logits of only some tokens.
 
         Args:
-            tokens: As for `__call__`, and so are the others.
+            tokens: `(b, t)` int32, as for `__call__`, like the other arguments.
             positions: `(b, t)` int32.
             segment_ids: `(b, t)` int32.
-            branch_ids: `(b, t)` int32: several ways to go on with one text, in one row. 0 for
-                what all of them see, equal numbers for the tokens of one; branches do not see each
-                other, and each is at the positions after what all see. Not with a cache.
-            cache: What came before.
+            branch_ids: `(b, t)` int32, for several continuations of one text in one row: 0 for the
+                common part, and equal numbers for the tokens of one branch. Branches do not see
+                each other, and the positions of each follow the common part. Not with a cache.
+            cache: Keys and values of earlier tokens.
 
         Returns:
             `(b, t, hidden)` in the compute dtype, and the cache extended by the tokens (None
@@ -379,7 +382,7 @@ class SequenceClassifier(PretrainedModel):
         segment_ids: jax.Array | None = None,
         token_types: jax.Array | None = None,
     ) -> jax.Array:
-        """Gives one logit a label.
+        """Gives one logit for each label.
 
         Args:
             tokens: `(b, t)` int32, one text or one pair of texts in each row.
@@ -394,24 +397,24 @@ class SequenceClassifier(PretrainedModel):
 
 
 class GGUFAdapter(Protocol):
-    """How GGUF files hold models of a family."""
+    """Reads models of a family from GGUF files."""
 
     architecture: str
 
     def name(self, name: str) -> str:
-        """Hugging Face's name of a tensor; one that has none keeps its own."""
+        """Gives Hugging Face's name of a tensor; a tensor without one keeps its own."""
 
     def config(
         self, metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
     ) -> PretrainedConfig:
-        """The configuration, from the metadata and the shapes by Hugging Face's names.
+        """Makes the configuration from the metadata and the shapes by Hugging Face's names.
 
         Raises:
             InputError: Something is missing, or not supported.
         """
 
     def stored_rows(self, name: str, rows: np.ndarray, config: Any) -> np.ndarray:
-        """Where each of the rows of a tensor is stored."""
+        """Gives the stored positions of rows of a tensor."""
 
 
 @dataclass(frozen=True)
@@ -419,15 +422,15 @@ class Family:
     """A family of models.
 
     Attributes:
-        model_type: Hugging Face's name of it.
-        config: The class of its configurations.
-        models: The class of its models, by what they give.
-        prefix: What Hugging Face puts before the names of a model without its head, as "model."; a
-            checkpoint of that model alone lacks it.
-        renamed: Patterns of tensor names in older checkpoints, and what they are today.
-        ignored: Pattern of tensors that say nothing: buffers, and heads of other tasks.
-        sizes: Well-known models by name, for what needs no weights.
-        gguf: How GGUF files hold it; None where they are not read.
+        model_type: Hugging Face's name of the family.
+        config: Class of its configurations.
+        models: Classes of its models, by head.
+        prefix: Hugging Face's prefix for the names of the model without its head, such as "model.";
+            a checkpoint of only that model lacks it.
+        renamed: Patterns of tensor names in older checkpoints, with their current names.
+        ignored: Pattern of tensors to ignore: buffers, and heads of other tasks.
+        sizes: Configurations of well-known models by name, for use without weights.
+        gguf: Adapter for GGUF files; None if they are not supported.
     """
 
     model_type: str
@@ -440,17 +443,17 @@ class Family:
     gguf: GGUFAdapter | None = None
 
     def model(self, head: Head) -> Any:
-        """The class of its models that give something.
+        """Gives the class of its models with a head.
 
         Args:
-            head: What they give.
+            head: Head of the model.
 
         Returns:
             A subclass of `PretrainedModel`, called as
             `(config, *, dtype, param_dtype, remat, rngs)`.
 
         Raises:
-            InputError: It has none.
+            InputError: The family has no such model.
         """
         if head not in self.models:
             raise InputError(
@@ -460,18 +463,18 @@ class Family:
         return self.models[head]
 
     def today(self, name: str) -> str:
-        """A tensor's name as Hugging Face has it today."""
+        """Gives Hugging Face's current name of a tensor."""
         for old, new in self.renamed.items():
             name = re.sub(old, new, name)
         return name
 
 
 def flat_parameters(model: nnx.Module, *filters: Any) -> dict[str, Any]:
-    """The variables of a model by dotted path.
+    """Gives the variables of a model by dotted path.
 
     Args:
         model: Any NNX model.
-        *filters: Of NNX, for the kinds of variables; by default all.
+        *filters: NNX filters of variables; by default all.
 
     Returns:
         Variables, in the order of NNX's state.
@@ -482,11 +485,11 @@ def flat_parameters(model: nnx.Module, *filters: Any) -> dict[str, Any]:
 
 
 def with_labels(config: Any, labels: Sequence[str]) -> Any:
-    """A configuration with other labels; one label stands for a number."""
+    """Gives a configuration other labels; one label is for regression."""
     return dataclasses.replace(config, labels=tuple(labels))
 
 
 def with_end_tokens(config: Any, tokens: Any) -> Any:
-    """A configuration with other tokens that end a text."""
+    """Gives a configuration other tokens that end a text."""
     several = isinstance(tokens, (list, tuple))
     return dataclasses.replace(config, eos_token_id=tuple(tokens) if several else tokens)

@@ -100,7 +100,7 @@ class GPT2Config:
 
     @property
     def max_length(self) -> int:
-        """Positions that there are embeddings for."""
+        """The number of positions that have embeddings."""
         return self.n_positions
 
     @classmethod
@@ -140,7 +140,7 @@ class GPT2Config:
 
 
 class Attention(nnx.Module):
-    """Self-attention whose queries, keys and values come from one layer."""
+    """Self-attention with one projection for queries, keys and values."""
 
     def __init__(self, config: GPT2Config, linear: Callable[..., nnx.Linear], rngs: nnx.Rngs):
         self.heads = config.n_head
@@ -272,7 +272,7 @@ class GPT2(LanguageModel):
         branch_ids: jax.Array | None = None,
         cache: KVCache | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Gives what the head reads; as `LanguageModel.hidden_states`."""
+        """Computes the input of the head; see `LanguageModel.hidden_states`."""
         batch, length = tokens.shape
         visible, cache = visibility(batch, length, segment_ids, cache, branch_ids)
         if positions is None:
@@ -298,7 +298,7 @@ class GPT2(LanguageModel):
 
     @staticmethod
     def parameter_table(config: GPT2Config) -> ParameterTable:
-        """The parameters of a GPT-2."""
+        """Makes the parameter table of a GPT-2."""
         h = "transformer.h.{}"
         tied = "lm_head.weight" if config.tie_word_embeddings else ""
         conv1d = functools.partial(linear, transposed=False)

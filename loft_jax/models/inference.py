@@ -1,17 +1,17 @@
-"""A model as what a jitted function takes, in evaluation mode."""
+"""Splits models for jitted functions, in evaluation mode."""
 
 from flax import nnx
 
 
 def inference_state(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State]:
-    """The model without dropout, split; the model given is left as it is.
+    """Splits a model in evaluation mode, without changing the model itself.
 
     Args:
         model: Any NNX model.
 
     Returns:
-        Its structure, hashable, so that a jitted function which takes it as static compiles once
-        for equal models, and its arrays, shared with the model.
+        Its structure, and its arrays, which are shared with the model. The structure is hashable,
+        so that a jitted function with it as a static argument compiles once for equal models.
     """
     silent = nnx.merge(*nnx.split(model))
     silent.eval()

@@ -1,4 +1,4 @@
-"""The Llama family: configuration, model, parameters, and how GGUF files hold it.
+"""The Llama family: configuration, model, parameters, and its GGUF files.
 
 Module names are Hugging Face's. `layers` is one decoder layer whose parameters have a leading
 axis of layers.
@@ -106,7 +106,7 @@ class LlamaConfig:
 
     @property
     def max_length(self) -> None:
-        """Positions are computed, for any of them."""
+        """None, since positions are computed."""
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":
@@ -366,7 +366,7 @@ class Llama(LanguageModel):
         branch_ids: jax.Array | None = None,
         cache: KVCache | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Gives what the head reads; as `LanguageModel.hidden_states`."""
+        """Computes the input of the head; see `LanguageModel.hidden_states`."""
         batch, length = tokens.shape
         visible, cache = visibility(batch, length, segment_ids, cache, branch_ids)
         if positions is None:
@@ -393,7 +393,7 @@ class Llama(LanguageModel):
 
     @staticmethod
     def parameter_table(config: LlamaConfig) -> ParameterTable:
-        """The parameters of a Llama."""
+        """Makes the parameter table of a Llama."""
         layer = "model.layers.{}"
         attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
         tied = "lm_head.weight" if config.tie_word_embeddings else ""
@@ -452,7 +452,7 @@ class _GGUF:
     }
 
     def name(self, name: str) -> str:
-        """Hugging Face's name of a tensor; one that has none keeps its own."""
+        """Gives Hugging Face's name of a tensor; a tensor without one keeps its own."""
         if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
             layer, module, parameter = match.groups()
             if module in self._in_layer:
@@ -461,7 +461,7 @@ class _GGUF:
         return f"{self._top[module]}.{parameter}" if module in self._top else name
 
     def stored_rows(self, name: str, rows: np.ndarray, config: LlamaConfig) -> np.ndarray:
-        """Where each row is stored: files keep two that are rotated together side by side."""
+        """Gives the stored positions of rows: files keep rows that rotate together adjacent."""
         heads = {
             "q_proj": config.num_attention_heads,
             "k_proj": config.num_key_value_heads,
@@ -473,7 +473,7 @@ class _GGUF:
     def config(
         self, metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
     ) -> LlamaConfig:
-        """The configuration, from the metadata and the shapes by Hugging Face's names."""
+        """Makes the configuration from the metadata and the shapes by Hugging Face's names."""
         for key in ("llama.expert_count", "llama.attention.sliding_window"):
             if metadata.get(key):
                 raise InputError(f"{key} is {shown(metadata[key])}, which is not supported")

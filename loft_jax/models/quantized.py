@@ -1,12 +1,11 @@
-"""Frozen weights in 8 or 4 bits, which layers see as if they were not quantized.
+"""Frozen weights in 8 or 4 bits, which layers use as if they were not quantized.
 
-The format is Qwix's, and so is the rounding to integers. Codes of NF4 are found and looked up
-here, with the same result: Qwix flattens an array for it, and makes 16 arrays of its size; one that
-is split over devices would first be gathered.
+The format and the rounding to integers are Qwix's. NF4 is encoded and decoded here, with the same
+result: Qwix flattens the array, which gathers it if it is split over devices, and makes 16 arrays
+of its size.
 
-Layers read a kernel as `kernel[...]`, and here that gives the dequantized matrix: with stacked
-layers under a scan, one layer's at a time. So every layer, and LoRA beside it, is what it is
-without quantization.
+Layers read a kernel as `kernel[...]`, which here gives the dequantized matrix; with stacked layers
+under a scan, that of one layer at a time. So layers and LoRA need no changes.
 """
 
 import functools
@@ -24,7 +23,7 @@ from loft_jax.errors import InputError
 from loft_jax.models.family import PretrainedModel
 
 Quantization = Literal["none", "int8", "nf4"]
-"""What frozen kernels are stored in; see `quantize_kernels`."""
+"""Storage of frozen kernels; see `quantize_kernels`."""
 
 _TILE = 64  # inputs that share a scale, as in QLoRA
 _SMALLEST_TILE = 16
@@ -39,7 +38,7 @@ _NF4 = (
 
 
 class QuantizedParam(nnx.Param):
-    """A parameter that holds a `qwix.QArray`, and gives its values where it is indexed."""
+    """A parameter that holds a `qwix.QArray`; indexing gives its dequantized values."""
 
     def __getitem__(self, key: Any) -> jax.Array:
         value = self.get_value()
@@ -49,15 +48,16 @@ class QuantizedParam(nnx.Param):
 def quantize_kernels(model: PretrainedModel, quantization: Quantization) -> None:
     """Quantizes the kernels of the linear layers in a model's stack of layers, in place.
 
-    Embeddings, norms and heads stay as they are.
+    Embeddings, norms and heads are not quantized.
 
     Args:
-        model: Of a family; under `nnx.eval_shape`, of shapes only.
+        model: A model of a family; under `nnx.eval_shape`, with shapes only.
         quantization: "int8": integers with a scale for each output. "nf4": 4-bit NormalFloats with
             a scale for each output and 64 inputs. "none" does nothing.
 
     Raises:
-        InputError: Qwix is not installed, or a kernel has a number of inputs that shares no tile.
+        InputError: Qwix is not installed, or the number of inputs of a kernel cannot be divided
+            into tiles.
 
     Example:
         >>> from loft_jax.models.llama import Llama, LlamaConfig
@@ -92,7 +92,7 @@ def quantize(
         kernel: (layers, in, out).
         quantization: As for `quantize_kernels`; not "none".
         name: Dotted path of the kernel.
-        placement: Where the parts go, `name.qvalue` and `name.scale`, by path and shape.
+        placement: Gives the shardings of `name.qvalue` and `name.scale` by path and shape.
 
     Returns:
         A `qwix.QArray`.
@@ -139,13 +139,13 @@ def _rounded(kernel: jax.Array, *, quantization: str, tile: int) -> Any:
 
 
 def dequantize(array: Any) -> jax.Array:
-    """The values of a `qwix.QArray`, in the dtype of its scale.
+    """Dequantizes a `qwix.QArray`, in the dtype of its scale.
 
     Args:
-        array: Of any shape, tiled along its axis of inputs, the last but one.
+        array: An array of any shape, tiled along its axis of inputs, the second last.
 
     Returns:
-        (*shape of the array).
+        An array of the same shape.
     """
     scale = array.scale
     codes = array.qvalue.astype(jnp.int32)
@@ -156,14 +156,14 @@ def dequantize(array: Any) -> jax.Array:
 
 
 def _nf4_codes(values: jax.Array) -> jax.Array:
-    """The nearest of the 16 values: how many of the middles between them lie below."""
+    """Finds the nearest of the 16 values, by counting the midpoints below."""
     middles = [(low + high) / 2 for low, high in itertools.pairwise(_NF4)]
     below = [(values > middle).astype(jnp.uint8) for middle in middles]
     return functools.reduce(jnp.add, below).astype(jnp.uint4)
 
 
 def _nf4_values(codes: jax.Array) -> jax.Array:
-    """A tree of choices, one level a bit: TPUs have no fast lookup of single elements."""
+    """Decodes by a tree of selections, one level per bit; TPUs have no fast lookup of elements."""
     values: list[Any] = list(_NF4)
     bit = 1
     while len(values) > 1:

@@ -14,7 +14,7 @@ _FAMILIES = (
 )
 
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _FAMILIES}
-"""By Hugging Face's `model_type`."""
+"""Families by Hugging Face's `model_type`."""
 
 WELL_KNOWN: Mapping[str, tuple[Family, PretrainedConfig]] = {
     name: (family, config) for family in _FAMILIES for name, config in family.sizes.items()
@@ -23,16 +23,16 @@ WELL_KNOWN: Mapping[str, tuple[Family, PretrainedConfig]] = {
 
 
 def family_of(model_type: object) -> Family:
-    """Finds a family.
+    """Finds the family of a `model_type`.
 
     Args:
-        model_type: What a `config.json` says.
+        model_type: The value in a `config.json`.
 
     Returns:
         The family.
 
     Raises:
-        InputError: There is none; lists those that there are.
+        InputError: There is no such family; the message lists the known ones.
 
     Example:
         >>> family_of("transformer-xl")
@@ -50,13 +50,13 @@ def gguf_family(architecture: object) -> Family:
     """Finds the family of a GGUF file.
 
     Args:
-        architecture: What the file says.
+        architecture: The value in the file.
 
     Returns:
         The family.
 
     Raises:
-        InputError: None of those here is read from GGUF files of that architecture.
+        InputError: GGUF files of that architecture are not supported.
     """
     readable = {f.gguf.architecture: f for f in _FAMILIES if f.gguf is not None}
     if not isinstance(architecture, str) or architecture not in readable:

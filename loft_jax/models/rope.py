@@ -14,12 +14,12 @@ from loft_jax.models.config_checks import is_positive
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched beyond the context they were trained on.
+    """Scaling of rotary frequencies for contexts longer than those of pretraining.
 
     Args:
         rope_type: `"linear"` divides every frequency by `factor`; `"llama3"` divides the
             low ones, keeps the high ones, and blends between the two.
-        factor: The stretch.
+        factor: Factor of the scaling.
         low_freq_factor: Below `original_max_position_embeddings / low_freq_factor` rotations
             per context, a frequency counts as low. `"llama3"` only, as are the next two.
         high_freq_factor: The same for high frequencies.
@@ -34,16 +34,16 @@ class RopeScaling:
 
 
 def read_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Reads base and scaling, from whichever of the two spellings a `config.json` has.
+    """Reads base and scaling from a `config.json`, in either of the two formats.
 
     Args:
         config: Its contents.
 
     Returns:
-        The base of the frequencies, and how they are stretched.
+        The base of the frequencies, and their scaling.
 
     Raises:
-        InputError: A kind of scaling that is not supported, or a value out of its range.
+        InputError: The kind of scaling is not supported, or a value is out of its range.
     """
     both = [key for key in ("rope_scaling", "rope_parameters") if config.get(key)]
     if len(both) > 1 and config[both[0]] != config[both[1]]:
@@ -99,14 +99,14 @@ def read_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
 
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
-    """Gives the angle each pair of head dimensions turns per position.
+    """Computes the angle per position of each pair of head dimensions.
 
-    `theta ** (-2 i / head_dim)` for `i < head_dim / 2`, stretched by the scaling.
+    `theta ** (-2 i / head_dim)` for `i < head_dim / 2`, modified by the scaling.
 
     Args:
-        head_dim: Of a head, even.
+        head_dim: Even number of dimensions of a head.
         theta: The base.
-        scaling: The stretch, None for none.
+        scaling: The scaling, or None.
 
     Returns:
         `(head_dim / 2,)` float32, in radians per token.
@@ -127,7 +127,7 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None
 
 
 def rotation(frequencies: np.ndarray, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of every position's angles.
+    """Computes cosines and sines of the angles of all positions.
 
     Args:
         frequencies: `(head_dim / 2,)`, from `inverse_frequencies`.
@@ -141,7 +141,7 @@ def rotation(frequencies: np.ndarray, positions: jax.Array) -> tuple[jax.Array, 
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turns dimension `i` together with `i + head_dim / 2`, in float32.
+    """Rotates dimensions `i` and `i + head_dim / 2` together, in float32.
 
     Args:
         x: `(b, t, heads, head_dim)`.
@@ -149,7 +149,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
         sin: `(b, t, 1, head_dim / 2)`.
 
     Returns:
-        `x` turned, in its own dtype.
+        The rotated `x`, in its dtype.
 
     Source:
         Su et al., RoFormer, https://arxiv.org/abs/2104.09864; halves as in Hugging Face's models.

@@ -1,7 +1,7 @@
-"""Layers of one kind, stacked along the first axis of their parameters and run by a scan.
+"""Layers of one kind, stacked along the first axis of their parameters, and run by a scan.
 
-The parameters of a stack are those of one layer with a leading axis; so is whatever is added to it
-(LoRA factors, dropout streams).
+The parameters of a stack are those of one layer with a leading axis, and so are variables that are
+added to it (LoRA factors, dropout streams).
 """
 
 import functools
@@ -21,15 +21,15 @@ Layer = TypeVar("Layer", bound=nnx.Module)
 
 
 def stack_layers(count: int, make: Callable[[nnx.Rngs], Layer], rngs: nnx.Rngs) -> Layer:
-    """Makes layers that differ in their random numbers only.
+    """Makes a stack of layers that differ only in their random numbers.
 
     Args:
-        count: How many.
-        make: Makes one of them.
+        count: Number of layers.
+        make: Makes one layer.
         rngs: For their initial parameters.
 
     Returns:
-        One module; each of its parameters is `(count, ...)`.
+        One module, whose parameters have the shape `(count, ...)`.
     """
     return nnx.split_rngs(splits=count)(nnx.vmap(in_axes=0, out_axes=0)(make))(rngs)
 
@@ -41,15 +41,15 @@ def run_layers(
     cache: KVCache | None = None,
     remat: Remat,
 ) -> tuple[jax.Array, KVCache | None]:
-    """Runs every layer of a stack, one after the other.
+    """Runs the layers of a stack, one after another.
 
     Args:
-        layers: From `stack_layers`. Each is called as `layer(x, *shared, cache, index)` and gives
-            the next x and the cache. Random streams that were drawn from are updated in place.
+        layers: From `stack_layers`. Each layer is called as `layer(x, *shared, cache, index)` and
+            returns the next x and the cache. Random streams that it uses are updated in place.
         x: `(b, t, hidden)`.
-        *shared: What every layer is given.
-        cache: What came before; None without one.
-        remat: What the backward pass computes again.
+        *shared: Arguments of every layer.
+        cache: Cache of earlier tokens, or None.
+        remat: What the backward pass recomputes.
 
     Returns:
         `(b, t, hidden)`, and the cache with the keys and values of every layer.
@@ -57,7 +57,7 @@ def run_layers(
     graphdef, state = nnx.split(layers)
     params, rest = nnx.split_state(state, nnx.Param, ...)
     x, cache, rest = _scan(graphdef, remat, params, rest, x, shared, cache)
-    nnx.update(layers, rest)  # dropout streams that were drawn from
+    nnx.update(layers, rest)  # dropout streams that were used
     return x, cache
 
 
@@ -72,7 +72,7 @@ def _scan(
     shared: tuple[Any, ...],
     cache: KVCache | None,
 ) -> tuple[jax.Array, KVCache | None, nnx.State]:
-    """Runs every layer; `rest` is all state that is no parameter, returned where it changed."""
+    """Runs every layer; `rest` is all state but the parameters, and changed state is returned."""
 
     def body(carry: Any, scanned: Any) -> tuple[Any, nnx.State]:
         x, cache = carry
@@ -80,7 +80,7 @@ def _scan(
         before = {path: variable.get_value() for path, variable in nnx.to_flat_state(rest)}
         layer = nnx.merge(graphdef, params, rest)
         x, cache = layer(x, *shared, cache, index)
-        # What stays the same is left alone: NNX lets no outer variable be set from inside a trace.
+        # Only changed state is returned: NNX does not allow setting outer variables within a trace.
         changed = [
             (path, variable)
             for path, variable in nnx.to_flat_state(nnx.state(layer, nnx.Not(nnx.Param)))
@@ -88,8 +88,8 @@ def _scan(
         ]
         return (laid_out(x), cache), nnx.from_flat_state(changed)
 
-    # By default only the products with weights are kept for the backward pass: what lies between
-    # them is cheap to compute again, and costs more memory traffic than it saves.
+    # By default only products with weights are kept for the backward pass: everything else is cheap
+    # to recompute, and storing it would cost more memory traffic than it saves.
     policies = jax.checkpoint_policies
     keep = {
         "full": policies.nothing_saveable,

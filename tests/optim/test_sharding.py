@@ -207,7 +207,7 @@ def collectives(hlo):
 def probes():
     eight = {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # what is partitioned stays, compiling is faster
     }
     run = subprocess.run(

@@ -45,7 +45,7 @@ def start(config, *flags, devices=1, before=()):
     command = [*before, sys.executable, "-c", _CODE, "finetune", "--config", str(file), *flags]
     environment = {
         **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
     # To files: a full pipe would stop a process that nobody reads.

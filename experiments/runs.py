@@ -80,9 +80,9 @@ class LanguageRuns:
         self._config = task.config(assets)
         self._tokenizer = load_tokenizer(self._config.model.path)
         self._rows = load_examples(self._config.data)
-        family, _ = load_model_config(self._config.model.path)
+        family, sizes = load_model_config(self._config.model.path)
         measured = load_examples(held_out_data(self._config))
-        self._task = task_of(self._config, family, self._rows, measured)
+        self._task = task_of(self._config, family, sizes, self._rows, measured)
         self._steps: dict[Any, _Compiled] = {}
 
     def __call__(self, cell: Cell, *, test: bool) -> Result:

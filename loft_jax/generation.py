@@ -68,6 +68,12 @@ def generate(
     _check(prompts, vocab, max_new_tokens, temperature, top_k, top_p, seed)
     if not prompts:
         return []
+    longest, most = max(map(len, prompts)), model.config.max_length
+    if most is not None and longest + max_new_tokens > most:
+        raise InputError(
+            f"a prompt has {longest} tokens and max_new_tokens is {max_new_tokens}, expected "
+            f"{most} together at most, the positions of the model"
+        )
     if eos_token_ids is None:
         eos = model.config.eos_token_id
         eos_token_ids = () if eos is None else (eos,) if isinstance(eos, int) else eos

@@ -68,19 +68,28 @@ class Evaluate:
 
     def _task(self, family: "Family", sizes: "PretrainedConfig", rows: Any) -> "Task":
         """Gives the named task, or the one inferred from the rows and the adapter."""
-        from loft_jax.tasks.classification import labels_of
         from loft_jax.tasks.registry import infer_task, make_task
 
         given: dict[str, Any] = {"choices": self.choices, "labels": self.task.labels}
         name = self.task.name
+        named = getattr(sizes, "labels", ())
+        count = len(named)
+        if self.source.adapter_head is not None:
+            _, count, named = self.source.adapter_head
         if name == "auto":
             name = infer_task(family, rows, None, self.data, **given)
+            if name == "classification" and count == 1:
+                name = "regression"
         if name == "classification" and not self.task.labels:
-            if self.source.adapter_head is None:  # a whole model has its own labels
-                given["labels"] = getattr(sizes, "labels", ())
-            else:
-                count = self.source.adapter_head[1]
-                named = labels_of(rows, self.data.label_field) or ()
-                numbers = all(label.isdecimal() for label in named)
-                given["labels"] = tuple(map(str, range(count))) if numbers else named
+            given["labels"] = named or self._numbers(rows, count)
         return make_task(name, rows, self.data, **given)
+
+    def _numbers(self, rows: Any, count: int) -> tuple[str, ...]:
+        """The labels of an adapter that has no names for them, whose rows have their numbers."""
+        field = self.data.label_field
+        if not all(isinstance(rows[index].get(field), int) for index in range(len(rows))):
+            raise InputError(
+                f"{self.source.adapter}: has {count} labels and no names for them, and field "
+                f"{field!r} of the rows holds other than numbers; expected labels"
+            )
+        return tuple(map(str, range(count)))

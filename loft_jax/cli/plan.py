@@ -17,6 +17,7 @@ from loft_jax.training.config import (
     ModelConfig,
     OptimizerConfig,
     ScheduleConfig,
+    TaskConfig,
 )
 
 _FLAT = tyro.conf.arg(name="")
@@ -33,6 +34,7 @@ class Plan:
         topology: Slices, by generation (v4, v5e, v5p, v6e) and grid of chips: v5e:2x4 v5p:2x2x4.
         model: The base model.
         method: Methods to compare.
+        task: The task.
         lora: The adapters.
         batch: Number of rows of a step, over all chips, and of tokens of a row.
         mesh: How the work is split over the chips.
@@ -46,6 +48,7 @@ class Plan:
         default_factory=lambda: ModelConfig(tyro.MISSING, remat="full")
     )
     method: Annotated[tuple[Method, ...], _FLAT] = (LoRA(), LoFT())
+    task: Annotated[TaskConfig, _FLAT] = field(default_factory=TaskConfig)
     lora: Annotated[AdapterConfig, _FLAT] = field(default_factory=AdapterConfig)
     batch: str = "16x256"
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -86,6 +89,7 @@ class Plan:
             self.model,
             DataConfig("", max_length=tokens),
             output="",
+            task=self.task,
             method=method,
             lora=self.lora,
             schedule=ScheduleConfig(batch_size=rows, accumulation_steps=self.accumulation_steps),

@@ -31,8 +31,8 @@ class Source:
         return self.model or base_model_of(self.adapter)
 
     @functools.cached_property
-    def adapter_head(self) -> tuple[Head, int] | None:
-        """The head that the adapter needs, and its number of labels; None without an adapter."""
+    def adapter_head(self) -> tuple[Head, int, tuple[str, ...]] | None:
+        """The head that the adapter needs, the number and the names of its labels, or None."""
         from loft_jax.hub import load_model_config
         from loft_jax.hub.peft_load import head_of
 
@@ -79,5 +79,10 @@ class Source:
                     f"{self.adapter}: names the base model {shown(now)}, and {shown(base)} before "
                     "that was loaded; expected an adapter that is not being replaced"
                 )
+        if model.drawn:
+            raise InputError(
+                f"{base}: has no {', '.join(model.drawn)}, and no adapter with them is given; "
+                f"expected a model that was trained for {head}"
+            )
         model.eval()
         return model, load_tokenizer(base)

@@ -1,5 +1,6 @@
 """Reads LoRA adapters from folders of Hugging Face PEFT."""
 
+import json
 import os
 import re
 import time
@@ -13,11 +14,12 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from loft_jax.errors import InputError, naming, shown
-from loft_jax.files import inside
+from loft_jax.errors import InputError, explained, naming, shown
+from loft_jax.files import MOST_CONFIG, inside, read_text
 from loft_jax.hub.peft_config import PeftConfig, Strength
 from loft_jax.hub.peft_names import (
     CONFIG_NAME,
+    LABELS_NAME,
     PREFIX,
     WEIGHTS_NAME,
     NameRule,
@@ -32,7 +34,13 @@ from loft_jax.lora.axes import WeightAxes
 from loft_jax.lora.inject import insert_lora
 from loft_jax.lora.layers import weight_axes
 from loft_jax.lora.targets import is_adaptable, named_modules
-from loft_jax.models.family import Family, Head, PretrainedConfig, flat_parameters
+from loft_jax.models.family import (
+    Family,
+    Head,
+    PretrainedConfig,
+    PretrainedModel,
+    flat_parameters,
+)
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -102,6 +110,8 @@ def load_peft_adapter(
         held = jnp.asarray(stored, dtype or stored.dtype)
         sharding = parameters[path].get_value().sharding
         parameters[path].set_value(jax.device_put(held, sharding))
+    if isinstance(model, PretrainedModel):
+        model.drawn = tuple(path for path in model.drawn if path not in saved)
     layers = lora_layers(model)
     for path, arrays in values.items():
         for name, array in arrays.items():
@@ -131,7 +141,7 @@ def base_model_of(folder: str | os.PathLike[str]) -> str:
 
 def head_of(
     folder: str | os.PathLike[str], family: Family, config: PretrainedConfig
-) -> tuple[Head, int]:
+) -> tuple[Head, int, tuple[str, ...]]:
     """Finds the head that a model needs for an adapter.
 
     Args:
@@ -140,8 +150,8 @@ def head_of(
         config: Of its base model.
 
     Returns:
-        The kind of head, from PEFT's task, and its number of labels, from the tensor that the
-        adapter holds whole; 0 for a language model.
+        The kind of head, from PEFT's task; its number of labels, from the tensor that the adapter
+        holds whole, 0 for a language model; and their names, none where it does not have them.
 
     Raises:
         InputError: The adapter is missing or damaged, is for a head that the family has not, or
@@ -150,7 +160,7 @@ def head_of(
     _check_folder(Path(folder))
     settings = PeftConfig.read(inside(Path(folder), CONFIG_NAME)).settings
     if settings.get("task_type") != "SEQ_CLS":
-        return "causal-lm", 0
+        return "causal-lm", 0, ()
     head: Head = "sequence-classification"
     with naming(folder):
         model = family.model(head)
@@ -164,7 +174,21 @@ def head_of(
     shape = file.shapes.get(f"{PREFIX}{name}", file.shapes.get(name))
     if shape is None:
         raise InputError(f"{file.path}: tensor {PREFIX + name!r} is missing, the head's")
-    return head, shape[0]
+    return head, shape[0], _labels(Path(folder), shape[0])
+
+
+def _labels(folder: Path, count: int) -> tuple[str, ...]:
+    """Reads the names of an adapter's labels; none if it has no file of them, as those of PEFT."""
+    path = folder / LABELS_NAME
+    if not path.exists():
+        return ()
+    text = read_text(inside(folder, LABELS_NAME), "labels", most_bytes=MOST_CONFIG)
+    with explained(f"{path}: cannot be read as JSON"):
+        found = json.loads(text)
+    named = isinstance(found, list) and all(isinstance(name, str) for name in found)
+    if not named or len(set(found)) != count or len(found) != count:
+        raise InputError(f"{path}: holds {shown(found)}, expected {count} different texts")
+    return tuple(found)
 
 
 def _check_folder(folder: Path) -> None:

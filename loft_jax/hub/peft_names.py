@@ -10,6 +10,8 @@ from loft_jax.models.family import flat_parameters
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+LABELS_NAME = "labels.json"
+"""Names of a classifier's labels in the order of its logits, a file that PEFT does not have."""
 PREFIX = "base_model.model."
 
 NameRule = Callable[[str, int | None], str]

@@ -18,6 +18,7 @@ from loft_jax.hub.host_arrays import gather_to_host
 from loft_jax.hub.peft_config import Strength, peft_settings
 from loft_jax.hub.peft_names import (
     CONFIG_NAME,
+    LABELS_NAME,
     PREFIX,
     WEIGHTS_NAME,
     NameRule,
@@ -41,6 +42,7 @@ def save_peft_adapter(
     hf_name: NameRule | None = None,
     task_type: str | None = "CAUSAL_LM",
     modules_to_save: Sequence[str] = (),
+    labels: Sequence[str] = (),
 ) -> None:
     """Writes the LoRA factors of a model as an adapter that PEFT loads.
 
@@ -133,7 +135,7 @@ def save_peft_adapter(
         fan_in_fan_out=_fan_in_fan_out(model, layers),
     )
     if jax.process_index() == 0:
-        _write(Path(folder), settings, tensors)
+        _write(Path(folder), settings, tensors, labels)
 
 
 def _fan_in_fan_out(model: nnx.Module, layers: dict[str, Any]) -> bool:
@@ -179,7 +181,12 @@ def _dropout_rate(layer: Any) -> float:
     return 0.0 if layer.lora_dropout is None else layer.lora_dropout.rate
 
 
-def _write(folder: Path, settings: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+def _write(
+    folder: Path,
+    settings: dict[str, Any],
+    tensors: dict[str, np.ndarray],
+    labels: Sequence[str],
+) -> None:
     config = folder / CONFIG_NAME
     with explained(f"{folder}: cannot write the adapter"), contextlib.ExitStack() as held:
         folder.mkdir(parents=True, exist_ok=True)
@@ -193,5 +200,9 @@ def _write(folder: Path, settings: dict[str, Any], tensors: dict[str, np.ndarray
         # is read meanwhile.
         config.unlink(missing_ok=True)
         write_safetensors(folder / WEIGHTS_NAME, tensors)
+        (folder / LABELS_NAME).unlink(missing_ok=True)
+        if labels:
+            with replacing(folder / LABELS_NAME) as partial:
+                partial.write_text(json.dumps(list(labels), ensure_ascii=False) + "\n", "utf-8")
         with replacing(config) as partial:
             partial.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")

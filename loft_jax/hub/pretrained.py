@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, overload
 
@@ -88,7 +88,7 @@ class _Renamed:
     def __init__(self, source: _Source, family: Family) -> None:
         self.path = source.path
         self._source = source
-        names = {name: family.today(name) for name in source.shapes}
+        names = {name: family.current_name(name) for name in source.shapes}
         if not any(name.startswith(family.prefix) for name in names.values()):
             names = {old: family.prefix + new for old, new in names.items()}
         self._names: dict[str, str] = {}
@@ -105,6 +105,18 @@ class _Renamed:
 
     def read(self, name: str, region: Region = ...) -> np.ndarray:
         return self._source.read(self._names[name], region)
+
+
+class _Selected:
+    """Some of the tensors of a source."""
+
+    def __init__(self, source: _Source, names: Collection[str]) -> None:
+        self.path = source.path
+        self.shapes = {name: shape for name, shape in source.shapes.items() if name in names}
+        self._source = source
+
+    def read(self, name: str, region: Region = ...) -> np.ndarray:
+        return self._source.read(name, region)
 
 
 class _Opened(NamedTuple):
@@ -207,6 +219,7 @@ def load_pretrained(
     with naming(source.path):
         make = family.model(head)
     if labels is not None:
+        source = _without_other_head(source, make, config, labels)
         config = with_labels(config, labels)
 
     def made() -> PretrainedModel:
@@ -242,7 +255,26 @@ def load_pretrained(
     new = {path.rpartition(".")[0] for path in absent if not path.startswith(heads)}
     if new:
         model.output_modules = (*model.output_modules, *sorted(new))
+    if absent:
+        model.drawn = tuple(sorted(absent))
+        _log.warning("%s: has no %s; they are drawn", source.path, ", ".join(model.drawn))
     return model
+
+
+def _without_other_head(source: _Source, make: Any, config: Any, labels: Sequence[str]) -> _Source:
+    """The source without the head of other labels, whose outputs mean something else."""
+    known = config.labels
+    nameless = known == tuple(f"LABEL_{number}" for number in range(len(labels)))
+    if tuple(labels) == known or nameless:
+        return source
+    table, heads = make.parameter_table(config), tuple(f"{p}." for p in make.output_modules)
+    of_head = {t.name for path, t in table.tensors.items() if path.startswith(heads)}
+    if of_head & source.shapes.keys():
+        _log.warning(
+            "%s: its head has the labels %s, and %s are asked for; a new head is drawn",
+            *(source.path, shown(list(known)), shown(list(labels))),
+        )
+    return _Selected(source, source.shapes.keys() - of_head)
 
 
 def _drawn(make: Callable[[], PretrainedModel], paths: Sequence[str]) -> dict[str, jax.Array]:

@@ -351,7 +351,9 @@ class BertForSequenceClassification(SequenceClassifier):
         if token_types is None:
             token_types = jnp.zeros_like(tokens)
         visible = (segment_ids != 0)[:, None, :]  # (b, 1, t)
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        # Rows of padding may be longer than there are positions.
+        most = self.config.max_position_embeddings - 1
+        positions = jnp.broadcast_to(jnp.minimum(jnp.arange(tokens.shape[1]), most), tokens.shape)
         x = self.embeddings(tokens, positions, token_types)
         x, _ = run_layers(self.encoder.layer, x, visible, remat=self.remat)
         pooled = dropped(self.dropout, self.pooler(x))  # (b, hidden)

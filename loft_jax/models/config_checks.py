@@ -151,6 +151,12 @@ def labels(config: Mapping[str, Any]) -> tuple[str, ...]:
     Raises:
         InputError: `id2label` does not name the labels from 0.
     """
+    kind = config.get("problem_type")
+    if kind not in (None, "regression", "single_label_classification"):
+        raise InputError(
+            f"config: problem_type is {shown(kind)}, expected 'regression' or "
+            "'single_label_classification'"
+        )
     names = config.get("id2label")
     if names is None:
         count = config.get("num_labels", 2)

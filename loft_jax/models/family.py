@@ -240,11 +240,13 @@ class PretrainedModel(nnx.Module):
         architecture: Name of Hugging Face's class of the same model.
         output_modules: Paths of its heads, and of other modules that were drawn because the
             checkpoint lacks them; "all-linear" excludes them, as PEFT does.
+        drawn: Paths of the parameters that were drawn because the checkpoint lacks them.
     """
 
     config: Any
     architecture: ClassVar[str]
     output_modules: tuple[str, ...]
+    drawn: tuple[str, ...] = ()
 
     @staticmethod
     def parameter_table(config: Any) -> ParameterTable:
@@ -462,7 +464,7 @@ class Family:
             )
         return self.models[head]
 
-    def today(self, name: str) -> str:
+    def current_name(self, name: str) -> str:
         """Gives Hugging Face's current name of a tensor."""
         for old, new in self.renamed.items():
             name = re.sub(old, new, name)

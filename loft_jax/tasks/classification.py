@@ -255,10 +255,12 @@ class Classification(_OfTexts):
         return hash(self.labels)
 
     def label(self, value: Any, where: str) -> int:
-        """Gives the index of a label, from its name or from the integer itself."""
-        if isinstance(value, str) and value in self._places:
-            return self._places[value]
-        if isinstance(value, (int, np.integer)) and 0 <= value < len(self.labels):
+        """Gives the index of a label, from its name or, unless names are numbers, its number."""
+        if not isinstance(value, bool) and str(value) in self._places:
+            return self._places[str(value)]
+        named = not all(isinstance(_number(name), int) for name in self.labels)
+        whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+        if named and whole and 0 <= value < len(self.labels):
             return int(value)
         raise InputError(
             f"{where} is {shown(value)}; expected one of {shown(list(self.labels))}, or its number"
@@ -309,9 +311,11 @@ class Regression(_OfTexts):
         return hash(type(self))
 
     def label(self, value: Any, where: str) -> float:
-        """Checks the number."""
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
+        """Checks the number, or reads it from a text."""
+        number: Any = _number(value) if isinstance(value, str) else value
+        is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
+        if is_number and math.isfinite(number):
+            return float(number)
         raise InputError(f"{where} is {shown(value)}; expected a finite number")
 
     def losses(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -344,35 +348,63 @@ def _ranks(x: np.ndarray) -> np.ndarray:
 def labels_of(rows: Any, field: str) -> tuple[str, ...] | None:
     """Finds the labels of rows.
 
+    Files of CSV and TSV have texts only; there, numbers are texts that read as numbers.
+
     Args:
         rows: From `load_examples`, or plain dicts.
         field: Field with the label.
 
     Returns:
-        Names of the labels: for integers, the names that the dataset gives them or the numbers
-        themselves; for texts, the texts in alphabetical order. None for decimal numbers.
+        Names of the labels: for integers, the names that the dataset gives them or the numbers from
+        0 to the largest; for texts, the texts, in the order of their numbers if all of them are
+        integers and else in alphabetical order. None for decimal numbers.
 
     Raises:
-        InputError: Labels are of several kinds or of another kind.
+        InputError: Labels are of several kinds, of another kind, empty or too many.
     """
     features = getattr(rows, "features", None)
     if names := getattr(features[field] if features and field in features else None, "names", None):
         return tuple(names)
     values = [rows[index].get(field) for index in range(len(rows))]
-    if all(isinstance(value, str) for value in values):
-        return tuple(sorted(set(values)))
+    texts = all(isinstance(value, str) for value in values)
     for index, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise InputError(
-                f"row {index}: field {field!r} is {shown(value)}; expected texts or numbers in all "
-                "rows"
-            )
-        if isinstance(value, int) and value < 0:
-            raise InputError(f"row {index}: field {field!r} is {value}; expected 0 or more")
-    if any(isinstance(value, float) for value in values):
+        where = f"row {index}: field {field!r}"
+        if value == "":
+            raise InputError(f"{where} is empty; expected a label")
+        if not texts and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise InputError(f"{where} is {shown(value)}; expected texts or numbers in all rows")
+    numbers: list[Any] = [_number(value) if texts else value for value in values]
+    whole = all(isinstance(number, int) for number in numbers)
+    if not whole and all(isinstance(number, (int, float)) for number in numbers):
         return None
-    most = max(values)
-    if most >= _MOST_LABELS:
+    if not texts:
+        return _numbered(numbers, field)
+    distinct = sorted(set(values), key=int if whole else None)
+    if len(distinct) > _MOST_LABELS:
+        raise InputError(
+            f"field {field!r} has {len(distinct)} labels, expected {_MOST_LABELS} at most"
+        )
+    return tuple(distinct)
+
+
+def _number(text: str) -> int | float | None:
+    """The number that a text reads as; None for other texts."""
+    for kind in (int, float):
+        try:
+            number = kind(text)
+        except ValueError:
+            continue
+        return number if math.isfinite(number) else None
+    return None
+
+
+def _numbered(values: Sequence[int], field: str) -> tuple[str, ...]:
+    """The numbers from 0 to the largest."""
+    if (least := min(values)) < 0:
+        raise InputError(
+            f"row {values.index(least)}: field {field!r} is {least}; expected 0 or more"
+        )
+    if (most := max(values)) >= _MOST_LABELS:
         raise InputError(
             f"field {field!r} goes up to {most}; expected labels below {_MOST_LABELS}, or decimal "
             "numbers for regression"

@@ -178,4 +178,6 @@ def within(data: DataConfig, model: PretrainedConfig) -> DataConfig:
     """
     if model.max_length is None or data.max_length <= model.max_length:
         return data
-    return dataclasses.replace(data, max_length=model.max_length)
+    most = model.max_length
+    buckets = (*(size for size in data.buckets if size < most), most) if data.buckets else ()
+    return dataclasses.replace(data, max_length=most, buckets=buckets)

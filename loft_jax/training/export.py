@@ -110,6 +110,7 @@ def export_trained(
             base_model=base_model,
             task_type=task.peft_type,
             modules_to_save=task.head_modules(model),
+            labels=task.labels or (),
         )
         return Path(folder) / "adapter"
     save_pretrained(Path(folder) / "model", model, tokenizer, base_model=base_model)

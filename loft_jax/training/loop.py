@@ -92,7 +92,8 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, progress: bool = T
 
     Example:
         >>> result = finetune(  # doctest: +SKIP
-        ...     FinetuneConfig("org/model", DataConfig("rows.jsonl"), "runs/first", steps=100))
+        ...     FinetuneConfig(ModelConfig("org/model"), DataConfig("rows.jsonl"), "runs/first")
+        ... )
     """
     config = with_precision(config)
     folder = Path(config.output)

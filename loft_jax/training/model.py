@@ -20,6 +20,7 @@ from loft_jax.models.family import (
     ParameterTable,
     PretrainedConfig,
     PretrainedModel,
+    flat_parameters,
     with_labels,
 )
 from loft_jax.models.quantized import quantize_kernels
@@ -83,9 +84,13 @@ def base_fingerprint(base: PretrainedModel) -> str:
         constants of its forward pass.
     """
     constants = {k: v for k, v in base.config.to_hf().items() if k not in _NOT_COMPUTED_WITH}
-    # Tells the token of padding where positions are counted from it.
+    # Differs with the padding token where positions are counted from it.
     constants["max_length"] = base.config.max_length
-    weights = tree_checksum(nnx.to_pure_dict(nnx.state(base, nnx.Param)))
+    # What was drawn trains, and is in the checkpoints; it is not the same on every platform.
+    parameters = flat_parameters(base, nnx.Param)
+    weights = tree_checksum(
+        {path: p.get_value() for path, p in parameters.items() if path not in base.drawn}
+    )
     text = json.dumps((constants, weights), sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 

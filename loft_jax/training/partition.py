@@ -34,7 +34,7 @@ def split_model(model: PretrainedModel, trained: Any) -> ModelPartition:
 
     Args:
         model: With its adapters, if there are any.
-        trained: Type of the variables that are trained: `nnx.LoRAParam`, or `nnx.Param` for all.
+        trained: NNX's filter of the variables that are trained, from `trained_variables`.
 
     Returns:
         The partition, with nested dicts of arrays.

@@ -47,7 +47,7 @@ class StepPlan:
         mesh: Sizes of (data, fsdp, tensor).
         memory: HBM of the chip.
         weights: Base weights, trained or not.
-        adapter: LoRA factors.
+        adapter: LoRA factors, and a head that trains with them.
         optimizer_state: Moments, bases, counters; without what is kept in host memory.
         other: The batch, metrics, and the padding that the compiler adds to the arrays above.
         temporaries: Activations, gradients, gathered weights. None if the step does not fit.
@@ -199,7 +199,13 @@ def _prepare(config: FinetuneConfig, topology: str, slices: int) -> _Prepared:
     tx = make_optimizer(config, schedule, scaling_of(model))
     offload = config.optimizer.offload
     shardings = step_shardings(parts, tx, model.table, mesh, offload_optimizer=offload)
-    batch = task.shapes(rows, config.data.max_length)
+    length = config.data.max_length
+    if sizes.max_length is not None and length > sizes.max_length:
+        raise InputError(
+            f"data.max_length is {length}, expected {sizes.max_length} at most, the positions of "
+            "the model"
+        )
+    batch = task.shapes(rows, length)
     return _Prepared(task, parts, tx, shardings, chips, batch)
 
 

@@ -14,7 +14,7 @@ from loft_jax.data import Batch, load_examples, train_stream
 from loft_jax.errors import InputError, explained
 from loft_jax.hub import load_model_config, load_tokenizer
 from loft_jax.hub.host_arrays import gather_to_host
-from loft_jax.models.family import Family
+from loft_jax.models.family import Family, PretrainedConfig
 from loft_jax.optim import state_bytes
 from loft_jax.tasks.registry import infer_task, make_task
 from loft_jax.tasks.task import Measured, Task, within
@@ -76,7 +76,7 @@ class Run:
         data, evaluation = within(config.data, sizes), config.evaluation
         rows = load_examples(data)
         held_out = load_examples(held_out_data(config)) if evaluation.path else None
-        self.task = task_of(config, family, rows, held_out)
+        self.task = task_of(config, family, sizes, rows, held_out)
         tokens = self.task.tokenize(rows, self._tokenizer, data, vocab_size=sizes.vocab_size)
         self.stream = train_stream(tokens, data, batch_size=schedule.batch_size, seed=config.seed)
         most = 2**31 - 1  # steps are counted in 32 bits
@@ -252,8 +252,8 @@ class Run:
             "fingerprints": self._fingerprints,
             "task": {"name": self.task.name, "labels": list(self.task.labels or ())},
         }
-        score = None if measured is None else self.task.score(measured.values)
-        checkpoints.save(state, plain, score)
+        score = math.nan if measured is None else self.task.score(measured.values)
+        checkpoints.save(state, plain, None if math.isnan(score) else score)
 
     def export(self, state: TrainState) -> Path:
         """Writes the adapter, or the whole model if all weights were trained.
@@ -291,17 +291,20 @@ class Run:
         return self.parts.merged(state.params, state.streams)
 
 
-def task_of(config: FinetuneConfig, family: Family, rows: Any, held_out: Any) -> Task:
+def task_of(
+    config: FinetuneConfig, family: Family, sizes: PretrainedConfig, rows: Any, held_out: Any
+) -> Task:
     """Gives the task of a run: the named one, or the one inferred from the rows.
 
     Args:
         config: Its task and the choices of its evaluation are used.
         family: Of its model.
+        sizes: Configuration of its model.
         rows: Training examples.
         held_out: Held-out examples, or None.
 
     Returns:
-        The task.
+        The task. Its labels are in the order of the model's, if these are the same.
 
     Raises:
         InputError: The rows fit several tasks, or do not fit the named one.
@@ -310,7 +313,10 @@ def task_of(config: FinetuneConfig, family: Family, rows: Any, held_out: Any) ->
     name = config.task.name
     if name == "auto":
         name = infer_task(family, rows, held_out, config.data, **given)
-    return make_task(name, rows, config.data, **given)
+    task, known = make_task(name, rows, config.data, **given), getattr(sizes, "labels", ())
+    if task.labels is not None and not config.task.labels and set(task.labels) == set(known):
+        task = make_task(name, rows, config.data, labels=known)
+    return task
 
 
 def _placed(x: jax.Array, sharding: NamedSharding) -> jax.Array:

@@ -171,6 +171,28 @@ def test_a_head_is_drawn_where_there_is_none_and_heads_of_pretraining_are_passed
     np.testing.assert_array_equal(one.embeddings.word_embeddings.embedding[...], words)
 
 
+def test_a_head_of_other_labels_is_drawn_anew(tmp_path, caplog):
+    """Outputs that meant something else would be silently wrong."""
+    folder = save_bert(tmp_path / "model", id2label={0: "no", 1: "yes"})
+    same, turned, more = (
+        load_pretrained(folder, head=HEAD, labels=labels)
+        for labels in (("no", "yes"), ("yes", "no"), ("no", "yes", "maybe"))
+    )
+    assert same.drawn == ()
+    assert turned.drawn == more.drawn == ("classifier.bias", "classifier.kernel")
+    assert more.classifier.kernel.shape == (32, 3)
+    assert "a new head is drawn" in caplog.text
+
+
+def test_padding_beyond_the_positions_changes_nothing(tmp_path):
+    folder = save_bert(tmp_path / "model", max_position_embeddings=17)
+    model = load_pretrained(folder, head=HEAD)
+    model.eval()
+    wider = np.pad(TOKENS, ((0, 0), (0, 7))), np.pad(MASK, ((0, 0), (0, 7)))
+    found = model(wider[0], segment_ids=wider[1], token_types=np.pad(TYPES, ((0, 0), (0, 7))))
+    np.testing.assert_allclose(found, our_logits(model), atol=1e-5)
+
+
 def test_names_of_older_checkpoints_are_read(folder, tmp_path):
     """Without the prefix, norms as gamma and beta, and numbers of positions."""
     tensors = load_file(folder / "model.safetensors")
@@ -236,6 +258,7 @@ def test_the_head_of_another_task_is_refused(folder):
         ("is_decoder", True, "is_decoder is True"),
         ("id2label", {"0": "a", "2": "b"}, "id2label is"),
         ("id2label", ["a"], "id2label is ['a']"),
+        ("problem_type", "multi_label_classification", "problem_type is 'multi_label_class"),
         ("hidden_dropout_prob", "x", "hidden_dropout_prob is 'x'"),
     ],
 )

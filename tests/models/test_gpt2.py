@@ -126,6 +126,11 @@ def test_greedy_continuations_are_those_of_transformers(folder):
     assert new[0] == expected[0, 5:].tolist()
 
 
+def test_a_continuation_beyond_the_positions_is_refused(folder):
+    with pytest.raises(InputError, match="has 60 tokens and max_new_tokens is 5, expected 64 tog"):
+        generate(load_pretrained(folder), [[1] * 60], max_new_tokens=5)
+
+
 def test_an_adapter_goes_to_peft_and_merges_for_transformers(folder, tmp_path):
     check_adapter_out(
         folder,

@@ -113,6 +113,10 @@ def test_a_stream_carries_labels_and_knows_them_again():
     ("values", "labels"),
     [
         (["b", "a", "b"], ("a", "b")),
+        (["10", "2", "0"], ("0", "2", "10")),  # texts, as a file of CSV has them
+        (["1", "b"], ("1", "b")),
+        (["0.5", "3"], None),
+        ([-1, 0.5], None),
         ([2, 0], ("0", "1", "2")),
         ([0.5, 1], None),
     ],
@@ -137,6 +141,7 @@ def test_names_of_whole_numbers_are_those_of_the_dataset():
         (lambda: labels_of([{"label": -1}], "label"), r"row 0: field 'label' is -1"),
         (lambda: labels_of([{"label": "a"}, {"label": 1}], "label"), r"row 0: .* all rows"),
         (lambda: labels_of([{"label": None}], "label"), r"row 0: field 'label' is None"),
+        (lambda: labels_of([{"label": "a"}, {"label": ""}], "label"), "row 1: .* is empty"),
         (lambda: Classification(["a"]), "expected two at least"),
         (lambda: Classification(["a", "a"]), "expected each once"),
         (
@@ -158,6 +163,31 @@ def test_names_of_whole_numbers_are_those_of_the_dataset():
 def test_what_is_wrong_is_named(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("labels", "value", "place"),
+    [
+        (("no", "yes"), 1, 1),
+        (("no", "yes"), "no", 0),
+        (("1", "0"), 1, 0),  # names that are numbers are names
+        (("1", "0"), "0", 1),
+        (("1", "2"), 2, 1),
+    ],
+)
+def test_a_label_is_found_by_its_name_or_its_number(labels, value, place):
+    assert Classification(labels).label(value, "here") == place
+
+
+def test_a_number_that_is_no_name_is_refused():
+    with pytest.raises(InputError, match=r"here is 0; expected one of \['1', '2'\]"):
+        Classification(("1", "2")).label(0, "here")
+
+
+def test_numbers_of_a_text_file_are_read():
+    rows = [{"text": "a", "label": "3.25"}, {"text": "b", "label": "-1"}]
+    data = Regression().tokenize(rows, TOKENIZER, DATA)
+    assert data.labelled.labels.tolist() == [3.25, -1.0]
 
 
 def test_packing_is_refused():

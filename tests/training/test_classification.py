@@ -104,6 +104,7 @@ def test_the_command_measures_the_adapter_alike(folder, trained, capsys):
     data = ["--data.path", str(folder / "test.tsv"), "--data.text-field", "sentence"]
     assert main([*command, *data]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert json.loads((output / "adapter" / "labels.json").read_text()) == ["bad", "good"]
     assert found["accuracy"] == pytest.approx(result.after["accuracy"])
     assert found["nll"] == pytest.approx(result.after["loss"], rel=1e-4)
     assert found["count"] == 48
@@ -115,7 +116,7 @@ def test_the_best_checkpoint_is_exported_and_merged(folder, trained, tmp_path):
     merged = tmp_path / "merged"
     assert main(["merge", "--adapter", str(tmp_path / "adapter"), "--output", str(merged)]) == 0
     model = AutoModelForSequenceClassification.from_pretrained(merged)
-    assert model.config.num_labels == 2
+    assert model.config.id2label == {0: "bad", 1: "good"}
 
 
 def test_a_resumed_run_is_the_run_to_the_bit(folder, trained, tmp_path, monkeypatch):
@@ -130,6 +131,21 @@ def test_a_resumed_run_is_the_run_to_the_bit(folder, trained, tmp_path, monkeypa
     second = load_file(again.trained / "adapter_model.safetensors")
     assert first.keys() == second.keys()
     assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def test_labels_in_an_order_of_ones_own_are_those_of_the_adapter(folder, tmp_path, capsys):
+    run = config(folder, tmp_path / "run", labels=("good", "bad"))
+    result = finetune(run, progress=False)
+    data = ["--data.path", str(folder / "test.tsv"), "--data.text-field", "sentence"]
+    assert main(["evaluate", "--adapter", str(result.trained), *data]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["accuracy"] == pytest.approx(result.after["accuracy"])
+
+
+def test_a_head_that_nobody_trained_is_not_measured(folder):
+    data = ["--data.path", str(folder / "test.tsv"), "--data.text-field", "sentence"]
+    arguments = ["evaluate", "--model", str(folder / "model"), "--labels", "bad", "good", *data]
+    assert main(arguments) == 2
 
 
 def test_all_weights_train_and_labels_are_kept(folder, tmp_path):

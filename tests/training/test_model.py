@@ -49,3 +49,15 @@ def test_a_base_is_told_from_others_by_its_padding_where_positions_start_there(m
         for token in (1, 2)
     )
     assert (base_fingerprint(one) != base_fingerprint(other)) == told
+
+
+def test_what_was_drawn_is_no_part_of_a_base():
+    """It trains, so checkpoints have it; drawn on another platform, it differs."""
+    config = BertConfig(64, 16, 1, 2, 24)
+    one, other = (
+        FAMILY.model("sequence-classification")(config, rngs=nnx.Rngs(0)) for _ in range(2)
+    )
+    other.classifier.kernel.set_value(other.classifier.kernel[...] + 1e-7)
+    assert base_fingerprint(one) != base_fingerprint(other)
+    one.drawn = other.drawn = ("classifier.bias", "classifier.kernel")
+    assert base_fingerprint(one) == base_fingerprint(other)

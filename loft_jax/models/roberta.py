@@ -100,7 +100,7 @@ class ClassificationHead(nnx.Module):
 
 
 class RobertaForSequenceClassification(SequenceClassifier):
-    """A RoBERTa that tells texts or pairs of texts apart, or gives a number.
+    """A RoBERTa that classifies texts or pairs of texts, or predicts a number.
 
     Args:
         config: Sizes, constants and labels.

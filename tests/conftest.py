@@ -1,4 +1,5 @@
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -24,6 +25,14 @@ def pytest_configure(config):
     cache = tempfile.TemporaryDirectory(prefix="datasets_cache")
     config.add_cleanup(cache.cleanup)
     os.environ["HF_DATASETS_CACHE"] = cache.name
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_of_one_file():
+    """Frees the programs of a file after it: thousands in one process reach the kernel's limits."""
+    yield
+    if jax := sys.modules.get("jax"):
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""LoFT, RefLoRA and related optimizers as links of an Optax chain, over any tree of low-rank factor pairs.
+"""LoFT, RefLoRA and related optimizers as links of an Optax chain, over trees of low-rank pairs.
 
 This package needs jax and optax only. Everything public is here; where to read what:
 

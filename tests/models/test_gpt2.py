@@ -180,6 +180,7 @@ def test_dropout_is_that_of_the_configuration(folder):
     assert not jax.tree.leaves(nnx.state(still, nnx.RngState))
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_what_one_device_gives(folder):
     check_mesh(folder, "causal-lm")
 

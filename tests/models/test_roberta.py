@@ -229,6 +229,7 @@ def test_dropout_is_that_of_the_configuration(folder):
         assert np.array_equal(our_logits(model), our_logits(model)) == still
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_what_one_device_gives(tmp_path):
     folder = save_roberta(
         tmp_path / "model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0

@@ -35,7 +35,7 @@ def test_rows_with_answers_of_their_own_are_compared(make_config, workspace, tmp
     path = tmp_path / "questions.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = make_config()
-    model, tokenizer = load_pretrained(config.model), load_tokenizer(config.model)
+    model, tokenizer = load_pretrained(config.model.path), load_tokenizer(config.model.path)
     measured = held_out(Choice(), config, tokenizer, path).measure(model)
     scores = score_choices(model, tokenizer, rows, config.data, progress=False)
     assert measured.values == {
@@ -48,8 +48,8 @@ def test_rows_with_answers_of_their_own_are_compared(make_config, workspace, tmp
 
 def test_examples_without_answers_give_the_loss_of_a_token(make_config, workspace):
     config = make_config()
-    examples = held_out(CausalLM(), config, load_tokenizer(config.model), workspace / "test.jsonl")
-    assert set(examples.measure(load_pretrained(config.model)).values) == {"loss"}
+    examples = held_out(CausalLM(), config, load_tokenizer(config.model.path), workspace / "test.jsonl")
+    assert set(examples.measure(load_pretrained(config.model.path)).values) == {"loss"}
 
 
 def test_answers_without_weights_are_refused_before_there_is_a_model(make_config, tmp_path):
@@ -57,7 +57,7 @@ def test_answers_without_weights_are_refused_before_there_is_a_model(make_config
     row = {"prompt": "Is it dull?", "choices": [" yes", " no"], "answer": 1}
     path.write_text(json.dumps(row) + "\n")
     config = make_config()
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model.path)
     largest = max(tokenizer(" yes no Is it dull?")["input_ids"])
     held_out(Choice(), config, tokenizer, path, vocab_size=largest + 1)
     with pytest.raises(InputError, match=rf"row 0: the tokenizer gives token {largest} "):

@@ -44,8 +44,8 @@ class Evaluate:
         from loft_jax.hub import load_model_config
         from loft_jax.tasks.task import within
 
-        family, sizes = load_model_config(self.source.base)
         rows = load_examples(self.data)
+        family, sizes = load_model_config(self.source.base)
         task = self._task(family, sizes, rows)
         model, tokenizer = self.source.load(
             head=task.head, labels=task.labels, quantization=self.quantization

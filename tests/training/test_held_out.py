@@ -48,7 +48,9 @@ def test_rows_with_answers_of_their_own_are_compared(make_config, workspace, tmp
 
 def test_examples_without_answers_give_the_loss_of_a_token(make_config, workspace):
     config = make_config()
-    examples = held_out(CausalLM(), config, load_tokenizer(config.model.path), workspace / "test.jsonl")
+    examples = held_out(
+        CausalLM(), config, load_tokenizer(config.model.path), workspace / "test.jsonl"
+    )
     assert set(examples.measure(load_pretrained(config.model.path)).values) == {"loss"}
 
 

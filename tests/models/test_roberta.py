@@ -158,7 +158,7 @@ def test_an_adapter_and_its_head_go_to_peft_and_merge_for_transformers(folder, t
         task_type="SEQ_CLS",
         saved=("classifier",),
     )
-    assert head_of(tmp_path / "adapter", *load_model_config(folder)) == (HEAD, 2)
+    assert head_of(tmp_path / "adapter", *load_model_config(folder)) == (HEAD, 2, ())
 
 
 @pytest.mark.parametrize("targets", [["query", "value", "dense"], "all-linear"])
@@ -174,7 +174,7 @@ def test_an_adapter_of_peft_is_read_with_its_head(folder, tmp_path, targets):
         task_type="SEQ_CLS",
         target_modules=targets,
     )
-    assert head_of(tmp_path / "theirs", *load_model_config(folder)) == (HEAD, 2)
+    assert head_of(tmp_path / "theirs", *load_model_config(folder)) == (HEAD, 2, ())
 
 
 def test_all_linear_layers_are_those_that_peft_adapts(folder):

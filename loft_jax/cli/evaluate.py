@@ -1,5 +1,6 @@
 """loft-jax evaluate."""
 
+import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
@@ -67,29 +68,11 @@ class Evaluate:
         return 0
 
     def _task(self, family: "Family", sizes: "PretrainedConfig", rows: Any) -> "Task":
-        """Gives the named task, or the one inferred from the rows and the adapter."""
-        from loft_jax.tasks.registry import infer_task, make_task
+        """Gives the named task, or the one that fits, with the labels of the model or adapter."""
+        from loft_jax.tasks.registry import find_task
+        from loft_jax.tasks.task import Given
 
-        given: dict[str, Any] = {"choices": self.choices, "labels": self.task.labels}
-        name = self.task.name
-        named = getattr(sizes, "labels", ())
-        count = len(named)
-        if self.source.adapter_head is not None:
-            _, count, named = self.source.adapter_head
-        if name == "auto":
-            name = infer_task(family, rows, None, self.data, **given)
-            if name == "classification" and count == 1:
-                name = "regression"
-        if name == "classification" and not self.task.labels:
-            given["labels"] = named or self._numbers(rows, count)
-        return make_task(name, rows, self.data, **given)
-
-    def _numbers(self, rows: Any, count: int) -> tuple[str, ...]:
-        """The labels of an adapter that has no names for them, whose rows have their numbers."""
-        field = self.data.label_field
-        if not all(isinstance(rows[index].get(field), int) for index in range(len(rows))):
-            raise InputError(
-                f"{self.source.adapter}: has {count} labels and no names for them, and field "
-                f"{field!r} of the rows holds other than numbers; expected labels"
-            )
-        return tuple(map(str, range(count)))
+        adapter = self.source.adapter_head
+        known = getattr(sizes, "labels", ()) if adapter is None else adapter[1]
+        given = Given(self.data, rows, choices=self.choices, labels=self.task.labels, known=known)
+        return find_task(self.task.name, family, given).make(dataclasses.replace(given, rows=None))

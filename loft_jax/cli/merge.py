@@ -31,8 +31,8 @@ class Merge:
         check_output(self.output)
         base = self.source.base
         dtype = str(stored_dtype(base)) if self.dtype == "base" else self.dtype
-        head, count, labels = self.source.adapter_head or ("causal-lm", 0, ())
-        labels = labels or tuple(f"LABEL_{number}" for number in range(count))
+        assert self.source.adapter_head is not None
+        head, labels = self.source.adapter_head
         model, tokenizer = self.source.load(head=head, labels=labels or None, param_dtype=dtype)
         save_pretrained(self.output, merge_lora(model), tokenizer, base_model=base)
         print(self.output)

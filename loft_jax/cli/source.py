@@ -24,17 +24,17 @@ class Source:
     @functools.cached_property
     def base(self) -> str:
         """The base model, as it is given or as the adapter named it when first read."""
-        from loft_jax.hub.peft_load import base_model_of
+        from loft_jax.hub.peft_base import base_model_of
 
         if not (self.model or self.adapter):
             raise InputError("neither model nor adapter is given; expected one at least")
         return self.model or base_model_of(self.adapter)
 
     @functools.cached_property
-    def adapter_head(self) -> tuple[Head, int, tuple[str, ...]] | None:
-        """The head that the adapter needs, the number and the names of its labels, or None."""
+    def adapter_head(self) -> tuple[Head, tuple[str, ...]] | None:
+        """The head that the adapter needs, and its labels; None without an adapter."""
         from loft_jax.hub import load_model_config
-        from loft_jax.hub.peft_load import head_of
+        from loft_jax.hub.peft_base import head_of
 
         return head_of(self.adapter, *load_model_config(self.base)) if self.adapter else None
 
@@ -62,7 +62,7 @@ class Source:
                 meanwhile by one for another base model.
         """
         from loft_jax.hub import load_peft_adapter, load_pretrained, load_tokenizer
-        from loft_jax.hub.peft_load import base_model_of
+        from loft_jax.hub.peft_base import base_model_of
 
         base = self.base
         if self.adapter_head is not None and self.adapter_head[0] != head:

@@ -1,6 +1,5 @@
 """Reads LoRA adapters from folders of Hugging Face PEFT."""
 
-import json
 import os
 import re
 import time
@@ -14,12 +13,12 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from loft_jax.errors import InputError, explained, naming, shown
-from loft_jax.files import MOST_CONFIG, inside, read_text
+from loft_jax.errors import InputError, shown
+from loft_jax.files import inside
+from loft_jax.hub.peft_base import check_folder
 from loft_jax.hub.peft_config import PeftConfig, Strength
 from loft_jax.hub.peft_names import (
     CONFIG_NAME,
-    LABELS_NAME,
     PREFIX,
     WEIGHTS_NAME,
     NameRule,
@@ -35,9 +34,6 @@ from loft_jax.lora.inject import insert_lora
 from loft_jax.lora.layers import weight_axes
 from loft_jax.lora.targets import is_adaptable, named_modules
 from loft_jax.models.family import (
-    Family,
-    Head,
-    PretrainedConfig,
     PretrainedModel,
     flat_parameters,
 )
@@ -95,7 +91,7 @@ def load_peft_adapter(
         PEFT's checkpoint format, https://huggingface.co/docs/peft/developer_guides/checkpoint.
     """
     folder = Path(folder)
-    _check_folder(folder)
+    check_folder(folder)
     if not (folder / WEIGHTS_NAME).exists() and (folder / "adapter_model.bin").exists():
         raise InputError(f"{folder}: holds adapter_model.bin, expected {WEIGHTS_NAME}")
     config, file, filled, saved = _read_unchanged(folder, model, _slots(model, hf_name))
@@ -117,83 +113,6 @@ def load_peft_adapter(
         for name, array in arrays.items():
             getattr(layers[path], name).set_value(array)
     return model
-
-
-def base_model_of(folder: str | os.PathLike[str]) -> str:
-    """Reads the base model that an adapter names: a path or a hub id.
-
-    Args:
-        folder: Of the adapter.
-
-    Returns:
-        Its `base_model_name_or_path`.
-
-    Raises:
-        InputError: The configuration is missing or damaged, or names no base model.
-    """
-    _check_folder(Path(folder))
-    path = Path(folder) / CONFIG_NAME
-    name = PeftConfig.read(inside(path.parent, path.name)).settings.get("base_model_name_or_path")
-    if not isinstance(name, str) or not name:
-        raise InputError(f"{path}: base_model_name_or_path is {shown(name)}; name the base model")
-    return name
-
-
-def head_of(
-    folder: str | os.PathLike[str], family: Family, config: PretrainedConfig
-) -> tuple[Head, int, tuple[str, ...]]:
-    """Finds the head that a model needs for an adapter.
-
-    Args:
-        folder: Of the adapter.
-        family: Of its base model.
-        config: Of its base model.
-
-    Returns:
-        The kind of head, from PEFT's task; its number of labels, from the tensor that the adapter
-        holds whole, 0 for a language model; and their names, none where it does not have them.
-
-    Raises:
-        InputError: The adapter is missing or damaged, is for a head that the family has not, or
-            lacks the head that its task needs.
-    """
-    _check_folder(Path(folder))
-    settings = PeftConfig.read(inside(Path(folder), CONFIG_NAME)).settings
-    if settings.get("task_type") != "SEQ_CLS":
-        return "causal-lm", 0, ()
-    head: Head = "sequence-classification"
-    with naming(folder):
-        model = family.model(head)
-    kernels = [
-        tensor
-        for path, tensor in model.parameter_table(config).tensors.items()
-        if path.startswith(f"{model.output_modules[-1]}.") and path.endswith(".kernel")
-    ]
-    name = kernels[-1].name  # of the layers of a head, the last gives the logits
-    file = Safetensors(Path(folder) / WEIGHTS_NAME)
-    shape = file.shapes.get(f"{PREFIX}{name}", file.shapes.get(name))
-    if shape is None:
-        raise InputError(f"{file.path}: tensor {PREFIX + name!r} is missing, the head's")
-    return head, shape[0], _labels(Path(folder), shape[0])
-
-
-def _labels(folder: Path, count: int) -> tuple[str, ...]:
-    """Reads the names of an adapter's labels; none if it has no file of them, as those of PEFT."""
-    path = folder / LABELS_NAME
-    if not path.exists():
-        return ()
-    text = read_text(inside(folder, LABELS_NAME), "labels", most_bytes=MOST_CONFIG)
-    with explained(f"{path}: cannot be read as JSON"):
-        found = json.loads(text)
-    named = isinstance(found, list) and all(isinstance(name, str) for name in found)
-    if not named or len(set(found)) != count or len(found) != count:
-        raise InputError(f"{path}: holds {shown(found)}, expected {count} different texts")
-    return tuple(found)
-
-
-def _check_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder, expected a PEFT adapter")
 
 
 class _Slot(NamedTuple):

@@ -98,7 +98,7 @@ class _Renamed:
             if new in self._names:
                 raise InputError(
                     f"{self.path}: tensors {shown(self._names[new])} and {shown(old)} are both "
-                    f"{shown(new)} today; expected one of them"
+                    f"for {shown(new)}; expected one of them"
                 )
             self._names[new] = old
         self.shapes = {new: source.shapes[old] for new, old in self._names.items()}
@@ -265,7 +265,7 @@ def _without_other_head(source: _Source, make: Any, config: Any, labels: Sequenc
     """The source without the head of other labels, whose outputs mean something else."""
     known = config.labels
     nameless = known == tuple(f"LABEL_{number}" for number in range(len(labels)))
-    if tuple(labels) == known or nameless:
+    if tuple(labels) == known or nameless or len(labels) == len(known) == 1:
         return source
     table, heads = make.parameter_table(config), tuple(f"{p}." for p in make.output_modules)
     of_head = {t.name for path, t in table.tensors.items() if path.startswith(heads)}

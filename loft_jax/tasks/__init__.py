@@ -1,10 +1,10 @@
-"""Tasks, one file each: inputs from rows, the loss, the evaluation."""
+"""Tasks, one file each: rows to inputs, the loss, what evaluation reports."""
 
 from loft_jax.tasks.causal_lm import CausalLM, Perplexity, perplexity
 from loft_jax.tasks.choice import Choice, ChoiceScores, score_choices
 from loft_jax.tasks.classification import Classification, Regression
-from loft_jax.tasks.registry import TASKS, infer_task, make_task
-from loft_jax.tasks.task import Evaluation, Measured, Task, TaskName
+from loft_jax.tasks.registry import TASKS, find_task
+from loft_jax.tasks.task import Evaluation, Given, Measured, Task
 
 __all__ = [
     "TASKS",
@@ -13,13 +13,12 @@ __all__ = [
     "ChoiceScores",
     "Classification",
     "Evaluation",
+    "Given",
     "Measured",
     "Perplexity",
     "Regression",
     "Task",
-    "TaskName",
-    "infer_task",
-    "make_task",
+    "find_task",
     "perplexity",
     "score_choices",
 ]

@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from loft_jax.errors import InputError
 from loft_jax.models.activations import gathered
 from loft_jax.models.family import LanguageModel
 from loft_jax.models.inference import inference_state
-from loft_jax.tasks.task import Arrays, Evaluation, Measured, Task, TaskName
+from loft_jax.tasks.task import Arrays, Evaluation, Given, Measured, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,9 +28,14 @@ if TYPE_CHECKING:
 class CausalLM(Task):
     """Next-token prediction; the loss is the mean cross entropy of the tokens to be learned."""
 
-    name: ClassVar[TaskName] = "causal-lm"
+    name = "causal-lm"
     head = "causal-lm"
     peft_type = "CAUSAL_LM"
+
+    @classmethod
+    def fits(cls, given: Given) -> bool:
+        """Whether no answers are to be compared."""
+        return not given.asks_choices
 
     def tokenize(
         self,

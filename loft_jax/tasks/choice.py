@@ -22,7 +22,7 @@ from loft_jax.models.activations import gathered
 from loft_jax.models.family import LanguageModel
 from loft_jax.models.inference import inference_state
 from loft_jax.tasks.causal_lm import CausalLM
-from loft_jax.tasks.task import Arrays, Evaluation, Measured
+from loft_jax.tasks.task import CHOICE_FIELDS, Arrays, Evaluation, Given, Measured
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -49,6 +49,21 @@ class Choice(CausalLM):
             choices: The answers of every row; empty if each row brings its own.
         """
         self.choices = tuple(choices)
+
+    @classmethod
+    def fits(cls, given: Given) -> bool:
+        """Whether answers are to be compared."""
+        return given.asks_choices
+
+    @classmethod
+    def make(cls, given: Given) -> "Choice":
+        """Makes the task with the answers of all rows, if they are given."""
+        cls.refuse(given, "labels")
+        return cls(given.choices)
+
+    def settings(self) -> dict[str, list[str]]:
+        """Gives the answers of all rows."""
+        return {"choices": list(self.choices)}
 
     def evaluation(
         self,
@@ -218,11 +233,6 @@ def check_choices(
     _encoded(tokenizer, rows, config, choices, vocab_size)
 
 
-def bring_choices(rows: "Dataset | Sequence[Mapping[str, Any]]") -> bool:
-    """Whether examples have their own answers to compare: fields `choices` and `answer`."""
-    return set(_OWN_CHOICES) <= set(column_names(rows))
-
-
 def _encoded(
     tokenizer: "PreTrainedTokenizerBase",
     rows: "Dataset | Sequence[Mapping[str, Any]]",
@@ -261,7 +271,7 @@ def _questions(
     config: DataConfig,
     choices: Sequence[str],
 ) -> list[_Question]:
-    needed = [config.prompt_field, *([config.completion_field] if choices else _OWN_CHOICES)]
+    needed = [config.prompt_field, *([config.completion_field] if choices else CHOICE_FIELDS)]
     columns = column_names(rows)
     if missing := [field for field in needed if field not in columns]:
         raise InputError(
@@ -314,9 +324,6 @@ def _check_tokens(
     for index, asked in enumerate(questions):
         for ids in (asked.prompt, *asked.choices):
             check_tokens(ids, tokenizer, vocab_size, where=f"row {index}")
-
-
-_OWN_CHOICES = ["choices", "answer"]
 
 
 def _likeliest(scores: np.ndarray) -> int:

@@ -23,7 +23,7 @@ from loft_jax.errors import InputError, explained, shown
 from loft_jax.models.activations import gathered
 from loft_jax.models.family import SequenceClassifier
 from loft_jax.models.inference import inference_state
-from loft_jax.tasks.task import Arrays, Evaluation, Measured, Task
+from loft_jax.tasks.task import Arrays, Evaluation, Given, Measured, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -254,14 +254,46 @@ class Classification(_OfTexts):
     def __hash__(self) -> int:
         return hash(self.labels)
 
+    @classmethod
+    def fits(cls, given: Given) -> bool:
+        """Whether texts have labels, or names of labels are set."""
+        return bool(given.labels) or (_is_labelled(given) and not _is_numeric(given))
+
+    @classmethod
+    def make(cls, given: Given) -> "Classification":
+        """Makes the task with the labels that are set, or else with those of rows or model.
+
+        The labels of the model are used if rows have the same ones or their numbers, and if there
+        are no rows.
+        """
+        cls.refuse(given, "choices")
+        if given.labels:
+            return cls(given.labels)
+        if given.rows is None:
+            return cls(given.known)
+        field = given.data.label_field
+        if (found := labels_of(given.rows, field)) is None:
+            raise InputError(
+                f"field {field!r} holds decimal numbers; expected labels, or task regression"
+            )
+        numbers = found == tuple(map(str, range(len(found))))
+        if set(found) == set(given.known) or (numbers and len(found) <= len(given.known)):
+            return cls(given.known)
+        return cls(found)
+
+    def settings(self) -> dict[str, list[str]]:
+        """Gives the labels."""
+        return {"labels": list(self.labels)}
+
     def label(self, value: Any, where: str) -> int:
         """Gives the index of a label, from its name or, unless names are numbers, its number."""
         if not isinstance(value, bool) and str(value) in self._places:
             return self._places[str(value)]
+        number: Any = _number(value) if isinstance(value, str) else value
         named = not all(isinstance(_number(name), int) for name in self.labels)
-        whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-        if named and whole and 0 <= value < len(self.labels):
-            return int(value)
+        whole = isinstance(number, (int, np.integer)) and not isinstance(number, bool)
+        if named and whole and 0 <= number < len(self.labels):
+            return int(number)
         raise InputError(
             f"{where} is {shown(value)}; expected one of {shown(list(self.labels))}, or its number"
         )
@@ -310,6 +342,11 @@ class Regression(_OfTexts):
     def __hash__(self) -> int:
         return hash(type(self))
 
+    @classmethod
+    def fits(cls, given: Given) -> bool:
+        """Whether texts have numbers: decimal ones, or whole ones for a model of one output."""
+        return not given.labels and _is_labelled(given) and _is_numeric(given)
+
     def label(self, value: Any, where: str) -> float:
         """Checks the number, or reads it from a text."""
         number: Any = _number(value) if isinstance(value, str) else value
@@ -343,6 +380,17 @@ def _ranks(x: np.ndarray) -> np.ndarray:
     _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[inverse]
+
+
+def _is_labelled(given: Given) -> bool:
+    return {given.data.text_field, given.data.label_field} <= set(column_names(given.rows))
+
+
+def _is_numeric(given: Given) -> bool:
+    labels = labels_of(given.rows, given.data.label_field)
+    if labels is None:
+        return True
+    return len(given.known) == 1 and all(isinstance(_number(name), int) for name in labels)
 
 
 def labels_of(rows: Any, field: str) -> tuple[str, ...] | None:

@@ -1,106 +1,67 @@
-"""The tasks by name, and the choice of a task for rows and a model."""
+"""The tasks that the library has, one line each, and the choice of one for rows and a model."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
 
-from loft_jax.data import DataConfig
 from loft_jax.data.encode import column_names
-from loft_jax.errors import InputError
+from loft_jax.errors import InputError, shown
 from loft_jax.models.family import Family
 from loft_jax.tasks.causal_lm import CausalLM
-from loft_jax.tasks.choice import Choice, bring_choices
-from loft_jax.tasks.classification import Classification, Regression, labels_of
-from loft_jax.tasks.task import Task, TaskName
+from loft_jax.tasks.choice import Choice
+from loft_jax.tasks.classification import Classification, Regression
+from loft_jax.tasks.task import Given, Task
 
-TASKS: Mapping[TaskName, type[Task]] = {
-    task.name: task for task in (CausalLM, Choice, Classification, Regression)
-}
+_TASKS: tuple[type[Task], ...] = (
+    CausalLM,
+    Choice,
+    Classification,
+    Regression,
+)
+
+TASKS: Mapping[str, type[Task]] = {task.name: task for task in _TASKS}
 """By name."""
 
+if TYPE_CHECKING:
+    TaskName = str
+else:
+    TaskName = Literal[("auto", *TASKS)]
+    """The name of a task, or "auto" for the one that fits."""
 
-def infer_task(
-    family: Family,
-    rows: Any,
-    held_out: Any,
-    data: DataConfig,
-    *,
-    choices: Sequence[str] = (),
-    labels: Sequence[str] = (),
-) -> TaskName:
-    """Finds the task that fits the rows, among those that the family has a model for.
+
+def find_task(name: TaskName, family: Family, given: Given) -> type[Task]:
+    """Finds a task by its name, or the one that fits rows and a family.
 
     Args:
+        name: Of the task, or "auto".
         family: Of the model.
-        rows: Examples to train on or to evaluate.
-        held_out: Held-out examples of a training run, or None.
-        data: Names of fields.
-        choices: Answers of all rows.
-        labels: Names of labels.
+        given: What is known. Without rows, "auto" is the first task of the family.
 
     Returns:
-        The name of the task.
+        The task, to make from what is given.
 
     Raises:
-        InputError: Several tasks fit.
+        InputError: No task that the family has a model for fits, or several do.
 
     Example:
+        >>> from loft_jax.data import DataConfig
         >>> from loft_jax.models.registry import FAMILIES
-        >>> infer_task(FAMILIES["llama"], [{"text": "a", "label": 1}], None, DataConfig("rows"))
-        'causal-lm'
+        >>> rows = [{"text": "a joy", "label": "good"}]
+        >>> find_task("auto", FAMILIES["bert"], Given(DataConfig("rows"), rows)).name
+        'classification'
     """
-    columns = set(column_names(rows))
-    asks = choices or any(bring_choices(some) for some in (rows, held_out) if some is not None)
-    labelled = labels or {data.text_field, data.label_field} <= columns
-    possible: list[TaskName] = []
-    if "causal-lm" in family.models:
-        possible.append("choice" if asks else "causal-lm")
-    if "sequence-classification" in family.models and (labelled or not possible):
-        regression = not labels and labelled and labels_of(rows, data.label_field) is None
-        possible.append("regression" if regression else "classification")
-    if len(possible) > 1:
-        raise InputError(f"task is not given, and could be {' or '.join(possible)}; name one")
-    return possible[0]
-
-
-def make_task(
-    name: TaskName,
-    rows: Any,
-    data: DataConfig,
-    *,
-    choices: Sequence[str] = (),
-    labels: Sequence[str] = (),
-) -> Task:
-    """Makes a task.
-
-    Args:
-        name: Name of the task.
-        rows: Training examples, whose labels are used if none are given; or None.
-        data: Names of fields.
-        choices: For task "choice", the answers of all rows; empty if rows have their own.
-        labels: For task "classification", names of labels in the order of the logits.
-
-    Returns:
-        The task.
-
-    Raises:
-        InputError: Choices or labels are given for another task, or labels are not known.
-    """
-    for given, what, whose in (
-        (choices, "choices", "choice"),
-        (labels, "labels", "classification"),
-    ):
-        if given and name != whose:
-            raise InputError(f"{what} are given, but only task {whose} has them, not {name}")
-    match name:
-        case "choice":
-            return Choice(choices)
-        case "classification":
-            found = tuple(labels) or (None if rows is None else labels_of(rows, data.label_field))
-            if found is None:
-                raise InputError(
-                    f"field {data.label_field!r} holds decimal numbers; expected labels, or task "
-                    "regression"
-                )
-            return Classification(found)
-        case _:
-            return TASKS[name]()
+    if name != "auto":
+        return TASKS[name]
+    possible = [task for task in _TASKS if task.head in family.models]
+    if given.rows is None:
+        return possible[0]
+    fitting = [task for task in possible if task.fits(given)]
+    if not fitting:
+        raise InputError(
+            f"rows have the fields {shown(sorted(column_names(given.rows)))}, which fit no task of "
+            f"model_type {family.model_type!r}; expected those of "
+            f"{' or '.join(task.name for task in possible)}"
+        )
+    if len(fitting) > 1:
+        names = " or ".join(task.name for task in fitting)
+        raise InputError(f"task is 'auto', and rows fit {names}; expected one of them")
+    return fitting[0]

@@ -5,21 +5,24 @@ Training, evaluation and plans use models and losses only through this interface
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import jax
 import numpy as np
 
 from loft_jax.data import DataConfig, TokenizedData
 from loft_jax.data.batches import Batch
+from loft_jax.data.encode import column_names
+from loft_jax.errors import InputError, shown
 from loft_jax.models.family import Head, PretrainedConfig, PretrainedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TaskName = Literal["causal-lm", "choice", "classification", "regression"]
+CHOICE_FIELDS = ("choices", "answer")
+"""Fields of rows that have answers of their own to compare."""
 
 Rows = "Dataset | Sequence[Mapping[str, Any]]"
 Arrays = Mapping[str, jax.Array | np.ndarray]
@@ -44,6 +47,34 @@ Evaluation = Callable[[Any], Measured]
 """Evaluates a model on the examples that the function was made with."""
 
 
+@dataclass(frozen=True)
+class Given:
+    """What is known of a run or an evaluation before it has a task.
+
+    Attributes:
+        data: Names of fields.
+        rows: Examples to train on or to evaluate; None if there are none.
+        held_out: Held-out examples of a training run; None if there are none.
+        choices: Answers of all rows; empty if rows have their own, or none.
+        labels: Names of labels in the order of the logits, as the user sets them.
+        known: The labels that the model or the adapter has.
+    """
+
+    data: DataConfig
+    rows: Any = None
+    held_out: Any = None
+    choices: Sequence[str] = ()
+    labels: Sequence[str] = ()
+    known: Sequence[str] = ()
+
+    @property
+    def asks_choices(self) -> bool:
+        """Whether answers are to be compared: those of all rows, or those that rows have."""
+        some = [rows for rows in (self.rows, self.held_out) if rows is not None]
+        own = any(set(CHOICE_FIELDS) <= set(column_names(rows)) for rows in some)
+        return bool(self.choices) or own
+
+
 class Task(ABC):
     """One kind of fine-tuning.
 
@@ -55,11 +86,55 @@ class Task(ABC):
         labels: Names of the logits of a new head; None for other heads.
     """
 
-    name: ClassVar[TaskName]
+    name: ClassVar[str]
     head: ClassVar[Head]
     peft_type: ClassVar[str]
     trains_head: ClassVar[bool] = False
     labels: tuple[str, ...] | None = None
+
+    @classmethod
+    @abstractmethod
+    def fits(cls, given: Given) -> bool:
+        """Whether rows are examples of this task.
+
+        Args:
+            given: With rows.
+        """
+
+    @classmethod
+    def make(cls, given: Given) -> Self:
+        """Makes the task.
+
+        Args:
+            given: What the task is made from.
+
+        Returns:
+            The task.
+
+        Raises:
+            InputError: Something is set that the task does not have, or something is missing.
+        """
+        cls.refuse(given, "choices", "labels")
+        return cls()
+
+    @classmethod
+    def refuse(cls, given: Given, *names: str) -> None:
+        """Refuses settings that the task does not have.
+
+        Args:
+            given: What the task is made from.
+            names: Of the settings.
+
+        Raises:
+            InputError: One of them is set.
+        """
+        for name in names:
+            if value := getattr(given, name):
+                raise InputError(f"{name} are {shown(list(value))}, but task {cls.name} has none")
+
+    def settings(self) -> dict[str, list[str]]:
+        """Gives the fields of `Given` that make this task again, without rows."""
+        return {}
 
     @abstractmethod
     def tokenize(

@@ -16,7 +16,7 @@ from loft_jax.errors import InputError, shown
 from loft_jax.methods import LoFT, Method
 from loft_jax.models import Quantization, Remat
 from loft_jax.settings import check_settings
-from loft_jax.tasks.task import TaskName
+from loft_jax.tasks.registry import TaskName
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -323,7 +323,7 @@ class TaskConfig:
         InputError: A value is out of its range.
     """
 
-    name: Annotated[Literal["auto", TaskName], arg(name="task")] = "auto"
+    name: Annotated[TaskName, arg(name="task")] = "auto"
     labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

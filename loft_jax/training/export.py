@@ -12,8 +12,8 @@ from loft_jax.errors import explained
 from loft_jax.hub import save_peft_adapter, save_pretrained
 from loft_jax.methods import Method
 from loft_jax.models.family import PretrainedModel
-from loft_jax.tasks.registry import make_task
-from loft_jax.tasks.task import Task
+from loft_jax.tasks.registry import TASKS
+from loft_jax.tasks.task import Given, Task
 from loft_jax.training.checkpoint import Checkpoints
 from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.config_io import checked_fields, config_from_dict
@@ -66,9 +66,8 @@ def restore_model(
     """
     with explained(f"{checkpoints.folder / str(step)}: does not say what it was trained on"):
         run = checkpoints.run_of(step)
-        saved, name = run["fingerprints"], run["task"]["name"]
-        labels = run["task"]["labels"] if name == "classification" else ()
-        task = make_task(name, None, config.data, choices=config.evaluation.choices, labels=labels)
+        saved, settings = run["fingerprints"], run["task"]["settings"]
+        task = TASKS[run["task"]["name"]].make(Given(config.data, **settings))
     base = load_base(config, task)
     with explained(f"{checkpoints.folder / str(step)}: does not say what it was trained on"):
         check_fingerprints(saved, {"model": base_fingerprint(base)}, doing="export")

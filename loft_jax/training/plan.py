@@ -22,8 +22,8 @@ from loft_jax.hub import load_model_config
 from loft_jax.methods import Method, settings_of
 from loft_jax.models.family import Family, PretrainedConfig
 from loft_jax.models.registry import WELL_KNOWN
-from loft_jax.tasks.registry import TASKS, make_task
-from loft_jax.tasks.task import Task
+from loft_jax.tasks.registry import find_task
+from loft_jax.tasks.task import Given, Task
 from loft_jax.training.collectives import Collective, find_collectives
 from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.mesh import check_batch, make_mesh
@@ -189,7 +189,9 @@ def _prepare(config: FinetuneConfig, topology: str, slices: int) -> _Prepared:
     config = with_precision(config, "tpu")
     rows, accumulation_steps = config.schedule.batch_size, config.schedule.accumulation_steps
     family, sizes = plan_model(config.model.path)
-    task = _task_of(config, family, sizes)
+    known = getattr(sizes, "labels", ())
+    given = Given(config.data, labels=config.task.labels, known=known)
+    task = find_task(config.task.name, family, given).make(given)
     model = abstract_model(family, sizes, config, task)
     chips = load_topology(topology, slices)
     mesh = make_mesh(config.mesh, chips.devices)
@@ -207,16 +209,6 @@ def _prepare(config: FinetuneConfig, topology: str, slices: int) -> _Prepared:
         )
     batch = task.shapes(rows, length)
     return _Prepared(task, parts, tx, shardings, chips, batch)
-
-
-def _task_of(config: FinetuneConfig, family: Family, sizes: PretrainedConfig) -> Task:
-    """Gives the task of a run; by default the first that the family has a model for."""
-    labels, given = config.task.labels, config.task.name
-    possible = [known for known, task in TASKS.items() if task.head in family.models]
-    name = possible[0] if given == "auto" else given
-    if name == "classification" and not labels:
-        labels = getattr(sizes, "labels", ())
-    return make_task(name, None, config.data, labels=labels)
 
 
 def plan_model(name: str) -> tuple[Family, PretrainedConfig]:

@@ -16,8 +16,8 @@ from loft_jax.hub import load_model_config, load_tokenizer
 from loft_jax.hub.host_arrays import gather_to_host
 from loft_jax.models.family import Family, PretrainedConfig
 from loft_jax.optim import state_bytes
-from loft_jax.tasks.registry import infer_task, make_task
-from loft_jax.tasks.task import Measured, Task, within
+from loft_jax.tasks.registry import find_task
+from loft_jax.tasks.task import Given, Measured, Task, within
 from loft_jax.training.checkpoint import Checkpoints
 from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.config_io import config_to_dict
@@ -250,7 +250,7 @@ class Run:
             "config": config_to_dict(self.config),
             "data": self.stream.get_state(),
             "fingerprints": self._fingerprints,
-            "task": {"name": self.task.name, "labels": list(self.task.labels or ())},
+            "task": {"name": self.task.name, "settings": self.task.settings()},
         }
         score = math.nan if measured is None else self.task.score(measured.values)
         checkpoints.save(state, plain, None if math.isnan(score) else score)
@@ -309,14 +309,15 @@ def task_of(
     Raises:
         InputError: The rows fit several tasks, or do not fit the named one.
     """
-    given: dict[str, Any] = {"choices": config.evaluation.choices, "labels": config.task.labels}
-    name = config.task.name
-    if name == "auto":
-        name = infer_task(family, rows, held_out, config.data, **given)
-    task, known = make_task(name, rows, config.data, **given), getattr(sizes, "labels", ())
-    if task.labels is not None and not config.task.labels and set(task.labels) == set(known):
-        task = make_task(name, rows, config.data, labels=known)
-    return task
+    given = Given(
+        config.data,
+        rows,
+        held_out,
+        choices=config.evaluation.choices,
+        labels=config.task.labels,
+        known=getattr(sizes, "labels", ()),
+    )
+    return find_task(config.task.name, family, given).make(given)
 
 
 def _placed(x: jax.Array, sharding: NamedSharding) -> jax.Array:

@@ -20,7 +20,7 @@ from loft_jax.hub import (
 )
 from loft_jax.hub.pretrained import stored_dtype
 from loft_jax.lora import LoRAConfig, add_lora
-from loft_jax.tasks.choice import bring_choices
+from loft_jax.tasks.task import Given
 from loft_jax.training.checkpoint import Checkpoints
 from loft_jax.training.config import AdapterConfig, FinetuneConfig, ModelConfig
 from loft_jax.training.config_io import config_from_dict, load_config, save_config
@@ -170,7 +170,7 @@ def _metrics(folder: Path) -> None:
 
 def _data(folder: Path, name: str) -> None:
     rows = load_examples(DataConfig(str(folder / "data" / name)))
-    bring_choices(rows)
+    Given(DataConfig(""), rows=rows).asks_choices  # noqa: B018
     _tokenized(rows, _tokenizer())
 
 

@@ -12,8 +12,9 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from loft_jax import LoRAConfig, add_lora, load_pretrained, loft
+from loft_jax.data import DataConfig
 from loft_jax.methods import LoFT
-from loft_jax.tasks import TASKS, make_task
+from loft_jax.tasks import TASKS, Given
 from loft_jax.training.config import MeshConfig
 from loft_jax.training.mesh import make_mesh
 from loft_jax.training.model import trained_variables
@@ -71,7 +72,7 @@ def train(folder, task, sizes):
 def main():
     folder, name = sys.argv[1:]
     labels = ("no", "yes") if TASKS[name].head == "sequence-classification" else ()
-    task = make_task(name, None, None, labels=labels)
+    task = TASKS[name].make(Given(DataConfig(""), labels=labels))
     alone, loss, _ = train(folder, task, None)
     found = {"loss": loss}
     for sizes in ([1, 8, 1], [2, 2, 2]):

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 from loft_jax.data import DataConfig
 from loft_jax.errors import InputError
 from loft_jax.hub import load_pretrained, save_peft_adapter
-from loft_jax.hub.peft_load import head_of
+from loft_jax.hub.peft_base import head_of
 from loft_jax.hub.pretrained import load_model_config
 from loft_jax.lora import LoRAConfig, add_lora, lora_layers
 from loft_jax.models.roberta import RobertaConfig, RobertaForSequenceClassification
@@ -28,6 +28,7 @@ from tests.models.family_checks import (
 )
 
 HEAD = "sequence-classification"
+LABELS = ("LABEL_0", "LABEL_1")
 SIZES = {
     "vocab_size": 400,
     "hidden_size": 32,
@@ -158,7 +159,10 @@ def test_an_adapter_and_its_head_go_to_peft_and_merge_for_transformers(folder, t
         task_type="SEQ_CLS",
         saved=("classifier",),
     )
-    assert head_of(tmp_path / "adapter", *load_model_config(folder)) == (HEAD, 2, ())
+    assert head_of(tmp_path / "adapter", *load_model_config(folder)) == (
+        HEAD,
+        ("LABEL_0", "LABEL_1"),
+    )
 
 
 @pytest.mark.parametrize("targets", [["query", "value", "dense"], "all-linear"])
@@ -174,7 +178,10 @@ def test_an_adapter_of_peft_is_read_with_its_head(folder, tmp_path, targets):
         task_type="SEQ_CLS",
         target_modules=targets,
     )
-    assert head_of(tmp_path / "theirs", *load_model_config(folder)) == (HEAD, 2, ())
+    assert head_of(tmp_path / "theirs", *load_model_config(folder)) == (
+        HEAD,
+        ("LABEL_0", "LABEL_1"),
+    )
 
 
 def test_all_linear_layers_are_those_that_peft_adapts(folder):

@@ -10,7 +10,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from loft_jax.data import DataConfig, eval_batches, train_stream
 from loft_jax.errors import InputError
 from loft_jax.models.registry import FAMILIES
-from loft_jax.tasks import Classification, Regression, infer_task, make_task
+from loft_jax.tasks import TASKS, CausalLM, Classification, Given, Regression, find_task
 from loft_jax.tasks.classification import labels_of
 from tests.tiny import tiny_tokenizer
 
@@ -131,7 +131,7 @@ def test_names_of_whole_numbers_are_those_of_the_dataset():
     features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
     rows = Dataset.from_list([{"text": "a", "label": 1}], features=features)
     assert labels_of(rows, "label") == ("no", "yes")
-    data = make_task("classification", rows, DATA).tokenize(rows, TOKENIZER, DATA)
+    data = Classification.make(Given(DATA, rows)).tokenize(rows, TOKENIZER, DATA)
     assert data.labelled.labels.tolist() == [1]
 
 
@@ -156,8 +156,8 @@ def test_names_of_whole_numbers_are_those_of_the_dataset():
             lambda: Classification(["a", "b"]).tokenize([{"text": "a"}], TOKENIZER, DATA),
             "field 'label' is missing",
         ),
-        (lambda: make_task("causal-lm", ROWS, DATA, labels=["a", "b"]), "labels are given"),
-        (lambda: make_task("classification", None, DATA, choices=["a"]), "choices are given"),
+        (lambda: CausalLM.make(Given(DATA, ROWS, labels=["a", "b"])), "labels are .*has none"),
+        (lambda: Classification.make(Given(DATA, choices=["a"])), "choices are .*has none"),
     ],
 )
 def test_what_is_wrong_is_named(call, message):
@@ -170,6 +170,7 @@ def test_what_is_wrong_is_named(call, message):
     [
         (("no", "yes"), 1, 1),
         (("no", "yes"), "no", 0),
+        (("no", "yes"), "1", 1),
         (("1", "0"), 1, 0),  # names that are numbers are names
         (("1", "0"), "0", 1),
         (("1", "2"), 2, 1),
@@ -197,10 +198,56 @@ def test_packing_is_refused():
         train_stream(tokens, data, batch_size=1, seed=0)
 
 
-def test_the_task_is_that_which_family_and_rows_have_in_common():
-    llama = FAMILIES["llama"]
-    assert infer_task(llama, ROWS, None, DATA) == "causal-lm"
-    assert infer_task(llama, [{"prompt": "a", "completion": "b"}], None, DATA) == "causal-lm"
-    asked = [{"prompt": "a", "choices": ["b", "c"], "answer": 0}]
-    assert infer_task(llama, [{"prompt": "a", "completion": "b"}], asked, DATA) == "choice"
-    assert infer_task(llama, ROWS, None, DATA, choices=["b", "c"]) == "choice"
+TEXTS, PROMPTS = [{"text": "a"}], [{"prompt": "a", "completion": "b"}]
+ASKED = [{"prompt": "a", "choices": ["b", "c"], "answer": 0}]
+NUMBERS = [{"text": "a", "label": 2.5}]
+WHOLE = [{"text": "a", "label": 2}]
+
+
+@pytest.mark.parametrize(
+    ("family", "given", "task"),
+    [
+        ("llama", Given(DATA, ROWS), "causal-lm"),
+        ("llama", Given(DATA, PROMPTS), "causal-lm"),
+        ("llama", Given(DATA, PROMPTS, ASKED), "choice"),
+        ("llama", Given(DATA, PROMPTS, choices=["b", "c"]), "choice"),
+        ("llama", Given(DATA), "causal-lm"),
+        ("bert", Given(DATA, ROWS), "classification"),
+        ("bert", Given(DATA, WHOLE), "classification"),
+        ("bert", Given(DATA, NUMBERS), "regression"),
+        ("bert", Given(DATA, WHOLE, known=["score"]), "regression"),
+        ("bert", Given(DATA), "classification"),
+    ],
+)
+def test_the_task_is_that_which_family_and_rows_have_in_common(family, given, task):
+    assert find_task("auto", FAMILIES[family], given) is TASKS[task]
+
+
+def test_a_task_that_is_named_is_that_one():
+    assert find_task("regression", FAMILIES["bert"], Given(DATA, ROWS)) is Regression
+
+
+def test_rows_that_fit_no_task_of_a_family_are_refused():
+    with pytest.raises(InputError, match=r"fit no task .* those of classification or regr"):
+        find_task("auto", FAMILIES["bert"], Given(DATA, TEXTS))
+
+
+@pytest.mark.parametrize(
+    ("values", "known", "labels"),
+    [
+        (["yes", "no"], ("yes", "no"), ("yes", "no")),  # in the order of the model
+        ([0, 1], ("yes", "no"), ("yes", "no")),
+        (["0", "1"], ("yes", "no"), ("yes", "no")),
+        ([0, 2], ("yes", "no"), ("0", "1", "2")),
+        (["a", "b"], ("yes", "no"), ("a", "b")),
+    ],
+)
+def test_labels_of_the_model_are_used_where_rows_have_them_or_their_numbers(values, known, labels):
+    rows = [{"text": "a", "label": value} for value in values]
+    assert Classification.make(Given(DATA, rows, known=known)).labels == labels
+
+
+@pytest.mark.parametrize("task", [CausalLM(), Classification(["b", "a"]), Regression()])
+def test_a_task_is_made_again_from_its_settings(task):
+    again = type(task).make(Given(DATA, **task.settings()))
+    assert again.labels == task.labels

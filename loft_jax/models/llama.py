@@ -1,14 +1,14 @@
 """The Llama family: configuration, model, parameters, and its GGUF files.
 
 Module names are Hugging Face's. `layers` is one decoder layer whose parameters have a leading
-axis of layers.
+axis of layers. Families that differ from it in a few points are subclasses in their own files.
 """
 
 import dataclasses
 import functools
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -30,20 +30,7 @@ from loft_jax.models.family import (
     norm,
 )
 from loft_jax.models.rope import RopeScaling, inverse_frequencies, read_rope, rotate, rotation
-from loft_jax.models.stack import run_layers, stack_layers
-
-_ARCHITECTURE = "LlamaForCausalLM"
-
-# Fields that change what a Llama computes, with the one value that is implemented.
-_ONLY: Mapping[str, Any] = {
-    "hidden_act": "silu",
-    "pretraining_tp": 1,
-    "attention_dropout": 0.0,
-    "partial_rotary_factor": 1.0,
-    "rope_interleaved": False,
-    "quantization_config": None,
-    "sliding_window": None,
-}
+from loft_jax.models.stack import PerLayer, run_layers, stack_layers
 
 _SIZES: Mapping[str, int] = {
     "vocab_size": config_checks.MOST_TOKENS,
@@ -58,17 +45,23 @@ _SIZES: Mapping[str, int] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class LlamaConfig:
-    """Sizes and constants of a Llama, under the names of Hugging Face's `config.json`.
+class DecoderConfig:
+    """The part of the configuration that Llama and the families made of its modules share.
 
-    Example:
-        >>> config = LlamaConfig.from_hf(
-        ...     dict(model_type="llama", vocab_size=64, hidden_size=32, intermediate_size=48,
-        ...          num_hidden_layers=2, num_attention_heads=4)
-        ... )
-        >>> config.num_key_value_heads, config.head_dim
-        (4, 8)
+    Attributes:
+        model_type: Hugging Face's name of the family.
+        architecture: Name of Hugging Face's class of the model.
+        only: Fields that change the computation, with the one value that is implemented.
     """
+
+    model_type: ClassVar[str]
+    architecture: ClassVar[str]
+    only: ClassVar[Mapping[str, Any]] = {
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "partial_rotary_factor": 1.0,
+        "quantization_config": None,
+    }
 
     vocab_size: int
     hidden_size: int
@@ -82,8 +75,6 @@ class LlamaConfig:
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
     tie_word_embeddings: bool = False
-    attention_bias: bool = False
-    mlp_bias: bool = False
     initializer_range: float = 0.02
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
@@ -94,7 +85,7 @@ class LlamaConfig:
             self,
             sizes=_SIZES,
             positive=("rms_norm_eps", "rope_theta", "initializer_range"),
-            flags=("tie_word_embeddings", "attention_bias", "mlp_bias"),
+            flags=[field.name for field in dataclasses.fields(self) if field.type is bool],
         )
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
@@ -105,17 +96,31 @@ class LlamaConfig:
             raise InputError(f"config: head_dim is {self.head_dim}, expected an even number")
 
     @property
+    def qkv_bias(self) -> bool:
+        """Whether the projections to queries, keys and values have biases."""
+        return False
+
+    @property
+    def output_bias(self) -> bool:
+        """Whether the projection from the heads has a bias."""
+        return False
+
+    @property
+    def mlp_bias(self) -> bool:
+        """Whether the projections of the MLP have biases."""
+        return False
+
+    @property
     def max_length(self) -> None:
         """None, since positions are computed."""
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":
+    def from_hf(cls, config: Mapping[str, Any]) -> Self:
         """Reads the contents of a Hugging Face `config.json`.
 
-        Takes what Llama 1, 2 and 3.x, SmolLM2 and TinyLlama write, the older keys
-        (`rope_theta`, `rope_scaling`) as well as the newer one (`rope_parameters`). Absent
-        fields take the defaults transformers gives them; fields that transformers' own Llama does
-        not read either (a version, a cache switch) have no effect.
+        Takes the older keys (`rope_theta`, `rope_scaling`) as well as the newer one
+        (`rope_parameters`). Absent fields take the defaults transformers gives them; fields that
+        transformers' own model does not read either (a version, a cache switch) have no effect.
 
         Args:
             config: The parsed JSON.
@@ -127,7 +132,7 @@ class LlamaConfig:
             InputError: Another architecture, or a field whose value is not supported.
         """
         config_checks.check_kind(
-            config, model_type="llama", architectures=[_ARCHITECTURE], only=_ONLY
+            config, model_type=cls.model_type, architectures=[cls.architecture], only=cls.only
         )
         sizes: dict[str, Any] = {
             name: config_checks.required(config, name)
@@ -149,19 +154,9 @@ class LlamaConfig:
                 )
             head_dim = sizes["hidden_size"] // heads
         kv_heads = config.get("num_key_value_heads")
-        optional = config_checks.present(
-            config,
-            (
-                "max_position_embeddings",
-                "rms_norm_eps",
-                "tie_word_embeddings",
-                "attention_bias",
-                "mlp_bias",
-                "initializer_range",
-                "bos_token_id",
-                "pad_token_id",
-            ),
-        )
+        apart = {"num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "eos_token_id"}
+        names = {field.name for field in dataclasses.fields(cls)}
+        optional = config_checks.present(config, names - sizes.keys() - apart)
         rope_theta, rope_scaling = read_rope(config)
         return cls(
             **sizes,
@@ -186,23 +181,60 @@ class LlamaConfig:
         if isinstance(self.eos_token_id, tuple):
             fields["eos_token_id"] = list(self.eos_token_id)
         return {
-            "architectures": [_ARCHITECTURE],
-            "model_type": "llama",
+            "architectures": [self.architecture],
+            "model_type": self.model_type,
             "hidden_act": "silu",
             **fields,
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig(DecoderConfig):
+    """Sizes and constants of a Llama, under the names of Hugging Face's `config.json`.
+
+    Reads what Llama 1, 2 and 3.x, SmolLM2 and TinyLlama write.
+
+    Example:
+        >>> config = LlamaConfig.from_hf(
+        ...     dict(model_type="llama", vocab_size=64, hidden_size=32, intermediate_size=48,
+        ...          num_hidden_layers=2, num_attention_heads=4)
+        ... )
+        >>> config.num_key_value_heads, config.head_dim
+        (4, 8)
+    """
+
+    model_type: ClassVar[str] = "llama"
+    architecture: ClassVar[str] = "LlamaForCausalLM"
+    only: ClassVar[Mapping[str, Any]] = {
+        **DecoderConfig.only,
+        "pretraining_tp": 1,
+        "rope_interleaved": False,
+        "sliding_window": None,
+    }
+
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    @property
+    def qkv_bias(self) -> bool:
+        """As `attention_bias` says."""
+        return self.attention_bias
+
+    @property
+    def output_bias(self) -> bool:
+        """As `attention_bias` says."""
+        return self.attention_bias
 
 
 class SelfAttention(nnx.Module):
     """Rotary grouped-query self-attention."""
 
     def __init__(
-        self, config: LlamaConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+        self, config: DecoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
         self.head_dim = config.head_dim
         linear = functools.partial(
             nnx.Linear,
-            use_bias=config.attention_bias,
             dtype=dtype,
             param_dtype=param_dtype,
             kernel_init=nnx.initializers.normal(config.initializer_range),
@@ -210,10 +242,14 @@ class SelfAttention(nnx.Module):
         )
         width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = linear(config.hidden_size, width)
-        self.k_proj = linear(config.hidden_size, kv_width)
-        self.v_proj = linear(config.hidden_size, kv_width)
-        self.o_proj = linear(width, config.hidden_size)
+        self.q_proj = linear(config.hidden_size, width, use_bias=config.qkv_bias)
+        self.k_proj = linear(config.hidden_size, kv_width, use_bias=config.qkv_bias)
+        self.v_proj = linear(config.hidden_size, kv_width, use_bias=config.qkv_bias)
+        self.o_proj = linear(width, config.hidden_size, use_bias=config.output_bias)
+
+    def normalized(self, queries: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Gives what is rotated of queries and keys `(b, t, heads, head_dim)`: here, themselves."""
+        return queries, keys
 
     def __call__(
         self,
@@ -230,6 +266,7 @@ class SelfAttention(nnx.Module):
             laid_out(project(x).reshape(heads), features=2)  # (b, t, heads, head_dim)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
+        queries, keys = self.normalized(queries, keys)
         queries = rotate(queries, cos, sin)
         keys = rotate(keys, cos, sin).swapaxes(1, 2)  # (b, kv_heads, t, head_dim)
         values = values.swapaxes(1, 2)
@@ -244,7 +281,7 @@ class MLP(nnx.Module):
     """SwiGLU: `down(silu(gate(x)) * up(x))`."""
 
     def __init__(
-        self, config: LlamaConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+        self, config: DecoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
         linear = functools.partial(
             nnx.Linear,
@@ -265,14 +302,20 @@ class MLP(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """Attention, then the MLP, each after a norm and added to the residual stream."""
+    """Attention, then the MLP, each after a norm and added to the residual stream.
+
+    Attributes:
+        attention: Class of its attention.
+    """
+
+    attention: ClassVar[type[SelfAttention]] = SelfAttention
 
     def __init__(
-        self, config: LlamaConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+        self, config: DecoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
         norm = functools.partial(_norm, config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.input_layernorm = norm()
-        self.self_attn = SelfAttention(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.self_attn = self.attention(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.post_attention_layernorm = norm()
         self.mlp = MLP(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
@@ -302,6 +345,9 @@ class Llama(LanguageModel):
             a layer but the outputs of its linear layers, which are kept; "none", nothing.
         rngs: For the initial parameters, drawn as Hugging Face draws them.
 
+    Attributes:
+        layer: Class of its layers.
+
     Example:
         >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
         ...                      num_hidden_layers=2, num_attention_heads=4,
@@ -315,11 +361,12 @@ class Llama(LanguageModel):
         https://arxiv.org/abs/2407.21783.
     """
 
-    architecture = _ARCHITECTURE
+    architecture = LlamaConfig.architecture
+    layer: ClassVar[type[DecoderLayer]] = DecoderLayer
 
     def __init__(
         self,
-        config: LlamaConfig,
+        config: DecoderConfig,
         *,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
@@ -341,7 +388,7 @@ class Llama(LanguageModel):
 
         self.layers = stack_layers(
             config.num_hidden_layers,
-            lambda rngs: DecoderLayer(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs),
+            lambda rngs: self.layer(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs),
             rngs,
         )
         self.norm = _norm(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -375,10 +422,22 @@ class Llama(LanguageModel):
         frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         cos, sin = rotation(frequencies, positions)
         x = embeddings_laid_out(self.embed_tokens(tokens))  # (b, t, hidden)
-        x, cache = run_layers(self.layers, x, cos, sin, visible, cache=cache, remat=self.remat)
+        masks = self.masks(visible)
+        x, cache = run_layers(self.layers, x, cos, sin, masks, cache=cache, remat=self.remat)
         if cache is not None:
             cache = dataclasses.replace(cache, length=cache.length + length)
         return self.norm(x), cache
+
+    def masks(self, visible: jax.Array) -> jax.Array | PerLayer:
+        """Gives the mask of attention, one for all layers or one for each.
+
+        Args:
+            visible: `(b, t, s)`: keys of the same text that are not later.
+
+        Returns:
+            Mask `(b, t, s)`, or a `PerLayer` of such masks.
+        """
+        return visible
 
     def init_cache(self, batch: int, length: int) -> KVCache:
         """Makes an empty cache for `batch` rows of at most `length` tokens."""
@@ -392,8 +451,8 @@ class Llama(LanguageModel):
         )
 
     @staticmethod
-    def parameter_table(config: LlamaConfig) -> ParameterTable:
-        """Makes the parameter table of a Llama."""
+    def parameter_table(config: DecoderConfig) -> ParameterTable:
+        """Makes the parameter table of a model of this configuration."""
         layer = "model.layers.{}"
         attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
         tied = "lm_head.weight" if config.tie_word_embeddings else ""
@@ -417,7 +476,7 @@ class Llama(LanguageModel):
 
 
 def _norm(
-    config: LlamaConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+    config: DecoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
 ) -> nnx.RMSNorm:
     return nnx.RMSNorm(
         config.hidden_size,
@@ -574,7 +633,7 @@ _WELL_KNOWN: Mapping[str, LlamaConfig] = {
 }
 
 FAMILY = Family(
-    model_type="llama",
+    model_type=LlamaConfig.model_type,
     config=LlamaConfig,
     models={"causal-lm": Llama},
     prefix="model.",

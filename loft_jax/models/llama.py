@@ -29,7 +29,9 @@ from loft_jax.models.family import (
     linear,
     norm,
 )
-from loft_jax.models.rope import RopeScaling, inverse_frequencies, read_rope, rotate, rotation
+from loft_jax.models.rope import rotate, rotation
+from loft_jax.models.rope_config import read_rope, rope_scaling_to_hf
+from loft_jax.models.rope_scaling import LinearScaling, RopeScaling
 from loft_jax.models.stack import PerLayer, run_layers, stack_layers
 
 _SIZES: Mapping[str, int] = {
@@ -94,6 +96,8 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise InputError(f"config: head_dim is {self.head_dim}, expected an even number")
+        if self.rope_scaling is not None:
+            self.rope_scaling.check(self.head_dim, self.rope_theta)
 
     @property
     def qkv_bias(self) -> bool:
@@ -174,10 +178,7 @@ class DecoderConfig:
         Rotary settings are written under the older keys, which every release reads.
         """
         fields = dataclasses.asdict(self)
-        if self.rope_scaling is not None:
-            fields["rope_scaling"] = {
-                name: value for name, value in fields["rope_scaling"].items() if value is not None
-            }
+        fields["rope_scaling"] = rope_scaling_to_hf(self.rope_scaling)
         if isinstance(self.eos_token_id, tuple):
             fields["eos_token_id"] = list(self.eos_token_id)
         return {
@@ -419,8 +420,13 @@ class Llama(LanguageModel):
         if positions is None:
             positions = positions_from(visible)
         config = self.config
-        frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        cos, sin = rotation(frequencies, positions)
+        cos, sin = rotation(
+            positions,
+            segment_ids,
+            dim=config.head_dim,
+            theta=config.rope_theta,
+            scaling=config.rope_scaling,
+        )
         x = embeddings_laid_out(self.embed_tokens(tokens))  # (b, t, hidden)
         masks = self.masks(visible)
         x, cache = run_layers(self.layers, x, cos, sin, masks, cache=cache, remat=self.remat)
@@ -578,7 +584,7 @@ class _GGUF:
         if kind == "none":
             return None
         if kind == "linear":
-            return RopeScaling("linear", _shortest(_field(metadata, "llama.rope.scaling.factor")))
+            return LinearScaling(_shortest(_field(metadata, "llama.rope.scaling.factor")))
         raise InputError(
             f"llama.rope.scaling.type is {shown(kind)}, only 'none' and 'linear' are supported"
         )

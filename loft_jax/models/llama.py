@@ -7,7 +7,7 @@ axis of layers. Families that differ from it in a few points are subclasses in t
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import jax
@@ -97,7 +97,7 @@ class DecoderConfig:
         if self.head_dim % 2:
             raise InputError(f"config: head_dim is {self.head_dim}, expected an even number")
         if self.rope_scaling is not None:
-            self.rope_scaling.check(self.head_dim, self.rope_theta)
+            self.rope_scaling.check(self.rotary_dim, self.rope_theta)
 
     @property
     def qkv_bias(self) -> bool:
@@ -113,6 +113,11 @@ class DecoderConfig:
     def mlp_bias(self) -> bool:
         """Whether the projections of the MLP have biases."""
         return False
+
+    @property
+    def rotary_dim(self) -> int:
+        """The number of dimensions of a head that rotate."""
+        return self.head_dim
 
     @property
     def max_length(self) -> None:
@@ -248,6 +253,10 @@ class SelfAttention(nnx.Module):
         self.v_proj = linear(config.hidden_size, kv_width, use_bias=config.qkv_bias)
         self.o_proj = linear(width, config.hidden_size, use_bias=config.output_bias)
 
+    def projected(self, x: jax.Array) -> Sequence[jax.Array]:
+        """Gives queries, keys and values `(b, t, heads * head_dim)` of `x (b, t, hidden)`."""
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
     def normalized(self, queries: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Gives what is rotated of queries and keys `(b, t, heads, head_dim)`: here, themselves."""
         return queries, keys
@@ -262,11 +271,10 @@ class SelfAttention(nnx.Module):
         layer: jax.Array,
     ) -> tuple[jax.Array, KVCache | None]:
         """Mixes `x (b, t, hidden)` over the visible tokens; writes the cache if there is one."""
-        heads = (*x.shape[:2], -1, self.head_dim)
         queries, keys, values = (
-            laid_out(project(x).reshape(heads), features=2)  # (b, t, heads, head_dim)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+            laid_out(part.reshape(*x.shape[:2], -1, self.head_dim), features=2)
+            for part in self.projected(x)
+        )  # (b, t, heads, head_dim)
         queries, keys = self.normalized(queries, keys)
         queries = rotate(queries, cos, sin)
         keys = rotate(keys, cos, sin).swapaxes(1, 2)  # (b, kv_heads, t, head_dim)
@@ -296,9 +304,13 @@ class MLP(nnx.Module):
         self.up_proj = linear(config.hidden_size, config.intermediate_size)
         self.down_proj = linear(config.intermediate_size, config.hidden_size)
 
+    def projected(self, x: jax.Array) -> Sequence[jax.Array]:
+        """Gives the gate and what it multiplies, `(b, t, inner)`, of `x (b, t, hidden)`."""
+        return self.gate_proj(x), self.up_proj(x)
+
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `(b, t, hidden)` to `(b, t, hidden)`."""
-        gate, up = (laid_out(f(x), features=2) for f in (self.gate_proj, self.up_proj))
+        gate, up = (laid_out(part, features=2) for part in self.projected(x))
         return laid_out(self.down_proj(nnx.silu(gate) * up))
 
 
@@ -307,9 +319,11 @@ class DecoderLayer(nnx.Module):
 
     Attributes:
         attention: Class of its attention.
+        feed_forward: Class of its MLP.
     """
 
     attention: ClassVar[type[SelfAttention]] = SelfAttention
+    feed_forward: ClassVar[type[MLP]] = MLP
 
     def __init__(
         self, config: DecoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
@@ -318,7 +332,7 @@ class DecoderLayer(nnx.Module):
         self.input_layernorm = norm()
         self.self_attn = self.attention(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.post_attention_layernorm = norm()
-        self.mlp = MLP(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.mlp = self.feed_forward(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -423,7 +437,7 @@ class Llama(LanguageModel):
         cos, sin = rotation(
             positions,
             segment_ids,
-            dim=config.head_dim,
+            dim=config.rotary_dim,
             theta=config.rope_theta,
             scaling=config.rope_scaling,
         )

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from loft_jax.errors import InputError, shown
-from loft_jax.models import bert, gpt2, llama, mistral, qwen2, qwen3, roberta
+from loft_jax.models import bert, gpt2, llama, mistral, phi3, qwen2, qwen3, roberta
 from loft_jax.models.family import Family, PretrainedConfig
 
 _FAMILIES = (
@@ -11,6 +11,7 @@ _FAMILIES = (
     gpt2.FAMILY,
     llama.FAMILY,
     mistral.FAMILY,
+    phi3.FAMILY,
     qwen2.FAMILY,
     qwen3.FAMILY,
     roberta.FAMILY,

@@ -29,9 +29,14 @@ from loft_jax.models.family import (
     linear,
     norm,
 )
-from loft_jax.models.rope import rotate, rotation
+from loft_jax.models.rope import inverse_frequencies, rotate, rotation
 from loft_jax.models.rope_config import read_rope, rope_scaling_to_hf
-from loft_jax.models.rope_scaling import LinearScaling, RopeScaling
+from loft_jax.models.rope_scaling import (
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    RopeScaling,
+)
 from loft_jax.models.stack import PerLayer, run_layers, stack_layers
 
 _SIZES: Mapping[str, int] = {
@@ -511,6 +516,7 @@ class _GGUF:
     """GGUF files of the architecture "llama"."""
 
     architecture = "llama"
+    constants = ("rope_freqs.weight",)
 
     # Their names -> Hugging Face's.
     _top: Mapping[str, str] = {
@@ -550,9 +556,12 @@ class _GGUF:
         return rows.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)  # (heads, 2, head_dim / 2)
 
     def config(
-        self, metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+        self,
+        metadata: Mapping[str, Any],
+        shapes: Mapping[str, tuple[int, ...]],
+        constants: Mapping[str, np.ndarray],
     ) -> LlamaConfig:
-        """Makes the configuration from the metadata and the shapes by Hugging Face's names."""
+        """Makes the configuration; see `GGUFAdapter.config`."""
         for key in ("llama.expert_count", "llama.attention.sliding_window"):
             if metadata.get(key):
                 raise InputError(f"{key} is {shown(metadata[key])}, which is not supported")
@@ -564,6 +573,12 @@ class _GGUF:
                 raise InputError(
                     f"{key} is {shown(metadata[key])}, expected the head size, {shown(head_dim)}"
                 )
+        context = _field(metadata, "llama.context_length")
+        theta = _shortest(metadata.get("llama.rope.freq_base", 10_000.0))
+        if (divisors := constants.get("rope_freqs.weight")) is None:
+            scaling = self._rope_scaling(metadata)
+        else:
+            scaling = self._scaling_by(divisors, metadata, head_dim, theta, context)
         return LlamaConfig(
             vocab_size=shapes.get("model.embed_tokens.weight", (0,))[0],
             hidden_size=hidden_size,
@@ -572,11 +587,11 @@ class _GGUF:
             num_attention_heads=heads,
             num_key_value_heads=metadata.get("llama.attention.head_count_kv", heads),
             head_dim=head_dim,
-            max_position_embeddings=_field(metadata, "llama.context_length"),
+            max_position_embeddings=context,
             # float32 in the file: the shortest decimal that is the same float32 was meant
             rms_norm_eps=_shortest(_field(metadata, "llama.attention.layer_norm_rms_epsilon")),
-            rope_theta=_shortest(metadata.get("llama.rope.freq_base", 10_000.0)),
-            rope_scaling=self._rope_scaling(metadata, shapes),
+            rope_theta=theta,
+            rope_scaling=scaling,
             tie_word_embeddings="lm_head.weight" not in shapes,
             attention_bias="model.layers.0.self_attn.q_proj.bias" in shapes,
             mlp_bias="model.layers.0.mlp.gate_proj.bias" in shapes,
@@ -585,15 +600,37 @@ class _GGUF:
             pad_token_id=metadata.get("tokenizer.ggml.padding_token_id"),
         )
 
-    def _rope_scaling(
-        self, metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
-    ) -> RopeScaling | None:
-        if "rope_freqs.weight" in shapes:
+    def _scaling_by(
+        self,
+        divisors: np.ndarray,
+        metadata: Mapping[str, Any],
+        head_dim: int,
+        theta: float,
+        context: int,
+    ) -> RopeScaling:
+        """Gives the scaling of a file with a divisor of each frequency, as those of Llama 3.x."""
+        kind = metadata.get("llama.rope.scaling.type", "none")
+        if kind != "none":
             raise InputError(
-                "holds the tensor 'rope_freqs.weight', which stretches rotary frequencies as "
-                "'llama3' does; only 'none' and 'linear' are supported in GGUF. Expected the same "
-                "model as a Hugging Face folder"
+                f"llama.rope.scaling.type is {shown(kind)} beside the tensor 'rope_freqs.weight', "
+                "expected one of them"
             )
+        if divisors.shape != (head_dim // 2,) or not all(
+            map(config_checks.is_positive, divisors.tolist())
+        ):
+            raise InputError(
+                f"tensor 'rope_freqs.weight' of shape {divisors.shape} is "
+                f"{shown(divisors.tolist())}, expected {head_dim // 2} positive numbers"
+            )
+        # The constants that all published models have.
+        llama3 = Llama3Scaling(_shortest(divisors.max()), 1.0, 4.0, 8192)
+        plain = inverse_frequencies(head_dim, theta, None)
+        if np.allclose(plain / divisors, llama3.scaled(plain, theta, None), rtol=1e-5, atol=0):
+            return llama3
+        each = tuple(map(_shortest, divisors))
+        return LongRopeScaling(each, each, context, context, attention_factor=1.0)
+
+    def _rope_scaling(self, metadata: Mapping[str, Any]) -> RopeScaling | None:
         kind = metadata.get("llama.rope.scaling.type", "none")
         if kind == "none":
             return None

@@ -7,7 +7,7 @@ axis of layers. Families that differ from it in a few points are subclasses in t
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import jax
@@ -516,7 +516,7 @@ class _GGUF:
     """GGUF files of the architecture "llama"."""
 
     architecture = "llama"
-    constants = ("rope_freqs.weight",)
+    constants: Collection[str] = ("rope_freqs.weight",)
 
     # Their names -> Hugging Face's.
     _top: Mapping[str, str] = {
@@ -624,7 +624,7 @@ class _GGUF:
             )
         # The constants that all published models have.
         llama3 = Llama3Scaling(_shortest(divisors.max()), 1.0, 4.0, 8192)
-        plain = inverse_frequencies(head_dim, theta, None)
+        plain = np.asarray(inverse_frequencies(head_dim, theta, None))
         if np.allclose(plain / divisors, llama3.scaled(plain, theta, None), rtol=1e-5, atol=0):
             return llama3
         each = tuple(map(_shortest, divisors))

@@ -7,7 +7,7 @@ of layers.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -48,11 +48,41 @@ _ONLY: Mapping[str, Any] = {
     "quantization_config": None,
 }
 
-_ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
+    "tanh": jnp.tanh,
 }
+"""Activations by their names in a `config.json`."""
+
+
+class EncoderConfig(Protocol):
+    """What modules that families share read of a configuration."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Features of the residual stream."""
+
+    @property
+    def intermediate_size(self) -> int:
+        """Inner features of an MLP."""
+
+    @property
+    def hidden_act(self) -> str:
+        """Activation of an MLP, one of `ACTIVATIONS`."""
+
+    @property
+    def hidden_dropout_prob(self) -> float:
+        """Rate of dropout, but on attention's weights."""
+
+    @property
+    def layer_norm_eps(self) -> float:
+        """Added to the variance in a norm."""
+
+    @property
+    def initializer_range(self) -> float:
+        """Standard deviation of new weights."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +142,7 @@ class BertConfig:
                 f"config: hidden_size is {self.hidden_size}, expected a multiple of "
                 f"num_attention_heads ({self.num_attention_heads})"
             )
-        config_checks.check_one_of(self, "hidden_act", _ACTIVATIONS)
+        config_checks.check_one_of(self, "hidden_act", ACTIVATIONS)
 
     @property
     def max_length(self) -> int:
@@ -206,7 +236,7 @@ class Output(nnx.Module):
     def __init__(
         self,
         width: int,
-        config: BertConfig,
+        config: EncoderConfig,
         linear: Callable[..., nnx.Linear],
         norm: Any,
         rngs: Any,
@@ -235,8 +265,8 @@ class Attention(nnx.Module):
 class Intermediate(nnx.Module):
     """The first layer of the MLP."""
 
-    def __init__(self, config: BertConfig, linear: Callable[..., nnx.Linear]):
-        self.act = _ACTIVATIONS[config.hidden_act]
+    def __init__(self, config: EncoderConfig, linear: Callable[..., nnx.Linear]):
+        self.act = ACTIVATIONS[config.hidden_act]
         self.dense = linear(config.hidden_size, config.intermediate_size)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -406,7 +436,7 @@ def encoder_rows(prefix: str) -> dict[str, Tensor]:
 
 
 def parts(
-    config: BertConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+    config: EncoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
 ) -> tuple[Callable[..., nnx.Linear], Callable[[], nnx.LayerNorm]]:
     """How linear layers and norms are made, as Hugging Face initializes them."""
     linear = functools.partial(

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 
 from loft_jax.errors import InputError, shown
-from loft_jax.models import bert, gpt2, llama, mistral, phi3, qwen2, qwen3, roberta
+from loft_jax.models import bert, deberta, gpt2, llama, mistral, phi3, qwen2, qwen3, roberta
 from loft_jax.models.family import Family, PretrainedConfig
 
 _FAMILIES = (
     bert.FAMILY,
+    deberta.FAMILY,
     gpt2.FAMILY,
     llama.FAMILY,
     mistral.FAMILY,

@@ -60,6 +60,7 @@ _TOKENIZER_PATTERNS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
+    "spm.model",
     "merges.txt",
     "chat_template*",
 )

@@ -360,10 +360,10 @@ class DisentangledSelfAttention(nnx.Module):
     ) -> jax.Array | float:
         """Gives the scores of content and position.
 
-        A product with each of the 2t distances is `(b, heads, t, 2t)`, and is then shifted in place
-        of a gather by pairs of tokens. That takes 2 t² d multiplications a head, twice those of
-        contents. A gather from products with the u rows takes t u d, which is the same up to
-        distances that share rows, but its gradient adds `(b, heads, t, t)` numbers one by one.
+        A product with all 2t distances is `(b, heads, t, 2t)`; shifting its rows gives the scores.
+        This takes 2 t² d multiplications a head, twice those of the contents. Products with the u
+        rows and a gather would take t u d, no less while every distance has its own row, and the
+        gradient of the gather would be a scatter of `(b, heads, t, t)` numbers.
 
         Args:
             queries: `(b, t, heads, head_dim)`.

@@ -18,7 +18,7 @@ from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_p
 
 from loft_jax.cli.main import main
 from loft_jax.errors import InputError
-from loft_jax.hub import load_pretrained
+from loft_jax.hub import load_pretrained, load_tokenizer
 from loft_jax.lora import LoRAConfig, add_lora, lora_layers
 from loft_jax.models.deberta import (
     FAMILY,
@@ -378,6 +378,29 @@ def test_the_command_trains_a_pretrained_model_and_torch_says_the_same(tmp_path,
         )
     assert found["accuracy"] == pytest.approx(right.float().mean().item())
     assert found["accuracy"] > 0.9
+
+
+def test_a_tokenizer_that_is_a_sentencepiece_model_alone_is_read(tmp_path):
+    """As Microsoft publishes it."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    special = {"pad": "[PAD]", "bos": "[CLS]", "eos": "[SEP]", "unk": "[UNK]"}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([" ".join(WORDS)] * 9),
+        model_prefix=str(tmp_path / "spm"),
+        vocab_size=60,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **{f"{name}_id": number for number, name in enumerate(special)},
+        **{f"{name}_piece": piece for name, piece in special.items()},
+    )
+    (tmp_path / "spm.vocab").unlink()
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "deberta-v2"}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"vocab_type": "spm"}))
+    encoded = load_tokenizer(tmp_path)("honest plot", "long")
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spm.model"))
+    first, second = pieces.encode("honest plot"), pieces.encode("long")
+    assert encoded["input_ids"] == [1, *first, 2, *second, 2]
+    assert encoded["token_type_ids"] == [0] * (len(first) + 2) + [1] * (len(second) + 1)
 
 
 def test_configurations_go_to_transformers_and_back():

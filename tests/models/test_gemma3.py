@@ -4,38 +4,33 @@ import json
 
 import numpy as np
 import pytest
-import torch
 import transformers
-from transformers import AutoModelForCausalLM
 
 from loft_jax.errors import InputError
 from loft_jax.hub import load_pretrained
 from loft_jax.hub.pretrained import load_model_config
 from loft_jax.models.gemma3 import FAMILY, Gemma3TextConfig
-from loft_jax.models.rope import RopeScaling
-from tests.models.family_checks import (
-    TOLERANCE,
-    check_adapter_in,
-    check_adapter_out,
-    check_branches,
+from loft_jax.models.rope_scaling import LinearScaling
+from tests.models.decoder_checks import (
+    SIZES,
+    TOKENS,
+    check_adapters,
     check_gradients,
     check_greedy,
-    check_mesh,
-    check_padding,
-    check_plan_works,
-    save_filled,
-    torch_causal_lm,
+    check_logits,
+    check_texts_in_rows,
+    loaded_in_torch,
+    parameter_count,
+    save_decoder,
     torch_logits,
 )
+from tests.models.family_checks import TOLERANCE, check_mesh, check_plan_works
 
 # Rotary bases far apart, and a window that texts reach.
-SIZES = {
-    "vocab_size": 400,
+OWN = {
+    **SIZES,
     "hidden_size": 48,
-    "intermediate_size": 80,
     "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "head_dim": 16,
     "query_pre_attn_scalar": 24,
     "sliding_window": 5,
@@ -54,14 +49,13 @@ LLAMA3 = {
     "rope_theta": 1e3,
 }
 VARIANTS = {
-    "published": {},
     "final cap, untied, biases": {
         "final_logit_softcapping": 4.0,
         "tie_word_embeddings": False,
         "attention_bias": True,
         "rope_scaling": None,
     },
-    "llama3, local layers only before": {
+    "llama3, every other layer": {
         "layer_types": None,
         "sliding_window_pattern": 2,
         "num_key_value_heads": 1,
@@ -70,16 +64,14 @@ VARIANTS = {
         "rope_parameters": {"full_attention": LLAMA3, "sliding_attention": {"rope_theta": 20.0}},
     },
 }
-TOKENS = np.random.default_rng(0).integers(0, 400, (3, 17))
 
 
 def their_config(**changes):
-    return transformers.Gemma3TextConfig(**{**SIZES, **changes})
+    return transformers.Gemma3TextConfig(**{**OWN, **changes})
 
 
 def save_gemma3(folder, **changes):
-    torch.manual_seed(0)
-    return save_filled(folder, transformers.Gemma3ForCausalLM(their_config(**changes)))
+    return save_decoder(folder, their_config(**changes))
 
 
 @pytest.fixture(scope="module")
@@ -87,80 +79,37 @@ def folder(tmp_path_factory):
     return save_gemma3(tmp_path_factory.mktemp("gemma3") / "model")
 
 
-def our_logits(model):
-    return np.asarray(model(TOKENS))
-
-
-def their_logits(model):
-    return torch_logits(model, TOKENS)
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_are_those_of_transformers(tmp_path, variant):
-    folder = save_gemma3(tmp_path / "model", **VARIANTS[variant])
-    expected = their_logits(torch_causal_lm(folder))
-    np.testing.assert_allclose(load_pretrained(folder)(TOKENS), expected, **TOLERANCE)
+    check_logits(save_gemma3(tmp_path, **VARIANTS[variant]))
 
 
-def test_padding_changes_nothing(folder):
-    check_padding(folder, TOKENS)
-
-
-def test_a_window_follows_the_branches_of_a_text(folder):
-    check_branches(folder, TOKENS[:1, :15], sizes=(7, 3, 1, 4))
+def test_padded_and_packed_texts_give_what_they_give_alone(folder):
+    check_texts_in_rows(folder)
 
 
 def test_gradients_are_those_of_torch(folder):
-    def pairs(grads, theirs):
-        ours, layer = grads["layers"], theirs.model.layers[1]
-        return [
-            (ours["self_attn"]["k_proj"]["kernel"][...][1].T, layer.self_attn.k_proj.weight),
-            (ours["self_attn"]["q_norm"]["scale"][...][1], layer.self_attn.q_norm.weight),
-            (ours["self_attn"]["k_norm"]["scale"][...][1], layer.self_attn.k_norm.weight),
-            (ours["mlp"]["down_proj"]["kernel"][...][1].T, layer.mlp.down_proj.weight),
-        ]
-
-    check_gradients(folder, TOKENS, pairs)
+    names = ("self_attn.k_proj.weight", "self_attn.q_norm.weight", "self_attn.k_norm.weight")
+    check_gradients(folder, names, layer=1)
 
 
-def test_greedy_continuations_past_the_window_are_those_of_transformers(folder):
-    check_greedy(folder, [TOKENS[0, :3].tolist(), TOKENS[1, :9].tolist()], new=12)
+def test_continuations_beyond_the_window_are_those_of_transformers(folder):
+    check_greedy(folder)
 
 
-def test_an_adapter_goes_to_peft_and_merges_for_transformers(folder, tmp_path):
-    check_adapter_out(
-        folder,
-        tmp_path,
-        auto=AutoModelForCausalLM,
-        ours=our_logits,
-        theirs=their_logits,
-        head="causal-lm",
-        task_type="CAUSAL_LM",
-    )
-
-
-def test_an_adapter_of_peft_is_read(folder, tmp_path):
-    check_adapter_in(
-        folder,
-        tmp_path,
-        auto=AutoModelForCausalLM,
-        ours=our_logits,
-        theirs=their_logits,
-        head="causal-lm",
-        task_type="CAUSAL_LM",
-        target_modules="all-linear",
-    )
+def test_adapters_go_to_peft_and_come_from_it(folder, tmp_path):
+    check_adapters(folder, tmp_path)
 
 
 def test_the_text_model_of_a_model_of_images_is_read(folder, tmp_path):
     """As `AutoModel.from_pretrained(...).language_model.save_pretrained(...)` writes it."""
-    theirs = torch_causal_lm(folder)
+    theirs = loaded_in_torch(folder)
     theirs.model.save_pretrained(tmp_path / "text")
     assert json.loads((tmp_path / "text" / "config.json").read_text())["architectures"] == [
         "Gemma3TextModel"
     ]
     found = load_pretrained(tmp_path / "text")(TOKENS)
-    np.testing.assert_allclose(found, their_logits(theirs), **TOLERANCE)
+    np.testing.assert_allclose(found, torch_logits(theirs), **TOLERANCE)
 
 
 def test_a_model_of_images_is_refused_by_name(tmp_path):
@@ -188,9 +137,22 @@ def test_configurations_go_to_transformers_and_back(variant):
     assert Gemma3TextConfig.from_hf(again.to_dict()) == config
 
 
-def test_absent_fields_are_those_of_transformers():
+def test_absent_fields_have_the_defaults_of_transformers():
     ours = Gemma3TextConfig.from_hf({"model_type": "gemma3_text", "num_hidden_layers": 26})
     assert ours == Gemma3TextConfig.from_hf(transformers.Gemma3TextConfig().to_dict())
+
+
+def test_known_sizes_are_those_of_the_published_models():
+    """From 4b on, without the part for images, and with its rows for 64 further tokens."""
+    published = {
+        "gemma-3-270m": 268_098_176,
+        "gemma-3-1b": 999_885_952,
+        "gemma-3-4b": 3_880_263_168,
+        "gemma-3-12b": 11_766_034_176,
+        "gemma-3-27b": 27_009_346_304,
+    }
+    found = {name: parameter_count(FAMILY, config) for name, config in FAMILY.sizes.items()}
+    assert found == published
 
 
 def test_older_keys_are_read():
@@ -221,7 +183,15 @@ def test_older_keys_are_read():
     assert config.eos_token_id == (1, 106)
     known = FAMILY.sizes["gemma-3-1b"]
     assert (known.kinds, known.rope_theta) == (config.kinds, config.rope_theta)
-    assert FAMILY.sizes["gemma-3-4b"].rope_scaling == RopeScaling("linear", 8.0)
+    assert FAMILY.sizes["gemma-3-4b"].rope_scaling == LinearScaling(8.0)
+
+
+def test_a_pattern_of_windows_is_checked_where_it_is_used():
+    config = {"model_type": "gemma3_text", "num_hidden_layers": 3, "sliding_window_pattern": 0}
+    with pytest.raises(InputError, match="sliding_window_pattern is 0, expected an integer of 1"):
+        Gemma3TextConfig.from_hf(config)
+    types = ["full_attention"] * 3
+    assert Gemma3TextConfig.from_hf({**config, "layer_types": types}).kinds == [0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -229,7 +199,6 @@ def test_older_keys_are_read():
     [
         ("attn_logit_softcapping", 50.0, "attn_logit_softcapping is 50.0, only None is supported"),
         ("use_bidirectional_attention", True, "use_bidirectional_attention is True"),
-        ("sliding_window_pattern", 0, "sliding_window_pattern is 0, expected an integer of 1"),
         ("rope_local_base_freq", -1.0, "rope_local_base_freq is -1.0, expected a positive number"),
         ("rope_scaling", {"rope_type": "mystery"}, "rope_scaling.rope_type is 'mystery'"),
         ("rope_parameters", {"rope_type": "linear"}, "expected an object for each of 'full_atten"),
@@ -245,5 +214,5 @@ def test_older_keys_are_read():
 )
 def test_what_is_not_supported_is_refused_by_name(field, value, said):
     with pytest.raises(InputError) as raised:
-        Gemma3TextConfig.from_hf({"model_type": "gemma3_text", **SIZES, field: value})
+        Gemma3TextConfig.from_hf({"model_type": "gemma3_text", **OWN, field: value})
     assert said in str(raised.value)

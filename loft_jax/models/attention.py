@@ -162,6 +162,9 @@ def attend(
     values: jax.Array,
     visible: jax.Array,
     dropout: Callable[[jax.Array], jax.Array] | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> jax.Array:
     """Computes grouped-query attention, with the softmax in float32.
 
@@ -172,6 +175,9 @@ def attend(
         visible: `(b or 1, t or 1, s)` bool. A query that sees nothing (padding) gets a finite
             mean.
         dropout: Dropout on the weights, or None.
+        scale: What the products of queries and keys are multiplied by; by default
+            `head_dim ** -0.5`.
+        softcap: Bound of the scores, as for `softcapped`; None if they have none.
 
     Returns:
         `(b, t, heads, head_dim)` in the dtype of `queries`.
@@ -181,9 +187,30 @@ def attend(
     grouped = queries.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
     grouped = grouped.transpose(0, 2, 3, 1, 4)  # (b, kv_heads, g, t, head_dim)
     scores = jnp.einsum("bkgtd,bksd->bkgts", grouped, keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible[:, None, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
+    scores = softcapped(scores * (head_dim**-0.5 if scale is None else scale), softcap)
+    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)  # (b, kv_heads, g, t, s)
     if dropout is not None:
         weights = dropout(weights)
     mixed = jnp.einsum("bkgts,bksd->bkgtd", weights, values)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
+
+
+def softcapped(x: jax.Array, cap: float | None) -> jax.Array:
+    """Bounds values smoothly: `cap tanh(x / cap)`.
+
+    Args:
+        x: Any array.
+        cap: The bound; None leaves the values as they are.
+
+    Returns:
+        The same shape, within -cap and cap.
+
+    Example:
+        >>> softcapped(jnp.array([0.0, 1e3]), 30.0).tolist()
+        [0.0, 30.0]
+
+    Source:
+        Gemma 2, https://arxiv.org/abs/2408.00118, section 2.
+    """
+    return x if cap is None else cap * jnp.tanh(x / cap)

@@ -7,7 +7,7 @@ axis of layers. Families that differ from it in a few points are subclasses in t
 import dataclasses
 import functools
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import jax
@@ -51,6 +51,9 @@ _SIZES: Mapping[str, int] = {
 }
 
 
+Norm = Callable[[jax.Array], jax.Array]
+
+
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """The part of the configuration that Llama and the families made of its modules share.
@@ -58,11 +61,13 @@ class DecoderConfig:
     Attributes:
         model_type: Hugging Face's name of the family.
         architecture: Name of Hugging Face's class of the model.
+        headless: Names of their classes without a head whose checkpoints are read too.
         only: Fields that change the computation, with the one value that is implemented.
     """
 
     model_type: ClassVar[str]
     architecture: ClassVar[str]
+    headless: ClassVar[tuple[str, ...]] = ()
     only: ClassVar[Mapping[str, Any]] = {
         "hidden_act": "silu",
         "attention_dropout": 0.0,
@@ -146,7 +151,10 @@ class DecoderConfig:
             InputError: Another architecture, or a field whose value is not supported.
         """
         config_checks.check_kind(
-            config, model_type=cls.model_type, architectures=[cls.architecture], only=cls.only
+            config,
+            model_type=cls.model_type,
+            architectures=[cls.architecture, *cls.headless],
+            only=cls.only,
         )
         sizes: dict[str, Any] = {
             name: config_checks.required(config, name)
@@ -238,7 +246,15 @@ class LlamaConfig(DecoderConfig):
 
 
 class SelfAttention(nnx.Module):
-    """Rotary grouped-query self-attention."""
+    """Rotary grouped-query self-attention.
+
+    Attributes:
+        scale: As for `attend`.
+        softcap: As for `attend`.
+    """
+
+    scale: float | None = None
+    softcap: float | None = None
 
     def __init__(
         self, config: DecoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
@@ -286,7 +302,7 @@ class SelfAttention(nnx.Module):
         values = values.swapaxes(1, 2)
         if cache is not None:
             cache, keys, values = cache.written(layer, keys, values)
-        mixed = attend(queries, keys, values, visible)
+        mixed = attend(queries, keys, values, visible, scale=self.scale, softcap=self.softcap)
         mixed = laid_out(mixed.reshape(*x.shape[:2], -1), features=2)
         return laid_out(self.o_proj(mixed)), cache
 
@@ -313,10 +329,14 @@ class MLP(nnx.Module):
         """Gives the gate and what it multiplies, `(b, t, inner)`, of `x (b, t, hidden)`."""
         return self.gate_proj(x), self.up_proj(x)
 
+    def activated(self, gate: jax.Array) -> jax.Array:
+        """Applies the activation, elementwise."""
+        return nnx.silu(gate)
+
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `(b, t, hidden)` to `(b, t, hidden)`."""
         gate, up = (laid_out(part, features=2) for part in self.projected(x))
-        return laid_out(self.down_proj(nnx.silu(gate) * up))
+        return laid_out(self.down_proj(self.activated(gate) * up))
 
 
 class DecoderLayer(nnx.Module):
@@ -334,9 +354,9 @@ class DecoderLayer(nnx.Module):
         self, config: DecoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
         norm = functools.partial(_norm, config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.input_layernorm = norm()
+        self.input_layernorm: Norm = norm()
         self.self_attn = self.attention(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.post_attention_layernorm = norm()
+        self.post_attention_layernorm: Norm = norm()
         self.mlp = self.feed_forward(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(
@@ -411,7 +431,7 @@ class Llama(LanguageModel):
             lambda rngs: self.layer(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs),
             rngs,
         )
-        self.norm = _norm(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.norm: Norm = _norm(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         if not config.tie_word_embeddings:
             self.lm_head = nnx.Linear(
                 config.hidden_size,
@@ -438,20 +458,30 @@ class Llama(LanguageModel):
         visible, cache = visibility(batch, length, segment_ids, cache, branch_ids)
         if positions is None:
             positions = positions_from(visible)
+        cos, sin = self.rotations(positions, segment_ids)
+        x = self.embedded(tokens)  # (b, t, hidden)
+        masks = self.masks(visible)
+        x, cache = run_layers(self.layers, x, cos, sin, masks, cache=cache, remat=self.remat)
+        if cache is not None:
+            cache = dataclasses.replace(cache, length=cache.length + length)
+        return self.norm(x), cache
+
+    def embedded(self, tokens: jax.Array) -> jax.Array:
+        """Gives the input of the first layer, `(b, t, hidden)`, of tokens `(b, t)`."""
+        return embeddings_laid_out(self.embed_tokens(tokens))
+
+    def rotations(
+        self, positions: jax.Array, segment_ids: jax.Array | None
+    ) -> Sequence[jax.Array | PerLayer]:
+        """Gives cosines and sines as `rotation` does, one of each for all layers or for each."""
         config = self.config
-        cos, sin = rotation(
+        return rotation(
             positions,
             segment_ids,
             dim=config.rotary_dim,
             theta=config.rope_theta,
             scaling=config.rope_scaling,
         )
-        x = embeddings_laid_out(self.embed_tokens(tokens))  # (b, t, hidden)
-        masks = self.masks(visible)
-        x, cache = run_layers(self.layers, x, cos, sin, masks, cache=cache, remat=self.remat)
-        if cache is not None:
-            cache = dataclasses.replace(cache, length=cache.length + length)
-        return self.norm(x), cache
 
     def masks(self, visible: jax.Array) -> jax.Array | PerLayer:
         """Gives the mask of attention, one for all layers or one for each.

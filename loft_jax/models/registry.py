@@ -3,12 +3,26 @@
 from collections.abc import Mapping
 
 from loft_jax.errors import InputError, shown
-from loft_jax.models import bert, deberta, gpt2, llama, mistral, phi3, qwen2, qwen3, roberta
+from loft_jax.models import (
+    bert,
+    deberta,
+    gemma2,
+    gemma3,
+    gpt2,
+    llama,
+    mistral,
+    phi3,
+    qwen2,
+    qwen3,
+    roberta,
+)
 from loft_jax.models.family import Family, PretrainedConfig
 
 _FAMILIES = (
     bert.FAMILY,
     deberta.FAMILY,
+    gemma2.FAMILY,
+    gemma3.FAMILY,
     gpt2.FAMILY,
     llama.FAMILY,
     mistral.FAMILY,
@@ -51,6 +65,11 @@ def family_of(model_type: object) -> Family:
         raise InputError(
             f"config: model_type is {shown(model_type)}, a mixture of experts, which is not "
             f"supported; expected one of {', '.join(FAMILIES)}"
+        )
+    if isinstance(model_type, str) and (text := f"{model_type}_text") in FAMILIES:
+        raise InputError(
+            f"config: model_type is {shown(model_type)}, only its text model, {text!r}, is "
+            "supported"
         )
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise InputError(

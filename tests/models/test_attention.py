@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from transformers.masking_utils import create_sliding_window_causal_mask
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from loft_jax.models.attention import KVCache, attend, positions_from, visibility, windowed
 
@@ -106,6 +107,27 @@ def test_attend_equals_torch():
         enable_gqa=True,
     ).transpose(1, 2)
     np.testing.assert_allclose(attend(queries, keys, values, visible), expected, atol=1e-6)
+
+
+def test_scale_and_soft_cap_of_scores_are_those_of_transformers():
+    rng = np.random.default_rng(0)
+    queries = 3 * rng.normal(size=(2, 5, 6, 8)).astype(np.float32)  # (b, t, heads, head_dim)
+    keys, values = rng.normal(size=(2, 2, 2, 7, 8)).astype(np.float32)  # (b, kv_heads, s, head_dim)
+    visible = rng.random((2, 5, 7)) > 0.4
+    visible[:, :, 0] = True
+    module = torch.nn.Module()
+    module.num_key_value_groups = 3
+    expected, _ = eager_attention_forward(
+        module.eval(),
+        torch.tensor(queries).transpose(1, 2),
+        torch.tensor(keys),
+        torch.tensor(values),
+        torch.tensor(np.where(visible, 0, np.finfo(np.float32).min))[:, None],
+        scaling=0.7,
+        softcap=2.0,
+    )
+    found = attend(queries, keys, values, visible, scale=0.7, softcap=2.0)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_a_query_that_sees_nothing_stays_finite():

@@ -81,7 +81,9 @@ class LanguageRuns:
         self._tokenizer = load_tokenizer(self._config.model.path)
         self._rows = load_examples(self._config.data)
         family, sizes = load_model_config(self._config.model.path)
-        measured = load_examples(held_out_data(self._config))
+        evaluation = held_out_data(self._config)
+        assert evaluation is not None
+        measured = load_examples(evaluation)
         self._task = task_of(self._config, family, sizes, self._rows, measured)
         self._steps: dict[Any, _Compiled] = {}
 
@@ -191,6 +193,7 @@ class LanguageRuns:
     def _held_out(self, *, test: bool) -> HeldOut:
         config: FinetuneConfig = self.task.tested(self._config) if test else self._config
         data = held_out_data(config)
+        assert data is not None
         return HeldOut(
             self._task,
             load_examples(data),

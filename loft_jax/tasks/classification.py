@@ -344,7 +344,7 @@ class Classification(_OfTexts):
         return [float(weight) for weight in len(places) / (len(counts) * counts)]
 
     def settings(self) -> dict[str, list[str]]:
-        """Gives the labels."""
+        """Gives the labels; class weights matter to training alone."""
         return {"labels": list(self.labels)}
 
     def label(self, value: Any, where: str) -> int:

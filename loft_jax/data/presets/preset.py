@@ -97,7 +97,7 @@ class Preset:
         """Reads the rows of a TSV file in which quotes are characters like all others.
 
         Rows with fewer or more cells than the header are left out, with a warning: some of the
-        published files have them.
+        published files have them. Empty lines are no rows.
 
         Args:
             lines: Of the file.
@@ -110,6 +110,8 @@ class Preset:
         odd: list[int] = []
         for number, line in enumerate(lines, 1):
             cells = line.rstrip("\r\n").split("\t")
+            if cells == [""]:
+                continue
             if not header:
                 headless = len(cells) == len(self.columns) and not set(cells) & set(self.columns)
                 header = self.columns if headless else cells
@@ -121,8 +123,8 @@ class Preset:
             yield dict(zip(header, cells, strict=True)), f"{file}: line {number}"
         if odd:
             _log.warning(
-                "%s: left out %d lines that have not the %d cells of the header, the first of them "
-                "line %d",
+                "%s: left out %d of its lines, which do not have the %d cells of the header, the "
+                "first of them line %d",
                 *(file, len(odd), len(header), odd[0]),
             )
 

@@ -191,10 +191,10 @@ def test_test_sets_of_ones_own_with_labels_are_read_and_those_without_refused(tm
 
 def test_lines_of_other_lengths_are_left_out_and_told(tmp_path, caplog):
     header, first, second, _, rows = FORMS["qqp"]
-    write_tsv(tmp_path / "train.tsv", header, first, ["42", "half a", "row"], second)
+    write_tsv(tmp_path / "train.tsv", header, first, ["42", "half a", "row"], second, [""])
     assert read(tmp_path, "qqp") == rows
-    assert "left out 1 lines that have not the 6 cells of the header" in caplog.text
-    assert "line 3" in caplog.text
+    assert "left out 1 of its lines, which do not have the 6 cells of the header" in caplog.text
+    assert "the first of them line 3" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader, ReaderTensor
+from gguf import GGML_QUANT_SIZES, GGUFReader, ReaderTensor
 from gguf.quants import dequantize
 
 from loft_jax.errors import InputError, explained, naming, shown
@@ -43,6 +43,8 @@ class GGUF:
         adapter = self.family.gguf
         assert adapter is not None
         self._adapter: GGUFAdapter = adapter
+        for tensor in tensors:
+            _check_kind(self.path, tensor)
         with explained(f"{self.path}: not a readable GGUF file"):
             self._tensors: dict[str, ReaderTensor] = {
                 adapter.name(tensor.name): tensor for tensor in tensors
@@ -56,7 +58,12 @@ class GGUF:
                 for name, tensor in self._tensors.items()
             }
         with explained(f"{self.path}: does not describe a model"), naming(self.path):
-            self.config: PretrainedConfig = adapter.config(self.metadata, self.shapes)
+            constants = {
+                name: self._values(name, np.arange(self.shapes.pop(name)[0]))
+                for name in adapter.constants
+                if name in self.shapes
+            }
+            self.config: PretrainedConfig = adapter.config(self.metadata, self.shapes, constants)
 
     def read(self, name: str, region: Region = ...) -> np.ndarray:
         """Reads one tensor or a region of it, and dequantizes only the rows that are needed.
@@ -71,19 +78,22 @@ class GGUF:
         Raises:
             InputError: There is no such tensor, or its quantization is not supported.
         """
-        if name not in self._tensors:
+        if name not in self.shapes:
             raise InputError(f"{self.path}: tensor {shown(name)} is missing")
-        tensor = self._tensors[name]
         rows, *inside = (slice(None),) if region is ... else region
-        kind = tensor.tensor_type.name
-        with explained(f"{self.path}: tensor {shown(tensor.name)}, {kind}, cannot be dequantized"):
-            stored = tensor.data.reshape(self.shapes[name][0], -1)[self._stored_rows(name)[rows]]
-            values = dequantize(stored, tensor.tensor_type).astype(np.float32, copy=False)
-            return values.reshape(-1, *self.shapes[name][1:])[:, *inside]
+        kind = self._tensors[name].tensor_type.name
+        with explained(f"{self.path}: tensor {shown(name)}, {kind}, cannot be dequantized"):
+            every = np.arange(self.shapes[name][0])
+            stored = self._adapter.stored_rows(name, every, self.config)[rows]
+            return self._values(name, stored)[:, *inside]
 
-    def _stored_rows(self, name: str) -> np.ndarray:
-        rows = np.arange(self.shapes[name][0])
-        return self._adapter.stored_rows(name, rows, self.config)
+    def _values(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Dequantizes rows of a tensor, given by their stored positions."""
+        tensor = self._tensors[name]
+        count, *features = (int(size) for size in reversed(tensor.shape))
+        stored = tensor.data.reshape(count, -1)[rows]
+        values = dequantize(stored, tensor.tensor_type).astype(np.float32, copy=False)
+        return values.reshape(-1, *features)
 
     def field(self, key: str) -> Any:
         """Gives a metadata field that is required.
@@ -94,6 +104,19 @@ class GGUF:
         if key not in self.metadata:
             raise InputError(f"{self.path}: field {key!r} is missing")
         return self.metadata[key]
+
+
+def _check_kind(path: Path, tensor: ReaderTensor) -> None:
+    """Dequantizes one block of zeros, which fails for kinds that the gguf package cannot read."""
+    _, size = GGML_QUANT_SIZES[tensor.tensor_type]
+    try:
+        dequantize(np.zeros((1, size), np.uint8), tensor.tensor_type)
+    except NotImplementedError:
+        raise InputError(
+            f"{path}: tensor {shown(tensor.name)} is stored as {tensor.tensor_type.name}, which "
+            "cannot be dequantized; expected floating-point numbers or a quantization that the "
+            "gguf package reads"
+        ) from None
 
 
 class _BoundedReader(GGUFReader):

@@ -10,6 +10,12 @@ if TYPE_CHECKING:
 
 _CONTROL, _USER_DEFINED = 3, 4  # GGUF's types of tokens that are never split
 
+# How Llama 3 splits a text before its merges.
+_LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
 
 def gguf_tokenizer(file: GGUF) -> "PreTrainedTokenizerFast":
     """Builds the byte-level BPE tokenizer of a GGUF file, with its chat template.
@@ -26,26 +32,41 @@ def gguf_tokenizer(file: GGUF) -> "PreTrainedTokenizerFast":
     Raises:
         InputError: The tokenizer is of another kind, which the message names.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        pre_tokenizers,
+        processors,
+    )
     from transformers import PreTrainedTokenizerFast
 
     metadata = file.metadata
-    kind = (file.field("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre"))
-    if kind != ("gpt2", "smollm"):
+    kind, splitting = file.field("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+    if kind != "gpt2" or splitting not in ("smollm", "llama-bpe"):
         raise InputError(
-            f"{file.path}: its tokenizer is of kind {shown(kind[0])} with splitting "
-            f"{shown(kind[1])}, only 'gpt2' with 'smollm' is supported; use a folder with "
-            "tokenizer.json instead"
+            f"{file.path}: its tokenizer is of kind {shown(kind)} with splitting "
+            f"{shown(splitting)}, only 'gpt2' with 'smollm' or 'llama-bpe' is supported; use a "
+            "folder with tokenizer.json instead"
         )
+    llama_3 = splitting == "llama-bpe"
     tokens: list[str] = file.field("tokenizer.ggml.tokens")
     merges = [tuple(merge.split(" ", 1)) for merge in file.field("tokenizer.ggml.merges")]
     backend = Tokenizer(
-        models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=merges)
+        models.BPE(
+            vocab={token: number for number, token in enumerate(tokens)},
+            merges=merges,
+            ignore_merges=llama_3,  # a word that is a token is that token
+        )
     )
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    words = pre_tokenizers.Split(Regex(_LLAMA_3), behavior="isolated")
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            words if llama_3 else digits,
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not llama_3),
         ]
     )
     backend.decoder = decoders.ByteLevel()
@@ -64,8 +85,12 @@ def gguf_tokenizer(file: GGUF) -> "PreTrainedTokenizerFast":
         }.items()
         if f"tokenizer.ggml.{key}_token_id" in metadata
     }
-    if metadata.get("tokenizer.ggml.add_bos_token"):
-        raise InputError(f"{file.path}: its tokenizer puts a bos token first; not supported")
+    if metadata.get("tokenizer.ggml.add_bos_token", llama_3):
+        number = file.field("tokenizer.ggml.bos_token_id")
+        bos = tokens[number]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, number)]
+        )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         model_max_length=file.field(f"{file.field('general.architecture')}.context_length"),

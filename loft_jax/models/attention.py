@@ -128,6 +128,34 @@ def positions_from(visible: jax.Array) -> jax.Array:
     return jnp.maximum(visible.sum(-1, dtype=jnp.int32) - 1, 0)
 
 
+def windowed(visible: jax.Array, window: int) -> jax.Array:
+    """Restricts a mask to the last `window` keys that each query sees, its own included.
+
+    Keys are counted as `positions_from` counts them, so this rule too holds for packed examples,
+    padding on either side, branches and continued texts. Positions come from the mask without the
+    window.
+
+    Args:
+        visible: Mask `(b, t, s)`, from `visibility`.
+        window: Number of keys, 1 or more.
+
+    Returns:
+        Mask `(b, t, s)`.
+
+    Example:
+        >>> visible, _ = visibility(1, 4, None, None)
+        >>> windowed(visible, 2)[0].astype(int).tolist()
+        [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+
+    Source:
+        Beltagy et al., Longformer, https://arxiv.org/abs/2004.05150, section 3.1.
+    """
+    if visible.shape[-1] <= window:
+        return visible
+    back = lax.cumsum(visible.astype(jnp.int32), axis=2, reverse=True)  # (b, t, s), 1: the query's
+    return visible & (back <= window)
+
+
 def attend(
     queries: jax.Array,
     keys: jax.Array,

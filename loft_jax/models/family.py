@@ -8,7 +8,7 @@ targets, FLOPs and plans use only these, and do not depend on any family.
 import dataclasses
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, Self, overload
 
@@ -399,17 +399,34 @@ class SequenceClassifier(PretrainedModel):
 
 
 class GGUFAdapter(Protocol):
-    """Reads models of a family from GGUF files."""
+    """Reads models of a family from GGUF files.
+
+    Attributes:
+        architecture: GGUF's name of the family.
+        constants: Names of tensors that belong to the configuration.
+    """
 
     architecture: str
+    constants: Collection[str]
 
     def name(self, name: str) -> str:
         """Gives Hugging Face's name of a tensor; a tensor without one keeps its own."""
 
     def config(
-        self, metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+        self,
+        metadata: Mapping[str, Any],
+        shapes: Mapping[str, tuple[int, ...]],
+        constants: Mapping[str, np.ndarray],
     ) -> PretrainedConfig:
-        """Makes the configuration from the metadata and the shapes by Hugging Face's names.
+        """Makes the configuration.
+
+        Args:
+            metadata: Of the file.
+            shapes: Shapes of the parameters, by Hugging Face's names.
+            constants: Values of those `constants` that the file has, float32.
+
+        Returns:
+            The configuration.
 
         Raises:
             InputError: Something is missing, or not supported.

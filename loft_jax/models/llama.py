@@ -1,14 +1,14 @@
 """The Llama family: configuration, model, parameters, and its GGUF files.
 
 Module names are Hugging Face's. `layers` is one decoder layer whose parameters have a leading
-axis of layers.
+axis of layers. Families that differ from it in a few points are subclasses in their own files.
 """
 
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -29,21 +29,15 @@ from loft_jax.models.family import (
     linear,
     norm,
 )
-from loft_jax.models.rope import RopeScaling, inverse_frequencies, read_rope, rotate, rotation
-from loft_jax.models.stack import run_layers, stack_layers
-
-_ARCHITECTURE = "LlamaForCausalLM"
-
-# Fields that change what a Llama computes, with the one value that is implemented.
-_ONLY: Mapping[str, Any] = {
-    "hidden_act": "silu",
-    "pretraining_tp": 1,
-    "attention_dropout": 0.0,
-    "partial_rotary_factor": 1.0,
-    "rope_interleaved": False,
-    "quantization_config": None,
-    "sliding_window": None,
-}
+from loft_jax.models.rope import inverse_frequencies, rotate, rotation
+from loft_jax.models.rope_config import read_rope, rope_scaling_to_hf
+from loft_jax.models.rope_scaling import (
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    RopeScaling,
+)
+from loft_jax.models.stack import PerLayer, run_layers, stack_layers
 
 _SIZES: Mapping[str, int] = {
     "vocab_size": config_checks.MOST_TOKENS,
@@ -58,17 +52,23 @@ _SIZES: Mapping[str, int] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class LlamaConfig:
-    """Sizes and constants of a Llama, under the names of Hugging Face's `config.json`.
+class DecoderConfig:
+    """The part of the configuration that Llama and the families made of its modules share.
 
-    Example:
-        >>> config = LlamaConfig.from_hf(
-        ...     dict(model_type="llama", vocab_size=64, hidden_size=32, intermediate_size=48,
-        ...          num_hidden_layers=2, num_attention_heads=4)
-        ... )
-        >>> config.num_key_value_heads, config.head_dim
-        (4, 8)
+    Attributes:
+        model_type: Hugging Face's name of the family.
+        architecture: Name of Hugging Face's class of the model.
+        only: Fields that change the computation, with the one value that is implemented.
     """
+
+    model_type: ClassVar[str]
+    architecture: ClassVar[str]
+    only: ClassVar[Mapping[str, Any]] = {
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "partial_rotary_factor": 1.0,
+        "quantization_config": None,
+    }
 
     vocab_size: int
     hidden_size: int
@@ -82,8 +82,6 @@ class LlamaConfig:
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
     tie_word_embeddings: bool = False
-    attention_bias: bool = False
-    mlp_bias: bool = False
     initializer_range: float = 0.02
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
@@ -94,7 +92,7 @@ class LlamaConfig:
             self,
             sizes=_SIZES,
             positive=("rms_norm_eps", "rope_theta", "initializer_range"),
-            flags=("tie_word_embeddings", "attention_bias", "mlp_bias"),
+            flags=[field.name for field in dataclasses.fields(self) if field.type is bool],
         )
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
@@ -103,19 +101,40 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise InputError(f"config: head_dim is {self.head_dim}, expected an even number")
+        if self.rope_scaling is not None:
+            self.rope_scaling.check(self.rotary_dim, self.rope_theta)
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether the projections to queries, keys and values have biases."""
+        return False
+
+    @property
+    def output_bias(self) -> bool:
+        """Whether the projection from the heads has a bias."""
+        return False
+
+    @property
+    def mlp_bias(self) -> bool:
+        """Whether the projections of the MLP have biases."""
+        return False
+
+    @property
+    def rotary_dim(self) -> int:
+        """The number of dimensions of a head that rotate."""
+        return self.head_dim
 
     @property
     def max_length(self) -> None:
         """None, since positions are computed."""
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":
+    def from_hf(cls, config: Mapping[str, Any]) -> Self:
         """Reads the contents of a Hugging Face `config.json`.
 
-        Takes what Llama 1, 2 and 3.x, SmolLM2 and TinyLlama write, the older keys
-        (`rope_theta`, `rope_scaling`) as well as the newer one (`rope_parameters`). Absent
-        fields take the defaults transformers gives them; fields that transformers' own Llama does
-        not read either (a version, a cache switch) have no effect.
+        Takes the older keys (`rope_theta`, `rope_scaling`) as well as the newer one
+        (`rope_parameters`). Absent fields take the defaults transformers gives them; fields that
+        transformers' own model does not read either (a version, a cache switch) have no effect.
 
         Args:
             config: The parsed JSON.
@@ -127,7 +146,7 @@ class LlamaConfig:
             InputError: Another architecture, or a field whose value is not supported.
         """
         config_checks.check_kind(
-            config, model_type="llama", architectures=[_ARCHITECTURE], only=_ONLY
+            config, model_type=cls.model_type, architectures=[cls.architecture], only=cls.only
         )
         sizes: dict[str, Any] = {
             name: config_checks.required(config, name)
@@ -149,19 +168,9 @@ class LlamaConfig:
                 )
             head_dim = sizes["hidden_size"] // heads
         kv_heads = config.get("num_key_value_heads")
-        optional = config_checks.present(
-            config,
-            (
-                "max_position_embeddings",
-                "rms_norm_eps",
-                "tie_word_embeddings",
-                "attention_bias",
-                "mlp_bias",
-                "initializer_range",
-                "bos_token_id",
-                "pad_token_id",
-            ),
-        )
+        apart = {"num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "eos_token_id"}
+        names = {field.name for field in dataclasses.fields(cls)}
+        optional = config_checks.present(config, names - sizes.keys() - apart)
         rope_theta, rope_scaling = read_rope(config)
         return cls(
             **sizes,
@@ -179,30 +188,64 @@ class LlamaConfig:
         Rotary settings are written under the older keys, which every release reads.
         """
         fields = dataclasses.asdict(self)
-        if self.rope_scaling is not None:
-            fields["rope_scaling"] = {
-                name: value for name, value in fields["rope_scaling"].items() if value is not None
-            }
+        fields["rope_scaling"] = rope_scaling_to_hf(self.rope_scaling)
         if isinstance(self.eos_token_id, tuple):
             fields["eos_token_id"] = list(self.eos_token_id)
         return {
-            "architectures": [_ARCHITECTURE],
-            "model_type": "llama",
+            "architectures": [self.architecture],
+            "model_type": self.model_type,
             "hidden_act": "silu",
             **fields,
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig(DecoderConfig):
+    """Sizes and constants of a Llama, under the names of Hugging Face's `config.json`.
+
+    Reads what Llama 1, 2 and 3.x, SmolLM2 and TinyLlama write.
+
+    Example:
+        >>> config = LlamaConfig.from_hf(
+        ...     dict(model_type="llama", vocab_size=64, hidden_size=32, intermediate_size=48,
+        ...          num_hidden_layers=2, num_attention_heads=4)
+        ... )
+        >>> config.num_key_value_heads, config.head_dim
+        (4, 8)
+    """
+
+    model_type: ClassVar[str] = "llama"
+    architecture: ClassVar[str] = "LlamaForCausalLM"
+    only: ClassVar[Mapping[str, Any]] = {
+        **DecoderConfig.only,
+        "pretraining_tp": 1,
+        "rope_interleaved": False,
+        "sliding_window": None,
+    }
+
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    @property
+    def qkv_bias(self) -> bool:
+        """As `attention_bias` says."""
+        return self.attention_bias
+
+    @property
+    def output_bias(self) -> bool:
+        """As `attention_bias` says."""
+        return self.attention_bias
 
 
 class SelfAttention(nnx.Module):
     """Rotary grouped-query self-attention."""
 
     def __init__(
-        self, config: LlamaConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+        self, config: DecoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
         self.head_dim = config.head_dim
         linear = functools.partial(
             nnx.Linear,
-            use_bias=config.attention_bias,
             dtype=dtype,
             param_dtype=param_dtype,
             kernel_init=nnx.initializers.normal(config.initializer_range),
@@ -210,10 +253,18 @@ class SelfAttention(nnx.Module):
         )
         width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = linear(config.hidden_size, width)
-        self.k_proj = linear(config.hidden_size, kv_width)
-        self.v_proj = linear(config.hidden_size, kv_width)
-        self.o_proj = linear(width, config.hidden_size)
+        self.q_proj = linear(config.hidden_size, width, use_bias=config.qkv_bias)
+        self.k_proj = linear(config.hidden_size, kv_width, use_bias=config.qkv_bias)
+        self.v_proj = linear(config.hidden_size, kv_width, use_bias=config.qkv_bias)
+        self.o_proj = linear(width, config.hidden_size, use_bias=config.output_bias)
+
+    def projected(self, x: jax.Array) -> Sequence[jax.Array]:
+        """Gives queries, keys and values `(b, t, heads * head_dim)` of `x (b, t, hidden)`."""
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+    def normalized(self, queries: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Gives what is rotated of queries and keys `(b, t, heads, head_dim)`: here, themselves."""
+        return queries, keys
 
     def __call__(
         self,
@@ -225,11 +276,11 @@ class SelfAttention(nnx.Module):
         layer: jax.Array,
     ) -> tuple[jax.Array, KVCache | None]:
         """Mixes `x (b, t, hidden)` over the visible tokens; writes the cache if there is one."""
-        heads = (*x.shape[:2], -1, self.head_dim)
         queries, keys, values = (
-            laid_out(project(x).reshape(heads), features=2)  # (b, t, heads, head_dim)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+            laid_out(part.reshape(*x.shape[:2], -1, self.head_dim), features=2)
+            for part in self.projected(x)
+        )  # (b, t, heads, head_dim)
+        queries, keys = self.normalized(queries, keys)
         queries = rotate(queries, cos, sin)
         keys = rotate(keys, cos, sin).swapaxes(1, 2)  # (b, kv_heads, t, head_dim)
         values = values.swapaxes(1, 2)
@@ -244,7 +295,7 @@ class MLP(nnx.Module):
     """SwiGLU: `down(silu(gate(x)) * up(x))`."""
 
     def __init__(
-        self, config: LlamaConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+        self, config: DecoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
         linear = functools.partial(
             nnx.Linear,
@@ -258,23 +309,35 @@ class MLP(nnx.Module):
         self.up_proj = linear(config.hidden_size, config.intermediate_size)
         self.down_proj = linear(config.intermediate_size, config.hidden_size)
 
+    def projected(self, x: jax.Array) -> Sequence[jax.Array]:
+        """Gives the gate and what it multiplies, `(b, t, inner)`, of `x (b, t, hidden)`."""
+        return self.gate_proj(x), self.up_proj(x)
+
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `(b, t, hidden)` to `(b, t, hidden)`."""
-        gate, up = (laid_out(f(x), features=2) for f in (self.gate_proj, self.up_proj))
+        gate, up = (laid_out(part, features=2) for part in self.projected(x))
         return laid_out(self.down_proj(nnx.silu(gate) * up))
 
 
 class DecoderLayer(nnx.Module):
-    """Attention, then the MLP, each after a norm and added to the residual stream."""
+    """Attention, then the MLP, each after a norm and added to the residual stream.
+
+    Attributes:
+        attention: Class of its attention.
+        feed_forward: Class of its MLP.
+    """
+
+    attention: ClassVar[type[SelfAttention]] = SelfAttention
+    feed_forward: ClassVar[type[MLP]] = MLP
 
     def __init__(
-        self, config: LlamaConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+        self, config: DecoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
         norm = functools.partial(_norm, config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.input_layernorm = norm()
-        self.self_attn = SelfAttention(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.self_attn = self.attention(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.post_attention_layernorm = norm()
-        self.mlp = MLP(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.mlp = self.feed_forward(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -302,6 +365,9 @@ class Llama(LanguageModel):
             a layer but the outputs of its linear layers, which are kept; "none", nothing.
         rngs: For the initial parameters, drawn as Hugging Face draws them.
 
+    Attributes:
+        layer: Class of its layers.
+
     Example:
         >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
         ...                      num_hidden_layers=2, num_attention_heads=4,
@@ -315,11 +381,12 @@ class Llama(LanguageModel):
         https://arxiv.org/abs/2407.21783.
     """
 
-    architecture = _ARCHITECTURE
+    architecture = LlamaConfig.architecture
+    layer: ClassVar[type[DecoderLayer]] = DecoderLayer
 
     def __init__(
         self,
-        config: LlamaConfig,
+        config: DecoderConfig,
         *,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
@@ -341,7 +408,7 @@ class Llama(LanguageModel):
 
         self.layers = stack_layers(
             config.num_hidden_layers,
-            lambda rngs: DecoderLayer(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs),
+            lambda rngs: self.layer(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs),
             rngs,
         )
         self.norm = _norm(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -372,13 +439,30 @@ class Llama(LanguageModel):
         if positions is None:
             positions = positions_from(visible)
         config = self.config
-        frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        cos, sin = rotation(frequencies, positions)
+        cos, sin = rotation(
+            positions,
+            segment_ids,
+            dim=config.rotary_dim,
+            theta=config.rope_theta,
+            scaling=config.rope_scaling,
+        )
         x = embeddings_laid_out(self.embed_tokens(tokens))  # (b, t, hidden)
-        x, cache = run_layers(self.layers, x, cos, sin, visible, cache=cache, remat=self.remat)
+        masks = self.masks(visible)
+        x, cache = run_layers(self.layers, x, cos, sin, masks, cache=cache, remat=self.remat)
         if cache is not None:
             cache = dataclasses.replace(cache, length=cache.length + length)
         return self.norm(x), cache
+
+    def masks(self, visible: jax.Array) -> jax.Array | PerLayer:
+        """Gives the mask of attention, one for all layers or one for each.
+
+        Args:
+            visible: `(b, t, s)`: keys of the same text that are not later.
+
+        Returns:
+            Mask `(b, t, s)`, or a `PerLayer` of such masks.
+        """
+        return visible
 
     def init_cache(self, batch: int, length: int) -> KVCache:
         """Makes an empty cache for `batch` rows of at most `length` tokens."""
@@ -392,8 +476,8 @@ class Llama(LanguageModel):
         )
 
     @staticmethod
-    def parameter_table(config: LlamaConfig) -> ParameterTable:
-        """Makes the parameter table of a Llama."""
+    def parameter_table(config: DecoderConfig) -> ParameterTable:
+        """Makes the parameter table of a model of this configuration."""
         layer = "model.layers.{}"
         attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
         tied = "lm_head.weight" if config.tie_word_embeddings else ""
@@ -417,7 +501,7 @@ class Llama(LanguageModel):
 
 
 def _norm(
-    config: LlamaConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+    config: DecoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
 ) -> nnx.RMSNorm:
     return nnx.RMSNorm(
         config.hidden_size,
@@ -432,6 +516,7 @@ class _GGUF:
     """GGUF files of the architecture "llama"."""
 
     architecture = "llama"
+    constants: Collection[str] = ("rope_freqs.weight",)
 
     # Their names -> Hugging Face's.
     _top: Mapping[str, str] = {
@@ -471,9 +556,12 @@ class _GGUF:
         return rows.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)  # (heads, 2, head_dim / 2)
 
     def config(
-        self, metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+        self,
+        metadata: Mapping[str, Any],
+        shapes: Mapping[str, tuple[int, ...]],
+        constants: Mapping[str, np.ndarray],
     ) -> LlamaConfig:
-        """Makes the configuration from the metadata and the shapes by Hugging Face's names."""
+        """Makes the configuration; see `GGUFAdapter.config`."""
         for key in ("llama.expert_count", "llama.attention.sliding_window"):
             if metadata.get(key):
                 raise InputError(f"{key} is {shown(metadata[key])}, which is not supported")
@@ -485,6 +573,12 @@ class _GGUF:
                 raise InputError(
                     f"{key} is {shown(metadata[key])}, expected the head size, {shown(head_dim)}"
                 )
+        context = _field(metadata, "llama.context_length")
+        theta = _shortest(metadata.get("llama.rope.freq_base", 10_000.0))
+        if (divisors := constants.get("rope_freqs.weight")) is None:
+            scaling = self._rope_scaling(metadata)
+        else:
+            scaling = self._scaling_by(divisors, metadata, head_dim, theta, context)
         return LlamaConfig(
             vocab_size=shapes.get("model.embed_tokens.weight", (0,))[0],
             hidden_size=hidden_size,
@@ -493,11 +587,11 @@ class _GGUF:
             num_attention_heads=heads,
             num_key_value_heads=metadata.get("llama.attention.head_count_kv", heads),
             head_dim=head_dim,
-            max_position_embeddings=_field(metadata, "llama.context_length"),
+            max_position_embeddings=context,
             # float32 in the file: the shortest decimal that is the same float32 was meant
             rms_norm_eps=_shortest(_field(metadata, "llama.attention.layer_norm_rms_epsilon")),
-            rope_theta=_shortest(metadata.get("llama.rope.freq_base", 10_000.0)),
-            rope_scaling=self._rope_scaling(metadata, shapes),
+            rope_theta=theta,
+            rope_scaling=scaling,
             tie_word_embeddings="lm_head.weight" not in shapes,
             attention_bias="model.layers.0.self_attn.q_proj.bias" in shapes,
             mlp_bias="model.layers.0.mlp.gate_proj.bias" in shapes,
@@ -506,20 +600,42 @@ class _GGUF:
             pad_token_id=metadata.get("tokenizer.ggml.padding_token_id"),
         )
 
-    def _rope_scaling(
-        self, metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
-    ) -> RopeScaling | None:
-        if "rope_freqs.weight" in shapes:
+    def _scaling_by(
+        self,
+        divisors: np.ndarray,
+        metadata: Mapping[str, Any],
+        head_dim: int,
+        theta: float,
+        context: int,
+    ) -> RopeScaling:
+        """Gives the scaling of a file with a divisor of each frequency, as those of Llama 3.x."""
+        kind = metadata.get("llama.rope.scaling.type", "none")
+        if kind != "none":
             raise InputError(
-                "holds the tensor 'rope_freqs.weight', which stretches rotary frequencies as "
-                "'llama3' does; only 'none' and 'linear' are supported in GGUF. Expected the same "
-                "model as a Hugging Face folder"
+                f"llama.rope.scaling.type is {shown(kind)} beside the tensor 'rope_freqs.weight', "
+                "expected one of them"
             )
+        if divisors.shape != (head_dim // 2,) or not all(
+            map(config_checks.is_positive, divisors.tolist())
+        ):
+            raise InputError(
+                f"tensor 'rope_freqs.weight' of shape {divisors.shape} is "
+                f"{shown(divisors.tolist())}, expected {head_dim // 2} positive numbers"
+            )
+        # The constants that all published models have.
+        llama3 = Llama3Scaling(_shortest(divisors.max()), 1.0, 4.0, 8192)
+        plain = np.asarray(inverse_frequencies(head_dim, theta, None))
+        if np.allclose(plain / divisors, llama3.scaled(plain, theta, None), rtol=1e-5, atol=0):
+            return llama3
+        each = tuple(map(_shortest, divisors))
+        return LongRopeScaling(each, each, context, context, attention_factor=1.0)
+
+    def _rope_scaling(self, metadata: Mapping[str, Any]) -> RopeScaling | None:
         kind = metadata.get("llama.rope.scaling.type", "none")
         if kind == "none":
             return None
         if kind == "linear":
-            return RopeScaling("linear", _shortest(_field(metadata, "llama.rope.scaling.factor")))
+            return LinearScaling(_shortest(_field(metadata, "llama.rope.scaling.factor")))
         raise InputError(
             f"llama.rope.scaling.type is {shown(kind)}, only 'none' and 'linear' are supported"
         )
@@ -574,7 +690,7 @@ _WELL_KNOWN: Mapping[str, LlamaConfig] = {
 }
 
 FAMILY = Family(
-    model_type="llama",
+    model_type=LlamaConfig.model_type,
     config=LlamaConfig,
     models={"causal-lm": Llama},
     prefix="model.",

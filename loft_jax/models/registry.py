@@ -3,15 +3,22 @@
 from collections.abc import Mapping
 
 from loft_jax.errors import InputError, shown
-from loft_jax.models import bert, gpt2, llama, roberta
+from loft_jax.models import bert, gpt2, llama, mistral, phi3, qwen2, qwen3, roberta
 from loft_jax.models.family import Family, PretrainedConfig
 
 _FAMILIES = (
     bert.FAMILY,
     gpt2.FAMILY,
     llama.FAMILY,
+    mistral.FAMILY,
+    phi3.FAMILY,
+    qwen2.FAMILY,
+    qwen3.FAMILY,
     roberta.FAMILY,
 )
+
+# Known by name to say why they are refused.
+_MIXTURES_OF_EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
 
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _FAMILIES}
 """Families by Hugging Face's `model_type`."""
@@ -39,6 +46,11 @@ def family_of(model_type: object) -> Family:
         Traceback (most recent call last):
         loft_jax.errors.InputError: config: model_type is 'transformer-xl', expected one of ...
     """
+    if model_type in _MIXTURES_OF_EXPERTS:
+        raise InputError(
+            f"config: model_type is {shown(model_type)}, a mixture of experts, which is not "
+            f"supported; expected one of {', '.join(FAMILIES)}"
+        )
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise InputError(
             f"config: model_type is {shown(model_type)}, expected one of {', '.join(FAMILIES)}"

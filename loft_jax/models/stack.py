@@ -4,8 +4,9 @@ The parameters of a stack are those of one layer with a leading axis, and so are
 added to it (LoRA factors, dropout streams).
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -34,6 +35,38 @@ def stack_layers(count: int, make: Callable[[nnx.Rngs], Layer], rngs: nnx.Rngs) 
     return nnx.split_rngs(splits=count)(nnx.vmap(in_axes=0, out_axes=0)(make))(rngs)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PerLayer:
+    """A shared argument of a stack that has one of several values in each layer; a pytree.
+
+    Layers of several kinds, such as attention over a window and over everything, then still run in
+    one scan: each layer is given its own value only.
+
+    Attributes:
+        values: Arrays of one shape and dtype, one for each kind of layer.
+        kinds: `(layers,)` int32, the number of each layer's value.
+    """
+
+    values: tuple[jax.Array, ...]
+    kinds: jax.Array
+
+    @classmethod
+    def of(cls, kinds: Sequence[int], *values: jax.Array) -> "PerLayer":
+        """Makes an argument from the number of each layer's value, and the values.
+
+        Example:
+            >>> mask = PerLayer.of([0, 0, 1], jnp.zeros(2), jnp.ones(2))
+            >>> [mask.at(layer).tolist() for layer in range(3)]
+            [[0.0, 0.0], [0.0, 0.0], [1.0, 1.0]]
+        """
+        return cls(values, jnp.asarray(kinds, jnp.int32))
+
+    def at(self, layer: jax.Array | int) -> jax.Array:
+        """Gives the value of a layer."""
+        return lax.select_n(self.kinds[layer], *self.values)
+
+
 def run_layers(
     layers: nnx.Module,
     x: jax.Array,
@@ -47,7 +80,7 @@ def run_layers(
         layers: From `stack_layers`. Each layer is called as `layer(x, *shared, cache, index)` and
             returns the next x and the cache. Random streams that it uses are updated in place.
         x: `(b, t, hidden)`.
-        *shared: Arguments of every layer.
+        *shared: Arguments of every layer; of a `PerLayer`, each layer is given its own value.
         cache: Cache of earlier tokens, or None.
         remat: What the backward pass recomputes.
 
@@ -79,7 +112,8 @@ def _scan(
         params, rest, index = scanned
         before = {path: variable.get_value() for path, variable in nnx.to_flat_state(rest)}
         layer = nnx.merge(graphdef, params, rest)
-        x, cache = layer(x, *shared, cache, index)
+        own = (given.at(index) if isinstance(given, PerLayer) else given for given in shared)
+        x, cache = layer(x, *own, cache, index)
         # Only changed state is returned: NNX does not allow setting outer variables within a trace.
         changed = [
             (path, variable)

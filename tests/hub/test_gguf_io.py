@@ -6,7 +6,8 @@ from transformers import AutoModelForCausalLM
 
 from loft_jax.errors import InputError
 from loft_jax.hub.gguf_io import GGUF, open_gguf
-from loft_jax.hub.pretrained import load_pretrained
+from loft_jax.hub.pretrained import load_pretrained, save_pretrained
+from loft_jax.models.rope_scaling import Llama3Scaling
 from tests.tiny import save_tiny_llama
 
 FIELDS = {
@@ -20,7 +21,17 @@ FIELDS = {
 }
 
 
-def write_gguf(path, folder, *, architecture="llama", strings=None, numbers=None, quantized=()):
+def write_gguf(
+    path,
+    folder,
+    *,
+    architecture="llama",
+    strings=None,
+    numbers=None,
+    quantized=(),
+    theta=1e5,
+    rope_freqs=None,
+):
     """Writes a Hugging Face Llama as llama.cpp's converter does, q and k permuted."""
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in (FIELDS | (numbers or {})).items():
@@ -28,7 +39,9 @@ def write_gguf(path, folder, *, architecture="llama", strings=None, numbers=None
     for key, value in (strings or {}).items():
         writer.add_string(f"{architecture}.{key}", value)
     writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-5)
-    writer.add_float32(f"{architecture}.rope.freq_base", 1e5)
+    writer.add_float32(f"{architecture}.rope.freq_base", theta)
+    if rope_freqs is not None:
+        writer.add_tensor("rope_freqs.weight", np.asarray(rope_freqs, np.float32))
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
     for name, tensor in AutoModelForCausalLM.from_pretrained(folder).state_dict().items():
         array = tensor.float().numpy()
@@ -79,6 +92,102 @@ def test_dequantizes(tmp_path, folder):
         assert (error > 0) == (bound > 0)
 
 
+def write_matrices(path, *matrices):
+    """A file of matrices `(blocks as bytes, kind)` and what a configuration needs."""
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in FIELDS.items():
+        writer.add_uint32(f"llama.{key}", value)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+    writer.add_tensor("token_embd.weight", np.zeros((400, 32), np.float32))
+    for number, (stored, kind) in enumerate(matrices):
+        writer.add_tensor(f"blk.{number}.ffn_up.weight", stored, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+KINDS = [gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16, *gguf.quants._type_traits]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # random blocks may have a scale of inf
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_every_kind_that_gguf_dequantizes_is_read(tmp_path, kind):
+    """A matrix, and a region of it, as gguf gives them."""
+    rng = np.random.default_rng(0)
+    try:
+        stored = gguf.quants.quantize(rng.normal(size=(5, 512)).astype(np.float32), kind)
+    except NotImplementedError:  # gguf only reads it: blocks of any bytes are valid
+        size = gguf.quants.quant_shape_to_byte_shape((5, 512), kind)
+        stored = rng.integers(0, 256, size, np.uint8)
+    file = GGUF(write_matrices(tmp_path / "x.gguf", (stored, kind)))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert file.shapes[name] == (5, 512)
+    expected = gguf.quants.dequantize(stored, kind)
+    np.testing.assert_array_equal(file.read(name), expected)
+    region = (slice(1, 4), slice(3, 400))
+    np.testing.assert_array_equal(file.read(name, region), expected[region])
+
+
+def test_a_kind_that_gguf_does_not_dequantize_is_refused_by_name(tmp_path):
+    kind = gguf.GGMLQuantizationType.Q8_K
+    stored = np.zeros(gguf.quants.quant_shape_to_byte_shape((5, 512), kind), np.uint8)
+    fine = (np.zeros((5, 512), np.float32), gguf.GGMLQuantizationType.F32)
+    path = write_matrices(tmp_path / "x.gguf", fine, (stored, kind))
+    with pytest.raises(InputError, match=r"x\.gguf: tensor 'blk\.1\.ffn_up\.weight' .* as Q8_K"):
+        GGUF(path)
+
+
+def converted_llama3(theta, factor):
+    """Divisors of 4 frequencies, as llama.cpp's converter computes them."""
+    frequencies = 1.0 / theta ** (np.arange(0, 8, 2) / 8)
+    divisors = []
+    for wavelength in 2 * np.pi / frequencies:
+        smooth = (8192 / wavelength - 1.0) / (4.0 - 1.0)
+        blended = 1 / ((1 - smooth) / factor + smooth)
+        low, high = wavelength > 8192, wavelength < 8192 / 4
+        divisors.append(1.0 if high else factor if low else blended)
+    return divisors
+
+
+def test_llama3_scaling_is_that_of_the_model_it_was_made_from(tmp_path):
+    scaling = {
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    folder = save_tiny_llama(
+        tmp_path / "llama",
+        rms_norm_eps=1e-5,
+        intermediate_size=64,
+        rope_parameters={"rope_theta": 5e5, "rope_type": "llama3", **scaling},
+    )
+    divisors = converted_llama3(5e5, 32.0)
+    assert len({*divisors}) == 3  # kept, blended and divided
+    path = write_gguf(tmp_path / "x.gguf", folder, theta=5e5, rope_freqs=divisors)
+    model = load_pretrained(path)
+    assert model.config.rope_scaling == Llama3Scaling(**scaling)
+    tokens = np.arange(40)[None]
+    np.testing.assert_array_equal(model(tokens), load_pretrained(folder)(tokens))
+
+
+def test_other_divisors_of_frequencies_are_used_and_saved(tmp_path, folder):
+    divisors = np.array([1.0, 1.3, 4.7, 8.0], np.float32)
+    model = load_pretrained(write_gguf(tmp_path / "x.gguf", folder, rope_freqs=divisors))
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    theirs.model.rotary_emb.inv_freq /= torch.tensor(divisors)
+    save_pretrained(tmp_path / "saved", model)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    tokens = np.arange(60)[None]
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens)).logits.numpy()
+        again = saved(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(model(tokens), expected, atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(again, expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -87,6 +196,12 @@ def test_dequantizes(tmp_path, folder):
         ({"numbers": {"rope.dimension_count": 4}}, "llama.rope.dimension_count is 4"),
         ({"strings": {"rope.scaling.type": "yarn"}}, "llama.rope.scaling.type is 'yarn'"),
         ({"strings": {"rope.scaling.type": "linear"}}, "llama.rope.scaling.factor' is missing"),
+        ({"rope_freqs": [1.0, 2.0]}, "'rope_freqs.weight' of shape (2,) is [1.0, 2.0], expected 4"),
+        ({"rope_freqs": [1.0, 2.0, 0.0, 4.0]}, "'rope_freqs.weight' of shape (4,) is [1.0, 2.0, 0"),
+        (
+            {"rope_freqs": [1.0] * 4, "strings": {"rope.scaling.type": "linear"}},
+            "llama.rope.scaling.type is 'linear' beside the tensor 'rope_freqs.weight'",
+        ),
         ({"numbers": {"attention.head_count_kv": 3}}, "num_key_value_heads is 3"),
     ],
 )

@@ -1,9 +1,13 @@
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
+from transformers.masking_utils import create_sliding_window_causal_mask
 
-from loft_jax.models.attention import KVCache, attend, positions_from, visibility
+from loft_jax.models.attention import KVCache, attend, positions_from, visibility, windowed
 
 
 def test_visibility_of_packed_and_padded_rows():
@@ -48,6 +52,44 @@ def test_visibility_with_a_cache_is_a_window_of_the_whole():
         np.concatenate([positions_from(first), positions_from(second)], 1),
         [[0, 0, 1, 2, 3, 4], [0, 1, 2, 0, 3, 4]],
     )
+
+
+def test_a_window_is_that_of_transformers_where_texts_have_no_holes():
+    config = transformers.MistralConfig(sliding_window=3, attn_implementation="eager")
+    segment_ids = np.array([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 1]])
+    expected = create_sliding_window_causal_mask(
+        config=config,
+        inputs_embeds=torch.zeros(3, 7, 4),
+        attention_mask=torch.tensor(segment_ids),
+        cache=None,
+        position_ids=None,
+    )
+    found = windowed(visibility(3, 7, jnp.asarray(segment_ids), None)[0], 3)
+    real = segment_ids != 0  # padding as a query is not defined
+    np.testing.assert_array_equal(np.asarray(found)[real], (expected[:, 0] == 0).numpy()[real])
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 9, 10])
+def test_a_window_counts_positions_of_packed_padded_and_branched_rows(window):
+    segment_ids = jnp.array([[1, 1, 1, 1, 2, 2, 2, 2, 0], [0, 0, 1, 1, 1, 1, 1, 1, 1]])
+    branch_ids = jnp.array([[0, 0, 0, 0, 0, 0, 1, 2, 0], [0, 0, 0, 0, 0, 1, 1, 2, 2]])
+    visible, _ = visibility(2, 9, segment_ids, None, branch_ids)
+    positions = positions_from(visible)
+    back = positions[:, :, None] - positions[:, None, :]  # (b, t, t)
+    np.testing.assert_array_equal(windowed(visible, window), visible & (back < window))
+
+
+@pytest.mark.parametrize("window", [2, 3, 8])
+def test_a_window_with_a_cache_counts_tokens_not_slots(window):
+    segment_ids = jnp.array([[0, 1, 1, 1, 1, 1], [1, 1, 1, 0, 1, 1]])  # padded left; right
+    whole = windowed(visibility(2, 6, segment_ids, None)[0], window)
+    cache = KVCache.empty(layers=1, batch=2, length=8, kv_heads=1, head_dim=2, dtype=jnp.float32)
+    first, cache = visibility(2, 4, segment_ids[:, :4], cache)
+    np.testing.assert_array_equal(windowed(first, window)[:, :, :6], whole[:, :4])
+    second, _ = visibility(
+        2, 2, segment_ids[:, 4:], dataclasses.replace(cache, length=jnp.int32(4))
+    )
+    np.testing.assert_array_equal(windowed(second, window)[:, :, :6], whole[:, 4:])
 
 
 def test_attend_equals_torch():

@@ -79,9 +79,10 @@ _CLAIMS = """\
 
 Runs of one seed are compared with each other. The error is half the 95 % interval of Student's t
 over seeds; few seeds make it wide. For accuracies the sampling of the questions is in it; losses
-are those of the rows that were tested. "As good" is less than 1 % behind. "Within the noise" says
-that these runs do not tell, not that there is nothing. Intervals are of one comparison each: of so
-many, one in twenty is out of its interval by chance. The gains themselves stand with each task.
+and Matthews' correlations are those of the rows that were tested. "As good" is less than 1 %
+behind. "Within the noise" says that these runs do not tell, not that there is nothing. Intervals
+are of one comparison each: of so many, one in twenty is out of its interval by chance. The gains
+themselves stand with each task.
 """
 
 _VARIANTS = {"eps": "", "alpha": " (a scaling that is a power of two rounds nothing)"}

@@ -423,10 +423,10 @@ LANGUAGE_TASKS = {
             name="cola",
             title="MiniLM on CoLA",
             note=(
-                "As `sst2`; whether a sentence is grammatical; 1,301 of the training sentences for "
+                "As `sst2`: whether a sentence is grammatical; 1,301 of the training sentences for "
                 "validation, for the test the 1,043 that GLUE publishes for validation, of which "
-                "0.691 have the more frequent label: who always says it has that accuracy, and a "
-                "Matthews correlation of 0."
+                "0.691 have the more frequent label. A model that gives that label to all has this "
+                "accuracy, and a Matthews correlation of 0."
             ),
             data="experiments/cola",
             preset="cola",
@@ -440,7 +440,7 @@ LANGUAGE_TASKS = {
             name="rte",
             title="MiniLM on RTE",
             note=(
-                "As `sst2`; whether a text entails a sentence; 277 of the training pairs for "
+                "As `sst2`: whether a text entails a sentence; 277 of the training pairs for "
                 "validation, for the test the 277 that GLUE publishes for validation, of which "
                 "0.527 have the more frequent label."
             ),

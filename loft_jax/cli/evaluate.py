@@ -10,7 +10,7 @@ import tyro
 
 from loft_jax.cli.source import Source
 from loft_jax.data import DataConfig
-from loft_jax.errors import InputError
+from loft_jax.errors import InputError, shown
 from loft_jax.models import Quantization
 from loft_jax.training.config import TaskConfig
 
@@ -45,7 +45,9 @@ class Evaluate:
         from loft_jax.hub import load_model_config
         from loft_jax.tasks.task import within
 
-        rows = load_examples(self.data)
+        if weights := self.task.class_weights:
+            raise InputError(f"class_weights are {shown(weights)}, but evaluation has no weights")
+        rows = load_examples(self.data.held_out())
         family, sizes = load_model_config(self.source.base)
         task = self._task(family, sizes, rows)
         model, tokenizer = self.source.load(
@@ -74,5 +76,7 @@ class Evaluate:
 
         adapter = self.source.adapter_head
         known = getattr(sizes, "labels", ()) if adapter is None else adapter[1]
-        given = Given(self.data, rows, choices=self.choices, labels=self.task.labels, known=known)
+        given = Given(
+            self.data, rows, choices=self.choices, labels=self.task.label_names, known=known
+        )
         return find_task(self.task.name, family, given).make(dataclasses.replace(given, rows=None))

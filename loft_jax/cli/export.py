@@ -25,7 +25,7 @@ class Export:
     output: str
     """Folder that `adapter/` or `model/` is written to."""
     checkpoint: str = "last"
-    """Which one: "last", "best" (by the loss, or for classification by the accuracy), or a step."""
+    """Which one: "last", "best" (by the run's best_metric), or a step."""
 
     def __call__(self) -> int:
         """Runs the command."""

@@ -1,7 +1,11 @@
 """The configuration of examples: where they are and how they become rows of tokens."""
 
+import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
 
+from loft_jax.data.presets import PresetName, find_preset
 from loft_jax.errors import InputError, shown
 
 
@@ -15,10 +19,12 @@ class DataConfig:
     Args:
         path: A JSON, JSONL, CSV, TSV, Parquet or text file, a folder of such files, a folder
             written by `Dataset.save_to_disk`, or a dataset id on the Hugging Face hub.
-        split: Name of the split, with slices in the syntax of `datasets`: `"train"`,
+        split: Name of the split, with slices in the syntax of `datasets`: `"train"`, the default,
             `"train[:90%]"`. In a folder, the name of a file gives its split; a single file is
             `"train"`.
         name: The configuration of a hub dataset that has several.
+        preset: The published data set that `path` holds, which says what its files and columns are,
+            its labels, its task, and the metric of the best checkpoint; docs/tasks.md lists them.
         messages_field: Field with a list of `{"role", "content"}`; the loss is on assistant turns.
             The chat template also gets the field `tools`, if rows have it.
         prompt_field: Field with the text that the model is given.
@@ -46,8 +52,9 @@ class DataConfig:
     """
 
     path: str
-    split: str = "train"
+    split: str | None = None
     name: str | None = None
+    preset: PresetName | None = None
     messages_field: str = "messages"
     prompt_field: str = "prompt"
     completion_field: str = "completion"
@@ -61,6 +68,15 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.max_length < 1:
             raise InputError(f"max_length is {shown(self.max_length)}; expected at least 1 token")
+        if self.preset is not None:
+            find_preset(self.preset)
+            for field in dataclasses.fields(self):
+                value = getattr(self, field.name)
+                if field.name.endswith("_field") and value != field.default:
+                    raise InputError(
+                        f"{field.name} is {shown(value)}, but preset {self.preset} has columns of "
+                        "its own; expected one of the two"
+                    )
         pairs = zip((0, *self.buckets), self.buckets, strict=False)
         if any(low >= high for low, high in pairs):
             raise InputError(
@@ -78,3 +94,14 @@ class DataConfig:
         return frozenset(
             (self.messages_field, self.prompt_field, self.completion_field, self.text_field)
         )
+
+    @property
+    def has_splits(self) -> bool:
+        """Whether there are splits of a preset, and not rows or a single file."""
+        return self.preset is not None and not Path(self.path).expanduser().is_file()
+
+    def held_out(self) -> Self:
+        """Gives the same with the split that the preset is evaluated on, if no split is named."""
+        if self.preset is None or not self.has_splits or self.split is not None:
+            return self
+        return dataclasses.replace(self, split=find_preset(self.preset).held_out)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loft_jax.data.config import DataConfig
+from loft_jax.data.presets import Preset, find_preset
 from loft_jax.errors import InputError, cut, explained, shown
 from loft_jax.files import inside, read_json, regular_file
 
@@ -42,10 +43,11 @@ def load_examples(config: DataConfig) -> "Dataset":
     warning, and nothing that they name is opened.
 
     Args:
-        config: Its `path`, `split` and `name` are used.
+        config: Its `path`, `split`, `name` and `preset` are used.
 
     Returns:
-        The examples, at least one, as a `datasets.Dataset`.
+        The examples, at least one, as a `datasets.Dataset`; those of a preset have the fields that
+        `DataConfig` has by default.
 
     Raises:
         InputError: The path is missing or unreadable, its ending is unknown, the hub cannot be
@@ -66,7 +68,7 @@ def load_examples(config: DataConfig) -> "Dataset":
         examples = _read_hub(config)
     if len(examples) == 0:
         raise InputError(
-            f"{config.path}: split {shown(config.split)} has no examples; expected some"
+            f"{config.path}: split {shown(_split(config))} has no examples; expected some"
         )
     return examples
 
@@ -75,6 +77,10 @@ _EXPECTED = (
     f"a file ending in {', '.join(_BUILDERS)}, a folder of them, "
     "a folder written by save_to_disk, or a hub id"
 )
+
+
+def _split(config: DataConfig) -> str:
+    return config.split or "train"
 
 
 def _read_files(by_split: dict[str, list[Path]], config: DataConfig, *, source: Path) -> "Dataset":
@@ -91,9 +97,12 @@ def _read_files(by_split: dict[str, list[Path]], config: DataConfig, *, source: 
         raise InputError(f"{source}: holds files of several formats ({endings}); expected one")
     ((builder, tabs),) = formats
     with explained(f"{source}: cannot be read as {builder}"):
+        if tabs and config.preset is not None:
+            return _read_unquoted(by_split, find_preset(config.preset), _split(config))
         if builder == "json":
-            return _read_json(by_split, config)
-        return _build(builder, by_split, config.split, separator="\t" if tabs else ",")
+            return _of_preset(_read_json(by_split, config), config)
+        separator = "\t" if tabs else ","
+        return _of_preset(_build(builder, by_split, _split(config), separator=separator), config)
 
 
 def _ending(file: Path) -> str:
@@ -103,7 +112,7 @@ def _ending(file: Path) -> str:
 def _read_json(by_split: Mapping[str, Sequence[Path]], config: DataConfig) -> "Dataset":
     from loft_jax.data.json_rows import read_json_rows
 
-    return read_json_rows(by_split, config.split, known=config.fields)
+    return read_json_rows(by_split, _split(config), known=config.fields)
 
 
 def _build(
@@ -189,7 +198,37 @@ def _lines(file: Path) -> Iterator[str]:
             yield line
 
 
+def _read_unquoted(by_split: Mapping[str, Sequence[Path]], preset: Preset, split: str) -> "Dataset":
+    """Reads one split from the TSV files of a preset."""
+    examples = {
+        name: preset.examples(row for file in files for row in preset.tsv_rows(_lines(file), file))
+        for name, files in by_split.items()
+    }
+    return _part(examples, split)
+
+
+def _of_preset(rows: "Dataset", config: DataConfig) -> "Dataset":
+    """Makes the examples of the preset, if there is one."""
+    from datasets import ClassLabel
+
+    if config.preset is None:
+        return rows
+    named = {name: kind for name, kind in rows.features.items() if isinstance(kind, ClassLabel)}
+
+    def placed() -> Iterator[tuple[dict[str, Any], str]]:
+        for index, row in enumerate(rows):
+            labels = {
+                name: kind.int2str(row[name]) for name, kind in named.items() if row[name] >= 0
+            }
+            yield {**row, **labels}, f"{config.path}: row {index} of {_split(config)}"
+
+    return find_preset(config.preset).examples(placed())
+
+
 def _read_folder(folder: Path, config: DataConfig) -> "Dataset":
+    if config.preset is not None:
+        files = find_preset(config.preset).files_of(folder, _split(config), _BUILDERS)
+        return _read_files(files, config, source=folder)
     by_split: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir()):
         hidden = file.name.startswith(".")
@@ -213,19 +252,24 @@ def _split_of(file: Path) -> str:
 
 def _read_saved(folder: Path, config: DataConfig) -> "Dataset":
     """Reads one split of a folder that `save_to_disk` wrote."""
-    from datasets import DatasetDict, ReadInstruction, load_from_disk
+    from datasets import DatasetDict, load_from_disk
 
     with explained(f"{folder}: empty or damaged, cannot be loaded from disk"):
         _check_saved(folder)
         loaded = load_from_disk(str(folder))
         splits = loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
-        sizes = {name: len(rows) for name, rows in splits.items()}
-        part, *more = ReadInstruction.from_spec(config.split).to_absolute(sizes)
-        if more:
-            raise ValueError(
-                f"split is {shown(config.split)}; expected one split or a slice of one"
-            )
-        return _checked(splits[part.splitname]).select(range(part.from_, part.to))
+        return _of_preset(_checked(_part(splits, _split(config))), config)
+
+
+def _part(splits: Mapping[Any, "Dataset"], split: str) -> "Dataset":
+    """Selects a split, or a slice of one."""
+    from datasets import ReadInstruction
+
+    sizes = {name: len(rows) for name, rows in splits.items()}
+    part, *more = ReadInstruction.from_spec(split).to_absolute(sizes)
+    if more:
+        raise ValueError(f"split is {shown(split)}; expected one split or a slice of one")
+    return splits[part.splitname].select(range(part.from_, part.to))
 
 
 def _checked(rows: "Dataset") -> "Dataset":
@@ -282,10 +326,11 @@ def _read_hub(config: DataConfig) -> "Dataset":
     ):
         builder = load_dataset_builder(config.path, config.name)
         if builder.name != "json":
-            return _checked(load_dataset(config.path, config.name, split=config.split))
+            rows = load_dataset(config.path, config.name, split=_split(config))
+            return _of_preset(_checked(rows), config)
         manager = DownloadManager()
         fetched = manager.download_and_extract(dict(builder.config.data_files))
         by_split = {
             str(name): list(map(Path, manager.iter_files(files))) for name, files in fetched.items()
         }
-        return _read_json(by_split, config)
+        return _of_preset(_read_json(by_split, config), config)

@@ -49,6 +49,8 @@ class Choice(CausalLM):
             choices: The answers of every row; empty if each row brings its own.
         """
         self.choices = tuple(choices)
+        # Answers of all rows are compared as they are; others differ in length.
+        self.measures = ("loss", "accuracy", *([] if choices else ["accuracy_norm"]))
 
     @classmethod
     def fits(cls, given: Given) -> bool:
@@ -58,7 +60,7 @@ class Choice(CausalLM):
     @classmethod
     def make(cls, given: Given) -> "Choice":
         """Makes the task with the answers of all rows, if they are given."""
-        cls.refuse(given, "labels")
+        cls.refuse(given, "labels", "class_weights")
         return cls(given.choices)
 
     def settings(self) -> dict[str, list[str]]:

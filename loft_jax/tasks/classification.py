@@ -4,7 +4,7 @@ import functools
 import logging
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
@@ -77,6 +77,29 @@ class _OfTexts(Task):
             The metrics, and whether each row is right.
         """
 
+    def reader(self, rows: Any, field: str) -> Callable[[Mapping[str, Any], int], float]:
+        """Makes the function that reads the label of a row for the loss.
+
+        Args:
+            rows: All rows. Where these name their numbers, and the names are those of the task in
+                whatever order, a number stands for its name.
+            field: With the label.
+
+        Returns:
+            A function of a row and its index.
+        """
+        names = _names_of_numbers(rows, field)
+        if set(names) != set(self.labels or ()):
+            names = ()
+
+        def label_of(row: Mapping[str, Any], index: int) -> float:
+            value = row.get(field)
+            if type(value) is int and 0 <= value < len(names):
+                value = names[value]
+            return self.label(value, f"row {index}: field {field!r}")
+
+        return label_of
+
     def tokenize(
         self,
         rows: Any,
@@ -100,16 +123,14 @@ class _OfTexts(Task):
         log_unused(tokenizer, columns, used, data)
         filler = pad_id(tokenizer)
         check_tokens([filler], tokenizer, vocab_size, where="padding")
+        label_of = self.reader(rows, data.label_field)
         labels: list[float] = []
         tokens: list[np.ndarray] = []
         types: list[np.ndarray] = []
         cut = 0
         for start in tqdm(range(0, len(rows), _CHUNK), desc="tokenizing", leave=False, delay=2):
             some = [(i, rows[i]) for i in range(start, min(start + _CHUNK, len(rows)))]
-            where = f"field {data.label_field!r}"
-            labels += [
-                self.label(row.get(data.label_field), f"row {i}: {where}") for i, row in some
-            ]
+            labels += [label_of(row, index) for index, row in some]
             texts = [[text_of(row, field, i) for i, row in some] for field in used[:-1]]
             for (index, _), (ids, kinds, shorter) in zip(
                 some, _encode(tokenizer, texts, data.max_length), strict=True
@@ -153,10 +174,15 @@ class _OfTexts(Task):
         tokens, *kinds = (jnp.asarray(inputs[n]) for n in ("tokens", "segment_ids", "token_types"))
         return model(tokens, segment_ids=kinds[0], token_types=kinds[1])
 
+    def weights(self, labels: jax.Array) -> jax.Array:
+        """Gives the weights of rows in the loss of training, by their labels."""
+        return jnp.ones(labels.shape, jnp.float32)
+
     def loss(self, model: SequenceClassifier, inputs: Arrays) -> tuple[jax.Array, jax.Array]:
-        """Sums the losses of the rows, and counts the rows."""
-        losses = self.losses(self.logits(model, inputs), jnp.asarray(inputs["labels"]))
-        weights = jnp.asarray(inputs["weights"])
+        """Sums the losses of the rows by their weights, and sums the weights."""
+        labels = jnp.asarray(inputs["labels"])
+        losses = self.losses(self.logits(model, inputs), labels)
+        weights = jnp.asarray(inputs["weights"]) * self.weights(labels)
         return jnp.sum(losses * weights), jnp.sum(weights)
 
     def evaluation(
@@ -169,7 +195,7 @@ class _OfTexts(Task):
         vocab_size: int | None = None,
         progress: bool = True,
     ) -> Evaluation:
-        """Evaluates the mean loss of the rows, and the metrics."""
+        """Evaluates the mean loss of the rows, all of weight 1, and the metrics."""
         tokens = self.tokenize(rows, tokenizer, data, vocab_size=vocab_size)
         batches = eval_batches(tokens, data, batch_size=batch_size)
 
@@ -219,9 +245,9 @@ def _by_row(right: Mapping[str, Sequence[bool]], order: np.ndarray) -> dict[str,
 def _loss_and_logits(
     graphdef: nnx.GraphDef, state: nnx.State, task: _OfTexts, inputs: Arrays
 ) -> tuple[jax.Array, jax.Array]:
-    model = nnx.merge(graphdef, state)
-    loss, _ = task.loss(model, inputs)
-    return gathered(loss), gathered(task.logits(model, inputs))
+    logits = task.logits(nnx.merge(graphdef, state), inputs)
+    losses = task.losses(logits, jnp.asarray(inputs["labels"]))
+    return gathered(jnp.sum(losses * jnp.asarray(inputs["weights"]))), gathered(logits)
 
 
 class Classification(_OfTexts):
@@ -230,29 +256,43 @@ class Classification(_OfTexts):
     name = "classification"
     label_dtype = np.int32
     reported_loss = "nll"
+    measures = ("loss", "accuracy", "f1", "matthews")
+    best_metrics = ("accuracy",)
     labels: tuple[str, ...]
 
-    def __init__(self, labels: Sequence[str]) -> None:
+    def __init__(self, labels: Sequence[str], class_weights: Sequence[float] = ()) -> None:
         """Sets the labels.
 
         Args:
             labels: Names of the labels, in the order of the model's logits.
+            class_weights: Weight of each label in the loss of training; empty for equal ones.
 
         Raises:
-            InputError: There are fewer than two, or two are the same.
+            InputError: There are fewer than two labels, two are the same, or there are not as many
+                weights.
         """
         self.labels = tuple(labels)
+        self.class_weights = tuple(class_weights)
         if len(self.labels) < 2:
             raise InputError(f"labels are {shown(list(labels))}, expected two at least")
         if len(set(self.labels)) < len(self.labels):
             raise InputError(f"labels are {shown(list(labels))}, expected each once")
+        if self.class_weights and len(self.class_weights) != len(self.labels):
+            raise InputError(
+                f"class_weights are {shown(list(class_weights))}, expected one for each of the "
+                f"labels {shown(list(labels))}"
+            )
         self._places = {name: place for place, name in enumerate(self.labels)}
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and other.labels == self.labels
+        return type(other) is type(self) and other._made_of == self._made_of
 
     def __hash__(self) -> int:
-        return hash(self.labels)
+        return hash(self._made_of)
+
+    @property
+    def _made_of(self) -> tuple[Any, ...]:
+        return self.labels, self.class_weights
 
     @classmethod
     def fits(cls, given: Given) -> bool:
@@ -267,10 +307,17 @@ class Classification(_OfTexts):
         are no rows.
         """
         cls.refuse(given, "choices")
+        task = cls(cls._labels(given))
+        if given.class_weights == "balanced":
+            return cls(task.labels, task._balanced(given))
+        return cls(task.labels, given.class_weights)
+
+    @staticmethod
+    def _labels(given: Given) -> Sequence[str]:
         if given.labels:
-            return cls(given.labels)
+            return given.labels
         if given.rows is None:
-            return cls(given.known)
+            return given.known
         field = given.data.label_field
         if (found := labels_of(given.rows, field)) is None:
             raise InputError(
@@ -278,11 +325,26 @@ class Classification(_OfTexts):
             )
         numbers = found == tuple(map(str, range(len(found))))
         if set(found) == set(given.known) or (numbers and len(found) <= len(given.known)):
-            return cls(given.known)
-        return cls(found)
+            return given.known
+        return found
+
+    def _balanced(self, given: Given) -> list[float]:
+        """Computes weights for which all labels count as much as each other in the rows."""
+        if given.rows is None:
+            raise InputError("class_weights are 'balanced', which is by rows, but there are none")
+        label_of = self.reader(given.rows, given.data.label_field)
+        places = [int(label_of(given.rows[index], index)) for index in range(len(given.rows))]
+        counts = np.bincount(places, minlength=len(self.labels))
+        if (counts == 0).any():
+            name = self.labels[int(counts.argmin())]
+            raise InputError(
+                f"class_weights are 'balanced', but no row has the label {shown(name)}; expected "
+                "some rows of each label"
+            )
+        return [float(weight) for weight in len(places) / (len(counts) * counts)]
 
     def settings(self) -> dict[str, list[str]]:
-        """Gives the labels."""
+        """Gives the labels; class weights matter to training alone."""
         return {"labels": list(self.labels)}
 
     def label(self, value: Any, where: str) -> int:
@@ -301,6 +363,10 @@ class Classification(_OfTexts):
     def losses(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
         """Computes the cross entropy, in nats."""
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+    def weights(self, labels: jax.Array) -> jax.Array:
+        """Gives the weights of the labels."""
+        return jnp.asarray(self.class_weights or [1.0] * len(self.labels))[labels]
 
     def metrics(self, logits: np.ndarray, labels: np.ndarray) -> Measured:
         """Computes GLUE's metrics: accuracy, F1 and Matthews' correlation.
@@ -323,10 +389,6 @@ class Classification(_OfTexts):
         }
         return Measured(values, {}, {"accuracy": tuple(map(bool, right))})
 
-    def score(self, values: Mapping[str, float]) -> float:
-        """Gives the share of rows that are wrong."""
-        return 1.0 - values["accuracy"]
-
 
 class Regression(_OfTexts):
     """Predicts a number; the loss is the squared error."""
@@ -334,6 +396,7 @@ class Regression(_OfTexts):
     name = "regression"
     label_dtype = np.float32
     reported_loss = "mse"
+    measures = ("loss", "pearson", "spearman")
     labels = ("LABEL_0",)  # as transformers calls a single output
 
     def __eq__(self, other: object) -> bool:
@@ -410,9 +473,8 @@ def labels_of(rows: Any, field: str) -> tuple[str, ...] | None:
     Raises:
         InputError: Labels are of several kinds, of another kind, empty or too many.
     """
-    features = getattr(rows, "features", None)
-    if names := getattr(features[field] if features and field in features else None, "names", None):
-        return tuple(names)
+    if names := _names_of_numbers(rows, field):
+        return names
     values = [rows[index].get(field) for index in range(len(rows))]
     texts = all(isinstance(value, str) for value in values)
     for index, value in enumerate(values):
@@ -433,6 +495,12 @@ def labels_of(rows: Any, field: str) -> tuple[str, ...] | None:
             f"field {field!r} has {len(distinct)} labels, expected {_MOST_LABELS} at most"
         )
     return tuple(distinct)
+
+
+def _names_of_numbers(rows: Any, field: str) -> tuple[str, ...]:
+    """The names that a dataset has for the numbers of a field; empty if it has none."""
+    features = getattr(rows, "features", None) or {}
+    return tuple(getattr(features.get(field), "names", None) or ())
 
 
 def _number(text: str) -> int | float | None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from loft_jax.data.encode import column_names
+from loft_jax.data.presets import find_preset
 from loft_jax.errors import InputError, shown
 from loft_jax.models.family import Family
 from loft_jax.tasks.causal_lm import CausalLM
@@ -32,7 +33,7 @@ def find_task(name: TaskName, family: Family, given: Given) -> type[Task]:
     """Finds a task by its name, or the one that fits rows and a family.
 
     Args:
-        name: Of the task, or "auto".
+        name: Of the task, or "auto". Rows of a preset have the task of the preset.
         family: Of the model.
         given: What is known. Without rows, "auto" is the first task of the family.
 
@@ -40,7 +41,8 @@ def find_task(name: TaskName, family: Family, given: Given) -> type[Task]:
         The task, to make from what is given.
 
     Raises:
-        InputError: No task that the family has a model for fits, or several do.
+        InputError: No task that the family has a model for fits, or several do; or the preset is
+            for another task than the one that is named.
 
     Example:
         >>> from loft_jax.data import DataConfig
@@ -49,6 +51,13 @@ def find_task(name: TaskName, family: Family, given: Given) -> type[Task]:
         >>> find_task("auto", FAMILIES["bert"], Given(DataConfig("rows"), rows)).name
         'classification'
     """
+    if given.data.preset is not None:
+        of_preset = find_preset(given.data.preset).task
+        if name not in ("auto", of_preset):
+            raise InputError(
+                f"task is {shown(name)}, but preset {given.data.preset} is for {of_preset}"
+            )
+        name = of_preset
     if name != "auto":
         return TASKS[name]
     possible = [task for task in _TASKS if task.head in family.models]

@@ -7,7 +7,8 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import jax
 import numpy as np
@@ -43,6 +44,9 @@ class Measured:
     right: dict[str, tuple[bool, ...]] = field(default_factory=dict)
 
 
+ClassWeights = Literal["balanced"] | tuple[float, ...]
+"""Weights of labels in a loss, or those that scikit-learn calls balanced."""
+
 Evaluation = Callable[[Any], Measured]
 """Evaluates a model on the examples that the function was made with."""
 
@@ -57,6 +61,7 @@ class Given:
         held_out: Held-out examples of a training run; None if there are none.
         choices: Answers of all rows; empty if rows have their own, or none.
         labels: Names of labels in the order of the logits, as the user sets them.
+        class_weights: Weights of the labels in the loss of training, or "balanced"; empty for none.
         known: The labels that the model or the adapter has.
     """
 
@@ -65,6 +70,7 @@ class Given:
     held_out: Any = None
     choices: Sequence[str] = ()
     labels: Sequence[str] = ()
+    class_weights: ClassWeights = ()
     known: Sequence[str] = ()
 
     @property
@@ -83,6 +89,8 @@ class Task(ABC):
         head: Head of its model.
         peft_type: PEFT's name of the task.
         trains_head: Whether the head is new, and trained and exported whole beside the adapters.
+        measures: Names of the metrics that evaluations log.
+        best_metrics: Those whose mean decides which evaluation is the best.
         labels: Names of the logits of a new head; None for other heads.
     """
 
@@ -90,6 +98,8 @@ class Task(ABC):
     head: ClassVar[Head]
     peft_type: ClassVar[str]
     trains_head: ClassVar[bool] = False
+    measures: tuple[str, ...] = ("loss",)
+    best_metrics: ClassVar[tuple[str, ...]] = ("loss",)
     labels: tuple[str, ...] | None = None
 
     @classmethod
@@ -114,7 +124,7 @@ class Task(ABC):
         Raises:
             InputError: Something is set that the task does not have, or something is missing.
         """
-        cls.refuse(given, "choices", "labels")
+        cls.refuse(given, "choices", "labels", "class_weights")
         return cls()
 
     @classmethod
@@ -130,7 +140,8 @@ class Task(ABC):
         """
         for name in names:
             if value := getattr(given, name):
-                raise InputError(f"{name} are {shown(list(value))}, but task {cls.name} has none")
+                found = value if isinstance(value, str) else list(value)
+                raise InputError(f"{name} are {shown(found)}, but task {cls.name} has none")
 
     def settings(self) -> dict[str, list[str]]:
         """Gives the fields of `Given` that make this task again, without rows."""
@@ -225,16 +236,34 @@ class Task(ABC):
             InputError: As for `tokenize`.
         """
 
-    def score(self, values: Mapping[str, float]) -> float:
+    def check_metrics(self, names: Sequence[str]) -> None:
+        """Refuses metrics that evaluations do not log.
+
+        Args:
+            names: Of metrics.
+
+        Raises:
+            InputError: One of them is none of this task.
+        """
+        for name in names:
+            if name not in self.measures:
+                raise InputError(
+                    f"best_metric is {shown(name)}, expected some of {', '.join(self.measures)}, "
+                    f"the metrics of task {self.name}"
+                )
+
+    def score(self, values: Mapping[str, float], by: Sequence[str] = ()) -> float:
         """Gives the number by which evaluations are compared; lower is better.
 
         Args:
             values: Of a `Measured`.
+            by: Names of the metrics that decide; empty for `best_metrics`.
 
         Returns:
-            The loss, unless a task overrides it.
+            The mean over these metrics of the loss, or of 1 minus the value of others.
         """
-        return values["loss"]
+        names = by or self.best_metrics
+        return fmean(values[name] if name == "loss" else 1.0 - values[name] for name in names)
 
     def head_modules(self, model: PretrainedModel) -> tuple[str, ...]:
         """Gives the paths of the modules that are trained beside the adapters."""

@@ -17,6 +17,7 @@ from loft_jax.methods import LoFT, Method
 from loft_jax.models import Quantization, Remat
 from loft_jax.settings import check_settings
 from loft_jax.tasks.registry import TaskName
+from loft_jax.tasks.task import ClassWeights
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -185,8 +186,9 @@ class EvaluationConfig:
     """The evaluation of a run on held-out examples.
 
     Args:
-        path: Held-out examples, in the format of the training data; empty for no evaluation.
-        split: Their split.
+        path: Held-out examples, in the format of the training data. If it is empty, there is no
+            evaluation, unless the data are the folder of a preset, which has them.
+        split: Their split; by default "train", or that which the preset is evaluated on.
         choices: Answers to compare on the held-out examples; evaluation then also reports the
             accuracy of the likeliest answer. For tasks with one answer from a fixed set of labels.
         batch_size: Number of rows computed at once in evaluation.
@@ -197,7 +199,7 @@ class EvaluationConfig:
     """
 
     path: Annotated[str, arg(name="eval-path")] = field(default="", metadata=_PLACE)
-    split: Annotated[str, arg(name="eval-split")] = field(default="train", metadata=_PLACE)
+    split: Annotated[str | None, arg(name="eval-split")] = field(default=None, metadata=_PLACE)
     choices: tuple[str, ...] = ()
     batch_size: Annotated[int, arg(name="eval-batch-size")] = field(default=16, metadata=_FREE)
     every: Annotated[int, arg(name="eval-every")] = 0
@@ -218,17 +220,20 @@ class CheckpointConfig:
     Args:
         save_every: Number of steps between checkpoints.
         keep_last: Number of the newest checkpoints to keep.
-        keep_best: Number of checkpoints with the best evaluations to keep in addition: those of the
-            lowest loss, or for classification of the highest accuracy. If it is not 0, each
-            evaluation saves a checkpoint.
+        keep_best: Number of checkpoints with the best evaluations to keep in addition. If it is not
+            0, each evaluation saves a checkpoint.
+        best_metric: The metrics whose mean decides which evaluation is the best: the lowest loss,
+            or the highest value of others. By default those of the preset, or else accuracy for
+            classification and the loss for other tasks.
 
     Raises:
         InputError: A value is out of its range.
     """
 
-    save_every: int = 100
-    keep_last: int = 2
-    keep_best: int = 1
+    save_every: int = field(default=100, metadata=_FREE)
+    keep_last: int = field(default=2, metadata=_FREE)
+    keep_best: int = field(default=1, metadata=_FREE)
+    best_metric: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         least = {"save_every": 1, "keep_last": 1, "keep_best": 0}
@@ -316,18 +321,28 @@ class TaskConfig:
         name: "causal-lm" predicts the next token. "choice" does too, and its evaluation asks which
             of several answers is the likeliest. "classification" predicts one of several labels,
             "regression" a number. "auto" is the only task that fits both the rows and the model.
-        labels: Names of the labels for classification, in the order of the logits; by default those
-            of the training rows.
+        label_names: Names of the labels for classification, in the order of the logits; by default
+            those of the training rows.
+        class_weights: Weights of the labels in the training loss of classification, in the same
+            order. The loss is the sum of weighted losses over the sum of weights, as in torch's
+            `CrossEntropyLoss`. "balanced" weighs a label by n / (labels * n_label) for its n_label
+            of n training rows, as scikit-learn does. Evaluation weighs all rows alike.
 
     Raises:
         InputError: A value is out of its range.
     """
 
     name: Annotated[TaskName, arg(name="task")] = "auto"
-    labels: tuple[str, ...] = ()
+    label_names: tuple[str, ...] = ()
+    class_weights: ClassWeights = ()
 
     def __post_init__(self) -> None:
         check_settings(self, "task")
+        if self.class_weights != "balanced" and any(x <= 0 for x in self.class_weights):
+            raise InputError(
+                f"task.class_weights are {shown(list(self.class_weights))}, expected positive "
+                "numbers, or balanced"
+            )
 
 
 @dataclass(frozen=True)
@@ -374,9 +389,7 @@ class FinetuneConfig:
     optimizer: Annotated[OptimizerConfig, _FLAT] = field(default_factory=OptimizerConfig)
     schedule: Annotated[ScheduleConfig, _FLAT] = field(default_factory=ScheduleConfig)
     evaluation: Annotated[EvaluationConfig, _FLAT] = field(default_factory=EvaluationConfig)
-    checkpoint: Annotated[CheckpointConfig, _FLAT] = field(
-        default_factory=CheckpointConfig, metadata=_FREE
-    )
+    checkpoint: Annotated[CheckpointConfig, _FLAT] = field(default_factory=CheckpointConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig, metadata=_FREE)
     logging: Annotated[LoggingConfig, _FLAT] = field(default_factory=LoggingConfig, metadata=_FREE)
     seed: int = 0

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -235,7 +235,7 @@ def _made(cls: Any, fields: dict[str, Any], prefix: str = "") -> Any:
             values[known.name] = _made(hint, values.get(known.name, {}), f"{prefix}{known.name}.")
         elif required and known.name not in values:
             raise InputError(f"field {prefix}{known.name} is missing")
-        elif get_origin(hint) is tuple and known.name in values:
+        elif isinstance(values.get(known.name), list):
             values[known.name] = tuple(values[known.name])
     return cls(**values)
 
@@ -252,9 +252,12 @@ def _typed(hint: Any, value: Any, *, where: str) -> Any:
         if value in inner:
             return value
         expected = f"one of {list(inner)}"
-    elif origin is UnionType:  # of a plain type and None
-        (plain,) = set(inner) - {NoneType}
-        return None if value is None else _typed(plain, value, where=where)
+    elif origin in (Union, UnionType):
+        if value is None and NoneType in inner:
+            return None
+        lists = {kind for kind in inner if get_origin(kind) is tuple}
+        fitting = lists if isinstance(value, list) and lists else {*inner} - lists - {NoneType}
+        return _typed(fitting.pop(), value, where=where)
     elif origin is tuple:
         if isinstance(value, list):
             return [_typed(inner[0], v, where=f"{where}[{i}]") for i, v in enumerate(value)]

@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from loft_jax.data import DataConfig
+from loft_jax.errors import InputError, shown
 from loft_jax.tasks.task import Measured, Task
 from loft_jax.training.config import FinetuneConfig
 
@@ -13,10 +14,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def held_out_data(config: FinetuneConfig) -> DataConfig:
-    """Gives the data configuration of the held-out examples of a run."""
-    evaluation = config.evaluation
-    return dataclasses.replace(config.data, path=evaluation.path, split=evaluation.split)
+def held_out_data(config: FinetuneConfig) -> DataConfig | None:
+    """Gives the data configuration of the held-out examples of a run; None if there are none.
+
+    Args:
+        config: Of the run. If it has no path of them, they are those in the folder of its preset.
+
+    Raises:
+        InputError: It has a split of them, but no path.
+    """
+    path, split = config.evaluation.path, config.evaluation.split
+    if not path and not config.data.has_splits:
+        if split is not None:
+            raise InputError(
+                f"evaluation.split is {shown(split)}, but there is no evaluation.path that has it"
+            )
+        return None
+    path = path or config.data.path
+    return dataclasses.replace(config.data, path=path, split=split).held_out()
 
 
 class HeldOut:

@@ -25,6 +25,7 @@ from loft_jax.training.config_io import (
 )
 from loft_jax.training.distributed import is_main, wait_for_all
 from loft_jax.training.export import trained_with
+from loft_jax.training.held_out import held_out_data
 from loft_jax.training.interrupt import StopRequest
 from loft_jax.training.mesh import check_batch, make_mesh
 from loft_jax.training.metrics import (
@@ -127,7 +128,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, progress: bool = T
         rows = read_metrics(folder / "metrics.jsonl")
         if is_main():
             plot_losses(rows, folder / "loss.png")
-            held_out = bool(config.evaluation.path)
+            held_out = held_out_data(config) is not None
             if done == run.steps and (rise := rise_of_loss(rows, held_out=held_out)):
                 _log.warning(
                     "%s: expected it to fall; a smaller learning_rate than %g may train",

@@ -190,7 +190,12 @@ def _prepare(config: FinetuneConfig, topology: str, slices: int) -> _Prepared:
     rows, accumulation_steps = config.schedule.batch_size, config.schedule.accumulation_steps
     family, sizes = plan_model(config.model.path)
     known = getattr(sizes, "labels", ())
-    given = Given(config.data, labels=config.task.labels, known=known)
+    given = Given(
+        config.data,
+        labels=config.task.label_names,
+        class_weights=config.task.class_weights,
+        known=known,
+    )
     task = find_task(config.task.name, family, given).make(given)
     model = abstract_model(family, sizes, config, task)
     chips = load_topology(topology, slices)

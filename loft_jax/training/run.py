@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from loft_jax.data import Batch, load_examples, train_stream
-from loft_jax.errors import InputError, explained
+from loft_jax.data.presets import find_preset
+from loft_jax.errors import InputError, explained, shown
 from loft_jax.hub import load_model_config, load_tokenizer
 from loft_jax.hub.host_arrays import gather_to_host
 from loft_jax.models.family import Family, PretrainedConfig
@@ -75,8 +76,18 @@ class Run:
         family, sizes = load_model_config(config.model.path)
         data, evaluation = within(config.data, sizes), config.evaluation
         rows = load_examples(data)
-        held_out = load_examples(held_out_data(config)) if evaluation.path else None
+        evaluated = held_out_data(config)
+        held_out = load_examples(evaluated) if evaluated else None
         self.task = task_of(config, family, sizes, rows, held_out)
+        self._best_metric = config.checkpoint.best_metric
+        if self._best_metric and held_out is None:
+            raise InputError(
+                f"checkpoint.best_metric is {shown(list(self._best_metric))}, but there are no "
+                "held-out examples to measure it on; expected an evaluation.path"
+            )
+        if not self._best_metric and data.preset:
+            self._best_metric = find_preset(data.preset).best_metrics
+        self.task.check_metrics(self._best_metric)
         tokens = self.task.tokenize(rows, self._tokenizer, data, vocab_size=sizes.vocab_size)
         self.stream = train_stream(tokens, data, batch_size=schedule.batch_size, seed=config.seed)
         most = 2**31 - 1  # steps are counted in 32 bits
@@ -252,7 +263,9 @@ class Run:
             "fingerprints": self._fingerprints,
             "task": {"name": self.task.name, "settings": self.task.settings()},
         }
-        score = math.nan if measured is None else self.task.score(measured.values)
+        score = (
+            math.nan if measured is None else self.task.score(measured.values, self._best_metric)
+        )
         checkpoints.save(state, plain, None if math.isnan(score) else score)
 
     def export(self, state: TrainState) -> Path:
@@ -314,7 +327,8 @@ def task_of(
         rows,
         held_out,
         choices=config.evaluation.choices,
-        labels=config.task.labels,
+        labels=config.task.label_names,
+        class_weights=config.task.class_weights,
         known=getattr(sizes, "labels", ()),
     )
     return find_task(config.task.name, family, given).make(given)

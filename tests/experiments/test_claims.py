@@ -64,6 +64,14 @@ def test_one_question_more_is_not_better_however_alike_the_seeds():
         assert finding.verdict == verdict
 
 
+def test_correlations_are_better_where_they_are_higher():
+    """They are no shares of the questions, and may be negative."""
+    theirs = made("lora", [1.0] * 2, matthews=[-0.2, -0.1])
+    mine = made("loft", [1.0] * 2, matthews=[0.1, 0.2])
+    (finding,) = findings({**mine, **theirs}, "matthews", BETTER)
+    assert (finding.gain, finding.verdict) == (pytest.approx(0.3), "better")
+
+
 def test_questions_are_compared_one_by_one_where_they_are_known():
     """Two that differ in few questions differ in them alone, however many all get wrong."""
     rng = np.random.default_rng(0)

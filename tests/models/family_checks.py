@@ -107,7 +107,7 @@ def check_plan_works(folder, labels=()):
         output="",
         rank=2,
         batch_size=8,
-        labels=labels,
+        label_names=labels,
     )
     plan = plan_step(run, "v5e:2x2")
     assert plan.mesh == (1, 4, 1)

@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from sklearn.utils.class_weight import compute_class_weight
 
 from loft_jax.data import DataConfig, eval_batches, train_stream
 from loft_jax.errors import InputError
@@ -16,6 +18,7 @@ from tests.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 DATA = DataConfig("rows", max_length=40)
+SST2 = DataConfig("rows", preset="sst2")
 ROWS = [
     {"text": "a joy from start to finish", "label": "good"},
     {"text": "dull, loud and far too long", "label": "bad"},
@@ -47,9 +50,11 @@ def test_metrics_of_labels_are_those_of_scikit_learn(count, rows, seed):
     assert found.right["accuracy"] == tuple(labels == chosen)
 
 
-def test_metrics_of_numbers_are_those_of_scipy():
+@pytest.mark.parametrize("rounded", [False, True])
+def test_metrics_of_numbers_are_those_of_scipy(rounded):
     true = RANDOM.integers(0, 4, 50).astype(np.float32)  # with ties
     given = true + RANDOM.normal(size=50)
+    given = np.round(given) if rounded else given  # with ties on both sides
     found = Regression().metrics(given[:, None], true).values
     assert found["pearson"] == pytest.approx(pearsonr(given, true).statistic)
     assert found["spearman"] == pytest.approx(spearmanr(given, true).statistic)
@@ -156,6 +161,32 @@ def test_names_of_whole_numbers_are_those_of_the_dataset():
             lambda: Classification(["a", "b"]).tokenize([{"text": "a"}], TOKENIZER, DATA),
             "field 'label' is missing",
         ),
+        (
+            lambda: Classification.make(Given(DATA, ROWS, class_weights=(1.0,))),
+            r"class_weights are \[1.0\], expected one for each of the labels \['bad', 'good'\]",
+        ),
+        (
+            lambda: Classification.make(
+                Given(DATA, ROWS[1:], labels=["bad", "good"], class_weights="balanced")
+            ),
+            "'balanced', but no row has the label 'good'",
+        ),
+        (
+            lambda: Classification.make(Given(DATA, known=["a", "b"], class_weights="balanced")),
+            "'balanced', which is by rows, but there are none",
+        ),
+        (
+            lambda: Regression.make(Given(DATA, NUMBERS, class_weights="balanced")),
+            "class_weights are 'balanced', but task regression has none",
+        ),
+        (
+            lambda: CausalLM.make(Given(DATA, TEXTS, class_weights=(1.0, 2.0))),
+            r"class_weights are \[1.0, 2.0\], but task causal-lm has none",
+        ),
+        (
+            lambda: find_task("regression", FAMILIES["bert"], Given(SST2, ROWS)),
+            "task is 'regression', but preset sst2 is for classification",
+        ),
         (lambda: CausalLM.make(Given(DATA, ROWS, labels=["a", "b"])), "labels are .*has none"),
         (lambda: Classification.make(Given(DATA, choices=["a"])), "choices are .*has none"),
     ],
@@ -191,6 +222,63 @@ def test_numbers_of_a_text_file_are_read():
     assert data.labelled.labels.tolist() == [3.25, -1.0]
 
 
+@pytest.mark.parametrize("class_weights", [(1.0, 3.0, 0.5), "balanced"])
+def test_weighted_losses_are_those_of_torch_and_evaluation_has_no_weights(class_weights):
+    labels, logits = RANDOM.integers(0, 3, 20), RANDOM.normal(size=(20, 3)).astype(np.float32)
+    rows = [{"text": "a joy", "label": "abc"[label]} for label in labels]
+    task = Classification.make(Given(DATA, rows, class_weights=class_weights))
+    weights = class_weights
+    if class_weights == "balanced":
+        weights = compute_class_weight("balanced", classes=np.arange(3), y=labels)
+        assert task.class_weights == pytest.approx(tuple(weights))
+    inputs = {"labels": labels, "weights": np.arange(20) < 18}  # the last rows are padding
+    inputs |= {name: np.zeros((20, 1), int) for name in ("tokens", "segment_ids", "token_types")}
+    total, weight = task.loss(lambda *_, **__: logits, inputs)
+    of_torch = torch.nn.CrossEntropyLoss(torch.tensor(weights, dtype=torch.float32))
+    expected = of_torch(torch.tensor(logits[:18]), torch.tensor(labels[:18]))
+    assert float(total / weight) == pytest.approx(float(expected), rel=1e-5)
+    halves = [
+        task.loss(lambda *_, half=half, **__: logits[half], {k: v[half] for k, v in inputs.items()})
+        for half in (slice(10), slice(10, 20))
+    ]
+    sums = np.sum(halves, axis=0)  # parts of a batch add up to the whole
+    assert sums[0] / sums[1] == pytest.approx(float(expected), rel=1e-5)
+    assert task != Classification("abc")  # a compiled step of one is none of the other
+
+
+def test_names_of_numbers_stand_for_the_labels_of_a_model_in_another_order():
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
+    rows = Dataset.from_dict({"text": ["a", "b", "c"], "label": [0, 1, 1]}, features)
+    task = Classification.make(Given(DATA, rows, known=("yes", "no"), class_weights="balanced"))
+    assert task.labels == ("yes", "no")
+    assert task.class_weights == pytest.approx((0.75, 1.5))
+    assert task.tokenize(rows, TOKENIZER, DATA).labelled.labels.tolist() == [1, 0, 0]
+    renamed = Classification.make(Given(DATA, rows, labels=("bad", "good")))
+    assert renamed.tokenize(rows, TOKENIZER, DATA).labelled.labels.tolist() == [0, 1, 1]
+
+
+def test_the_best_evaluation_has_the_highest_metric_or_the_lowest_loss():
+    values = {"loss": 0.5, "accuracy": 0.75, "f1": 0.25, "matthews": -0.5}
+    task = Classification(["a", "b"])
+    assert task.score(values) == 0.25
+    assert task.score(values, ("matthews",)) == 1.5
+    assert task.score(values, ("f1", "accuracy")) == 0.5
+    assert CausalLM().score(values) == Regression().score(values) == 0.5
+    task.check_metrics(("loss", "f1"))
+    with pytest.raises(InputError, match="best_metric is 'mcc', expected some of loss, accuracy"):
+        task.check_metrics(("mcc",))
+
+
+@pytest.mark.parametrize(
+    ("task", "logits"), [(Classification(["a", "b"]), np.eye(2)), (Regression(), np.ones((2, 1)))]
+)
+def test_an_evaluation_has_the_metrics_that_the_task_names(task, logits):
+    found = task.metrics(logits, np.asarray([0, 1]))
+    assert ("loss", *found.values) == task.measures
+
+
 def test_packing_is_refused():
     data = DataConfig("rows", max_length=40, packing=True)
     tokens = Classification(["bad", "good"]).tokenize(ROWS, TOKENIZER, data)
@@ -217,6 +305,8 @@ WHOLE = [{"text": "a", "label": 2}]
         ("bert", Given(DATA, NUMBERS), "regression"),
         ("bert", Given(DATA, WHOLE, known=["score"]), "regression"),
         ("bert", Given(DATA), "classification"),
+        ("bert", Given(SST2), "classification"),
+        ("bert", Given(DataConfig("rows", preset="stsb"), WHOLE), "regression"),
     ],
 )
 def test_the_task_is_that_which_family_and_rows_have_in_common(family, given, task):

@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from loft_jax.cli.main import main
 from loft_jax.data import DataConfig
 from loft_jax.errors import InputError
+from loft_jax.training.checkpoint import Checkpoints
 from loft_jax.training.interrupt import StopRequest
 from loft_jax.training.loop import finetune
 from tests.flat_config import flat_config
@@ -134,7 +135,7 @@ def test_a_resumed_run_is_the_run_to_the_bit(folder, trained, tmp_path, monkeypa
 
 
 def test_labels_in_an_order_of_ones_own_are_those_of_the_adapter(folder, tmp_path, capsys):
-    run = config(folder, tmp_path / "run", labels=("good", "bad"))
+    run = config(folder, tmp_path / "run", label_names=("good", "bad"))
     result = finetune(run, progress=False)
     data = ["--data.path", str(folder / "test.tsv"), "--data.text-field", "sentence"]
     assert main(["evaluate", "--adapter", str(result.trained), *data]) == 0
@@ -144,8 +145,39 @@ def test_labels_in_an_order_of_ones_own_are_those_of_the_adapter(folder, tmp_pat
 
 def test_a_head_that_nobody_trained_is_not_measured(folder):
     data = ["--data.path", str(folder / "test.tsv"), "--data.text-field", "sentence"]
-    arguments = ["evaluate", "--model", str(folder / "model"), "--labels", "bad", "good", *data]
-    assert main(arguments) == 2
+    model = ["--model", str(folder / "model"), "--label-names", "bad", "good"]
+    assert main(["evaluate", *model, *data]) == 2
+
+
+def test_a_preset_needs_the_folder_of_the_data_alone(folder, tmp_path, capsys):
+    data = tmp_path / "CoLA"
+    data.mkdir()
+    for name, source in (("train", "train"), ("dev", "test")):
+        lines = [line.split("\t") for line in (folder / f"{source}.tsv").read_text().splitlines()]
+        numbers = [("01"[label == "good"], text) for text, label in lines[1:]]
+        (data / f"{name}.tsv").write_text("".join(f"x\t{n}\t\t{text}\n" for n, text in numbers))
+    preset = ["--data.path", str(data), "--data.preset", "cola"]
+    run = ["--model", str(folder / "model"), "--output", str(tmp_path / "run"), "--rank", "4"]
+    length = ["--steps", "6", "--eval-every", "1", "--learning-rate", "1e-2", "--keep-last", "1"]
+    shapes = ["--data.max-length", "32", "--data.buckets", "32"]
+    arguments = ["finetune", *run, *preset, *length, *shapes]
+    assert main([*arguments, "--class-weights", "balanced"]) == 0
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    matthews = {
+        m["step"]: m["eval_matthews"] for m in metrics if m.get("eval_matthews") and m["step"]
+    }
+    best = Checkpoints(tmp_path / "run" / "checkpoints").best_step()
+    assert matthews[best] == max(matthews.values())
+    adapter = tmp_path / "run" / "adapter"
+    assert json.loads((adapter / "labels.json").read_text()) == ["unacceptable", "acceptable"]
+    capsys.readouterr()
+    assert main(["evaluate", "--adapter", str(adapter), *preset]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["count"] == 48
+    assert found["matthews"] == pytest.approx(matthews[6])
+    weighted = ["--class-weights", "1", "2"]
+    assert main(["evaluate", "--adapter", str(adapter), *preset, *weighted]) == 2
+    assert "evaluation has no weights" in capsys.readouterr().err
 
 
 def test_all_weights_train_and_labels_are_kept(folder, tmp_path):
@@ -176,4 +208,4 @@ def test_heads_train_beside_the_adapters_of_every_method(folder, tmp_path, metho
 
 def test_rows_that_could_be_of_another_task_are_refused(folder, tmp_path):
     with pytest.raises(InputError, match=r"labels are .*but task regression has none"):
-        finetune(config(folder, tmp_path / "run", task="regression", labels=("a", "b")))
+        finetune(config(folder, tmp_path / "run", task="regression", label_names=("a", "b")))

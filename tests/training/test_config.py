@@ -27,6 +27,13 @@ def test_yaml_round_trip(tmp_path):
     assert config_from_dict(load_config(tmp_path / "config.yaml")) == saved
 
 
+@pytest.mark.parametrize("weights", ["balanced", (1.0, 2.5)])
+def test_weights_are_a_word_or_numbers(tmp_path, weights):
+    saved = config(data=DataConfig("SST-2", preset="sst2"), class_weights=weights)
+    save_config(saved, tmp_path / "config.yaml")
+    assert config_from_dict(load_config(tmp_path / "config.yaml")) == saved
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -71,6 +78,12 @@ def test_yaml_round_trip(tmp_path):
             "method: {name: lora-plus, rate: 3}",
             r"unknown field method\.rate; expected some of \['ratio'\]",
         ),
+        (
+            "task: {class_weights: balance}",
+            r"field task.class_weights is 'balance', expected one of \['balanced'\]",
+        ),
+        ("task: {class_weights: [x]}", r"task.class_weights\[0\] is 'x', expected a number"),
+        ("data: {preset: sst}", r"field data.preset is 'sst', expected one of \['cola', 'sst2'"),
         ("evaluation: {choices: 3}", "field evaluation.choices is 3, expected a list"),
         (
             "lora: {target_modules: q_proj}",

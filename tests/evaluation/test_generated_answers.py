@@ -163,9 +163,9 @@ def test_the_command(workspace, tmp_path, capsys):
     assert all(row["prompt"].startswith("<s>Review: ") for row in rows)
     assert err.count("expected: 'positive'") + err.count("expected: 'negative'") == 3
     for flags, message in (
-        (pattern, "answer_pattern is 'positive|negative', which is used with --generate only"),
-        (["--generate", "--choices", " a"], "choices is (' a',), which is not used with"),
-        (["--generate", "--task", "choice"], "task is 'choice', which is not used with --generate"),
+        (pattern, "answer_pattern is 'positive|negative', and is used with --generate only"),
+        (["--generate", "--choices", " a"], "choices is (' a',), and is not used with"),
+        (["--generate", "--task", "choice"], "task is 'choice', and is not used with --generate"),
         (["--generate", "--predictions", str(tmp_path / "no" / "file")], "No such file"),
     ):
         assert main([*evaluate, *flags]) == 2

@@ -14,7 +14,7 @@ from loft_jax.data.log_once import log_unused
 from loft_jax.data.templates import Chat
 from loft_jax.data.text import check_tokens, decoded
 from loft_jax.errors import InputError, explained, shown
-from loft_jax.generation import generate
+from loft_jax.generation import ending_tokens, generate
 from loft_jax.models.family import LanguageModel
 
 if TYPE_CHECKING:
@@ -161,7 +161,10 @@ def generated_answers(
                 # Filled up with a row of its own, since another size would be compiled anew.
                 full = indices + indices[:1] * (batch_size - len(indices))
                 new = generate(
-                    model, [encoded[index] for index in full], max_new_tokens=max_new_tokens
+                    model,
+                    [encoded[index] for index in full],
+                    max_new_tokens=max_new_tokens,
+                    eos_token_ids=ending_tokens(model, tokenizer),
                 )
                 for index, ids in zip(indices, new, strict=False):
                     texts[index] = decoded(tokenizer, ids, special=False)

@@ -1,6 +1,7 @@
 """Evaluation on published sets of questions, by generated answers and by likelihood."""
 
 import dataclasses
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from loft_jax.tasks.task import Measured
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -116,10 +119,18 @@ def question_sets(
         measures[name] = asked, compared
 
     def measure(model: LanguageModel) -> dict[str, QuestionScores]:
-        return {
-            name: QuestionScores(asked(model), compared(model))
-            for name, (asked, compared) in measures.items()
-        }
+        scores = {}
+        for name, (asked, compared) in measures.items():
+            scores[name] = QuestionScores(asked(model), compared(model))
+            _log.info(
+                "%s: accuracy %.4f by generation and %.4f by likelihood",
+                *(
+                    name,
+                    scores[name].generated.accuracy,
+                    scores[name].likelihood.values["accuracy"],
+                ),
+            )
+        return scores
 
     return measure
 

@@ -75,6 +75,21 @@ def test_a_conversation_is_answered_as_in_training(tiny_llama):
         measured(model, [{"messages": asked}])
 
 
+def test_a_text_ends_with_the_token_that_closes_completions_in_training(tiny_llama):
+    _, model = tiny_llama
+    (whole,) = measured(model, [{"prompt": "a", "completion": "x"}]).predictions
+    third = TOKENIZER(whole.text, add_special_tokens=False)["input_ids"][2]
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens([third])[0]
+    assert model.config.eos_token_id != tokenizer.eos_token_id == third
+    options = {"max_new_tokens": 6, "progress": False, "batch_size": 2}
+    evaluate = generated_answers([{"prompt": "a", "completion": "x"}], tokenizer, CONFIG, **options)
+    (short,) = evaluate(model).predictions
+    assert short.text
+    assert len(short.text) < len(whole.text)
+    assert whole.text.startswith(short.text)
+
+
 @pytest.mark.parametrize(
     ("text", "pattern", "answer"),
     [

@@ -77,7 +77,7 @@ class Evaluate:
             self._refuse("not used with --generate", *_OF_TASKS)
             return self._by_generation()
         self._refuse("used with --generate only", *_OF_GENERATION)
-        self._refuse("not used in evaluation", "class_weights")
+        self._refuse("not used: evaluation has no weights", "class_weights")
         return self._by_task()
 
     def _refuse(self, said: str, *flags: str) -> None:

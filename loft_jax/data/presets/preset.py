@@ -36,7 +36,8 @@ class Preset:
             task decides by.
         files: For each split, the names that its file may have without an ending, the preferred
             first.
-        held_out: The split that a run is evaluated on.
+        held_out: The split that models are evaluated on; also during a run, unless it is the test
+            set.
         columns: Columns of TSV files that have no header; empty if all have one.
         answer_pattern: Regular expression of the answer in a text that a model generates; empty for
             tasks that are not evaluated by generation.

@@ -75,8 +75,7 @@ def generate(
             f"{most} together at most, the positions of the model"
         )
     if eos_token_ids is None:
-        eos = model.config.eos_token_id
-        eos_token_ids = () if eos is None else (eos,) if isinstance(eos, int) else eos
+        eos_token_ids = _ends_of(model)
 
     width = _bucket(max(map(len, prompts)))
     tokens = np.zeros((len(prompts), width), np.int32)
@@ -130,7 +129,7 @@ def generate_text(
         prompts: Texts, or lists of messages for the chat template;
             `loft_jax.data.encode.encode_prompts` tokenizes them as in training.
         max_new_tokens: Largest number of new tokens for each prompt.
-        **sampling: As for `generate`.
+        **sampling: As for `generate`; by default texts end as `ending_tokens` says.
 
     Returns:
         The new text of each prompt, without special tokens.
@@ -141,8 +140,29 @@ def generate_text(
     tokens = encode_prompts(tokenizer, prompts)
     for number, ids in enumerate(tokens):
         check_tokens(ids, tokenizer, model.config.vocab_size, where=f"prompt {number}")
+    sampling = {"eos_token_ids": ending_tokens(model, tokenizer), **sampling}
     continued = generate(model, tokens, max_new_tokens=max_new_tokens, **sampling)
     return [decoded(tokenizer, new, special=False) for new in continued]
+
+
+def ending_tokens(model: LanguageModel, tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+    """Gives the tokens that end a text.
+
+    Args:
+        model: A language model.
+        tokenizer: Its tokenizer.
+
+    Returns:
+        Those of the model's configuration, and EOS of the tokenizer, with which training closes
+        completions.
+    """
+    eos = tokenizer.eos_token_id
+    return {*_ends_of(model), *(() if eos is None else (eos,))}
+
+
+def _ends_of(model: LanguageModel) -> Collection[int]:
+    eos = model.config.eos_token_id
+    return () if eos is None else (eos,) if isinstance(eos, int) else eos
 
 
 def _check(

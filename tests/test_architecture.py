@@ -19,6 +19,7 @@ ROOMS = (
     ("models",),
     ("hub", "data"),
     ("tasks", "methods", "generation"),
+    ("evaluation",),
     ("training",),
     ("cli",),
 )

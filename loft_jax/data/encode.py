@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _CHUNK = 1000  # rows handed to the tokenizer at once
 
-_TOOLS = "tools"
+TOOLS = "tools"
+"""Field with the tools that the assistant may call."""
 
 _Encoded = tuple[int, list[int], list[bool]]  # row; token ids; which of them carry the loss
 
@@ -169,14 +170,15 @@ _EMPTY = "an empty completion or text, or no assistant turn"
 
 
 def encode_prompts(
-    tokenizer: "PreTrainedTokenizerBase", prompts: "Sequence[str | Sequence[Message]]"
+    tokenizer: "PreTrainedTokenizerBase", prompts: "Sequence[str | Sequence[Message] | Chat]"
 ) -> list[list[int]]:
     """Encodes prompts exactly as in training, up to where the learned tokens begin.
 
     Args:
         tokenizer: A transformers tokenizer.
         prompts: Texts, as in the field `prompt` of rows; or conversations for the assistant to
-            answer, as in the field `messages`, which are rendered by the chat template.
+            answer, as in the field `messages` or from `chat_of`, which are rendered by the chat
+            template.
 
     Returns:
         One list of ids for each prompt.
@@ -187,7 +189,7 @@ def encode_prompts(
     """
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     chats = [
-        _asked(f"prompt {number}", prompt)
+        _asked(prompt if isinstance(prompt, Chat) else Chat(f"prompt {number}", prompt))
         for number, prompt in enumerate(prompts)
         if not isinstance(prompt, str)
     ]
@@ -199,8 +201,9 @@ def encode_prompts(
     ]
 
 
-def _asked(where: str, messages: Any) -> Chat:
-    """Makes a conversation with an answer added, before which the prompt ends."""
+def _asked(chat: Chat) -> Chat:
+    """Adds an answer to a conversation, before which the prompt ends."""
+    where, messages, _ = chat
     if not (isinstance(messages, list) and messages and all(map(_is_message, messages))):
         raise InputError(
             f"{where}: found {shown(messages)}; expected a text, or a list of messages, each with "
@@ -208,7 +211,7 @@ def _asked(where: str, messages: Any) -> Chat:
         )
     if messages[-1]["role"] == "assistant":
         raise InputError(f"{where}: the last message is the assistant's; expected one to answer")
-    return Chat(where, [*messages, {"role": "assistant", "content": "x"}])
+    return chat._replace(messages=[*messages, {"role": "assistant", "content": "x"}])
 
 
 def _before_last_turn(ids: list[int], said: list[bool]) -> list[int]:
@@ -322,7 +325,7 @@ _Encoder = Callable[
 def _encoder(columns: Sequence[str], config: DataConfig) -> tuple[_Encoder, list[str]]:
     """Chooses how rows with these fields are encoded, and which fields are used."""
     if config.messages_field in columns:
-        return _encode_messages, [config.messages_field, _TOOLS]
+        return _encode_messages, [config.messages_field, TOOLS]
     if config.prompt_field in columns and config.completion_field in columns:
         return _encode_completions, [config.prompt_field, config.completion_field]
     if config.text_field in columns:
@@ -373,12 +376,25 @@ def _pieces(ids: list[int], max_length: int) -> Iterator[list[int]]:
 def _encode_messages(
     chunks: Iterable[_Numbered], tokenizer: "PreTrainedTokenizerBase", config: DataConfig
 ) -> Iterator[_Encoded]:
-    chats = (_chat(index, row, config) for numbered in chunks for index, row in numbered)
+    chats = (chat_of(index, row, config) for numbered in chunks for index, row in numbered)
     for index, (ids, said) in enumerate(encode_chats(tokenizer, chats)):
         yield index, ids, said
 
 
-def _chat(index: int, row: Mapping[str, Any], config: DataConfig) -> Chat:
+def chat_of(index: int, row: Mapping[str, Any], config: DataConfig) -> Chat:
+    """Gets the conversation of a row.
+
+    Args:
+        index: Index of the row, for messages of errors.
+        row: An example.
+        config: Its `messages_field` is used.
+
+    Returns:
+        The messages, and the tools of the field `tools`.
+
+    Raises:
+        InputError: The fields do not hold a list of messages, and a list of tools or none.
+    """
     messages = row.get(config.messages_field)
     where = f"row {index}, field {config.messages_field!r}"
     if not (isinstance(messages, list) and messages and all(map(_is_message, messages))):
@@ -386,7 +402,7 @@ def _chat(index: int, row: Mapping[str, Any], config: DataConfig) -> Chat:
             f"{where}: found {shown(messages)}; "
             "expected a list of messages, each with the texts role and content"
         )
-    return Chat(where, messages, _tools(index, row.get(_TOOLS)))
+    return Chat(where, messages, _tools(index, row.get(TOOLS)))
 
 
 def _is_message(message: object) -> bool:
@@ -399,12 +415,12 @@ def _tools(index: int, found: Any) -> list[dict[str, Any]] | None:
     """Gets the tools that the assistant may call, from a list of JSON schemas or its JSON text."""
     tools = found
     if isinstance(found, str):
-        with explained(f"row {index}, field {_TOOLS!r}: cannot be read as JSON"):
+        with explained(f"row {index}, field {TOOLS!r}: cannot be read as JSON"):
             tools = json.loads(found) if found else None
     if tools is None or (isinstance(tools, list) and all(isinstance(t, Mapping) for t in tools)):
         return tools
     raise InputError(
-        f"row {index}, field {_TOOLS!r}: found {shown(found)}; expected a list of objects, or the "
+        f"row {index}, field {TOOLS!r}: found {shown(found)}; expected a list of objects, or the "
         "JSON text of one"
     )
 

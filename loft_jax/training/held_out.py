@@ -18,7 +18,8 @@ def held_out_data(config: FinetuneConfig) -> DataConfig | None:
     """Gives the data configuration of the held-out examples of a run; None if there are none.
 
     Args:
-        config: Of the run. If it has no path of them, they are those in the folder of its preset.
+        config: Of the run. If it has no path of them, they are those in the folder of its preset,
+            but not the test set unless its split is named.
 
     Raises:
         InputError: It has a split of them, but no path.
@@ -30,8 +31,11 @@ def held_out_data(config: FinetuneConfig) -> DataConfig | None:
                 f"evaluation.split is {shown(split)}, but there is no evaluation.path that has it"
             )
         return None
-    path = path or config.data.path
-    return dataclasses.replace(config.data, path=path, split=split).held_out()
+    data = dataclasses.replace(config.data, path=path or config.data.path, split=split)
+    held_out = data.held_out()
+    if not path and split is None and held_out.split == "test":
+        return None  # the best checkpoint must not be chosen on it
+    return held_out
 
 
 class HeldOut:

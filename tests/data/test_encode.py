@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loft_jax.data import DataConfig, Example, tokenize
-from loft_jax.data.encode import encode_prompts, truncate
+from loft_jax.data.encode import chat_of, encode_prompts, truncate
 from loft_jax.errors import InputError
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
@@ -321,6 +321,17 @@ def test_prompts_to_continue_are_what_stands_before_an_answer_in_training():
     rows = [{"prompt": text, "completion": "x"} for text in ("a text", "<s>another")]
     for ids, example in zip((found[0], found[3]), encode(rows), strict=True):
         assert ids == example.tokens[~example.loss_mask].tolist()
+
+
+def test_a_conversation_of_a_row_is_continued_with_its_tools():
+    tokenizer = tiny_tokenizer(chat_template=TOOLED)
+    asked = [{"role": "user", "content": "two?"}]
+    row = {"messages": [*asked, {"role": "assistant", "content": "2"}], "tools": TOOLS}
+    chat = chat_of(0, row, DataConfig("rows"))
+    (ids,) = encode_prompts(tokenizer, [chat._replace(messages=asked)])
+    (example,) = encode([row], tokenizer)
+    assert ids == example.tokens[: len(ids)].tolist()
+    assert example.loss_mask[len(ids)]
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,12 @@ import json
 
 import pytest
 
-from loft_jax.data import load_examples
+from loft_jax.data import DataConfig, load_examples
 from loft_jax.errors import InputError
 from loft_jax.hub import load_pretrained, load_tokenizer
 from loft_jax.tasks.causal_lm import CausalLM
 from loft_jax.tasks.choice import Choice, score_choices
-from loft_jax.training.held_out import HeldOut
+from loft_jax.training.held_out import HeldOut, held_out_data
 
 
 def held_out(task, config, tokenizer, path, **options):
@@ -44,6 +44,16 @@ def test_rows_with_answers_of_their_own_are_compared(make_config, workspace, tmp
         "accuracy_norm": scores.accuracy_norm,
     }
     assert scores.count == 3
+
+
+@pytest.mark.parametrize(
+    ("preset", "named", "split"),
+    [("rte", {}, "validation"), ("boolq", {}, None), ("boolq", {"eval_split": "test"}, "test")],
+)
+def test_a_test_set_is_measured_only_if_it_is_named(make_config, tmp_path, preset, named, split):
+    config = make_config(data=DataConfig(str(tmp_path), preset=preset), **named)
+    found = held_out_data(config)
+    assert split == (found and found.split)
 
 
 def test_examples_without_answers_give_the_loss_of_a_token(make_config, workspace):

@@ -36,8 +36,13 @@ class Preset:
             task decides by.
         files: For each split, the names that its file may have without an ending, the preferred
             first.
-        held_out: The split that a run is evaluated on.
+        held_out: The split that models are evaluated on; also during a run, unless it is the test
+            set.
         columns: Columns of TSV files that have no header; empty if all have one.
+        answer_pattern: Regular expression of the answer in a text that a model generates; empty for
+            tasks that are not evaluated by generation.
+        folder: Name of its folder in that of a collection; empty if it belongs to none.
+        parts: The data sets of a collection, which is read as their union; empty for a single one.
     """
 
     name: str
@@ -54,12 +59,41 @@ class Preset:
     )
     held_out: str = "validation"
     columns: tuple[str, ...] = ()
+    answer_pattern: str = ""
+    folder: str = ""
+    parts: "tuple[Preset, ...]" = ()
+
+    @property
+    def is_of_questions(self) -> bool:
+        """Whether models are evaluated on it by the answers that they generate."""
+        return bool(self.answer_pattern or self.parts)
+
+    def parts_in(self, folder: Path) -> "tuple[Preset, ...]":
+        """Finds the data sets of a collection that are there.
+
+        Args:
+            folder: With a folder for each.
+
+        Returns:
+            Those whose folder is there, in the order of the collection.
+
+        Raises:
+            InputError: There is none.
+        """
+        found = tuple(part for part in self.parts if (folder / part.folder).is_dir())
+        if not found:
+            raise InputError(
+                f"{folder}: has no data set of preset {self.name}; expected at least one of the "
+                f"folders {', '.join(part.folder for part in self.parts)}"
+            )
+        return found
 
     def files_of(self, folder: Path, split: str, endings: Iterable[str]) -> dict[str, list[Path]]:
         """Finds the files of a split in a folder; other files are not looked at.
 
         Args:
-            folder: With a file for each split, or several that are numbered as on the hub.
+            folder: With a file for each split, or several that are numbered as on the hub; for a
+                collection, with the folders of its data sets.
             split: Name of a split, or of a file without its ending; with slices in the syntax of
                 `datasets`.
             endings: Endings of files of data.
@@ -70,6 +104,13 @@ class Preset:
         Raises:
             InputError: There is no file for a split, or there are several of one name.
         """
+        if self.parts:
+            union: dict[str, list[Path]] = {}
+            for part in self.parts_in(folder):
+                own = part.files_of(folder / part.folder, split, endings)
+                for name, files in own.items():
+                    union.setdefault(name, []).extend(files)
+            return union
         found: dict[str, list[Path]] = {}
         for file in sorted(folder.iterdir()):
             if file.suffix.lower() in endings and not file.name.startswith(".") and file.is_file():

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
+from loft_jax.data.presets.commonsense import COMMONSENSE
 from loft_jax.data.presets.glue import GLUE
 from loft_jax.data.presets.preset import Preset
 from loft_jax.errors import InputError, shown
 
-PRESETS: Mapping[str, Preset] = {preset.name: preset for preset in (*GLUE,)}
+PRESETS: Mapping[str, Preset] = {preset.name: preset for preset in (*GLUE, *COMMONSENSE)}
 """By name."""
 
 if TYPE_CHECKING:

@@ -320,13 +320,18 @@ def _targets(names: list[str], others: Collection[str]) -> tuple[list[str] | str
     Targets are ends of names, with the numbers where they are not of all layers, or else names or a
     pattern.
     """
-    ends = sorted({_last(name) for name in names})
-    if any(ends_with(other, ends) for other in others):
-        numbers = {found[1] for name in names if (found := _LAYER.match(name))}
-        layers = sorted(map(int, numbers))
-        config = PeftConfig(Path(), {"target_modules": ends, "layers_to_transform": layers})
-        if layers and all(map(config.is_target, names)) and not any(map(config.is_target, others)):
-            return ends, layers
+    inside = {name: found for name in names if (found := _LAYER.match(name))}
+    layers = sorted({int(found[1]) for found in inside.values()})
+    if len(inside) == len(names) and {_last(name) for name in names} & {_last(o) for o in others}:
+        near = [o for o in others if (found := _LAYER.match(o)) and int(found[1]) in layers]
+        ends = {
+            name[found.end() :] if any(ends_with(o, [_last(name)]) for o in near) else _last(name)
+            for name, found in inside.items()
+        }
+        settings = {"target_modules": sorted(ends), "layers_to_transform": layers}
+        config = PeftConfig(Path(), settings)
+        if all(map(config.is_target, names)) and not any(map(config.is_target, others)):
+            return sorted(ends), layers
     taken = {_last(name) for name in names if ends_with(name, [_last(name)])}
     clashing = {last for last in taken if any(ends_with(other, [last]) for other in others)}
     short = sorted({name if _last(name) in clashing else _last(name) for name in names})

@@ -274,9 +274,8 @@ def _contents(
                 )
             key = factor["linear"] or factor["embed"] or factor["dora"]
             contents.factors.setdefault(module, {})[key] = tensor
-        elif _COPY_OF_THE_BASE not in tensor:
+        elif not any(copy in tensor for copy in _COPIES):
             name = tensor.removeprefix(PREFIX).replace(".base_layer.", ".")
-            name = name.replace(".modules_to_save.", ".")
             if name not in places:
                 raise InputError(
                     f"{file.path}: tensor {shown(tensor)} is no LoRA factor, not supported"
@@ -293,8 +292,9 @@ def _contents(
     return contents
 
 
-# Beside a module that is saved whole, a state dict has the one of the base.
-_COPY_OF_THE_BASE = ".original_module."
+# With `bias="all"`, PEFT stores biases of a module that is saved whole twice more: those of the
+# base, and its own under the name that the wrapper gives them.
+_COPIES = (".original_module.", ".modules_to_save.")
 
 
 def _is_whole(tensor: str, name: str, config: PeftConfig, model: nnx.Module, place: Place) -> bool:
@@ -335,8 +335,8 @@ def _whole(
     for name in places:
         if config.is_saved(name.rpartition(".")[0]) and name not in tensors:
             raise InputError(
-                f"{file.path}: tensor {PREFIX + name!r} is missing, which modules_to_save of "
-                f"{CONFIG_NAME} names"
+                f"{file.path}: tensor {name!r} is missing, which modules_to_save of {CONFIG_NAME} "
+                "names"
             )
     parameters = flat_parameters(model, nnx.Param)
     values: _Whole = {}
@@ -529,6 +529,7 @@ def _values(
 def _lora_config(config: PeftConfig, filled: dict[str, _Filled]) -> LoRAConfig:
     return LoRAConfig(
         rank=1,
+        init=nnx.initializers.zeros,  # replaced by the factors that were read
         target_modules=f"(?:{'|'.join(re.escape(path) for path in filled)})",
         rank_pattern={f"^{re.escape(path)}": f.strength.rank for path, f in filled.items()},
         alpha_pattern={f"^{re.escape(path)}": f.strength.alpha for path, f in filled.items()},

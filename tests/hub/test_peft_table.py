@@ -4,6 +4,7 @@ For every cell, PEFT makes an adapter with all that it trains random; we load it
 and PEFT loads what we wrote. Logits of all of them are those of PEFT.
 """
 
+import copy
 import json
 from types import SimpleNamespace
 
@@ -159,9 +160,11 @@ def family(request, tmp_path_factory):
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.2)
     family.folder = tmp_path_factory.mktemp(request.param)
-    family.auto = type(model)
+    family.torch = model.eval()
+    family.logits = torch_logits(model)
     model.save_pretrained(family.folder)
-    family.logits = torch_logits(model.eval())
+    family.ours = load_pretrained(family.folder, head=family.head)
+    family.ours.eval()
     return family
 
 
@@ -177,7 +180,7 @@ def made_by_peft(family, folder, **options):
             **options,
         }
     )
-    model = get_peft_model(family.auto.from_pretrained(family.folder), config).eval()
+    model = get_peft_model(copy.deepcopy(family.torch), config).eval()
     torch.manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -187,9 +190,7 @@ def made_by_peft(family, folder, **options):
 
 
 def loaded(family, folder):
-    model = load_peft_adapter(folder, load_pretrained(family.folder, head=family.head))
-    model.eval()
-    return model
+    return load_peft_adapter(folder, nnx.clone(family.ours))
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -207,7 +208,7 @@ def test_both_libraries_compute_the_same(family, option, tmp_path):
         modules_to_save=[*(ours for _, ours in saved), *heads],
         bias=options.get("bias", "none"),
     )
-    base = family.auto.from_pretrained(family.folder)
+    base = copy.deepcopy(family.torch)
     theirs = PeftModel.from_pretrained(base, tmp_path / "ours", torch_device="cpu").eval()
     np.testing.assert_allclose(torch_logits(theirs), expected, atol=2e-5)
     np.testing.assert_allclose(run(merge_lora(model)), expected, atol=1e-4)

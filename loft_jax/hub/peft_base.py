@@ -8,8 +8,8 @@ from typing import Any
 from loft_jax.errors import InputError, explained, naming, shown
 from loft_jax.files import MOST_CONFIG, inside, read_text
 from loft_jax.hub.peft_config import PeftConfig
+from loft_jax.hub.peft_file import AdapterFile
 from loft_jax.hub.peft_names import CONFIG_NAME, LABELS_NAME, PREFIX, WEIGHTS_NAME
-from loft_jax.hub.safetensors_io import Safetensors
 from loft_jax.models.family import Family, Head, PretrainedConfig
 
 
@@ -64,8 +64,8 @@ def head_of(
         if path.startswith(f"{model.output_modules[-1]}.") and path.endswith(".kernel")
     ]
     name = kernels[-1].name  # of the layers of a head, the last gives the logits
-    file = Safetensors(Path(folder) / WEIGHTS_NAME)
-    shape = file.shapes.get(f"{PREFIX}{name}", file.shapes.get(name))
+    file = AdapterFile(Path(folder) / WEIGHTS_NAME)
+    shape = file.shapes.get(f"{PREFIX}{name}")
     if shape is None:
         raise InputError(f"{file.path}: tensor {PREFIX + name!r} is missing, the head's")
     return head, _labels(Path(folder), shape[0], config)

@@ -11,14 +11,18 @@ from typing import Any, NamedTuple
 
 from loft_jax.errors import InputError, cut, explained, shown
 from loft_jax.files import MOST_CONFIG, read_json
+from loft_jax.lora.config import ALL_LINEAR
 from loft_jax.patterns import Patterns
 
-# Settings that are read here, or that do not affect what a stored adapter computes.
+# Settings that are read here, or that do not affect what a stored adapter computes: they are of its
+# initialization, of how it was trained, or of how PEFT runs it.
 _UNDERSTOOD = {
     "alpha_pattern",
     "auto_mapping",
     "base_model_name_or_path",
+    "bias",
     "corda_config",
+    "ensure_weight_tying",
     "eva_config",
     "exclude_modules",
     "fan_in_fan_out",
@@ -29,7 +33,11 @@ _UNDERSTOOD = {
     "loftq_config",
     "lora_alpha",
     "lora_dropout",
+    "lora_dtype",
     "lora_ga_config",
+    "lora_plus_lr_ratio",
+    "lorap_emb_lr",
+    "lorap_lr_ratio",
     "megatron_core",
     "modules_to_save",
     "peft_type",
@@ -38,6 +46,7 @@ _UNDERSTOOD = {
     "r",
     "rank_pattern",
     "revision",
+    "runtime_config",
     "target_modules",
     "task_type",
     "use_dora",
@@ -45,7 +54,11 @@ _UNDERSTOOD = {
 }
 # Other initializations change the base weights when PEFT loads the adapter.
 _INITS_LEAVING_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
+_BIASES = (None, "none", "all", "lora_only")
 _OFF: tuple[Any, ...] = (None, False, "none", "", [], {})
+
+# The number of the layer that a module is part of, if a configuration has no `layers_pattern`.
+_LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
 
 _MOST_RANK = 2**20
 _MOST_ALPHA = 3e38  # of float32
@@ -60,6 +73,7 @@ _KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
     "layers_to_transform": ((NoneType, int, list), "a number or a list of numbers"),
     "rank_pattern": ((NoneType, dict), "an object"),
     "alpha_pattern": ((NoneType, dict), "an object"),
+    "ensure_weight_tying": ((NoneType, bool), "true or false"),
     "use_dora": ((NoneType, bool), "true or false"),
     "use_rslora": ((NoneType, bool), "true or false"),
 }
@@ -111,6 +125,8 @@ class PeftConfig:
                 f"{path}: init_lora_weights is {shown(init)}, which changes the base weights; "
                 f"expected an adapter converted to plain LoRA"
             )
+        if (bias := settings.get("bias")) not in _BIASES:
+            raise InputError(f"{path}: bias is {shown(bias)}, expected 'none', 'all', 'lora_only'")
         config = cls(path, settings)
         with explained(f"{path}: cannot be read as settings of an adapter"):
             config._check_types()
@@ -136,6 +152,16 @@ class PeftConfig:
         names = self.settings.get("modules_to_save") or ()
         return (names,) if isinstance(names, str) else tuple(names)
 
+    @property
+    def bias(self) -> str:
+        """Which biases of the base model are held too: `"none"`, `"all"` or `"lora_only"`."""
+        return self.settings.get("bias") or "none"
+
+    @property
+    def ensure_weight_tying(self) -> bool:
+        """Whether what is trained of a tied embedding is trained of the head too."""
+        return bool(self.settings.get("ensure_weight_tying"))
+
     def is_saved(self, name: str) -> bool:
         """Whether a module of this name is held whole, by itself or as a part of another."""
         parts = name.split(".")
@@ -148,14 +174,21 @@ class PeftConfig:
         alpha = self._by_pattern("alpha_pattern", name, self.settings["lora_alpha"])
         return Strength(rank, float(alpha))
 
-    def is_target(self, name: str) -> bool:
-        """Whether PEFT would adapt a module of this name."""
+    def is_target(self, name: str, *, linear: bool = False) -> bool:
+        """Whether PEFT would adapt a module.
+
+        Args:
+            name: Its name.
+            linear: Whether it is among those that PEFT means by "all-linear".
+        """
         settings = self.settings
         if self.is_saved(name):
             return False
         exclude, targets = settings.get("exclude_modules"), settings.get("target_modules") or []
         if exclude and self._is_matched(exclude, name):
             return False
+        if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+            return linear
         matched = self._is_matched(targets, name)
         if not matched or isinstance(targets, str) or name in targets:
             return matched
@@ -167,7 +200,7 @@ class PeftConfig:
             rf"(?:^|.*?\.){pattern}\.(\d+)\."
             for pattern in ([patterns] if isinstance(patterns, str) else patterns)
         ]
-        for rule in rules or [r".*?\.[^.]*\.(\d+)\."]:
+        for rule in rules or [_LAYER.pattern]:
             if found := self._patterns.match(rule, name):
                 return int(found[1]) in ([only] if isinstance(only, int) else only)
         return False
@@ -223,6 +256,7 @@ def peft_settings(
     use_rslora: bool,
     use_dora: bool,
     modules_to_save: Collection[str] = (),
+    bias: str = "none",
     fan_in_fan_out: bool = False,
 ) -> dict[str, Any]:
     """Makes the settings with which PEFT adapts exactly these modules, at their ranks and alphas.
@@ -236,6 +270,7 @@ def peft_settings(
         use_rslora: Whether all modules scale by `alpha / sqrt(rank)`.
         use_dora: Whether all modules have a magnitude.
         modules_to_save: Names of modules that are saved whole.
+        bias: Which biases of the base model are saved too.
         fan_in_fan_out: Whether the adapted weights have the shape `(in, out)` in PyTorch.
 
     Returns:
@@ -243,17 +278,18 @@ def peft_settings(
     """
     rank = Counter(strength.rank for strength in modules.values()).most_common(1)[0][0]
     alpha = Counter(strength.alpha for strength in modules.values()).most_common(1)[0][0]
+    targets, numbers = _targets(list(modules), others)
     return {
         "alpha_pattern": _pattern(modules, "alpha", alpha),
         "auto_mapping": None,
         "base_model_name_or_path": base_model,
-        "bias": "none",
+        "bias": bias,
         "exclude_modules": None,
         "fan_in_fan_out": fan_in_fan_out,
         "inference_mode": True,
         "init_lora_weights": True,
         "layers_pattern": None,
-        "layers_to_transform": None,
+        "layers_to_transform": numbers,
         "lora_alpha": _whole(alpha),
         "lora_dropout": dropout,
         "modules_to_save": list(modules_to_save) or None,
@@ -261,7 +297,7 @@ def peft_settings(
         "r": rank,
         "rank_pattern": _pattern(modules, "rank", rank),
         "revision": None,
-        "target_modules": _targets(list(modules), others),
+        "target_modules": targets,
         "task_type": task_type,
         "use_dora": use_dora,
         "use_rslora": use_rslora,
@@ -278,14 +314,30 @@ def _by_pattern(values: Mapping[str, Any], name: str, default: Any, patterns: Pa
     return values.get(key, default)
 
 
-def _targets(names: list[str], others: Collection[str]) -> list[str] | str:
-    """Gives the shortest targets that match no other module: ends of names, names or a pattern."""
+def _targets(names: list[str], others: Collection[str]) -> tuple[list[str] | str, list[int] | None]:
+    """Gives the shortest targets that match no other module, and the numbers of their layers.
+
+    Targets are ends of names, with the numbers where they are not of all layers, or else names or a
+    pattern.
+    """
+    inside = {name: found for name in names if (found := _LAYER.match(name))}
+    layers = sorted({int(found[1]) for found in inside.values()})
+    if len(inside) == len(names) and {_last(name) for name in names} & {_last(o) for o in others}:
+        near = [o for o in others if (found := _LAYER.match(o)) and int(found[1]) in layers]
+        ends = {
+            name[found.end() :] if any(ends_with(o, [_last(name)]) for o in near) else _last(name)
+            for name, found in inside.items()
+        }
+        settings = {"target_modules": sorted(ends), "layers_to_transform": layers}
+        config = PeftConfig(Path(), settings)
+        if all(map(config.is_target, names)) and not any(map(config.is_target, others)):
+            return sorted(ends), layers
     taken = {_last(name) for name in names if ends_with(name, [_last(name)])}
     clashing = {last for last in taken if any(ends_with(other, [last]) for other in others)}
     short = sorted({name if _last(name) in clashing else _last(name) for name in names})
     if not any(ends_with(other, short) for other in others):
-        return short
-    return "|".join(re.escape(name) for name in sorted(names))
+        return short, None
+    return "|".join(re.escape(name) for name in sorted(names)), None
 
 
 def _pattern(modules: Mapping[str, Strength], field: str, default: float) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """Reads LoRA adapters from folders of Hugging Face PEFT."""
 
+import contextlib
+import functools
 import os
 import re
 import time
-from collections.abc import Collection
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,34 +19,32 @@ from loft_jax.errors import InputError, shown
 from loft_jax.files import inside
 from loft_jax.hub.peft_base import check_folder
 from loft_jax.hub.peft_config import PeftConfig, Strength
+from loft_jax.hub.peft_file import AdapterFile
 from loft_jax.hub.peft_names import (
     CONFIG_NAME,
     PREFIX,
     WEIGHTS_NAME,
     NameRule,
+    Place,
     listed,
     module_names,
-    saved_tensors,
     tensor_name,
+    tensor_places,
 )
-from loft_jax.hub.safetensors_io import Safetensors
 from loft_jax.lora import LoRAConfig, lora_layers
 from loft_jax.lora.axes import WeightAxes
+from loft_jax.lora.config import product_scaling
 from loft_jax.lora.inject import insert_lora
 from loft_jax.lora.layers import weight_axes
 from loft_jax.lora.targets import is_adaptable, named_modules
-from loft_jax.models.family import (
-    PretrainedModel,
-    flat_parameters,
-)
+from loft_jax.models.family import LanguageModel, PretrainedModel, flat_parameters
 
 Model = TypeVar("Model", bound=nnx.Module)
 
 _FACTOR = re.compile(
-    rf"(?:{re.escape(PREFIX)})?(?P<module>.+)\."
+    rf"{re.escape(PREFIX)}(?P<module>.+)\."
     r"(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<embed>[AB])|lora_(?P<dora>magnitude)_vector)"
 )
-_BASE = re.compile(rf"(?:{re.escape(PREFIX)})?(?P<module>.+)\.base_layer\.weight")
 
 
 def load_peft_adapter(
@@ -62,6 +62,16 @@ def load_peft_adapter(
     overwritten. Its initial product must be zero (not "balanced" or "pissa"), since no adapter
     holds another one. If an error is raised, the model is unchanged.
 
+    An adapter may adapt some layers of a stack, and its layers may differ in rank, alpha and dtype.
+    Those of one stack have one rank and one alpha here: the largest rank, and the scaling that goes
+    with it; smaller factors are filled with zeros, and B has the ratio of the scalings. Modules
+    that the adapter holds whole (`modules_to_save`) and biases that it trained (`bias`) replace
+    the model's. A head that is tied to the embedding gets a weight of its own if the adapter
+    changes one of them alone, as in PEFT. float64 is read as float32, unless JAX has x64.
+
+    Names of tensors may have what wrappers of the trained model add (`_orig_mod.`, `module.`, the
+    name of the adapter). Those that PEFT itself would ignore are read, with a warning.
+
     Args:
         folder: Folder with `adapter_config.json` and `adapter_model.safetensors`.
         model: The base model, with or without LoRA.
@@ -74,9 +84,7 @@ def load_peft_adapter(
 
     Raises:
         InputError: The adapter is missing, damaged, not supported, or for another base model; the
-            message names the file and the setting, module or tensor. A stack of layers has one rank
-            and one alpha, so an adapter that leaves out some of its layers, or adapts them
-            differently, is refused.
+            message names the file and the setting, module or tensor.
 
     Example:
         >>> import tempfile
@@ -93,21 +101,25 @@ def load_peft_adapter(
     folder = Path(folder)
     check_folder(folder)
     if not (folder / WEIGHTS_NAME).exists() and (folder / "adapter_model.bin").exists():
-        raise InputError(f"{folder}: holds adapter_model.bin, expected {WEIGHTS_NAME}")
-    config, file, filled, saved = _read_unchanged(folder, model, _slots(model, hf_name))
-    existing = lora_layers(model)
-    if existing:
-        _check_same_layers(file, config, existing, filled)
-    values = {path: _values(file, existing.get(path), f, dtype) for path, f in filled.items()}
-    if not existing:
-        insert_lora(model, _lora_config(config, filled), rngs=nnx.Rngs(0))
+        raise InputError(
+            f"{folder}: holds adapter_model.bin, a pickle, which can run any code when it is "
+            f"opened; expected {WEIGHTS_NAME}, which PEFT's save_pretrained writes"
+        )
+    with _retied_on_error(model):
+        config, file, filled, whole = _read_unchanged(folder, model, hf_name)
+        existing = lora_layers(model)
+        if existing:
+            _check_same_layers(file, config, existing, filled)
+        values = {path: _values(file, existing.get(path), f, dtype) for path, f in filled.items()}
+        if not existing:
+            numbers = {path: f.numbers for path, f in filled.items() if f.numbers is not None}
+            insert_lora(model, _lora_config(config, filled), rngs=nnx.Rngs(0), numbers=numbers)
+    file.log_unknown_to_peft()
     parameters = flat_parameters(model, nnx.Param)
-    for path, stored in saved.items():
-        held = jnp.asarray(stored, dtype or stored.dtype)
-        sharding = parameters[path].get_value().sharding
-        parameters[path].set_value(jax.device_put(held, sharding))
+    for path, stored in whole.items():
+        _set_whole(parameters[path], stored, dtype)
     if isinstance(model, PretrainedModel):
-        model.drawn = tuple(path for path in model.drawn if path not in saved)
+        model.drawn = tuple(path for path in model.drawn if path not in whole)
     layers = lora_layers(model)
     for path, arrays in values.items():
         for name, array in arrays.items():
@@ -128,16 +140,51 @@ class _Filled(NamedTuple):
     """The adapter arrays of one layer of the model, by attribute.
 
     `lora_a (*stack, *in, r)`, `lora_b (*stack, r, *out)`, with DoRA `lora_magnitude
-    (*stack, out)`.
+    (*stack, out)`. `numbers` are those of the adapted layers of a stack, None for all of them.
     """
 
     strength: Strength
+    numbers: tuple[int, ...] | None
     arrays: dict[str, np.ndarray]
 
 
+_Whole = dict[str, dict[int | None, np.ndarray]]
+"""Parameters that an adapter holds whole, in our layout, by path and number in the stack."""
+
+
+class _Contents(NamedTuple):
+    """What the tensors of a file are: factors by module and kind, and whole ones by name."""
+
+    factors: dict[str, dict[str, str]]
+    whole: dict[str, str]
+
+
+@contextlib.contextmanager
+def _retied_on_error(model: nnx.Module) -> Iterator[None]:
+    """Takes a head of its own, which reading gave to the model, away again after an error."""
+    tied = getattr(model, "tied_modules", ())
+    try:
+        yield
+    except BaseException:
+        if isinstance(model, LanguageModel) and tied and not model.tied_modules:
+            model.retie()
+        raise
+
+
+def _untie_if_changed(model: nnx.Module, config: PeftConfig, file: AdapterFile) -> None:
+    """Gives a tied head a weight of its own, if the adapter changes it or the embedding alone.
+
+    PEFT computes so: factors of a head are not those of the embedding, nor is a saved copy of one.
+    """
+    if isinstance(model, LanguageModel) and (tied := model.tied_modules):
+        head = any(name.startswith(f"{PREFIX}lm_head.") for name in file.shapes)
+        if head or any(config.is_saved(model.hf_name(path, None)) for path in tied):
+            model.untie()
+
+
 def _read_unchanged(
-    folder: Path, model: nnx.Module, slots: dict[str, _Slot]
-) -> tuple[PeftConfig, Safetensors, dict[str, _Filled], dict[str, np.ndarray]]:
+    folder: Path, model: nnx.Module, hf_name: NameRule | None
+) -> tuple[PeftConfig, AdapterFile, dict[str, _Filled], _Whole]:
     """Reads one adapter consistently, even if another is written to the folder meanwhile.
 
     A writer removes the configuration, replaces the weights, and then writes its configuration. So
@@ -149,18 +196,19 @@ def _read_unchanged(
         before = _identity(folder)
         try:
             config = PeftConfig.read(inside(folder, CONFIG_NAME))
-            file = Safetensors(folder / WEIGHTS_NAME)
-            whole = _whole_parameters(config, model, slots)
-            by_module = _by_module(file, slots, {name for name, _ in whole.values()})
-            _check_complete(file, config, slots, by_module)
-            filled = _filled(file, config, slots, by_module)
-            saved = _saved(file, model, whole)
+            file = AdapterFile(folder / WEIGHTS_NAME)
+            _untie_if_changed(model, config, file)
+            slots, places = _slots(model, hf_name), tensor_places(model)
+            contents = _contents(file, config, model, slots, places)
+            _check_complete(file, config, model, slots, contents)
+            filled = _filled(file, config, slots, contents.factors)
+            whole = _whole(file, config, model, places, contents.whole)
         except InputError:
             if _identity(folder) == before:
                 raise
         else:
             if _identity(folder) == before:
-                return config, file, filled, saved
+                return config, file, filled, whole
         if time.monotonic() > deadline:
             raise InputError(f"{folder}: is written to all the time, expected an adapter at rest")
         time.sleep(0.05)
@@ -199,105 +247,139 @@ def _slots(model: nnx.Module, hf_name: NameRule | None) -> dict[str, _Slot]:
     return slots
 
 
-def _whole_parameters(
-    config: PeftConfig, model: nnx.Module, slots: dict[str, _Slot]
-) -> dict[str, tuple[str, bool]]:
-    """Finds the tensors of `modules_to_save` by path of ours, and whether they are transposed."""
-    found: dict[str, tuple[str, bool]] = {}
-    for name, slot in slots.items():
-        if config.is_saved(name):
-            found |= saved_tensors(model, slot.path)
-    return found
-
-
-def _saved(
-    file: Safetensors, model: nnx.Module, whole: dict[str, tuple[str, bool]]
-) -> dict[str, np.ndarray]:
-    """Reads the parameters that the file holds whole, in our layout."""
-    parameters = flat_parameters(model, nnx.Param)
-    values = {}
-    for path, (name, transposed) in whole.items():
-        if name not in file.shapes:
-            name = name.removeprefix(PREFIX)
-        if name not in file.shapes:
-            raise InputError(
-                f"{file.path}: tensor {name!r} is missing, which modules_to_save of {CONFIG_NAME} "
-                "names"
-            )
-        shape = parameters[path].shape
-        expected = shape[::-1] if transposed else shape
-        if file.shapes[name] != expected:
-            raise InputError(
-                f"{file.path}: tensor {shown(name)} is {file.shapes[name]}, and the model's is "
-                f"{expected}; expected the same labels"
-            )
-        values[path] = file.read(name).T if transposed else file.read(name)
-    return values
-
-
-def _by_module(
-    file: Safetensors, slots: dict[str, _Slot], whole: Collection[str]
-) -> dict[str, dict[str, str]]:
-    """Groups the names of the tensors by module, as A, B and magnitude."""
-    held = {*whole, *(name.removeprefix(PREFIX) for name in whole)}
-    by_module: dict[str, dict[str, str]] = {}
+def _contents(
+    file: AdapterFile,
+    config: PeftConfig,
+    model: nnx.Module,
+    slots: dict[str, _Slot],
+    places: dict[str, Place],
+) -> _Contents:
+    """Finds what each tensor is, and refuses those that the model has no place for."""
+    contents = _Contents({}, {})
     unknown: list[str] = []
     for tensor in file.shapes:
-        if tensor in held:
-            continue
-        factor, base = _FACTOR.fullmatch(tensor), _BASE.fullmatch(tensor)
-        if base:
-            _check_base_weight(file, tensor, slots.get(base["module"]))
-            continue
-        if not factor:
-            raise InputError(
-                f"{file.path}: tensor {shown(tensor)} is no LoRA factor, not supported"
-            )
-        module = factor["module"]
-        if module not in slots:
-            unknown.append(module)
-            continue
-        layer = slots[module].layer
-        fits = isinstance(layer, nnx.Embed) == bool(factor["embed"])
-        if factor["dora"]:
-            fits = isinstance(layer, nnx.Linear)
-        if not fits:
-            kind = type(layer).__name__
-            raise InputError(
-                f"{file.path}: tensor {shown(tensor)} does not fit {shown(module)}, a {kind}"
-            )
-        key = factor["linear"] or factor["embed"] or factor["dora"]
-        by_module.setdefault(module, {})[key] = tensor
+        if factor := _FACTOR.fullmatch(tensor):
+            module = factor["module"]
+            if module not in slots:
+                unknown.append(module)
+                continue
+            layer = slots[module].layer
+            fits = isinstance(layer, nnx.Embed) == bool(factor["embed"])
+            if factor["dora"]:
+                fits = isinstance(layer, nnx.Linear)
+            if not fits:
+                kind = type(layer).__name__
+                raise InputError(
+                    f"{file.path}: tensor {shown(tensor)} does not fit {shown(module)}, a {kind}"
+                )
+            key = factor["linear"] or factor["embed"] or factor["dora"]
+            contents.factors.setdefault(module, {})[key] = tensor
+        elif not any(copy in tensor for copy in _COPIES):
+            name = tensor.removeprefix(PREFIX).replace(".base_layer.", ".")
+            if name not in places:
+                raise InputError(
+                    f"{file.path}: tensor {shown(tensor)} is no LoRA factor, not supported"
+                )
+            if _is_whole(tensor, name, config, model, places[name]):
+                contents.whole[name] = tensor
+            else:
+                _check_base_weight(file, tensor, model, places[name])
     if unknown:
         raise InputError(
             f"{file.path}: the adapter is for another base model: "
             f"this one has no {listed(dict.fromkeys(unknown))}"
         )
-    return by_module
+    return contents
 
 
-def _check_base_weight(file: Safetensors, tensor: str, slot: _Slot | None) -> None:
+# With `bias="all"`, PEFT stores biases of a module that is saved whole twice more: those of the
+# base, and its own under the name that the wrapper gives them.
+_COPIES = (".original_module.", ".modules_to_save.")
+
+
+def _is_whole(tensor: str, name: str, config: PeftConfig, model: nnx.Module, place: Place) -> bool:
+    """Whether a tensor replaces the one of the base."""
+    module, _, last = name.rpartition(".")
+    if config.is_saved(module):
+        return True
+    if last == "bias" and config.bias != "none":
+        return config.bias == "all" or ".base_layer." in tensor
+    # A head that is tied in training is not named beside its embedding.
+    return (
+        config.ensure_weight_tying
+        and ".base_layer." not in tensor
+        and place.path.rpartition(".")[0] in getattr(model, "output_modules", ())
+    )
+
+
+def _check_base_weight(file: AdapterFile, tensor: str, model: nnx.Module, place: Place) -> None:
     """Checks that the embedding that PEFT stores beside its factors is the model's."""
-    if slot is not None and not slot.axes.stack:
-        embedding = isinstance(slot.layer, nnx.Embed)
-        weight = slot.layer.embedding if embedding else slot.layer.kernel
-        own = np.asarray(weight[...]).reshape(slot.axes.fan_in, slot.axes.fan_out)
-        own = own if embedding else own.T  # (out, in) in PyTorch
-        if np.array_equal(file.read(tensor).astype(own.dtype), own):
+    value = flat_parameters(model, nnx.Param)[place.path].get_value()
+    if isinstance(value, jax.Array):
+        own = np.asarray(value if place.number is None else value[place.number])
+        own = own.T if place.transposed else own
+        same = file.shapes[tensor] == own.shape
+        if same and np.array_equal(file.read(tensor).astype(own.dtype), own):
             return
     raise InputError(f"{file.path}: tensor {shown(tensor)} is a base weight other than the model's")
 
 
-def _check_complete(
-    file: Safetensors,
+def _whole(
+    file: AdapterFile,
     config: PeftConfig,
-    slots: dict[str, _Slot],
-    by_module: dict[str, dict[str, str]],
+    model: nnx.Module,
+    places: dict[str, Place],
+    tensors: dict[str, str],
+) -> _Whole:
+    """Reads the parameters that the file holds whole, in our layout."""
+    for name in places:
+        if config.is_saved(name.rpartition(".")[0]) and name not in tensors:
+            raise InputError(
+                f"{file.path}: tensor {name!r} is missing, which modules_to_save of {CONFIG_NAME} "
+                "names"
+            )
+    parameters = flat_parameters(model, nnx.Param)
+    values: _Whole = {}
+    for name, tensor in tensors.items():
+        path, number, transposed = places[name]
+        shape = parameters[path].shape[0 if number is None else 1 :]
+        expected = shape[::-1] if transposed else shape
+        if file.shapes[tensor] != expected:
+            raise InputError(
+                f"{file.path}: tensor {shown(tensor)} is {file.shapes[tensor]}, and the model's is "
+                f"{expected}; expected the same labels"
+            )
+        if not isinstance(parameters[path].get_value(), jax.Array):
+            raise InputError(f"{file.path}: tensor {shown(tensor)} cannot replace a quantized one")
+        read = file.read(tensor)
+        values.setdefault(path, {})[number] = read.T if transposed else read
+    return values
+
+
+def _set_whole(
+    parameter: Any, stored: dict[int | None, np.ndarray], dtype: DTypeLike | None
 ) -> None:
-    if not by_module:
+    """Replaces a parameter, or some layers of a stack of them, which keep their dtype."""
+    value = parameter.get_value()
+    if None in stored:
+        held = jnp.asarray(stored[None], dtype or stored[None].dtype)
+    else:
+        numbers = jnp.array(list(stored))
+        held = value.at[numbers].set(jnp.asarray(np.stack(list(stored.values())), value.dtype))
+    parameter.set_value(jax.device_put(held, value.sharding))
+
+
+def _check_complete(
+    file: AdapterFile,
+    config: PeftConfig,
+    model: nnx.Module,
+    slots: dict[str, _Slot],
+    contents: _Contents,
+) -> None:
+    if not contents.factors:
         raise InputError(f"{file.path}: holds no LoRA factors")
     wanted = {"A", "B", "magnitude"} if config.use_dora else {"A", "B"}
-    for module, tensors in by_module.items():
+    for module, tensors in contents.factors.items():
         for factor in sorted(wanted - set(tensors)):
             name = tensor_name(module, factor, slots[module].layer)
             raise InputError(f"{file.path}: tensor {name!r} is missing")
@@ -306,7 +388,12 @@ def _check_complete(
                 f"{file.path}: tensor {shown(tensors[factor])} is of DoRA, "
                 f"but use_dora in {CONFIG_NAME} is not true"
             )
-    missing = [name for name in slots if config.is_target(name) and name not in by_module]
+    heads = tuple(f"{path}." for path in getattr(model, "output_modules", ()))
+    missing = []
+    for name, slot in slots.items():
+        linear = not isinstance(slot.layer, nnx.Embed) and not f"{slot.path}.".startswith(heads)
+        if name not in contents.factors and config.is_target(name, linear=linear):
+            missing.append(name)
     if missing:
         raise InputError(
             f"{file.path}: has no factors for {listed(missing)}, "
@@ -315,66 +402,71 @@ def _check_complete(
 
 
 def _filled(
-    file: Safetensors,
+    file: AdapterFile,
     config: PeftConfig,
     slots: dict[str, _Slot],
-    by_module: dict[str, dict[str, str]],
+    factors: dict[str, dict[str, str]],
 ) -> dict[str, _Filled]:
-    """Reads the factors of every adapted layer of the model, stacked."""
+    """Reads the factors of every adapted layer of the model, stacked.
+
+    The layers of a stack have one rank and one alpha here. If those of the file have several, the
+    rank is the largest, with zeros for the others, and B is multiplied to have its scaling.
+    """
     members: dict[str, dict[int, str]] = {}
-    for module in by_module:
+    for module in factors:
         members.setdefault(slots[module].path, {})[slots[module].number] = module
     filled: dict[str, _Filled] = {}
     for path, modules in members.items():
         axes = slots[next(iter(modules.values()))].axes
-        for index in range(*axes.stack or (1,)):
-            if index not in modules:
-                raise InputError(
-                    f"{file.path}: has no factors for layer {index} of {path!r}; the model's "
-                    f"layers are stacked, so all of them are adapted or none"
-                )
-        strengths = {config.strength(module): module for module in modules.values()}
-        if len(strengths) > 1:
-            raise InputError(
-                f"{file.path}: rank and alpha differ between layers of {path!r}, "
-                + ", ".join(f"{m}: {s.rank} and {s.alpha:g}" for s, m in strengths.items())
-                + "; the model's layers are stacked, so they share both"
+        numbers = tuple(sorted(modules))
+        every = numbers == tuple(range(*axes.stack or (1,)))
+        own = axes if every else axes.of_layers(numbers)
+        ordered = [modules[number] for number in numbers]
+        strengths = [config.strength(module) for module in ordered]
+        strength = max(strengths, key=lambda strength: strength.rank)
+        a, b, magnitudes = [], [], []
+        for module, (rank, alpha) in zip(ordered, strengths, strict=True):
+            more = strength.rank - rank
+            tensors = factors[module]
+            matrix = _matrix(file, tensors["A"], (rank, axes.fan_in)).T
+            a.append(np.pad(matrix, ((0, 0), (0, more))))
+            matrix = _matrix(file, tensors["B"], (axes.fan_out, rank)).T
+            ratio = product_scaling(rank, alpha, config.use_rslora) / product_scaling(
+                *strength, config.use_rslora
             )
-        strength = next(iter(strengths))
-        ordered = [modules[index] for index in sorted(modules)]
-        rank = strength.rank
-        parts: list[tuple[str, tuple[int, ...], str, tuple[int, ...]]] = [
-            # Attribute, its shape, kind of tensor in the file, its shape.
-            ("lora_a", axes.a_shape(rank), "A", (rank, axes.fan_in)),
-            ("lora_b", axes.b_shape(rank), "B", (axes.fan_out, rank)),
-        ]
+            if ratio != 1:
+                matrix = matrix.astype(np.promote_types(np.float32, matrix.dtype)) * ratio
+            b.append(np.pad(matrix, ((0, more), (0, 0))))
+            if config.use_dora:
+                magnitudes.append(_matrix(file, tensors["magnitude"], (axes.fan_out,)))
+        arrays = {
+            "lora_a": _stacked(a).reshape(own.a_shape(strength.rank)),
+            "lora_b": _stacked(b).reshape(own.b_shape(strength.rank)),
+        }
         if config.use_dora:
-            width = (axes.fan_out,)
-            parts.append(("lora_magnitude", (*axes.stack, *width), "magnitude", width))
-        arrays = {}
-        for name, own, part, shape in parts:
-            tensors = [by_module[module][part] for module in ordered]
-            arrays[name] = _stacked(file, tensors, shape).reshape(own)
-        filled[path] = _Filled(strength, arrays)
+            arrays["lora_magnitude"] = _stacked(magnitudes).reshape(*own.stack, axes.fan_out)
+        filled[path] = _Filled(strength, None if every else numbers, arrays)
     return filled
 
 
-def _stacked(file: Safetensors, tensors: list[str], shape: tuple[int, ...]) -> np.ndarray:
-    """Stacks the tensors of one kind, with factors transposed to `(in, r)` or `(r, out)`."""
-    for tensor in tensors:
-        if file.shapes[tensor] != shape:
-            raise InputError(
-                f"{file.path}: tensor {shown(tensor)} is {file.shapes[tensor]}, expected {shape} "
-                f"by the model's weight and the rank in {CONFIG_NAME}"
-            )
-    matrices = [file.read(tensor).T for tensor in tensors]
-    if len({matrix.dtype for matrix in matrices}) > 1:
-        raise InputError(f"{file.path}: dtypes of {listed(tensors)} differ, expected one")
-    return np.stack(matrices)
+def _matrix(file: AdapterFile, tensor: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Reads a tensor of a known shape."""
+    if file.shapes[tensor] != shape:
+        raise InputError(
+            f"{file.path}: tensor {shown(tensor)} is {file.shapes[tensor]}, expected {shape} "
+            f"by the model's weight and the rank in {CONFIG_NAME}"
+        )
+    return file.read(tensor)
+
+
+def _stacked(layers: list[np.ndarray]) -> np.ndarray:
+    """Stacks arrays in a dtype that holds all of them."""
+    dtype = functools.reduce(jnp.promote_types, (layer.dtype for layer in layers))
+    return np.stack([layer.astype(dtype) for layer in layers])
 
 
 def _check_same_layers(
-    file: Safetensors, config: PeftConfig, existing: dict[str, Any], filled: dict[str, _Filled]
+    file: AdapterFile, config: PeftConfig, existing: dict[str, Any], filled: dict[str, _Filled]
 ) -> None:
     for verb, paths in (
         ("does not adapt", [path for path in existing if path not in filled]),
@@ -383,6 +475,11 @@ def _check_same_layers(
         if paths:
             raise InputError(f"{file.path}: {verb} {listed(paths)}, unlike the model's LoRA")
     for path, layer in existing.items():
+        if layer.lora_numbers != filled[path].numbers:
+            raise InputError(
+                f"{file.path}: adapts {_layers(filled[path].numbers)} of {path}, "
+                f"the model's LoRA {_layers(layer.lora_numbers)}"
+            )
         if layer.lora_start_a is not None:
             raise InputError(
                 f"{path}: the model's LoRA has a start that is not zero, which no adapter holds; "
@@ -405,25 +502,26 @@ def _check_same_layers(
             )
 
 
+def _layers(numbers: tuple[int, ...] | None) -> str:
+    return "all layers" if numbers is None else f"layers {list(numbers)}"
+
+
 def _values(
-    file: Safetensors, layer: Any, filled: _Filled, dtype: DTypeLike | None
+    file: AdapterFile, layer: Any, filled: _Filled, dtype: DTypeLike | None
 ) -> dict[str, jax.Array]:
     """Converts factors to JAX arrays, with the shardings of those that they replace."""
     values = {}
     for name, array in filled.arrays.items():
         old = None if layer is None else getattr(layer, name)[...]
-        wanted = jnp.dtype(dtype or (array.dtype if old is None else old.dtype))
-        if dtype is None and jnp.promote_types(wanted, array.dtype) != wanted:
+        # As JAX and PEFT read float64, unless JAX is told to hold it.
+        own = jax.dtypes.canonicalize_dtype(array.dtype)
+        wanted = jnp.dtype(dtype or (own if old is None else old.dtype))
+        if dtype is None and jnp.promote_types(wanted, own) != wanted:
             raise InputError(
-                f"{file.path}: factors are {array.dtype}, which the model's {wanted} cannot hold; "
+                f"{file.path}: factors are {own}, which the model's {wanted} cannot hold; "
                 f"pass dtype to round them"
             )
         value = jnp.asarray(array.astype(wanted))
-        if value.dtype != wanted:
-            raise InputError(
-                f"{file.path}: factors are {wanted}, which JAX holds with jax_enable_x64 only; "
-                f"pass dtype to round them"
-            )
         values[name] = value if old is None else jax.device_put(value, old.sharding)
     return values
 
@@ -431,6 +529,7 @@ def _values(
 def _lora_config(config: PeftConfig, filled: dict[str, _Filled]) -> LoRAConfig:
     return LoRAConfig(
         rank=1,
+        init=nnx.initializers.zeros,  # replaced by the factors that were read
         target_modules=f"(?:{'|'.join(re.escape(path) for path in filled)})",
         rank_pattern={f"^{re.escape(path)}": f.strength.rank for path, f in filled.items()},
         alpha_pattern={f"^{re.escape(path)}": f.strength.alpha for path, f in filled.items()},

@@ -1,6 +1,7 @@
 """Names of files, modules and tensors in PEFT's format."""
 
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from flax import nnx
 
@@ -73,35 +74,44 @@ def tensor_name(name: str, factor: str, layer: nnx.Module) -> str:
     return f"{PREFIX}{name}.lora_{factor}.weight"
 
 
-def saved_tensors(model: nnx.Module, module: str) -> dict[str, tuple[str, bool]]:
-    """Finds the tensors of a module that an adapter holds whole.
+class Place(NamedTuple):
+    """The place of a tensor of PyTorch in a model.
+
+    Attributes:
+        path: Dotted path of our parameter.
+        number: Its number in the stack; None if the parameter is not stacked.
+        transposed: Whether the tensor is transposed.
+    """
+
+    path: str
+    number: int | None
+    transposed: bool
+
+
+def tensor_places(model: nnx.Module) -> dict[str, Place]:
+    """Finds the places of all parameters of a model, without adapters, by name in PyTorch.
 
     Args:
         model: Its parameter table gives the names. Without one, names are ours and kernels are
             transposed.
-        module: Its dotted path.
 
     Returns:
-        For each dotted path of ours, the name of the tensor in a file and whether it is transposed
-        there.
-
-    Raises:
-        InputError: The model has no such module, or the module has no parameters.
+        A place for every tensor, in the order of the parameters and their layers.
     """
     table = getattr(model, "table", None)
-    found: dict[str, tuple[str, bool]] = {}
-    for path in flat_parameters(model, nnx.Param):
-        if path.startswith(f"{module}."):
-            if table is not None:
-                tensor = table.tensor(path)
-                found[path] = (f"{PREFIX}{tensor.name}", tensor.transposed)
-            else:
-                owner, _, name = path.rpartition(".")
-                last = "bias" if name == "bias" else "weight"
-                found[path] = (f"{PREFIX}{owner}.{last}", name == "kernel")
-    if not found:
-        raise InputError(f"modules_to_save: {shown(module)} has no parameters in the model")
-    return found
+    places: dict[str, Place] = {}
+    for path, parameter in flat_parameters(
+        model, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))
+    ).items():
+        if table is None:
+            owner, _, name = path.rpartition(".")
+            last = "bias" if name == "bias" else "weight"
+            places[f"{owner}.{last}"] = Place(path, None, name == "kernel")
+            continue
+        tensor = table.tensor(path)
+        for number in range(parameter.shape[0]) if tensor.stacked else (None,):
+            places[tensor.name.format(number)] = Place(path, number, tensor.transposed)
+    return places
 
 
 def listed(names: Iterable[str]) -> str:

@@ -6,13 +6,13 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from flax import nnx
 
-from loft_jax.errors import InputError, explained
+from loft_jax.errors import InputError, explained, shown
 from loft_jax.files import locked, replacing
 from loft_jax.hub.host_arrays import gather_to_host
 from loft_jax.hub.peft_config import Strength, peft_settings
@@ -22,10 +22,11 @@ from loft_jax.hub.peft_names import (
     PREFIX,
     WEIGHTS_NAME,
     NameRule,
+    Place,
     listed,
     module_names,
-    saved_tensors,
     tensor_name,
+    tensor_places,
 )
 from loft_jax.hub.safetensors_io import write_safetensors
 from loft_jax.lora import lora_layers
@@ -42,15 +43,16 @@ def save_peft_adapter(
     hf_name: NameRule | None = None,
     task_type: str | None = "CAUSAL_LM",
     modules_to_save: Sequence[str] = (),
+    bias: Literal["none", "all", "lora_only"] = "none",
     labels: Sequence[str] = (),
 ) -> None:
     """Writes the LoRA factors of a model as an adapter that PEFT loads.
 
-    Stacked layers are written one by one, and weights of more than two axes as matrices: A as
-    `lora_A.weight (rank, in)` and B as `lora_B.weight (out, rank)`, in their dtype, and DoRA's
-    magnitude as `lora_magnitude_vector (out,)`. `adapter_config.json` is written last, so that an
-    incomplete folder is not an adapter. With several processes, all of them call this, and the
-    first one writes.
+    The adapted layers of a stack are written one by one, and weights of more than two axes as
+    matrices: A as `lora_A.weight (rank, in)` and B as `lora_B.weight (out, rank)`, in their dtype,
+    and DoRA's magnitude as `lora_magnitude_vector (out,)`. `adapter_config.json` is written last,
+    so that an incomplete folder is not an adapter. With several processes, all of them call this,
+    and the first one writes.
 
     A layer whose initial product was not zero ("balanced", "pissa") is written as plain LoRA of
     twice its rank, `A B - A0 B0 = (A - A0) B + A0 (B - B0)`, with an alpha that keeps the scaling.
@@ -65,6 +67,9 @@ def save_peft_adapter(
             PyTorch. By default `model.hf_name` if the model has it, and else the path itself.
         task_type: PEFT's task; None for a base model that is not a transformer.
         modules_to_save: Paths of modules without LoRA that are written whole, such as a new head.
+        bias: Which biases of the model are written too, for a model whose biases are not those of
+            its base: `"all"`, or those of the layers with LoRA.
+        labels: Names of the labels of a classifier, for a file that only this library reads.
 
     Raises:
         InputError: The model has no LoRA layer, or one that PEFT's format cannot hold (a stack
@@ -94,6 +99,8 @@ def save_peft_adapter(
     for path, layer in layers.items():
         axes = layer.lora_axes(layer)
         names = module_names(model, path, axes, hf_name)
+        if layer.lora_numbers is not None:
+            names = tuple(names[number] for number in layer.lora_numbers)
         factors = layer.lora_factors()
         strength = _strength(layer, factors[0].shape[-1])
         a = gather_to_host(factors[0]).reshape(len(names), axes.fan_in, strength.rank)
@@ -108,20 +115,29 @@ def save_peft_adapter(
                 tensors[tensor_name(name, factor, layer)] = np.ascontiguousarray(matrix)
             if use_dora:
                 tensors[tensor_name(name, "magnitude", layer)] = magnitude[index]
-    heads: list[str] = []
-    parameters = flat_parameters(model, nnx.Param)
+    heads: dict[str, None] = {}  # in order
+    places, parameters = tensor_places(model), flat_parameters(model, nnx.Param)
     for module in modules_to_save:
-        for path, (name, transposed) in saved_tensors(model, module).items():
-            value = gather_to_host(parameters[path].get_value())
-            tensors[name] = np.ascontiguousarray(value.T if transposed else value)
-        inside = path.count(".") - module.count(".")  # names in the path after the module's
-        heads.append(name.removeprefix(PREFIX).rsplit(".", inside)[0])
-    adapted = {id(layer) for layer in layers.values()}
+        inside = [name for name, place in places.items() if place.path.startswith(f"{module}.")]
+        if not inside:
+            raise InputError(f"modules_to_save: {shown(module)} has no parameters in the model")
+        for name in inside:
+            tensors[PREFIX + name] = _value(parameters, places[name])
+            below = places[name].path.count(".") - module.count(".")  # names after the module's
+            heads[name.rsplit(".", below)[0]] = None
+    for name, place in places.items():
+        module, _, last = name.rpartition(".")
+        held = module in modules or bias == "all"
+        if bias != "none" and last == "bias" and held and PREFIX + name not in tensors:
+            layer_name = f"{module}.base_layer" if module in modules else module
+            tensors[f"{PREFIX}{layer_name}.bias"] = _value(parameters, place)
+    adapted = {id(layer) for layer in layers.values() if layer.lora_numbers is None}
     others = [
         name
         for path, module in named_modules(model).items()
         if id(module) not in adapted
         for name in _names_or_path(model, path, module, hf_name)
+        if name not in modules
     ]
     settings = peft_settings(
         modules,
@@ -131,11 +147,19 @@ def save_peft_adapter(
         dropout=max(_dropout_rate(layer) for layer in layers.values()),
         use_rslora=use_rslora,
         use_dora=use_dora,
-        modules_to_save=heads,
+        modules_to_save=list(heads),
+        bias=bias,
         fan_in_fan_out=_fan_in_fan_out(model, layers),
     )
     if jax.process_index() == 0:
         _write(Path(folder), settings, tensors, labels)
+
+
+def _value(parameters: dict[str, Any], place: Place) -> np.ndarray:
+    """Gives a parameter, or one of a stack of them, as PyTorch has it."""
+    value = parameters[place.path].get_value()
+    value = gather_to_host(value if place.number is None else value[place.number])
+    return np.ascontiguousarray(value.T if place.transposed else value)
 
 
 def _fan_in_fan_out(model: nnx.Module, layers: dict[str, Any]) -> bool:

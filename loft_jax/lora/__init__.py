@@ -1,8 +1,10 @@
 """LoRA on Flax NNX models: low-rank factors beside frozen weights, added and merged in place."""
 
 from loft_jax.lora.config import LoRAConfig
-from loft_jax.lora.inject import add_lora, lora_layers, merge_lora, remove_lora
+from loft_jax.lora.inject import add_lora, merge_lora, remove_lora
 from loft_jax.lora.layers import LoRALayer, LoRAStart
+from loft_jax.lora.stacks import with_full_stacks
+from loft_jax.lora.targets import lora_layers
 
 __all__ = [
     "LoRAConfig",
@@ -12,4 +14,5 @@ __all__ = [
     "lora_layers",
     "merge_lora",
     "remove_lora",
+    "with_full_stacks",
 ]

@@ -1,5 +1,6 @@
 """The roles of the axes of a layer's weight: stack, batch, input, output."""
 
+import dataclasses
 import math
 import string
 from dataclasses import dataclass
@@ -44,6 +45,10 @@ class WeightAxes:
         factors, kernel = self.product.split("->")
         a, b = factors.split(",")  # (*batch, *ins, rank) and (*batch, rank, *outs)
         return f"{kernel}->{a[:-1]}{b[len(self.batch) + 1 :]}"
+
+    def of_layers(self, numbers: tuple[int, ...] | None) -> "WeightAxes":
+        """Gives the axes of some layers of a stack; None is all of them."""
+        return self if numbers is None else dataclasses.replace(self, stack=(len(numbers),))
 
     def a_shape(self, rank: int) -> tuple[int, ...]:
         """Gives the shape of factor A."""

@@ -37,6 +37,11 @@ class LoRAConfig:
             every linear layer (`nnx.Linear`, `LinearGeneral`, `Einsum`) except the output head,
             which is the module `lm_head` at the top of the model. Embeddings must be named.
         exclude_modules: Name, names or regular expression of layers to exclude.
+        layers: Numbers of the layers of the model that get factors, PEFT's `layers_to_transform`;
+            negative ones count from the last. None is all of them. A module inside of no numbered
+            layer, such as a head, then gets none. Factors of a stack have as many layers as get
+            them, so that the others cost no memory; the families of this library run such a stack,
+            and a model of your own passes its state through `loft_jax.lora.with_full_stacks`.
         dropout: Probability in [0, 1) of dropping an input of the low-rank branch in training.
             Embeddings have no such input, and no dropout.
         dtype: Dtype of the stored factors; they are cast to the layer's dtype for the computation.
@@ -77,6 +82,7 @@ class LoRAConfig:
     alpha: float | None = None
     target_modules: str | Sequence[str] = ALL_LINEAR
     exclude_modules: str | Sequence[str] = ()
+    layers: Sequence[int] | None = None
     dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
     init: Init | Initializer = "kaiming_uniform"
@@ -93,6 +99,8 @@ class LoRAConfig:
         if not self.target_modules:
             raise InputError("target_modules is empty: expected a name, names or a pattern")
         _check_modules("exclude_modules", self.exclude_modules)
+        if self.layers is not None:
+            _check_layers(self.layers)
         if not _is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
             raise InputError(f"dropout is {self.dropout!r}, expected a number in [0, 1)")
         if not jnp.issubdtype(self.dtype, jnp.floating):
@@ -152,6 +160,12 @@ def _check_rank(name: str, rank: object) -> None:
 def _check_alpha(name: str, alpha: Any) -> None:
     if not _is_number(alpha) or not 0 < alpha <= _MOST_ALPHA:
         raise InputError(f"{name} is {shown(alpha)}, expected a finite number above 0")
+
+
+def _check_layers(layers: Sequence[int]) -> None:
+    numbers = isinstance(layers, Sequence) and all(type(number) is int for number in layers)
+    if not numbers or not layers:
+        raise InputError(f"layers is {shown(layers)}, expected numbers of layers")
 
 
 def _check_modules(name: str, modules: str | Sequence[str]) -> None:

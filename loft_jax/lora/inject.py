@@ -1,7 +1,7 @@
 """Adds LoRA factors to a model in place, merges them into the weights, and removes them."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -13,8 +13,9 @@ from loft_jax.errors import InputError
 from loft_jax.lora.axes import WeightAxes
 from loft_jax.lora.config import Initializer, LoRAConfig, product_scaling
 from loft_jax.lora.dora import magnitude_scale, weight_norms
-from loft_jax.lora.layers import LoRALayer, LoRAStart, lora_class
-from loft_jax.lora.targets import named_modules, select
+from loft_jax.lora.layers import LoRALayer, LoRAMask, LoRAStart, lora_class
+from loft_jax.lora.stacks import numbered_layers
+from loft_jax.lora.targets import lora_layers, named_modules, select
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -51,9 +52,10 @@ def add_lora(model: Model, config: LoRAConfig, *, rngs: nnx.Rngs) -> Model:
         The same model.
 
     Raises:
-        InputError: A target matches nothing or cannot be adapted; a layer has LoRA already; a rank
-            is above `min(in, out)` of a layer; DoRA is requested for a layer other than
-            `nnx.Linear`, or "balanced" or "pissa" for an embedding. The message names the path.
+        InputError: A target matches nothing or cannot be adapted; a layer has LoRA already; a
+            number of `layers` is of no layer; a rank is above `min(in, out)` of a layer; DoRA is
+            requested for a layer other than `nnx.Linear`, or "balanced" or "pissa" for an
+            embedding. The message names the path.
 
     Example:
         >>> import optax
@@ -82,8 +84,14 @@ def add_lora(model: Model, config: LoRAConfig, *, rngs: nnx.Rngs) -> Model:
     return model
 
 
-def insert_lora(model: Model, config: LoRAConfig, *, rngs: nnx.Rngs) -> Model:
-    """Adds LoRA factors as `add_lora` does, but at any rank.
+def insert_lora(
+    model: Model,
+    config: LoRAConfig,
+    *,
+    rngs: nnx.Rngs,
+    numbers: Mapping[str, tuple[int, ...]] | None = None,
+) -> Model:
+    """Adds LoRA factors as `add_lora` does, but at any rank, and to other layers of each stack.
 
     Training a rank above the smaller side of a weight is a mistake, but reading an adapter of such
     a rank is not: PEFT makes them, and an adapter whose initial product is not zero is written at
@@ -93,6 +101,8 @@ def insert_lora(model: Model, config: LoRAConfig, *, rngs: nnx.Rngs) -> Model:
         model: As for `add_lora`.
         config: As for `add_lora`.
         rngs: As for `add_lora`.
+        numbers: Numbers of the layers that get factors, ascending, of the stacks of which not all
+            layers do, by path.
 
     Returns:
         The same model.
@@ -105,29 +115,11 @@ def insert_lora(model: Model, config: LoRAConfig, *, rngs: nnx.Rngs) -> Model:
         >>> insert_lora(linear, LoRAConfig(rank=6), rngs=nnx.Rngs(1)).lora_a.shape
         (4, 6)
     """
-    _insert(_planned(model, config), config, rngs)
+    planned = _planned(model, config)
+    _insert(
+        [plan._replace(numbers=(numbers or {}).get(plan.name)) for plan in planned], config, rngs
+    )
     return model
-
-
-def lora_layers(model: nnx.Module) -> dict[str, Any]:
-    """Gives the LoRA layers of a model by dotted path; a shared layer has its first path.
-
-    Args:
-        model: Any NNX model.
-
-    Returns:
-        Instances of `LoRALayer` (and of their base class), in the order of their paths.
-
-    Example:
-        >>> linear = nnx.Linear(4, 8, rngs=nnx.Rngs(0))
-        >>> lora_layers(nnx.Sequential(linear))
-        {}
-    """
-    first: dict[int, tuple[str, nnx.Module]] = {}
-    for path, module in named_modules(model).items():
-        if isinstance(module, LoRALayer):
-            first.setdefault(id(module), (path, module))
-    return dict(first.values())
 
 
 def merge_lora(model: Model) -> Model:
@@ -159,15 +151,16 @@ def merge_lora(model: Model) -> Model:
         axes = layer.lora_axes(layer)
         weight = getattr(layer, layer.lora_weight)
         magnitude = layer.lora_magnitude
+        whole, numbers = weight[...], layer.lora_numbers
         folded = _fold(
-            weight[...],
+            whole if numbers is None else whole[jnp.array(numbers)],
             *layer.lora_factors(),
             None if magnitude is None else magnitude[...],
             layer.lora_scaling,
             product=axes.product,
             stacked=len(axes.stack),
         )
-        weight.set_value(folded)
+        weight.set_value(folded if numbers is None else whole.at[jnp.array(numbers)].set(folded))
         _detach(layer)
     return model
 
@@ -201,10 +194,21 @@ class _Plan(NamedTuple):
     axes: WeightAxes
     rank: int
     alpha: float
+    numbers: tuple[int, ...] | None = None  # of the layers of a stack that get factors, or all
+
+    @property
+    def factor_axes(self) -> WeightAxes:
+        """The axes of the weights that get factors."""
+        return self.axes.of_layers(self.numbers)
 
 
 def _planned(model: nnx.Module, config: LoRAConfig) -> list[_Plan]:
-    return [_plan(path, layer, config) for path, layer in select(model, config).items()]
+    plans = [_plan(path, layer, config) for path, layer in select(model, config).items()]
+    if config.layers is None:
+        return plans
+    numbers = numbered_layers({plan.name: plan.axes for plan in plans}, model, config)
+    chosen = [plan._replace(numbers=numbers[plan.name]) for plan in plans]
+    return [plan for plan in chosen if plan.numbers != ()]
 
 
 def _plan(path: str, layer: nnx.Module, config: LoRAConfig) -> _Plan:
@@ -247,6 +251,11 @@ def _insert(planned: list[_Plan], config: LoRAConfig, rngs: nnx.Rngs) -> None:
         layer.lora_rank = plan.rank
         layer.lora_alpha = plan.alpha
         layer.lora_rslora = config.use_rslora
+        if plan.numbers is not None:
+            layer.lora_numbers = plan.numbers
+            if config.use_dora:
+                mask = [number in plan.numbers for number in range(*plan.axes.stack)]
+                layer.lora_mask = LoRAMask(jnp.array(mask))
         if config.init in _PRODUCTS_NOT_ZERO:
             # Copies: a training step may donate the buffers of the factors.
             layer.lora_start_a = LoRAStart(jnp.array(a, copy=True))
@@ -259,7 +268,7 @@ def _insert(planned: list[_Plan], config: LoRAConfig, rngs: nnx.Rngs) -> None:
 
 def _factors(plan: _Plan, config: LoRAConfig, rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array]:
     """Makes the initial A and B."""
-    axes, rank = plan.axes, plan.rank
+    axes, rank = plan.factor_axes, plan.rank
     if config.init == "pissa":
         return _principal(plan, config)
     stream = _stream(rngs, "params")
@@ -282,7 +291,7 @@ def _factors(plan: _Plan, config: LoRAConfig, rngs: nnx.Rngs) -> tuple[jax.Array
 
 def _principal(plan: _Plan, config: LoRAConfig) -> tuple[jax.Array, jax.Array]:
     """Computes PiSSA's A and B: `s A B` is the best approximation of that rank of a weight."""
-    axes, rank = plan.axes, plan.rank
+    axes, rank = plan.factor_axes, plan.rank
     scale = product_scaling(rank, plan.alpha, config.use_rslora)
 
     def factors(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -303,7 +312,8 @@ def _magnitude(plan: _Plan, config: LoRAConfig) -> jax.Array | None:
     norms = _each_weight(plan, weight_norms)
     # In half precision norms would be rounded, and the initial output would change.
     dtype = jnp.promote_types(config.dtype, jnp.float32)
-    return norms.reshape(*plan.axes.stack, plan.axes.fan_out).astype(dtype)
+    axes = plan.factor_axes
+    return norms.reshape(*axes.stack, axes.fan_out).astype(dtype)
 
 
 def _each_weight(plan: _Plan, of: Callable[[jax.Array], Any]) -> Any:
@@ -311,7 +321,13 @@ def _each_weight(plan: _Plan, of: Callable[[jax.Array], Any]) -> Any:
     weight = getattr(plan.layer, plan.lora_class.lora_weight)
     stacked = len(plan.axes.stack)
     layers = jax.tree.map(lambda x: x.reshape(-1, *x.shape[stacked:]), weight.get_value())
-    return lax.map(lambda value: of(weight.replace(value)[...]), layers)
+    if plan.numbers is None:
+        return lax.map(lambda value: of(weight.replace(value)[...]), layers)
+
+    def numbered(number: jax.Array) -> Any:
+        return of(weight.replace(jax.tree.map(lambda x: x[number], layers))[...])
+
+    return lax.map(numbered, jnp.array(plan.numbers))
 
 
 def _initializer(config: LoRAConfig, rank: int) -> Initializer:

@@ -33,9 +33,16 @@ class LoRAStart(nnx.Variable[Any]):
     """An initial factor, kept if the initial product is not zero; never trained."""
 
 
+class LoRAMask(nnx.Variable[Any]):
+    """Which layers of a stack have an adapter; never trained."""
+
+
 # A module, not a plain mixin: to change its class, an instance needs the layout of the base class.
 class LoRALayer(nnx.Module):
     """The common part of all LoRA layers, beside their base classes.
+
+    If only some layers of a stack have an adapter, the arrays have an axis of these in place of
+    that of the stack, and `with_full_stacks` gives those that a scan over the stack needs.
 
     Attributes:
         lora_a: `(*stack, *in, rank)`.
@@ -47,6 +54,10 @@ class LoRALayer(nnx.Module):
         lora_start_b: Initial B; None if the product starts at zero.
         lora_magnitude: DoRA's magnitude `(*stack, out)`, or None.
         lora_dropout: Dropout on the input of the branch; None if its rate is zero.
+        lora_numbers: Numbers of the layers of a stack that have an adapter, ascending; None if all
+            have one.
+        lora_mask: With DoRA and `lora_numbers`, whether each layer of the stack has an adapter,
+            `(stack,)`; else None.
         lora_base: The class without LoRA.
         lora_weight: Name of the parameter that the factors adapt.
     """
@@ -60,6 +71,8 @@ class LoRALayer(nnx.Module):
     lora_start_b: LoRAStart | None = None
     lora_magnitude: nnx.LoRAParam | None = None
     lora_dropout: nnx.Dropout | None = None
+    lora_numbers: tuple[int, ...] | None = None
+    lora_mask: LoRAMask | None = None
     lora_base: ClassVar[type[nnx.Module]]
     lora_weight: ClassVar[str] = "kernel"
 
@@ -145,9 +158,12 @@ class LoRALinear(LoRALayer, nnx.Linear):
             kernel: jax.Array,
             bias: jax.Array | None,
             magnitude: jax.Array,
+            mask: jax.Array | None,
         ) -> jax.Array:
             norms = lax.stop_gradient(column_norms(kernel, a, b, self.lora_scaling))
             scale = magnitude_scale(magnitude, norms)  # (out,)
+            if mask is not None:
+                scale = jnp.where(mask, scale, 1)
             if dropped:
                 base = jnp.dot(
                     x,
@@ -167,6 +183,7 @@ class LoRALinear(LoRALayer, nnx.Linear):
             self.kernel[...],
             None if self.bias is None else self.bias[...],
             self.lora_magnitude[...],
+            None if self.lora_mask is None else self.lora_mask[...],
         )
 
 

@@ -3,13 +3,14 @@
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 from flax import nnx
 
 from loft_jax.errors import InputError, cut, shown
 from loft_jax.lora.config import ALL_LINEAR, LoRAConfig
-from loft_jax.lora.layers import SUPPORTED
+from loft_jax.lora.layers import SUPPORTED, LoRALayer
 from loft_jax.patterns import Patterns
 
 # Usual name of the head; models of a family have their own list.
@@ -25,6 +26,27 @@ def named_modules(model: nnx.Module) -> dict[str, nnx.Module]:
 def is_adaptable(module: nnx.Module) -> bool:
     """Whether a module is a layer that LoRA factors can be added to."""
     return isinstance(module, SUPPORTED)
+
+
+def lora_layers(model: nnx.Module) -> dict[str, Any]:
+    """Gives the LoRA layers of a model by dotted path; a shared layer has its first path.
+
+    Args:
+        model: Any NNX model.
+
+    Returns:
+        Instances of `LoRALayer` (and of their base class), in the order of their paths.
+
+    Example:
+        >>> linear = nnx.Linear(4, 8, rngs=nnx.Rngs(0))
+        >>> lora_layers(nnx.Sequential(linear))
+        {}
+    """
+    first: dict[int, tuple[str, nnx.Module]] = {}
+    for path, module in named_modules(model).items():
+        if isinstance(module, LoRALayer):
+            first.setdefault(id(module), (path, module))
+    return dict(first.values())
 
 
 def select(model: nnx.Module, config: LoRAConfig) -> dict[str, nnx.Module]:

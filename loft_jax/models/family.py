@@ -369,6 +369,29 @@ class LanguageModel(PretrainedModel):
         embedding = operator.attrgetter(path)(self).embedding[...].astype(self.dtype)
         return jnp.einsum("...e,ve->...v", hidden, embedding, preferred_element_type=jnp.float32)
 
+    def untie(self) -> None:
+        """Gives the head a weight of its own, in place: a copy of the embedding it was tied to.
+
+        For an adapter that changes the one and not the other.
+        """
+        (path,) = self.tied_modules
+        embedding = operator.attrgetter(path)(self).embedding[...]
+        self.lm_head = nnx.Linear(
+            *embedding.shape[::-1],
+            use_bias=False,
+            dtype=self.dtype,
+            param_dtype=embedding.dtype,
+            preferred_element_type=jnp.float32,
+            kernel_init=lambda *_: embedding.T,
+            rngs=nnx.Rngs(0),
+        )
+        self.config = dataclasses.replace(self.config, tie_word_embeddings=False)
+
+    def retie(self) -> None:
+        """Undoes `untie`."""
+        del self.lm_head
+        self.config = dataclasses.replace(self.config, tie_word_embeddings=True)
+
     def init_cache(self, batch: int, length: int) -> KVCache:
         """Makes an empty cache for `batch` rows of at most `length` tokens."""
         raise NotImplementedError

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from loft_jax.lora import with_full_stacks
 from loft_jax.models.activations import laid_out
 from loft_jax.models.attention import KVCache
 from loft_jax.models.family import Remat
@@ -88,6 +89,7 @@ def run_layers(
         `(b, t, hidden)`, and the cache with the keys and values of every layer.
     """
     graphdef, state = nnx.split(layers)
+    state = with_full_stacks(layers, state)
     params, rest = nnx.split_state(state, nnx.Param, ...)
     x, cache, rest = _scan(graphdef, remat, params, rest, x, shared, cache)
     nnx.update(layers, rest)  # dropout streams that were used

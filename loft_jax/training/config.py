@@ -6,6 +6,7 @@ A command-line flag has the name of its field, without the name of its section. 
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -79,6 +80,10 @@ class ModelConfig:
         check_settings(self, "model")
 
 
+_LAYERS = re.compile(r"(-?\d{1,6})(?:-(-?\d{1,6}))?")
+_MOST_LAYERS = 100_000
+
+
 @dataclass(frozen=True)
 class AdapterConfig:
     """The adapters of a run; the method may set further options of them.
@@ -90,6 +95,8 @@ class AdapterConfig:
         target_modules: Names of the modules that get an adapter, one regular expression, or
             "all-linear".
         exclude_modules: Names of modules that get no adapter.
+        layers: Numbers of the layers that get an adapter, such as "0-5,-1": the first six and the
+            last. Negative numbers count from the last layer. By default all.
         dropout: Dropout on the input of the adapters.
         rank_pattern: Ranks of modules whose name matches a pattern.
         alpha_pattern: Alphas of modules whose name matches a pattern.
@@ -105,6 +112,7 @@ class AdapterConfig:
     alpha: float | None = None
     target_modules: tuple[str, ...] = ("all-linear",)
     exclude_modules: tuple[str, ...] = ()
+    layers: str = ""
     dropout: float = 0.0
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -112,6 +120,34 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         check_settings(self, "lora", fractions=["dropout"])
+        # The command line builds a configuration before it has parsed its values.
+        if isinstance(self.layers, str):
+            self.layer_numbers()
+
+    def layer_numbers(self) -> tuple[int, ...] | None:
+        """Reads the numbers of `layers`.
+
+        Returns:
+            Each number, of ranges too; None if all layers get an adapter.
+
+        Raises:
+            InputError: The text is not of numbers and ranges.
+
+        Example:
+            >>> AdapterConfig(layers="0-3,-1").layer_numbers()
+            (0, 1, 2, 3, -1)
+        """
+        numbers: list[int] = []
+        for part in self.layers.split(",") if self.layers else ():
+            found = _LAYERS.fullmatch(part.strip())
+            first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+            if first > last or (first < 0) != (last < 0) or last - first > _MOST_LAYERS:
+                raise InputError(
+                    f"lora.layers is {shown(self.layers)}, expected numbers and ranges such as "
+                    "'0-5,-1'"
+                )
+            numbers += range(first, last + 1)
+        return tuple(numbers) or None
 
 
 @dataclass(frozen=True)

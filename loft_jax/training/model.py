@@ -199,7 +199,8 @@ def adapted(model: Model, config: FinetuneConfig, task: Task) -> Model:
     if config.method.adapts:
         given, targets = vars(config.lora), config.lora.target_modules
         one = {"target_modules": targets[0]} if len(targets) == 1 else {}  # which may be a pattern
-        lora = LoRAConfig(**{**given, **one, **config.method.lora})
+        numbers = {"layers": config.lora.layer_numbers()}
+        lora = LoRAConfig(**{**given, **one, **numbers, **config.method.lora})
         add_lora(model, lora, rngs=nnx.Rngs(config.seed))
         config.method.check_layers(layers := lora_layers(model))
         outputs = task.head_modules(model)

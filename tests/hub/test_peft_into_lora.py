@@ -26,6 +26,14 @@ def test_the_factors_are_replaced_and_the_dropout_is_kept(llama_folder, tmp_path
     np.testing.assert_array_equal(our_logits(other), our_logits(model))
 
 
+def test_factors_of_some_layers_are_replaced(llama_folder, tmp_path):
+    model = adapted_llama(llama_folder, layers=[0, -1], **FEATURES)
+    save_peft_adapter(tmp_path, model)
+    other = randomize(adapted_llama(llama_folder, layers=[0, 2], **FEATURES), seed=9)
+    load_peft_adapter(tmp_path, other)
+    np.testing.assert_array_equal(our_logits(other), our_logits(model))
+
+
 def test_magnitudes_of_dora_are_replaced_too(llama_folder, tmp_path):
     model = adapted_llama(llama_folder, **FEATURES)
     save_peft_adapter(tmp_path, model)
@@ -68,6 +76,11 @@ def test_magnitudes_of_dora_are_replaced_too(llama_folder, tmp_path):
             FEATURES,
             {**FEATURES, "init": "balanced"},
             r"q_proj: the model's LoRA has a start that is not zero",
+        ),
+        (
+            {**PLAIN, "layers": [0, 2]},
+            PLAIN,
+            r"adapts layers \[0, 2\] of layers.self_attn.q_proj, the model's LoRA all layers",
         ),
         (
             {**PLAIN, "use_rslora": True},

@@ -7,7 +7,6 @@ import pytest
 from peft import LoraConfig, PeftModel
 from safetensors.numpy import load_file, save_file
 
-from loft_jax.errors import InputError
 from loft_jax.hub import load_peft_adapter, save_peft_adapter
 from loft_jax.hub.pretrained import load_pretrained
 from loft_jax.lora import merge_lora
@@ -78,10 +77,3 @@ def test_peft_reads_what_we_write_again(written, llama_folder, tmp_path):
 def test_a_merged_model_computes_the_logits_of_peft(written, llama_folder):
     model = load_peft_adapter(written.folder, load_pretrained(llama_folder))
     np.testing.assert_allclose(our_logits(merge_lora(model)), written.logits, atol=1e-3)
-
-
-def test_an_adapter_of_some_layers_of_a_stack_is_refused(base, llama_folder, tmp_path):
-    config = LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[0, 2])
-    randomized_peft(torch_llama(llama_folder), config).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"no factors for layer 1 of 'layers\.self_attn\.q_proj'"):
-        load_peft_adapter(tmp_path, base)

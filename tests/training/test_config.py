@@ -268,3 +268,17 @@ def test_what_a_resumed_run_may_change():
     check(model="there", data=moved, eval_path="e", eval_split="test")
     with pytest.raises(InputError, match=r"another data\.path: .*'d.jsonl', now it is 'x'"):
         check(data=DataConfig("x", buckets=(1024,)), same_content=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [("", None), ("3", (3,)), ("0-2,-1", (0, 1, 2, -1)), ("-3--1", (-3, -2, -1)), ("1, 4", (1, 4))],
+)
+def test_numbers_of_layers(text, numbers):
+    assert config(layers=text).lora.layer_numbers() == numbers
+
+
+@pytest.mark.parametrize("text", ["x", "3-1", "1-", "0--1", "1,,2", "0-9999999", "0-999999"])
+def test_what_is_not_of_layers_is_refused(text):
+    with pytest.raises(InputError, match=r"lora\.layers is .*, expected numbers and ranges"):
+        config(layers=text)

@@ -1,0 +1,93 @@
+"""The weights of an adapter, under the names that PEFT gives them."""
+
+import logging
+import re
+from pathlib import Path
+
+import numpy as np
+
+from loft_jax.errors import InputError, shown
+from loft_jax.hub.peft_names import PREFIX
+from loft_jax.hub.safetensors_io import Safetensors
+
+_log = logging.getLogger(__name__)
+
+# Parts of a name that `torch.compile`, FSDP and DistributedDataParallel add for the module that
+# they wrap; the last does so at the beginning only.
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module")
+_DISTRIBUTED = "module"
+
+# PEFT saves an adapter without its name, but a state dict of the model in training has it.
+_ADAPTER = re.compile(
+    r"(?P<start>.+\.(?:lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector))"
+    r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?P<end>\.weight)?"
+)
+_DEFAULT = "default"
+
+
+class AdapterFile:
+    """The tensors of `adapter_model.safetensors`.
+
+    Names are PEFT's, `base_model.model.` and the module's, without what a wrapper of the trained
+    model added: `_orig_mod.`, `module.`, the adapter's name.
+
+    Args:
+        path: The file.
+
+    Raises:
+        InputError: The file is missing or damaged, or two tensors have one name.
+
+    Attributes:
+        path: The file.
+        shapes: Shapes by name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._file = Safetensors(path)
+        self._stored: dict[str, str] = {}
+        self._unknown_to_peft: list[str] = []
+        for stored, shape in self._file.shapes.items():
+            name, known = _plain(stored)
+            if name in self._stored:
+                raise InputError(
+                    f"{path}: tensors {shown(self._stored[name])} and {shown(stored)} are both "
+                    f"{name!r}; expected one adapter"
+                )
+            self.shapes[name], self._stored[name] = shape, stored
+            if not known:
+                self._unknown_to_peft.append(stored)
+
+    def read(self, name: str) -> np.ndarray:
+        """Reads one tensor, in its stored dtype; see `Safetensors.read`."""
+        return self._file.read(self._stored.get(name, name))
+
+    def log_unknown_to_peft(self) -> None:
+        """Logs that PEFT does not read some of the tensors, if that is so."""
+        if self._unknown_to_peft:
+            first = self._unknown_to_peft[0]
+            _log.warning(
+                "%s: %d tensors have names that PEFT does not read, such as %s; they are read as "
+                "%s and the like, where PEFT would apply nothing",
+                self.path,
+                len(self._unknown_to_peft),
+                shown(first),
+                _plain(first)[0],
+            )
+
+
+def _plain(stored: str) -> tuple[str, bool]:
+    """Gives PEFT's name of a stored tensor, and whether PEFT reads the stored one."""
+    parts = stored.split(".")
+    while parts[0] == _DISTRIBUTED:
+        del parts[0]
+    name = ".".join(part for part in parts if part not in _WRAPPERS)
+    known = name == stored and name.startswith(PREFIX)
+    if not name.startswith(PREFIX):
+        name = PREFIX + name
+    if found := _ADAPTER.fullmatch(name):
+        known = known and found["adapter"] in (None, _DEFAULT)
+        magnitude = found["start"].endswith("magnitude_vector")
+        name = found["start"] + ("" if magnitude else found["end"] or "")
+    return name, known

@@ -542,19 +542,26 @@ def _norm(
     )
 
 
-class _GGUF:
-    """GGUF files of the architecture "llama"."""
+class DecoderGGUF:
+    """Reads GGUF files of Llama and of the families made of its modules.
 
-    architecture = "llama"
+    Attributes:
+        architecture: GGUF's name of the family.
+        constants: Names of tensors that belong to the configuration.
+        config_class: Class of its configurations.
+        in_layer: Hugging Face's names of modules in a layer by those of GGUF.
+    """
+
+    architecture: str
+    config_class: type[DecoderConfig]
     constants: Collection[str] = ("rope_freqs.weight",)
 
-    # Their names -> Hugging Face's.
     _top: Mapping[str, str] = {
         "token_embd": "model.embed_tokens",
         "output_norm": "model.norm",
         "output": "lm_head",
     }
-    _in_layer: Mapping[str, str] = {
+    in_layer: Mapping[str, str] = {
         "attn_norm": "input_layernorm",
         "attn_q": "self_attn.q_proj",
         "attn_k": "self_attn.k_proj",
@@ -570,65 +577,67 @@ class _GGUF:
         """Gives Hugging Face's name of a tensor; a tensor without one keeps its own."""
         if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
             layer, module, parameter = match.groups()
-            if module in self._in_layer:
-                return f"model.layers.{layer}.{self._in_layer[module]}.{parameter}"
+            if module in self.in_layer:
+                return f"model.layers.{layer}.{self.in_layer[module]}.{parameter}"
         module, _, parameter = name.rpartition(".")
         return f"{self._top[module]}.{parameter}" if module in self._top else name
 
-    def stored_rows(self, name: str, rows: np.ndarray, config: LlamaConfig) -> np.ndarray:
-        """Gives the stored positions of rows: files keep rows that rotate together adjacent."""
-        heads = {
-            "q_proj": config.num_attention_heads,
-            "k_proj": config.num_key_value_heads,
-        }.get(name.split(".")[-2])
-        if heads is None:
-            return rows
-        return rows.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)  # (heads, 2, head_dim / 2)
+    def stored_rows(self, name: str, rows: np.ndarray, config: Any) -> np.ndarray:
+        """Gives the stored positions of rows: here, their own."""
+        return rows
 
     def config(
         self,
         metadata: Mapping[str, Any],
         shapes: Mapping[str, tuple[int, ...]],
         constants: Mapping[str, np.ndarray],
-    ) -> LlamaConfig:
+    ) -> DecoderConfig:
         """Makes the configuration; see `GGUFAdapter.config`."""
-        for key in ("llama.expert_count", "llama.attention.sliding_window"):
+        return self.config_class(**self.fields(metadata, shapes, constants))
+
+    def fields(
+        self,
+        metadata: Mapping[str, Any],
+        shapes: Mapping[str, tuple[int, ...]],
+        constants: Mapping[str, np.ndarray],
+    ) -> dict[str, Any]:
+        """Gives the fields of the configuration; arguments are those of `config`."""
+        own = self.architecture
+        for key in (f"{own}.expert_count", f"{own}.attention.sliding_window"):
             if metadata.get(key):
                 raise InputError(f"{key} is {shown(metadata[key])}, which is not supported")
-        hidden_size = _field(metadata, "llama.embedding_length")
-        heads = _field(metadata, "llama.attention.head_count")
-        head_dim = metadata.get("llama.attention.key_length", hidden_size // heads)
-        for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
+        hidden_size = _field(metadata, f"{own}.embedding_length")
+        heads = _field(metadata, f"{own}.attention.head_count")
+        head_dim = metadata.get(f"{own}.attention.key_length", hidden_size // heads)
+        for key in (f"{own}.attention.value_length", f"{own}.rope.dimension_count"):
             if metadata.get(key, head_dim) != head_dim:
                 raise InputError(
                     f"{key} is {shown(metadata[key])}, expected the head size, {shown(head_dim)}"
                 )
-        context = _field(metadata, "llama.context_length")
-        theta = _shortest(metadata.get("llama.rope.freq_base", 10_000.0))
+        context = _field(metadata, f"{own}.context_length")
+        theta = _shortest(metadata.get(f"{own}.rope.freq_base", 10_000.0))
         if (divisors := constants.get("rope_freqs.weight")) is None:
             scaling = self._rope_scaling(metadata)
         else:
             scaling = self._scaling_by(divisors, metadata, head_dim, theta, context)
-        return LlamaConfig(
-            vocab_size=shapes.get("model.embed_tokens.weight", (0,))[0],
-            hidden_size=hidden_size,
-            intermediate_size=_field(metadata, "llama.feed_forward_length"),
-            num_hidden_layers=_field(metadata, "llama.block_count"),
-            num_attention_heads=heads,
-            num_key_value_heads=metadata.get("llama.attention.head_count_kv", heads),
-            head_dim=head_dim,
-            max_position_embeddings=context,
+        return {
+            "vocab_size": shapes.get("model.embed_tokens.weight", (0,))[0],
+            "hidden_size": hidden_size,
+            "intermediate_size": _field(metadata, f"{own}.feed_forward_length"),
+            "num_hidden_layers": _field(metadata, f"{own}.block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": metadata.get(f"{own}.attention.head_count_kv", heads),
+            "head_dim": head_dim,
+            "max_position_embeddings": context,
             # float32 in the file: the shortest decimal that is the same float32 was meant
-            rms_norm_eps=_shortest(_field(metadata, "llama.attention.layer_norm_rms_epsilon")),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            tie_word_embeddings="lm_head.weight" not in shapes,
-            attention_bias="model.layers.0.self_attn.q_proj.bias" in shapes,
-            mlp_bias="model.layers.0.mlp.gate_proj.bias" in shapes,
-            bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
-            eos_token_id=metadata.get("tokenizer.ggml.eos_token_id"),
-            pad_token_id=metadata.get("tokenizer.ggml.padding_token_id"),
-        )
+            "rms_norm_eps": _shortest(_field(metadata, f"{own}.attention.layer_norm_rms_epsilon")),
+            "rope_theta": theta,
+            "rope_scaling": scaling,
+            "tie_word_embeddings": "lm_head.weight" not in shapes,
+            "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+            "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
+            "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
+        }
 
     def _scaling_by(
         self,
@@ -639,10 +648,11 @@ class _GGUF:
         context: int,
     ) -> RopeScaling:
         """Gives the scaling of a file with a divisor of each frequency, as those of Llama 3.x."""
-        kind = metadata.get("llama.rope.scaling.type", "none")
+        own = self.architecture
+        kind = metadata.get(f"{own}.rope.scaling.type", "none")
         if kind != "none":
             raise InputError(
-                f"llama.rope.scaling.type is {shown(kind)} beside the tensor 'rope_freqs.weight', "
+                f"{own}.rope.scaling.type is {shown(kind)} beside the tensor 'rope_freqs.weight', "
                 "expected one of them"
             )
         if divisors.shape != (head_dim // 2,) or not all(
@@ -661,14 +671,45 @@ class _GGUF:
         return LongRopeScaling(each, each, context, context, attention_factor=1.0)
 
     def _rope_scaling(self, metadata: Mapping[str, Any]) -> RopeScaling | None:
-        kind = metadata.get("llama.rope.scaling.type", "none")
+        own = self.architecture
+        kind = metadata.get(f"{own}.rope.scaling.type", "none")
         if kind == "none":
             return None
         if kind == "linear":
-            return LinearScaling(_shortest(_field(metadata, "llama.rope.scaling.factor")))
+            return LinearScaling(_shortest(_field(metadata, f"{own}.rope.scaling.factor")))
         raise InputError(
-            f"llama.rope.scaling.type is {shown(kind)}, only 'none' and 'linear' are supported"
+            f"{own}.rope.scaling.type is {shown(kind)}, only 'none' and 'linear' are supported"
         )
+
+
+class _LlamaGGUF(DecoderGGUF):
+    """GGUF files of the architecture "llama", to which Mistral's belong too."""
+
+    architecture = "llama"
+    config_class = LlamaConfig
+
+    def stored_rows(self, name: str, rows: np.ndarray, config: LlamaConfig) -> np.ndarray:
+        """Gives the stored positions of rows: files keep rows that rotate together adjacent."""
+        heads = {
+            "q_proj": config.num_attention_heads,
+            "k_proj": config.num_key_value_heads,
+        }.get(name.split(".")[-2])
+        if heads is None:
+            return rows
+        return rows.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)  # (heads, 2, head_dim / 2)
+
+    def fields(
+        self,
+        metadata: Mapping[str, Any],
+        shapes: Mapping[str, tuple[int, ...]],
+        constants: Mapping[str, np.ndarray],
+    ) -> dict[str, Any]:
+        """Gives the fields of the configuration, with those of biases."""
+        return {
+            **super().fields(metadata, shapes, constants),
+            "attention_bias": "model.layers.0.self_attn.q_proj.bias" in shapes,
+            "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in shapes,
+        }
 
 
 def _field(metadata: Mapping[str, Any], key: str) -> Any:
@@ -727,5 +768,5 @@ FAMILY = Family(
     # Older checkpoints carry the rotary frequencies, which the configuration already gives.
     ignored=r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
     sizes=_WELL_KNOWN,
-    gguf=_GGUF(),
+    gguf=_LlamaGGUF(),
 )

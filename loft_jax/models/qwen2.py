@@ -14,7 +14,7 @@ from loft_jax.models import config_checks
 from loft_jax.models.attention import windowed
 from loft_jax.models.family import Family
 from loft_jax.models.llama import FAMILY as LLAMA
-from loft_jax.models.llama import DecoderConfig, Llama
+from loft_jax.models.llama import DecoderConfig, DecoderGGUF, Llama
 from loft_jax.models.stack import PerLayer
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -149,6 +149,13 @@ class Qwen2(Llama):
         return PerLayer.of(kinds, visible, windowed(visible, window))
 
 
+class _GGUF(DecoderGGUF):
+    """GGUF files of the architecture "qwen2"."""
+
+    architecture = "qwen2"
+    config_class = Qwen2Config
+
+
 def _qwen2(
     hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, *, positions: int = 131_072
 ) -> Qwen2Config:
@@ -191,4 +198,5 @@ FAMILY = Family(
     prefix=LLAMA.prefix,
     ignored=LLAMA.ignored,
     sizes=_WELL_KNOWN,
+    gguf=_GGUF(),
 )

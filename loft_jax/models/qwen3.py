@@ -120,6 +120,18 @@ class Qwen3(Qwen2):
         return dataclasses.replace(table, tensors={**table.tensors, **norms})
 
 
+class _GGUF(llama.DecoderGGUF):
+    """GGUF files of the architecture "qwen3"."""
+
+    architecture = "qwen3"
+    config_class = Qwen3Config
+    in_layer: Mapping[str, str] = {
+        **llama.DecoderGGUF.in_layer,
+        "attn_q_norm": "self_attn.q_norm",
+        "attn_k_norm": "self_attn.k_norm",
+    }
+
+
 def _qwen3(hidden: int, mlp: int, layers: int, heads: int, *, tied: bool = False) -> Qwen3Config:
     return Qwen3Config(
         vocab_size=151_936,
@@ -151,4 +163,5 @@ FAMILY = Family(
     models={"causal-lm": Qwen3},
     prefix="model.",
     sizes=_WELL_KNOWN,
+    gguf=_GGUF(),
 )

@@ -2,12 +2,14 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 from loft_jax.errors import InputError
 from loft_jax.hub.gguf_io import GGUF, open_gguf
 from loft_jax.hub.pretrained import load_pretrained, save_pretrained
 from loft_jax.models.rope_scaling import Llama3Scaling
+from tests.models.decoder_checks import SIZES, save_decoder
 from tests.tiny import save_tiny_llama
 
 FIELDS = {
@@ -32,7 +34,7 @@ def write_gguf(
     theta=1e5,
     rope_freqs=None,
 ):
-    """Writes a Hugging Face Llama as llama.cpp's converter does, q and k permuted."""
+    """Writes a Hugging Face model as llama.cpp's converter does, q and k of a Llama permuted."""
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in (FIELDS | (numbers or {})).items():
         writer.add_uint32(f"{architecture}.{key}", value)
@@ -42,11 +44,15 @@ def write_gguf(
     writer.add_float32(f"{architecture}.rope.freq_base", theta)
     if rope_freqs is not None:
         writer.add_tensor("rope_freqs.weight", np.asarray(rope_freqs, np.float32))
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
-    for name, tensor in AutoModelForCausalLM.from_pretrained(folder).state_dict().items():
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(kinds[architecture], 2)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
         array = tensor.float().numpy()
         for part, heads in (("q_proj", 4), ("k_proj", 2)):
-            if part in name:
+            if part in name and architecture == "llama":
                 halves = array.reshape(heads, 2, len(array) // heads // 2, *array.shape[1:])
                 array = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(array.shape)
         kind = gguf.GGMLQuantizationType.F32
@@ -77,6 +83,30 @@ def test_gives_the_model_it_was_made_from(tmp_path, folder):
     ours, original = load_pretrained(path), load_pretrained(folder)
     for name in ("rms_norm_eps", "rope_theta", "vocab_size", "tie_word_embeddings", "head_dim"):
         assert getattr(ours.config, name) == getattr(original.config, name), name
+    tokens = np.arange(20)[None]
+    np.testing.assert_array_equal(ours(tokens), original(tokens))
+
+
+QWEN2 = {**SIZES, "intermediate_size": 64, "rms_norm_eps": 1e-5, "rope_theta": 1e5}
+OTHERS = {
+    "qwen2": (transformers.Qwen2Config(**QWEN2), {}),
+    "qwen3": (
+        transformers.Qwen3Config(**QWEN2, head_dim=16, tie_word_embeddings=True),
+        {f"attention.{name}": 16 for name in ("key_length", "value_length")}
+        | {"rope.dimension_count": 16},
+    ),
+}
+
+
+@pytest.mark.parametrize("architecture", OTHERS)
+def test_other_architectures_give_the_model_they_were_made_from(tmp_path, architecture):
+    config, numbers = OTHERS[architecture]
+    folder = save_decoder(tmp_path / "model", config)
+    path = write_gguf(tmp_path / "x.gguf", folder, architecture=architecture, numbers=numbers)
+    ours, original = load_pretrained(path), load_pretrained(folder)
+    for name in ("rms_norm_eps", "rope_theta", "vocab_size", "tie_word_embeddings", "head_dim"):
+        assert getattr(ours.config, name) == getattr(original.config, name), name
+    assert type(ours) is type(original)
     tokens = np.arange(20)[None]
     np.testing.assert_array_equal(ours(tokens), original(tokens))
 
@@ -191,7 +221,7 @@ def test_other_divisors_of_frequencies_are_used_and_saved(tmp_path, folder):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"architecture": "qwen2"}, "architecture is 'qwen2'"),
+        ({"architecture": "stablelm"}, "architecture is 'stablelm'"),
         ({"numbers": {"expert_count": 8}}, "llama.expert_count is 8"),
         ({"numbers": {"rope.dimension_count": 4}}, "llama.rope.dimension_count is 4"),
         ({"strings": {"rope.scaling.type": "yarn"}}, "llama.rope.scaling.type is 'yarn'"),

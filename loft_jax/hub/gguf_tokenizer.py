@@ -10,11 +10,13 @@ if TYPE_CHECKING:
 
 _CONTROL, _USER_DEFINED = 3, 4  # GGUF's types of tokens that are never split
 
-# How Llama 3 splits a text before its merges.
-_LLAMA_3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+# How Llama 3 and Qwen2 split a text before the merges.
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_PATTERNS = {
+    "llama-bpe": rf"{_WORDS}|\p{{N}}{{1,3}}|{_REST}",
+    "qwen2": rf"{_WORDS}|\p{{N}}|{_REST}",
+}
 
 
 def gguf_tokenizer(file: GGUF) -> "PreTrainedTokenizerFast":
@@ -38,6 +40,7 @@ def gguf_tokenizer(file: GGUF) -> "PreTrainedTokenizerFast":
         Tokenizer,
         decoders,
         models,
+        normalizers,
         pre_tokenizers,
         processors,
     )
@@ -45,11 +48,11 @@ def gguf_tokenizer(file: GGUF) -> "PreTrainedTokenizerFast":
 
     metadata = file.metadata
     kind, splitting = file.field("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
-    if kind != "gpt2" or splitting not in ("smollm", "llama-bpe"):
+    if kind != "gpt2" or splitting not in ("smollm", *_PATTERNS):
         raise InputError(
             f"{file.path}: its tokenizer is of kind {shown(kind)} with splitting "
-            f"{shown(splitting)}, only 'gpt2' with 'smollm' or 'llama-bpe' is supported; use a "
-            "folder with tokenizer.json instead"
+            f"{shown(splitting)}, only 'gpt2' with 'smollm', 'llama-bpe' or 'qwen2' is supported; "
+            "use a folder with tokenizer.json instead"
         )
     llama_3 = splitting == "llama-bpe"
     tokens: list[str] = file.field("tokenizer.ggml.tokens")
@@ -61,14 +64,15 @@ def gguf_tokenizer(file: GGUF) -> "PreTrainedTokenizerFast":
             ignore_merges=llama_3,  # a word that is a token is that token
         )
     )
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    words = pre_tokenizers.Split(Regex(_LLAMA_3), behavior="isolated")
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            words if llama_3 else digits,
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not llama_3),
-        ]
+    if splitting == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    first = (
+        pre_tokenizers.Split(Regex(_PATTERNS[splitting]), behavior="isolated")
+        if splitting in _PATTERNS
+        else pre_tokenizers.Digits(individual_digits=True)
     )
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=splitting not in _PATTERNS)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([first, words])
     backend.decoder = decoders.ByteLevel()
     for token, token_type in zip(tokens, file.field("tokenizer.ggml.token_type"), strict=True):
         if token_type in (_CONTROL, _USER_DEFINED):

@@ -5,7 +5,7 @@ import gguf
 import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from loft_jax.errors import InputError
@@ -143,7 +143,17 @@ def test_a_file_says_whether_a_text_starts_with_bos(tmp_path, llama_3):
     assert load_tokenizer(smollm)("a b")["input_ids"][0] == 0
 
 
+def test_tokens_of_qwen2_are_those_of_transformers(tmp_path, llama_3):
+    trained = json.loads(llama_3.to_str())["model"]
+    merges = [tuple(merge) for merge in trained["merges"]]
+    theirs = Qwen2Tokenizer(vocab=trained["vocab"], merges=merges, eos_token=LLAMA_3[1])
+    ours = load_tokenizer(write_tokenizer(tmp_path / "x.gguf", llama_3, splitting="qwen2"))
+    for text in [*TEXTS, "12345 I'VE 1234", "<|end_of_text|>\n\n  a\r\n", "e\u0301te\u0301"]:
+        assert ours(text)["input_ids"] == theirs(text)["input_ids"]
+    assert ours("1234")["input_ids"] == ours(list("1234"), is_split_into_words=True)["input_ids"]
+
+
 def test_another_splitting_is_refused_by_name(tmp_path, llama_3):
-    path = write_tokenizer(tmp_path / "x.gguf", llama_3, splitting="qwen2")
-    with pytest.raises(InputError, match="kind 'gpt2' with splitting 'qwen2', only 'gpt2' with"):
+    path = write_tokenizer(tmp_path / "x.gguf", llama_3, splitting="falcon")
+    with pytest.raises(InputError, match="kind 'gpt2' with splitting 'falcon', only 'gpt2' with"):
         load_tokenizer(path)

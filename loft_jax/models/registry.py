@@ -33,7 +33,7 @@ _FAMILIES = (
 )
 
 # Known by name to say why they are refused.
-_MIXTURES_OF_EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
+_MIXTURES_OF_EXPERTS = ("mixtral", "phimoe", "qwen2_moe", "qwen3_moe")
 
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _FAMILIES}
 """Families by Hugging Face's `model_type`."""

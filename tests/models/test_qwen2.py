@@ -29,7 +29,12 @@ VARIANTS = {
         "num_hidden_layers": 3,
         "layer_types": [SLIDING, FULL, SLIDING],
         "rms_norm_eps": 1e-3,
-        "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e3},
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "rope_theta": 1e3,
+        },
     },
 }
 

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from loft_jax.errors import InputError, shown
 from loft_jax.models import config_checks
-from loft_jax.models.activations import embeddings_laid_out, laid_out
+from loft_jax.models.activations import embeddings_laid_out, gathered, laid_out
 from loft_jax.models.bert import ACTIVATIONS, Intermediate, Output, parts
 from loft_jax.models.dropout import dropout, dropped
 from loft_jax.models.family import (
@@ -376,7 +376,8 @@ class DisentangledSelfAttention(nnx.Module):
         embeddings = dropped(self.pos_dropout, relative.embeddings)
 
         def score(x: jax.Array, project: Any, rows: jax.Array) -> jax.Array:
-            by_row = project(embeddings).reshape(-1, *x.shape[2:])  # (u, heads, head_dim)
+            # On a mesh with fsdp and tensor, XLA otherwise gives LoRA factors wrong gradients.
+            by_row = gathered(project(embeddings)).reshape(-1, *x.shape[2:])  # (u, heads, head_dim)
             products = jnp.einsum(
                 "bihd,chd->bhic", x, by_row[rows], preferred_element_type=jnp.float32
             )

@@ -6,13 +6,19 @@ import logging
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from loft_jax.errors import InputError
-from loft_jax.hub import load_peft_adapter, load_pretrained, save_peft_adapter
-from loft_jax.lora import lora_layers
+from loft_jax.hub import (
+    load_peft_adapter,
+    load_pretrained,
+    save_peft_adapter,
+    save_pretrained,
+)
+from loft_jax.lora import LoRAConfig, add_lora, lora_layers, merge_lora
 from tests.hub.peft_adapters import CONFIG, TOKENS, WEIGHTS, our_logits, torch_logits
 from tests.tiny import save_tiny_llama
 
@@ -190,6 +196,20 @@ def test_of_a_tied_pair_each_computes_what_it_does_in_peft(tied_folder, tmp_path
         LlamaForCausalLM.from_pretrained(tied_folder), tmp_path / "ours"
     )
     np.testing.assert_allclose(torch_logits(theirs.eval()), expected, atol=2e-5)
+    save_pretrained(tmp_path / "merged", merge_lora(model))
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    np.testing.assert_allclose(torch_logits(merged), expected, atol=2e-5)
+    assert not merged.config.tie_word_embeddings
+
+
+def test_a_tied_head_cannot_be_a_target(tied_folder):
+    message = r"'lm_head' has no weight of its own in this model, it is tied to embed_tokens"
+    with pytest.raises(InputError, match=message):
+        add_lora(
+            load_pretrained(tied_folder),
+            LoRAConfig(2, target_modules=["lm_head"]),
+            rngs=nnx.Rngs(0),
+        )
 
 
 def test_a_head_is_tied_again_if_an_adapter_of_it_cannot_be_read(tied_folder, tmp_path):

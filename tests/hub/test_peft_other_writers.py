@@ -132,6 +132,15 @@ HARMLESS = {
 }
 
 
+def test_modules_are_saved_by_any_end_of_their_names(llama_folder, tmp_path):
+    """PEFT saves the norms in the layers too."""
+    expected = made_by_peft(
+        llama_folder, tmp_path, target_modules=["q_proj"], modules_to_save=["norm"]
+    )
+    model = load_peft_adapter(tmp_path, load_pretrained(llama_folder))
+    np.testing.assert_allclose(our_logits(model), expected, atol=1e-4)
+
+
 def test_settings_of_training_change_nothing(plain, llama_folder, tmp_path):
     rewritten(plain[0], tmp_path, lambda name, value: (name, value), **HARMLESS)
     model = load_peft_adapter(tmp_path, load_pretrained(llama_folder))

@@ -94,6 +94,14 @@ def test_what_wrappers_add_to_names_is_taken_off(
     assert read == known
 
 
+@pytest.mark.parametrize("name", ["module", "module.module", "_orig_mod", "lora_A", ""])
+def test_a_name_of_nothing_else_is_refused(plain, base, tmp_path, name):
+    rewritten(plain[0], tmp_path, lambda name, value: (name, value))
+    save_file({**load_file(tmp_path / WEIGHTS), name: torch.ones(2)}, tmp_path / WEIGHTS)
+    with pytest.raises(InputError, match="is no LoRA factor"):
+        load_peft_adapter(tmp_path, base)
+
+
 def test_two_adapters_in_one_file_are_refused(plain, base, tmp_path):
     tensors = load_file(plain[0] / WEIGHTS)
     both = {

@@ -65,6 +65,15 @@ def test_finetune_export_evaluate_generate_merge(workspace, tmp_path, flags, cap
     assert capsys.readouterr().out.startswith("a\nb")
 
 
+def test_adapters_of_some_layers_are_trained_and_written(tmp_path, flags):
+    assert main(["finetune", *flags, "--layers", "-1"]) == 0
+    adapter = tmp_path / "run" / "adapter"
+    assert json.loads((adapter / "adapter_config.json").read_text())["layers_to_transform"] == [1]
+    written = load_file(adapter / "adapter_model.safetensors")
+    assert len(written) == 4
+    assert all(".layers.1." in name and np.any(tensor) for name, tensor in written.items())
+
+
 def test_merged_weights_are_stored_as_those_of_the_base(workspace, tmp_path, capsys):  # noqa: F811
     base = tmp_path / "base"
     shutil.copytree(workspace / "model", base)

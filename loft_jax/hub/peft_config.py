@@ -163,10 +163,11 @@ class PeftConfig:
         return bool(self.settings.get("ensure_weight_tying"))
 
     def is_saved(self, name: str) -> bool:
-        """Whether a module of this name is held whole, by itself or as a part of another."""
-        parts = name.split(".")
-        around = (".".join(parts[: end + 1]) for end in range(len(parts)))
-        return any(ends_with(module, self.modules_to_save) for module in around)
+        """Whether a module of this name is held whole, by itself or as a part of another.
+
+        PEFT matches any end of a name here: "norm" is also of "input_layernorm".
+        """
+        return any(around.endswith(self.modules_to_save) for around in _with_parents(name))
 
     def strength(self, name: str) -> Strength:
         """Gives the rank and alpha of a module."""
@@ -182,7 +183,7 @@ class PeftConfig:
             linear: Whether it is among those that PEFT means by "all-linear".
         """
         settings = self.settings
-        if self.is_saved(name):
+        if any(ends_with(around, self.modules_to_save) for around in _with_parents(name)):
             return False
         exclude, targets = settings.get("exclude_modules"), settings.get("target_modules") or []
         if exclude and self._is_matched(exclude, name):
@@ -307,6 +308,12 @@ def peft_settings(
 def ends_with(name: str, ends: Collection[str]) -> bool:
     """Whether a module's name equals one of `ends`, or ends with one of them after a dot."""
     return any(name == end or name.endswith(f".{end}") for end in ends)
+
+
+def _with_parents(name: str) -> list[str]:
+    """Gives the name of a module and of all that it is a part of."""
+    parts = name.split(".")
+    return [".".join(parts[: end + 1]) for end in range(len(parts))]
 
 
 def _by_pattern(values: Mapping[str, Any], name: str, default: Any, patterns: Patterns) -> Any:

@@ -80,7 +80,7 @@ class AdapterFile:
 def _plain(stored: str) -> tuple[str, bool]:
     """Gives PEFT's name of a stored tensor, and whether PEFT reads the stored one."""
     parts = stored.split(".")
-    while parts[0] == _DISTRIBUTED:
+    while len(parts) > 1 and parts[0] == _DISTRIBUTED:
         del parts[0]
     name = ".".join(part for part in parts if part not in _WRAPPERS)
     known = name == stored and name.startswith(PREFIX)

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -128,7 +128,8 @@ def merge_lora(model: Model) -> Model:
     If the initial product is not zero, the merged weight is `W + s (A B - A0 B0)`; with DoRA it is
     `m (W + s A B) / ‖W + s A B‖`. It is computed in float32 (float64 for float64 weights) and
     rounded once to the weight's dtype. Layers get their original class back, without any LoRA
-    attribute.
+    attribute. A head that is tied to an embedding with LoRA, whose factors leave it alone, gets a
+    weight of its own first.
 
     Args:
         model: A model with LoRA layers.
@@ -147,6 +148,8 @@ def merge_lora(model: Model) -> Model:
     """
     layers = _required_layers(model)
     _check_not_shared(model, layers)
+    if any(path in layers for path in getattr(model, "tied_modules", ())):
+        cast(Any, model).untie()
     for layer in layers.values():
         axes = layer.lora_axes(layer)
         weight = getattr(layer, layer.lora_weight)
@@ -371,12 +374,6 @@ def _check_not_shared(model: nnx.Module, layers: dict[str, Any]) -> None:
             owner = adapted.get(id(value))
             if owner is not None and layers[owner] is not module:
                 raise InputError(f"{owner}: its weight is shared with {path}.{name}; cannot merge")
-    for path in getattr(model, "tied_modules", ()):
-        if path in layers:
-            raise InputError(
-                f"{path}: its weight is the output head's too (config.tie_word_embeddings), "
-                f"which its LoRA factors leave alone; cannot merge"
-            )
 
 
 @functools.partial(jax.jit, static_argnames=("product", "stacked"))

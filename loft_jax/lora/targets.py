@@ -86,6 +86,7 @@ def select(model: nnx.Module, config: LoRAConfig) -> dict[str, nnx.Module]:
         if not chosen:
             raise InputError(f"target_modules: {ALL_LINEAR!r}, but the model has no linear layer")
     else:
+        _check_not_tied(model, config.target_modules, modules)
         chosen = [
             path
             for pattern in _patterns(config.target_modules)
@@ -113,6 +114,20 @@ def select(model: nnx.Module, config: LoRAConfig) -> dict[str, nnx.Module]:
                     f"{name}: {shown(key)} matches no target layer; {_near(cut(key), list(found))}"
                 )
     return found
+
+
+def _check_not_tied(
+    model: nnx.Module, targets: str | Sequence[str], modules: dict[str, nnx.Module]
+) -> None:
+    """Refuses a head that has no weight of its own."""
+    tied = getattr(model, "tied_modules", ())
+    named = [targets] if isinstance(targets, str) else targets
+    for head in getattr(model, "output_modules", ()):
+        if tied and head in named and head not in modules:
+            raise InputError(
+                f"target_modules: {head!r} has no weight of its own in this model, it is tied to "
+                f"{', '.join(tied)} (config.tie_word_embeddings)"
+            )
 
 
 def _patterns(modules: str | Sequence[str]) -> list[str]:

@@ -6,13 +6,19 @@ import logging
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from loft_jax.errors import InputError
-from loft_jax.hub import load_peft_adapter, load_pretrained, save_peft_adapter
-from loft_jax.lora import lora_layers
+from loft_jax.hub import (
+    load_peft_adapter,
+    load_pretrained,
+    save_peft_adapter,
+    save_pretrained,
+)
+from loft_jax.lora import LoRAConfig, add_lora, lora_layers, merge_lora
 from tests.hub.peft_adapters import CONFIG, TOKENS, WEIGHTS, our_logits, torch_logits
 from tests.tiny import save_tiny_llama
 
@@ -88,6 +94,14 @@ def test_what_wrappers_add_to_names_is_taken_off(
     assert read == known
 
 
+@pytest.mark.parametrize("name", ["module", "module.module", "_orig_mod", "lora_A", ""])
+def test_a_name_of_nothing_else_is_refused(plain, base, tmp_path, name):
+    rewritten(plain[0], tmp_path, lambda name, value: (name, value))
+    save_file({**load_file(tmp_path / WEIGHTS), name: torch.ones(2)}, tmp_path / WEIGHTS)
+    with pytest.raises(InputError, match="is no LoRA factor"):
+        load_peft_adapter(tmp_path, base)
+
+
 def test_two_adapters_in_one_file_are_refused(plain, base, tmp_path):
     tensors = load_file(plain[0] / WEIGHTS)
     both = {
@@ -124,6 +138,15 @@ HARMLESS = {
     "lorap_emb_lr": 1e-6,
     "lorap_lr_ratio": 16.0,
 }
+
+
+def test_modules_are_saved_by_any_end_of_their_names(llama_folder, tmp_path):
+    """PEFT saves the norms in the layers too."""
+    expected = made_by_peft(
+        llama_folder, tmp_path, target_modules=["q_proj"], modules_to_save=["norm"]
+    )
+    model = load_peft_adapter(tmp_path, load_pretrained(llama_folder))
+    np.testing.assert_allclose(our_logits(model), expected, atol=1e-4)
 
 
 def test_settings_of_training_change_nothing(plain, llama_folder, tmp_path):
@@ -190,6 +213,20 @@ def test_of_a_tied_pair_each_computes_what_it_does_in_peft(tied_folder, tmp_path
         LlamaForCausalLM.from_pretrained(tied_folder), tmp_path / "ours"
     )
     np.testing.assert_allclose(torch_logits(theirs.eval()), expected, atol=2e-5)
+    save_pretrained(tmp_path / "merged", merge_lora(model))
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    np.testing.assert_allclose(torch_logits(merged), expected, atol=2e-5)
+    assert not merged.config.tie_word_embeddings
+
+
+def test_a_tied_head_cannot_be_a_target(tied_folder):
+    message = r"'lm_head' has no weight of its own in this model, it is tied to embed_tokens"
+    with pytest.raises(InputError, match=message):
+        add_lora(
+            load_pretrained(tied_folder),
+            LoRAConfig(2, target_modules=["lm_head"]),
+            rngs=nnx.Rngs(0),
+        )
 
 
 def test_a_head_is_tied_again_if_an_adapter_of_it_cannot_be_read(tied_folder, tmp_path):

@@ -344,6 +344,7 @@ def test_plan_works(folder):
 WORDS = ("plot", "acting", "film", "dull", "funny", "loud", "moving", "long", "honest", "joy")
 
 
+@pytest.mark.slow
 def test_the_command_trains_a_pretrained_model_and_torch_says_the_same(tmp_path, capsys):
     """By the recipe in docs/tasks.md, from rows to an adapter that PEFT reads."""
     save_deberta(tmp_path / "model", transformers.DebertaV2ForMaskedLM, **VERSION_3, **QUIET)

@@ -62,7 +62,9 @@ def read_image_folder(folder: Path, config: DataConfig) -> list[dict[str, Any]]:
         for split, classes in by_split.items()
     }
     with explained(f"{folder}: cannot be read as images by class"):
-        name, part = part_of(config.split or "train", {split: len(found) for split, found in rows.items()})
+        name, part = part_of(
+            config.split or "train", {split: len(found) for split, found in rows.items()}
+        )
     return rows[name][part]
 
 

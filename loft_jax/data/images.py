@@ -128,7 +128,7 @@ def read_images(
     processor: "ImageProcessor",
     config: DataConfig,
     *,
-    label: Callable[[Any, str], float],
+    label_of: Callable[[Mapping[str, Any], int], float],
 ) -> ImageData:
     """Checks labelled images, each of which is decoded once.
 
@@ -137,8 +137,8 @@ def read_images(
             bytes of a file, alone or as `{"bytes": ...}`, an array or nested lists `(height,
             width)` or `(height, width, 3)` of 0 to 255, or an image of Pillow.
         processor: Of the model.
-        config: Its `image_field`, `label_field` and augmentations are used.
-        label: Converts a label, and gets the place of it for messages.
+        config: Its `image_field` and augmentations are used.
+        label_of: Gives the label of a row and its index.
 
     Returns:
         The images.
@@ -158,7 +158,7 @@ def read_images(
 
     def checked(index: int) -> tuple[float, bytes]:
         row = rows[index]
-        kept = label(row.get(config.label_field), f"row {index}: field {config.label_field!r}")
+        kept = label_of(row, index)
         image = open_image(row.get(config.image_field), f"row {index}")
         size = repr(image.size).encode()
         return kept, hashlib.blake2b(size + image.tobytes(), digest_size=16).digest()

@@ -15,6 +15,7 @@ from loft_jax.models import (
     qwen2,
     qwen3,
     roberta,
+    vit,
 )
 from loft_jax.models.family import Family, PretrainedConfig
 
@@ -30,6 +31,7 @@ _FAMILIES = (
     qwen2.FAMILY,
     qwen3.FAMILY,
     roberta.FAMILY,
+    vit.FAMILY,
 )
 
 # Known by name to say why they are refused.

@@ -6,6 +6,7 @@ from loft_jax.errors import InputError, shown
 from loft_jax.models import (
     bert,
     deberta,
+    dinov2,
     gemma2,
     gemma3,
     gpt2,
@@ -22,6 +23,7 @@ from loft_jax.models.family import Family, PretrainedConfig
 _FAMILIES = (
     bert.FAMILY,
     deberta.FAMILY,
+    dinov2.FAMILY,
     gemma2.FAMILY,
     gemma3.FAMILY,
     gpt2.FAMILY,

@@ -11,6 +11,7 @@ from PIL import Image
 from loft_jax.data import DataConfig, eval_batches, load_examples, train_stream
 from loft_jax.data.images import open_image, random_box
 from loft_jax.errors import InputError
+from loft_jax.evaluation import sampled
 from loft_jax.hub.image_processor import ImageProcessor
 from loft_jax.tasks import ImageClassification
 from loft_jax.tasks.classification import labels_of
@@ -78,6 +79,11 @@ def test_arrays_are_read_by_the_names_of_the_fields(tmp_path, name):
     np.testing.assert_array_equal(rows[2][name], PIXELS[2, ..., 0])
     with pytest.raises(InputError, match=r"digits\.npz: array 'y' is missing; found \['"):
         load_examples(config(tmp_path / "digits.npz", image_field=name, label_field="y"))
+
+
+def test_a_sample_of_images_is_that_of_other_rows():
+    kept = sampled(datasets.Dataset.from_dict({"place": range(5)}), 3)["place"][:]
+    assert [row["label"] for row in sampled(ROWS, 3)] == [LABELS[place] for place in kept]
 
 
 def test_arrays_of_different_lengths_are_refused(tmp_path):

@@ -29,7 +29,7 @@ class Export:
 
     def __call__(self) -> int:
         """Runs the command."""
-        from loft_jax.hub import load_tokenizer
+        from loft_jax.hub import load_processor
         from loft_jax.training.checkpoint import Checkpoints
         from loft_jax.training.export import export_trained, restore_model, trained_with
 
@@ -42,9 +42,9 @@ class Export:
         base = now.get("path", config.model.path)
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=base))
         model, task = restore_model(config, checkpoints, step)
-        tokenizer = load_tokenizer(base)
+        processor = load_processor(base)
         Path(self.output).mkdir(parents=True, exist_ok=True)
-        print(export_trained(model, tokenizer, config.method, task, self.output, base_model=base))
+        print(export_trained(model, processor, config.method, task, self.output, base_model=base))
         return 0
 
     def _step(self, steps: Sequence[int], best: int | None) -> int:

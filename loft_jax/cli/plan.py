@@ -36,7 +36,8 @@ class Plan:
         method: Methods to compare.
         task: The task.
         lora: The adapters.
-        batch: Number of rows of a step, over all chips, and of tokens of a row.
+        batch: Number of rows of a step, over all chips, and of tokens of a row or, of images, of
+            pixels of a side.
         mesh: How the work is split over the chips.
         slices: Number of such slices, joined by a slower network.
         offload_optimizer: Keep the optimizer state in host memory between updates.

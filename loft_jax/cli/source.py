@@ -3,13 +3,10 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loft_jax.errors import InputError, shown
 from loft_jax.models import Head, Quantization
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class Source:
         labels: Sequence[str] | None = None,
         param_dtype: str = "float32",
         quantization: Quantization = "none",
-    ) -> tuple[Any, "PreTrainedTokenizerBase"]:
+    ) -> tuple[Any, Any]:
         """Loads the base model and applies the adapter.
 
         Args:
@@ -55,13 +52,13 @@ class Source:
             quantization: Storage of the base model's kernels.
 
         Returns:
-            The model in evaluation mode, and its tokenizer.
+            The model in evaluation mode, and its tokenizer or image processor.
 
         Raises:
             InputError: One of them cannot be read, they do not fit, or the adapter was replaced
                 meanwhile by one for another base model.
         """
-        from loft_jax.hub import load_peft_adapter, load_pretrained, load_tokenizer
+        from loft_jax.hub import load_peft_adapter, load_pretrained, load_processor
         from loft_jax.hub.peft_base import base_model_of
 
         base = self.base
@@ -85,4 +82,4 @@ class Source:
                 f"expected a model that was trained for {head}"
             )
         model.eval()
-        return model, load_tokenizer(base)
+        return model, load_processor(base)

@@ -18,7 +18,8 @@ class DataConfig:
 
     Args:
         path: A JSON, JSONL, CSV, TSV, Parquet or text file, a folder of such files, a folder
-            written by `Dataset.save_to_disk`, or a dataset id on the Hugging Face hub.
+            written by `Dataset.save_to_disk`, or a dataset id on the Hugging Face hub; of images
+            also a folder with a subfolder for each label, or an `.npz` file.
         split: Name of the split, with slices in the syntax of `datasets`: `"train"`, the default,
             `"train[:90%]"`. In a folder, the name of a file gives its split; a single file is
             `"train"`.
@@ -34,8 +35,12 @@ class DataConfig:
         text_field: Field with plain text; the loss is on all of it. For classification, the text to
             classify.
         text_pair_field: For classification, field with the second text of a pair, if rows have it.
+        image_field: Field with the image to classify.
         label_field: For classification, field with the label: a text, or an integer from 0; for
             regression, a decimal number.
+        random_resized_crop: Train on a part of each image, of random area (8 to 100 %) and aspect
+            ratio (3:4 to 4:3), which is resized as evaluation resizes the whole.
+        random_horizontal_flip: Train on half of the images mirrored.
         max_length: Largest length of a row, in tokens. A longer text becomes several rows; a longer
             example of another kind loses the left of its prompt first (never BOS), then its end.
             For a question with answers to compare, the length is that of the prompt with the
@@ -60,7 +65,10 @@ class DataConfig:
     completion_field: str = "completion"
     text_field: str = "text"
     text_pair_field: str = "text_pair"
+    image_field: str = "image"
     label_field: str = "label"
+    random_resized_crop: bool = False
+    random_horizontal_flip: bool = False
     max_length: int = 1024
     packing: bool = False
     buckets: tuple[int, ...] = ()

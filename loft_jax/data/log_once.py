@@ -8,30 +8,23 @@ import dataclasses
 import logging
 import weakref
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from typing import Any
 
 from loft_jax.data.config import DataConfig
 from loft_jax.errors import shown
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
 
 _CONTEXT = 20  # number of characters shown on each side of a join
 
-_logged: "weakref.WeakKeyDictionary[PreTrainedTokenizerBase, set[str]]" = (
-    weakref.WeakKeyDictionary()
-)
+_logged: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 
 
-def log_once(
-    tokenizer: "PreTrainedTokenizerBase", sentence: str, level: int = logging.WARNING
-) -> None:
+def log_once(tokenizer: Any, sentence: str, level: int = logging.WARNING) -> None:
     """Logs a sentence, unless it was logged before with this tokenizer.
 
     Args:
-        tokenizer: That of the run.
+        tokenizer: Tokenizer or image processor of the run.
         sentence: With its numbers and names, so that one with another number is logged again.
         level: Level of the log record.
     """
@@ -42,7 +35,7 @@ def log_once(
 
 
 def log_unused(
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: Any,
     columns: Collection[str],
     used: Collection[str],
     config: DataConfig,
@@ -50,7 +43,7 @@ def log_unused(
     """Logs which fields are not used: as a warning if examples could be read from them.
 
     Args:
-        tokenizer: That of the run.
+        tokenizer: Tokenizer or image processor of the run.
         columns: The fields of the rows.
         used: The fields that are read.
         config: Its field names are used.
@@ -84,7 +77,7 @@ class Joins:
             self.joined += 1
             self.first = self.first or prompt[-_CONTEXT:] + following[:_CONTEXT]
 
-    def warn(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def warn(self, tokenizer: Any) -> None:
         """Warns if most pairs have no white space."""
         if self.joined > self.apart:
             log_once(

@@ -10,6 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loft_jax.data.config import DataConfig
+from loft_jax.data.image_files import (
+    ARRAYS_ENDING,
+    holds_classes,
+    part_of,
+    read_arrays,
+    read_image_folder,
+)
 from loft_jax.data.presets import Preset, find_preset
 from loft_jax.errors import InputError, cut, explained, shown
 from loft_jax.files import inside, read_json, regular_file
@@ -32,22 +39,23 @@ _log = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
-def load_examples(config: DataConfig) -> "Dataset":
+def load_examples(config: DataConfig) -> "Dataset | list[dict[str, Any]]":
     """Reads the examples that `config` names.
 
     For a local path the network is not used, no code in a folder is run, and nothing is written
     beside it: `datasets` converts files into its own cache. Cells of CSV and TSV are read as text,
     and texts of JSON stay texts, even if they look like numbers or dates. In a folder, hidden
     files, subfolders and files with other endings (a README, say) are ignored; JSON files may
-    differ in their fields. Columns that refer to files (images, sounds) are left out with a
-    warning, and nothing that they name is opened.
+    differ in their fields. Columns that refer to files (sounds, or images whose bytes are not all
+    in the column) are left out with a warning, and nothing that they name is opened.
 
     Args:
         config: Its `path`, `split`, `name` and `preset` are used.
 
     Returns:
         The examples, at least one, as a `datasets.Dataset`; those of a preset have the fields that
-        `DataConfig` has by default.
+        `DataConfig` has by default. Images of a folder or of an `.npz` file are a list, with the
+        path of each image or its pixels.
 
     Raises:
         InputError: The path is missing or unreadable, its ending is unknown, the hub cannot be
@@ -57,9 +65,9 @@ def load_examples(config: DataConfig) -> "Dataset":
         path = Path(config.path).expanduser()
         is_folder, is_there = path.is_dir(), path.exists()
     if is_folder:
-        saved = any((path / name).exists() for name in (_SAVED_SPLITS, _SAVED))
-        read = _read_saved if saved else _read_folder
-        examples = read(path, config)
+        examples = _read_folder(path, config)
+    elif is_there and path.suffix.lower() == ARRAYS_ENDING:
+        examples = read_arrays(path, config)
     elif is_there:
         examples = _read_files({"train": [path]}, config, source=path)
     elif path.suffix.lower() in _BUILDERS or not _HUB_ID.fullmatch(config.path):
@@ -74,8 +82,9 @@ def load_examples(config: DataConfig) -> "Dataset":
 
 
 _EXPECTED = (
-    f"a file ending in {', '.join(_BUILDERS)}, a folder of them, "
-    "a folder written by save_to_disk, or a hub id"
+    f"a file ending in {', '.join(_BUILDERS)} or {ARRAYS_ENDING}, a folder of them, "
+    "a folder written by save_to_disk, a folder with a subfolder of images for each label, or a "
+    "hub id"
 )
 
 
@@ -225,7 +234,9 @@ def _of_preset(rows: "Dataset", config: DataConfig) -> "Dataset":
     return find_preset(config.preset).examples(placed())
 
 
-def _read_folder(folder: Path, config: DataConfig) -> "Dataset":
+def _read_folder(folder: Path, config: DataConfig) -> "Dataset | list[dict[str, Any]]":
+    if any((folder / name).exists() for name in (_SAVED_SPLITS, _SAVED)):
+        return _read_saved(folder, config)
     if config.preset is not None:
         files = find_preset(config.preset).files_of(folder, _split(config), _BUILDERS)
         return _read_files(files, config, source=folder)
@@ -234,6 +245,8 @@ def _read_folder(folder: Path, config: DataConfig) -> "Dataset":
         hidden = file.name.startswith(".")
         if not (hidden or file.is_dir()) and file.suffix.lower() in _BUILDERS:
             by_split.setdefault(_split_of(file), []).append(inside(folder, file.name))
+    if not by_split and holds_classes(folder):
+        return read_image_folder(folder, config)
     if not by_split:
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "nothing"
         raise InputError(f"{folder}: no data file (found {cut(found)}); expected {_EXPECTED}")
@@ -263,13 +276,8 @@ def _read_saved(folder: Path, config: DataConfig) -> "Dataset":
 
 def _part(splits: Mapping[Any, "Dataset"], split: str) -> "Dataset":
     """Selects a split, or a slice of one."""
-    from datasets import ReadInstruction
-
-    sizes = {name: len(rows) for name, rows in splits.items()}
-    part, *more = ReadInstruction.from_spec(split).to_absolute(sizes)
-    if more:
-        raise ValueError(f"split is {shown(split)}; expected one split or a slice of one")
-    return splits[part.splitname].select(range(part.from_, part.to))
+    name, part = part_of(split, {name: len(rows) for name, rows in splits.items()})
+    return splits[name].select(range(part.start, part.stop))
 
 
 def _checked(rows: "Dataset") -> "Dataset":
@@ -277,9 +285,14 @@ def _checked(rows: "Dataset") -> "Dataset":
 
     The file sets the types of its columns and the format of its rows. For some types, `datasets`
     opens any file or address that a column names as soon as a row is read; these columns are left
-    out.
+    out. Images are kept as the bytes of a file if all are there.
     """
+    from datasets import Image
+
     rows = rows.with_format(None)
+    for name, feature in list(rows.features.items()):
+        if isinstance(feature, Image) and _has_bytes(rows, name):
+            rows = rows.cast_column(name, Image(decode=False))
     if odd := [name for name, feature in rows.features.items() if not _is_plain(feature)]:
         _log.warning("the columns %s hold no plain values and are left out", shown(odd))
         rows = rows.remove_columns(odd)
@@ -288,15 +301,22 @@ def _checked(rows: "Dataset") -> "Dataset":
     return rows
 
 
+def _has_bytes(rows: "Dataset", name: str) -> bool:
+    """Whether every image of a column is there, and none is only named."""
+    chunks = rows.data.column(name).chunks
+    return not any(chunk.null_count or chunk.field("bytes").null_count for chunk in chunks)
+
+
 def _is_plain(feature: Any) -> bool:
     """Whether a value is plain, and does not refer to a file."""
-    from datasets import ClassLabel, Json, LargeList, List, Value
+    from datasets import ClassLabel, Image, Json, LargeList, List, Value
 
     if isinstance(feature, Mapping):
         return all(map(_is_plain, feature.values()))
     if isinstance(feature, (List, LargeList)):
         return _is_plain(feature.feature)
-    return isinstance(feature, (Value, ClassLabel, Json))
+    kept_as_bytes = isinstance(feature, Image) and not feature.decode
+    return kept_as_bytes or isinstance(feature, (Value, ClassLabel, Json))
 
 
 _SAVED_SPLITS, _SAVED, _SAVED_FEATURES = "dataset_dict.json", "state.json", "dataset_info.json"

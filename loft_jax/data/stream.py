@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, overload
 
 import grain
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from loft_jax.data.batches import Batch, bucket_lengths, pack, pad_batch, smallest_bucket
 from loft_jax.data.config import DataConfig
 from loft_jax.data.encode import TokenizedData
+from loft_jax.data.images import ImageBatches, ImageData
 from loft_jax.errors import InputError
 
 _THREADS = 2
@@ -22,7 +23,7 @@ class TrainStream(Iterator[Batch]):
 
     Attributes:
         rows_per_epoch: Number of rows that hold every example once: examples, or packed rows.
-        buckets: Lengths of the batches.
+        buckets: Lengths of the batches; none for images.
     """
 
     def __init__(
@@ -66,23 +67,24 @@ class TrainStream(Iterator[Batch]):
 
 
 def train_stream(
-    data: TokenizedData, config: DataConfig, *, batch_size: int, seed: int
+    data: TokenizedData | ImageData, config: DataConfig, *, batch_size: int, seed: int
 ) -> TrainStream:
     """Makes an endless stream of shuffled batches, the same on every machine.
 
     Every epoch is shuffled anew and holds every row exactly once. A batch may span two epochs, so
     that all batches are full. With `config.packing`, examples are packed into rows once, at the
-    start. Batches are global: a process that needs its part of a batch slices its rows.
+    start. Batches are global: a process that needs its part of a batch slices its rows. Images are
+    augmented by random numbers that depend on the seed and on the place in the stream alone.
 
     Args:
-        data: From `tokenize`.
+        data: From the `tokenize` of a task.
         config: Its `packing`, `max_length` and `buckets` are used.
         batch_size: Number of rows of a batch, over all processes.
         seed: Seed of the order, 0 to 2^32 - 1.
 
     Returns:
-        An iterator of batches (see `pad_batch`). The length of a batch is the smallest bucket that
-        holds its longest row.
+        An iterator of batches (see `pad_batch`, and `ImageData.batch` for images). The length of a
+        batch is the smallest bucket that holds its longest row.
 
     Raises:
         InputError: The batch size or the seed is out of range, or an example is too long.
@@ -102,6 +104,8 @@ def train_stream(
     if not 0 <= seed < 2**32:
         raise InputError(f"seed is {seed}; expected 0 to 2^32 - 1")
     rows: Sequence[np.ndarray] | np.ndarray
+    if isinstance(data, ImageData):
+        return _image_stream(data, batch_size=batch_size, seed=seed)
     if config.packing:
         rows = pack(data.lengths, config.max_length, seed=seed)
         lengths = np.asarray([data.lengths[row].sum() for row in rows])
@@ -114,18 +118,29 @@ def train_stream(
     def batch(members: Sequence[np.ndarray]) -> Batch:
         return _batch(data, members, batch_size=batch_size, buckets=buckets)
 
-    batches = (
-        grain.MapDataset.source(rows)
-        .seed(seed)
-        .shuffle()
-        .repeat(_ENDLESS // len(rows))
-        .batch(batch_size, batch_fn=batch)
-    )
     return TrainStream(
-        batches,
+        _endless(rows, seed).batch(batch_size, batch_fn=batch),
         rows_per_epoch=len(rows),
         buckets=buckets,
         fingerprint=_fingerprint(data, [*buckets, config.packing, batch_size, seed]),
+    )
+
+
+def _endless(rows: Sequence[np.ndarray] | np.ndarray, seed: int) -> grain.MapDataset:
+    """Rows in an order that is another one in every epoch."""
+    return grain.MapDataset.source(rows).seed(seed).shuffle().repeat(_ENDLESS // len(rows))
+
+
+def _image_stream(data: ImageData, *, batch_size: int, seed: int) -> TrainStream:
+    examples = _endless(np.arange(len(data)), seed).random_map(data.augmented)
+    digest = hashlib.blake2b(data.fingerprint.encode(), digest_size=16)
+    augmentations = (data.config.random_resized_crop, data.config.random_horizontal_flip)
+    digest.update(np.asarray([*augmentations, batch_size, seed], np.int64).tobytes())
+    return TrainStream(
+        examples.batch(batch_size, batch_fn=lambda some: data.batch(some, batch_size)),
+        rows_per_epoch=len(data),
+        buckets=(),
+        fingerprint=digest.hexdigest(),
     )
 
 
@@ -155,18 +170,28 @@ class EvalBatches(Sequence[Batch]):
         return _batch(self._data, rows, batch_size=self._batch_size, buckets=self.buckets)
 
 
-def eval_batches(data: TokenizedData, config: DataConfig, *, batch_size: int) -> EvalBatches:
+@overload
+def eval_batches(data: TokenizedData, config: DataConfig, *, batch_size: int) -> EvalBatches: ...
+
+
+@overload
+def eval_batches(data: ImageData, config: DataConfig, *, batch_size: int) -> ImageBatches: ...
+
+
+def eval_batches(
+    data: TokenizedData | ImageData, config: DataConfig, *, batch_size: int
+) -> EvalBatches | ImageBatches:
     """Makes batches that hold every example once, shortest first, one example in each row.
 
     The last batch is padded with rows without weight, so that all have the same number of rows.
 
     Args:
-        data: From `tokenize`.
+        data: From the `tokenize` of a task.
         config: Its `buckets` are used.
         batch_size: Number of rows of a batch.
 
     Returns:
-        A sequence of batches (see `pad_batch`).
+        A sequence of batches (see `pad_batch`, and `ImageData.batch` for images).
 
     Raises:
         InputError: The batch size is out of range, or an example is too long.
@@ -183,6 +208,8 @@ def eval_batches(data: TokenizedData, config: DataConfig, *, batch_size: int) ->
         [[1, 3], [5, 0]]
     """
     _check(data, config, batch_size)
+    if isinstance(data, ImageData):
+        return ImageBatches(data, batch_size=batch_size)
     return EvalBatches(data, batch_size=batch_size, buckets=config.buckets)
 
 
@@ -208,9 +235,11 @@ def _batch(
     return batch
 
 
-def _check(data: TokenizedData, config: DataConfig, batch_size: int) -> None:
+def _check(data: TokenizedData | ImageData, config: DataConfig, batch_size: int) -> None:
     if batch_size < 1:
         raise InputError(f"batch size is {batch_size}; expected at least 1")
+    if isinstance(data, ImageData):
+        return
     if data.labelled is not None and config.packing:
         raise InputError("packing is true, but rows with a label each are not packed")
     if (longest := int(data.lengths.max())) > config.max_length:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -149,7 +149,7 @@ def mean_of(scores: Mapping[str, QuestionScores]) -> dict[str, float]:
     return {**mean, "count": sum(one["count"] for one in reports)}
 
 
-def sampled(rows: "Dataset", count: int | None) -> "Dataset":
+def sampled(rows: "Dataset | list[Any]", count: int | None) -> "Dataset | list[Any]":
     """Draws rows at random, the same ones every time.
 
     Args:
@@ -172,4 +172,5 @@ def sampled(rows: "Dataset", count: int | None) -> "Dataset":
     if count < 1:
         raise InputError(f"sample is {shown(count)}; expected at least 1")
     order = np.random.default_rng(0).permutation(len(rows))
-    return rows.select(np.sort(order[:count]))
+    some = np.sort(order[:count])
+    return [rows[index] for index in some] if isinstance(rows, list) else rows.select(some)

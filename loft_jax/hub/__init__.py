@@ -5,6 +5,7 @@ from loft_jax.hub.peft_save import save_peft_adapter
 from loft_jax.hub.pretrained import (
     load_model_config,
     load_pretrained,
+    load_processor,
     load_tokenizer,
     save_pretrained,
 )
@@ -13,6 +14,7 @@ __all__ = [
     "load_model_config",
     "load_peft_adapter",
     "load_pretrained",
+    "load_processor",
     "load_tokenizer",
     "save_peft_adapter",
     "save_pretrained",

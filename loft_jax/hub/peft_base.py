@@ -10,7 +10,7 @@ from loft_jax.files import MOST_CONFIG, inside, read_text
 from loft_jax.hub.peft_config import PeftConfig
 from loft_jax.hub.peft_file import AdapterFile
 from loft_jax.hub.peft_names import CONFIG_NAME, LABELS_NAME, PREFIX, WEIGHTS_NAME
-from loft_jax.models.family import Family, Head, PretrainedConfig
+from loft_jax.models.family import Family, Head
 
 
 def base_model_of(folder: str | os.PathLike[str]) -> str:
@@ -34,7 +34,7 @@ def base_model_of(folder: str | os.PathLike[str]) -> str:
 
 
 def head_of(
-    folder: str | os.PathLike[str], family: Family, config: PretrainedConfig
+    folder: str | os.PathLike[str], family: Family, config: Any
 ) -> tuple[Head, tuple[str, ...]]:
     """Finds the head that a model needs for an adapter.
 
@@ -44,8 +44,9 @@ def head_of(
         config: Of its base model.
 
     Returns:
-        The kind of head, from PEFT's task, and its labels: as many as the tensor that the adapter
-        holds whole has outputs; none for a language model.
+        The kind of head, from PEFT's task or, for images, which it has no task for, from the
+        family; and its labels: as many as the tensor that the adapter holds whole has outputs. None
+        for a language model.
 
     Raises:
         InputError: The adapter is missing or damaged, is for a head that the family has not, or
@@ -53,9 +54,11 @@ def head_of(
     """
     check_folder(Path(folder))
     settings = PeftConfig.read(inside(Path(folder), CONFIG_NAME)).settings
-    if settings.get("task_type") != "SEQ_CLS":
-        return "causal-lm", ()
     head: Head = "sequence-classification"
+    if settings.get("task_type") != "SEQ_CLS":
+        if "image-classification" not in family.models:
+            return "causal-lm", ()
+        head = "image-classification"
     with naming(folder):
         model = family.model(head)
     kernels = [
@@ -66,6 +69,8 @@ def head_of(
     name = kernels[-1].name  # of the layers of a head, the last gives the logits
     file = AdapterFile(Path(folder) / WEIGHTS_NAME)
     shape = file.shapes.get(f"{PREFIX}{name}")
+    if shape is None and head == "image-classification":  # that of the base was not trained
+        shape = (len(config.labels),)
     if shape is None:
         raise InputError(f"{file.path}: tensor {PREFIX + name!r} is missing, the head's")
     return head, _labels(Path(folder), shape[0], config)

@@ -22,6 +22,7 @@ from loft_jax.files import MOST_CONFIG, inside, new_folder, read_json, regular_f
 from loft_jax.hub.gguf_io import open_gguf
 from loft_jax.hub.gguf_tokenizer import gguf_tokenizer
 from loft_jax.hub.host_arrays import gather_to_host
+from loft_jax.hub.image_processor import PROCESSOR_NAME, ImageProcessor
 from loft_jax.hub.peft_names import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from loft_jax.hub.safetensors_io import (
     FILE_NAME,
@@ -34,6 +35,7 @@ from loft_jax.hub.tokenizer_folder import folder_tokenizer
 from loft_jax.models import Head, Quantization, Remat
 from loft_jax.models.family import (
     Family,
+    ImageClassifier,
     LanguageModel,
     ParameterTable,
     PretrainedConfig,
@@ -82,30 +84,42 @@ class _Source(Protocol):
 class _Renamed:
     """A source whose tensors have Hugging Face's current names.
 
-    Older names are translated, a model without a head gets the prefix that it has within a model
-    with one, and tensors that the family ignores are left out.
+    Older names are translated, fused tensors are divided, a model without a head gets the prefix
+    that it has within a model with one, and tensors that the family ignores are left out.
     """
 
     def __init__(self, source: _Source, family: Family) -> None:
         self.path = source.path
-        self._source = source
         names = {name: family.current_name(name) for name in source.shapes}
         if not any(name.startswith(family.prefix) for name in names.values()):
             names = {old: family.prefix + new for old, new in names.items()}
-        self._names: dict[str, str] = {}
-        for old, new in names.items():
-            if re.fullmatch(family.ignored, new):
+        self._places: dict[str, tuple[str, int]] = {}  # stored name, and the first row there
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for old, whole in names.items():
+            if re.fullmatch(family.ignored, whole):
                 continue
-            if new in self._names:
-                raise InputError(
-                    f"{self.path}: tensors {shown(self._names[new])} and {shown(old)} are both "
-                    f"for {shown(new)}; expected one of them"
-                )
-            self._names[new] = old
-        self.shapes = {new: source.shapes[old] for new, old in self._names.items()}
+            parts = family.part_names(whole)
+            shape = source.shapes[old]
+            for number, new in enumerate(parts):
+                if new in self._places:
+                    raise InputError(
+                        f"{self.path}: tensors {shown(self._places[new][0])} and {shown(old)} are "
+                        f"both for {shown(new)}; expected one of them"
+                    )
+                if len(parts) > 1:
+                    shape = (source.shapes[old][0] // len(parts), *source.shapes[old][1:])
+                self._places[new] = (old, number * shape[0] if number else 0)
+                self.shapes[new] = shape
+        self._source = source
 
     def read(self, name: str, region: Region = ...) -> np.ndarray:
-        return self._source.read(self._names[name], region)
+        old, first = self._places[name]
+        shape = self.shapes[name]
+        if shape == self._source.shapes[old]:
+            return self._source.read(old, region)
+        rows, *inside = map(slice, shape) if region is ... else region
+        start, stop, _ = rows.indices(shape[0])
+        return self._source.read(old, (slice(first + start, first + stop), *inside))
 
 
 class _Selected:
@@ -161,6 +175,21 @@ def load_pretrained(
 def load_pretrained(
     path_or_hub_id: str | os.PathLike[str],
     *,
+    head: Literal["image-classification"],
+    labels: Sequence[str] | None = ...,
+    dtype: DTypeLike = ...,
+    param_dtype: DTypeLike = ...,
+    remat: Remat = ...,
+    quantization: Quantization = ...,
+    placement: Placement | None = ...,
+    seed: int = ...,
+) -> ImageClassifier: ...
+
+
+@overload
+def load_pretrained(
+    path_or_hub_id: str | os.PathLike[str],
+    *,
     head: Head,
     labels: Sequence[str] | None = ...,
     dtype: DTypeLike = ...,
@@ -194,8 +223,8 @@ def load_pretrained(
         path_or_hub_id: A folder with `config.json` and safetensors, a `.gguf` file, a folder with
             exactly one `.gguf` file, or the name of a model on the Hugging Face hub.
         head: Head of the model.
-        labels: For a head of "sequence-classification", the names of its labels, or one name for a
-            regression; by default those of the checkpoint.
+        labels: For a head of classification, the names of its labels, or one name for a regression;
+            by default those of the checkpoint.
         dtype: Dtype of the computation.
         param_dtype: Dtype of the stored parameters.
         remat: What the backward pass recomputes.
@@ -313,7 +342,7 @@ def load_model_config(path_or_hub_id: str | os.PathLike[str]) -> tuple[Family, P
 
 
 def stored_dtype(path_or_hub_id: str | os.PathLike[str]) -> np.dtype:
-    """Finds the dtype that a model's weights are stored in, from its embeddings.
+    """Finds the dtype that a model's weights are stored in, from the first of its table.
 
     Args:
         path_or_hub_id: As for `load_pretrained`.
@@ -327,7 +356,8 @@ def stored_dtype(path_or_hub_id: str | os.PathLike[str]) -> np.dtype:
     family, config, source = _open(_resolve(path_or_hub_id, _WEIGHT_PATTERNS))
     table = next(iter(family.models.values())).parameter_table(config)
     first = next(iter(table.tensors.values()))
-    return source.read(first.name, (slice(0, 1), slice(0, 1))).dtype
+    region = tuple(slice(0, 1) for _ in source.shapes[first.name])
+    return source.read(first.name, region).dtype
 
 
 def load_tokenizer(path_or_hub_id: str | os.PathLike[str]) -> "PreTrainedTokenizerBase":
@@ -349,14 +379,34 @@ def load_tokenizer(path_or_hub_id: str | os.PathLike[str]) -> "PreTrainedTokeniz
     return folder_tokenizer(path)
 
 
+def load_processor(
+    path_or_hub_id: str | os.PathLike[str],
+) -> "PreTrainedTokenizerBase | ImageProcessor":
+    """Loads what makes the inputs of a model: its image processor, or its tokenizer.
+
+    Args:
+        path_or_hub_id: As for `load_pretrained`.
+
+    Returns:
+        An image processor for a model of images, and else a tokenizer of transformers.
+
+    Raises:
+        InputError: There is no such model, or its processor cannot be read.
+    """
+    family, _ = load_model_config(path_or_hub_id)
+    if "image-classification" not in family.models:
+        return load_tokenizer(path_or_hub_id)
+    return ImageProcessor.read(_resolve(path_or_hub_id, (PROCESSOR_NAME,)) / PROCESSOR_NAME)
+
+
 def save_pretrained(
     folder: str | os.PathLike[str],
     model: PretrainedModel,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    processor: "PreTrainedTokenizerBase | ImageProcessor | None" = None,
     *,
     base_model: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Writes a model folder that transformers loads: configuration, safetensors, tokenizer.
+    """Writes a model folder that transformers loads: configuration, safetensors, processor.
 
     The folder gets its name when it is complete. With several processes, all of them call this, and
     the first one writes.
@@ -364,7 +414,7 @@ def save_pretrained(
     Args:
         folder: Folder to write to; it must not exist, or be empty.
         model: A model without LoRA layers; parameters are stored in their dtype.
-        tokenizer: Tokenizer to write beside the weights.
+        processor: Tokenizer or image processor to write beside the weights.
         base_model: The model that it was made from, as for `load_pretrained`. Its
             generation_config.json, which holds stop tokens, is copied if there is one.
 
@@ -403,8 +453,8 @@ def save_pretrained(
             generation = inside(_resolve(base_model, _WEIGHT_PATTERNS), _GENERATION_NAME)
             if generation.is_file():
                 shutil.copy(generation, partial)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(partial))
+        if processor is not None:
+            processor.save_pretrained(str(partial))
 
 
 def _resolve(path_or_hub_id: str | os.PathLike[str], patterns: Sequence[str]) -> Path:
@@ -557,9 +607,10 @@ def _read_shard(
     layers = values if tensor.stacked else values[None]
     if tensor.stacked:
         names, index = names[index[0]], index[1:]
+    order = tensor.stored_axes(len(index))
     for layer, name in zip(layers, names, strict=True):
-        read = source.read(name, tuple(index[::-1] if tensor.transposed else index))
-        layer[...] = read.T if tensor.transposed else read
+        read = source.read(name, tuple(index[axis] for axis in order))
+        layer.transpose(order)[...] = read
     return values
 
 
@@ -571,4 +622,4 @@ def _hf_tensors(
         values, tensor = gather_to_host(parameter.get_value()), table.tensor(path)
         layers = values if tensor.stacked else values[None]
         for layer, name in zip(layers, table.names(path, parameter.shape), strict=True):
-            yield name, layer.T if tensor.transposed else layer
+            yield name, layer.transpose(tensor.stored_axes(layer.ndim))

@@ -13,6 +13,7 @@ MOST_HEAD_DIM = 2**16
 MOST_LAYERS = 2**13
 MOST_HEADS = 2**14
 MOST_POSITIONS = 2**31
+MOST_PIXELS = 2**14  # of a side of an image
 
 _MOST_NUMBER = 3e38  # of float32, in which it is computed
 
@@ -121,7 +122,7 @@ def check_values(
         if not isinstance(value := getattr(config, name), bool):
             raise InputError(f"config: {name} is {shown(value)}, expected true or false")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = getattr(config, name)
+        value = getattr(config, name, None)  # a model of images has no tokens
         several = value if isinstance(value, tuple) and name == "eos_token_id" else (value,)
         if not all(token is None or type(token) is int for token in several):
             raise InputError(f"config: {name} is {shown(value)}, expected a token's number")

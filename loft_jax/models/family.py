@@ -20,8 +20,8 @@ from flax import nnx
 from loft_jax.errors import InputError
 from loft_jax.models.attention import KVCache
 
-Head = Literal["causal-lm", "sequence-classification"]
-"""The head of a model: logits of the next token, or of the labels of a text."""
+Head = Literal["causal-lm", "sequence-classification", "image-classification"]
+"""The head of a model: logits of the next token, or of the labels of a text or of an image."""
 
 Remat = Literal["none", "dots", "full"]
 """What the backward pass recomputes: nothing; all of a layer but the outputs
@@ -32,16 +32,16 @@ class PretrainedConfig(Protocol):
     """Sizes and constants of a model, with the names of Hugging Face's `config.json`."""
 
     @property
-    def vocab_size(self) -> int:
-        """The number of tokens that the model has weights for."""
+    def vocab_size(self) -> int | None:
+        """The number of tokens that the model has weights for; None for a model of images."""
 
     @property
     def max_length(self) -> int | None:
-        """The number of positions with weights; None if positions are computed."""
+        """The largest number of tokens of a row; None if there is no limit."""
 
     @property
     def eos_token_id(self) -> int | tuple[int, ...] | None:
-        """The tokens that end a text."""
+        """The tokens that end a text; None for a model of images."""
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
@@ -64,7 +64,8 @@ class Tensor:
             stack of their tensors, along its first axis.
         axes: Logical axes of one layer of our parameter. A mesh maps these names to its own axes;
             None is not split.
-        transposed: Whether their tensor is `(out, in)` and our parameter `(in, out)`.
+        transposed: Whether their tensor is `(out, in, *window)` and our parameter
+            `(*window, in, out)`; only a convolution has a window.
         tied: Name of their tensor that must be equal if the checkpoint has it: the head, for tied
             weights.
         optional: Whether a checkpoint may lack the tensor, such as a new head, which is then
@@ -81,6 +82,22 @@ class Tensor:
     def stacked(self) -> bool:
         """Whether our parameter holds all layers."""
         return "{}" in self.name
+
+    def stored_axes(self, count: int) -> tuple[int, ...]:
+        """Gives the axes of one layer of our parameter in the order of their tensor.
+
+        Args:
+            count: Number of the axes.
+
+        Returns:
+            A permutation, for `numpy.transpose`.
+
+        Example:
+            >>> Tensor("conv.weight", (None, None, None, "embed"), transposed=True).stored_axes(4)
+            (3, 2, 0, 1)
+        """
+        axes = range(count)
+        return (*axes[:-3:-1], *axes[:-2]) if self.transposed else tuple(axes)
 
 
 def linear(
@@ -134,7 +151,7 @@ class ParameterTable:
     """The table of all parameters that a model of one configuration may have.
 
     Attributes:
-        tensors: Tensors by our dotted path; the embedding of tokens is first.
+        tensors: Tensors by our dotted path; the first is one that every checkpoint has.
         units: Numbers of units of logical axes whose units are not split, such as "heads".
     """
 
@@ -227,7 +244,7 @@ class ParameterTable:
         """
         tensor = self.tensor(path)
         one = shape[1:] if tensor.stacked else shape
-        one = one[::-1] if tensor.transposed else one
+        one = tuple(one[axis] for axis in tensor.stored_axes(len(one)))
         layers = range(shape[0]) if tensor.stacked else (None,)
         return {tensor.name.format(layer): one for layer in layers}
 
@@ -421,6 +438,22 @@ class SequenceClassifier(PretrainedModel):
         raise NotImplementedError
 
 
+class ImageClassifier(PretrainedModel):
+    """A model that gives the logits of the labels of an image."""
+
+    def __call__(self, pixel_values: jax.Array) -> jax.Array:
+        """Gives one logit for each label.
+
+        Args:
+            pixel_values: `(b, height, width, 3)` float32, resized and normalized as the model
+                expects it.
+
+        Returns:
+            Logits `(b, labels)` float32.
+        """
+        raise NotImplementedError
+
+
 class GGUFAdapter(Protocol):
     """Reads models of a family from GGUF files.
 
@@ -470,6 +503,8 @@ class Family:
         prefix: Hugging Face's prefix for the names of the model without its head, such as "model.";
             a checkpoint of only that model lacks it.
         renamed: Patterns of tensor names in older checkpoints, with their current names.
+        fused: Patterns of current names of tensors that hold several of ours, with the names of
+            these, which are equal parts along the first axis.
         ignored: Pattern of tensors to ignore: buffers, and heads of other tasks.
         sizes: Configurations of well-known models by name, for use without weights.
         gguf: Adapter for GGUF files; None if they are not supported.
@@ -480,6 +515,7 @@ class Family:
     models: Mapping[Head, type[PretrainedModel]]
     prefix: str
     renamed: Mapping[str, str] = field(default_factory=dict)
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     ignored: str = "(?!)"
     sizes: Mapping[str, PretrainedConfig] = field(default_factory=dict)
     gguf: GGUFAdapter | None = None
@@ -509,6 +545,13 @@ class Family:
         for old, new in self.renamed.items():
             name = re.sub(old, new, name)
         return name
+
+    def part_names(self, name: str) -> tuple[str, ...]:
+        """Gives the names of the tensors that a tensor of a current name holds."""
+        for whole, parts in self.fused.items():
+            if match := re.fullmatch(whole, name):
+                return tuple(match.expand(part) for part in parts)
+        return (name,)
 
 
 def flat_parameters(model: nnx.Module, *filters: Any) -> dict[str, Any]:

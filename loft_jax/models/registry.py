@@ -6,6 +6,7 @@ from loft_jax.errors import InputError, shown
 from loft_jax.models import (
     bert,
     deberta,
+    dinov2,
     gemma2,
     gemma3,
     gpt2,
@@ -15,12 +16,14 @@ from loft_jax.models import (
     qwen2,
     qwen3,
     roberta,
+    vit,
 )
 from loft_jax.models.family import Family, PretrainedConfig
 
 _FAMILIES = (
     bert.FAMILY,
     deberta.FAMILY,
+    dinov2.FAMILY,
     gemma2.FAMILY,
     gemma3.FAMILY,
     gpt2.FAMILY,
@@ -30,6 +33,7 @@ _FAMILIES = (
     qwen2.FAMILY,
     qwen3.FAMILY,
     roberta.FAMILY,
+    vit.FAMILY,
 )
 
 # Known by name to say why they are refused.

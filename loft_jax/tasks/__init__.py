@@ -3,6 +3,7 @@
 from loft_jax.tasks.causal_lm import CausalLM, Perplexity, perplexity
 from loft_jax.tasks.choice import Choice, ChoiceScores, score_choices
 from loft_jax.tasks.classification import Classification, Regression
+from loft_jax.tasks.image_classification import ImageClassification
 from loft_jax.tasks.registry import TASKS, find_task
 from loft_jax.tasks.task import Evaluation, Given, Measured, Task
 
@@ -14,6 +15,7 @@ __all__ = [
     "Classification",
     "Evaluation",
     "Given",
+    "ImageClassification",
     "Measured",
     "Perplexity",
     "Regression",

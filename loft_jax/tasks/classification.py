@@ -1,29 +1,25 @@
 """Classification and regression of texts or pairs of texts."""
 
-import functools
 import logging
 import math
-from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from tqdm import tqdm
 
-from loft_jax.data import DataConfig, TokenizedData, eval_batches
+from loft_jax.data import DataConfig, TokenizedData
 from loft_jax.data.batches import Batch
 from loft_jax.data.encode import Labelled, column_names, pad_id, text_of
 from loft_jax.data.log_once import log_unused
 from loft_jax.data.text import check_tokens
 from loft_jax.errors import InputError, explained, shown
-from loft_jax.models.activations import gathered
 from loft_jax.models.family import SequenceClassifier
-from loft_jax.models.inference import inference_state
-from loft_jax.tasks.task import Arrays, Evaluation, Given, Measured, Task
+from loft_jax.tasks.row_task import RowTask, names_of_numbers
+from loft_jax.tasks.task import Arrays, Given, Measured
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,73 +28,11 @@ _log = logging.getLogger(__name__)
 _CHUNK = 1000  # rows handed to the tokenizer at once
 
 
-class _OfTexts(Task):
+class _OfTexts(RowTask):
     """The common part of classification and regression: a text or a pair of texts with a label."""
 
     head = "sequence-classification"
     peft_type = "SEQ_CLS"
-    trains_head = True
-    label_dtype: ClassVar[Any]
-    reported_loss: ClassVar[str]  # the name of the loss in the report
-
-    @abstractmethod
-    def label(self, value: Any, where: str) -> float:
-        """Converts the label of a row for the loss.
-
-        Args:
-            value: The value in the row.
-            where: The row and the field, for messages.
-
-        Raises:
-            InputError: It is not a label.
-        """
-
-    @abstractmethod
-    def losses(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
-        """Computes the loss of each row.
-
-        Args:
-            logits: (b, labels) float32.
-            labels: (b,).
-
-        Returns:
-            (b,) float32.
-        """
-
-    @abstractmethod
-    def metrics(self, logits: np.ndarray, labels: np.ndarray) -> Measured:
-        """Computes the metrics of an evaluation, without the loss.
-
-        Args:
-            logits: (n, labels) float64.
-            labels: (n,).
-
-        Returns:
-            The metrics, and whether each row is right.
-        """
-
-    def reader(self, rows: Any, field: str) -> Callable[[Mapping[str, Any], int], float]:
-        """Makes the function that reads the label of a row for the loss.
-
-        Args:
-            rows: All rows. Where these name their numbers, and the names are those of the task in
-                whatever order, a number stands for its name.
-            field: With the label.
-
-        Returns:
-            A function of a row and its index.
-        """
-        names = _names_of_numbers(rows, field)
-        if set(names) != set(self.labels or ()):
-            names = ()
-
-        def label_of(row: Mapping[str, Any], index: int) -> float:
-            value = row.get(field)
-            if type(value) is int and 0 <= value < len(names):
-                value = names[value]
-            return self.label(value, f"row {index}: field {field!r}")
-
-        return label_of
 
     def tokenize(
         self,
@@ -174,49 +108,6 @@ class _OfTexts(Task):
         tokens, *kinds = (jnp.asarray(inputs[n]) for n in ("tokens", "segment_ids", "token_types"))
         return model(tokens, segment_ids=kinds[0], token_types=kinds[1])
 
-    def weights(self, labels: jax.Array) -> jax.Array:
-        """Gives the weights of rows in the loss of training, by their labels."""
-        return jnp.ones(labels.shape, jnp.float32)
-
-    def loss(self, model: SequenceClassifier, inputs: Arrays) -> tuple[jax.Array, jax.Array]:
-        """Sums the losses of the rows by their weights, and sums the weights."""
-        labels = jnp.asarray(inputs["labels"])
-        losses = self.losses(self.logits(model, inputs), labels)
-        weights = jnp.asarray(inputs["weights"]) * self.weights(labels)
-        return jnp.sum(losses * weights), jnp.sum(weights)
-
-    def evaluation(
-        self,
-        rows: Any,
-        tokenizer: "PreTrainedTokenizerBase",
-        data: DataConfig,
-        *,
-        batch_size: int,
-        vocab_size: int | None = None,
-        progress: bool = True,
-    ) -> Evaluation:
-        """Evaluates the mean loss of the rows, all of weight 1, and the metrics."""
-        tokens = self.tokenize(rows, tokenizer, data, vocab_size=vocab_size)
-        batches = eval_batches(tokens, data, batch_size=batch_size)
-
-        def measure(model: SequenceClassifier) -> Measured:
-            graphdef, state = inference_state(model)
-            logits, labels, total = [], [], 0.0
-            for batch in tqdm(batches, desc=self.name, leave=False, disable=not progress):
-                inputs = self.inputs(batch)
-                loss, found = _loss_and_logits(graphdef, state, self, inputs)
-                real = inputs["weights"] > 0
-                total += float(loss)
-                logits.append(np.asarray(found, np.float64)[real])
-                labels.append(inputs["labels"][real])
-            found = self.metrics(np.concatenate(logits), np.concatenate(labels))
-            count = sum(map(len, labels))
-            values = {"loss": total / count, **found.values}
-            report = {**found.values, self.reported_loss: total / count}
-            return Measured(values, {**report, "count": count}, _by_row(found.right, batches.order))
-
-        return measure
-
 
 def _encode(
     tokenizer: "PreTrainedTokenizerBase", texts: Sequence[Sequence[str]], max_length: int
@@ -235,25 +126,9 @@ def _encode(
             yield ids, kinds[place] if kinds else [0] * len(ids), shorter
 
 
-def _by_row(right: Mapping[str, Sequence[bool]], order: np.ndarray) -> dict[str, tuple[bool, ...]]:
-    """Reorders values from the order of the batches to that of the rows."""
-    places = np.argsort(order)
-    return {name: tuple(np.asarray(values)[places].tolist()) for name, values in right.items()}
-
-
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def _loss_and_logits(
-    graphdef: nnx.GraphDef, state: nnx.State, task: _OfTexts, inputs: Arrays
-) -> tuple[jax.Array, jax.Array]:
-    logits = task.logits(nnx.merge(graphdef, state), inputs)
-    losses = task.losses(logits, jnp.asarray(inputs["labels"]))
-    return gathered(jnp.sum(losses * jnp.asarray(inputs["weights"]))), gathered(logits)
-
-
-class Classification(_OfTexts):
+class LabelTask(RowTask):
     """Predicts one of several labels; the loss is the cross entropy."""
 
-    name = "classification"
     label_dtype = np.int32
     reported_loss = "nll"
     measures = ("loss", "accuracy", "f1", "matthews")
@@ -295,12 +170,7 @@ class Classification(_OfTexts):
         return self.labels, self.class_weights
 
     @classmethod
-    def fits(cls, given: Given) -> bool:
-        """Whether texts have labels, or names of labels are set."""
-        return bool(given.labels) or (_is_labelled(given) and not _is_numeric(given))
-
-    @classmethod
-    def make(cls, given: Given) -> "Classification":
+    def make(cls, given: Given) -> Self:
         """Makes the task with the labels that are set, or else with those of rows or model.
 
         The labels of the model are used if rows have the same ones or their numbers, and if there
@@ -390,6 +260,17 @@ class Classification(_OfTexts):
         return Measured(values, {}, {"accuracy": tuple(map(bool, right))})
 
 
+class Classification(_OfTexts, LabelTask):
+    """Predicts one of several labels of a text or of a pair of texts."""
+
+    name = "classification"
+
+    @classmethod
+    def fits(cls, given: Given) -> bool:
+        """Whether texts have labels, or names of labels are set."""
+        return bool(given.labels) or (_is_labelled(given) and not _is_numeric(given))
+
+
 class Regression(_OfTexts):
     """Predicts a number; the loss is the squared error."""
 
@@ -473,7 +354,7 @@ def labels_of(rows: Any, field: str) -> tuple[str, ...] | None:
     Raises:
         InputError: Labels are of several kinds, of another kind, empty or too many.
     """
-    if names := _names_of_numbers(rows, field):
+    if names := names_of_numbers(rows, field):
         return names
     values = [rows[index].get(field) for index in range(len(rows))]
     texts = all(isinstance(value, str) for value in values)
@@ -495,12 +376,6 @@ def labels_of(rows: Any, field: str) -> tuple[str, ...] | None:
             f"field {field!r} has {len(distinct)} labels, expected {_MOST_LABELS} at most"
         )
     return tuple(distinct)
-
-
-def _names_of_numbers(rows: Any, field: str) -> tuple[str, ...]:
-    """The names that a dataset has for the numbers of a field; empty if it has none."""
-    features = getattr(rows, "features", None) or {}
-    return tuple(getattr(features.get(field), "names", None) or ())
 
 
 def _number(text: str) -> int | float | None:

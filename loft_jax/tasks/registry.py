@@ -10,6 +10,7 @@ from loft_jax.models.family import Family
 from loft_jax.tasks.causal_lm import CausalLM
 from loft_jax.tasks.choice import Choice
 from loft_jax.tasks.classification import Classification, Regression
+from loft_jax.tasks.image_classification import ImageClassification
 from loft_jax.tasks.task import Given, Task
 
 _TASKS: tuple[type[Task], ...] = (
@@ -17,6 +18,7 @@ _TASKS: tuple[type[Task], ...] = (
     Choice,
     Classification,
     Regression,
+    ImageClassification,
 )
 
 TASKS: Mapping[str, type[Task]] = {task.name: task for task in _TASKS}

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import jax
 import numpy as np
@@ -16,11 +16,9 @@ import numpy as np
 from loft_jax.data import DataConfig, TokenizedData
 from loft_jax.data.batches import Batch
 from loft_jax.data.encode import column_names
+from loft_jax.data.images import ImageData
 from loft_jax.errors import InputError, shown
 from loft_jax.models.family import Head, PretrainedConfig, PretrainedModel
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 CHOICE_FIELDS = ("choices", "answer")
 """Fields of rows that have answers of their own to compare."""
@@ -87,7 +85,7 @@ class Task(ABC):
     Attributes:
         name: Name of the task.
         head: Head of its model.
-        peft_type: PEFT's name of the task.
+        peft_type: PEFT's name of the task; None if it has none.
         trains_head: Whether the head is new, and trained and exported whole beside the adapters.
         measures: Names of the metrics that evaluations log.
         best_metrics: Those whose mean decides which evaluation is the best.
@@ -96,7 +94,7 @@ class Task(ABC):
 
     name: ClassVar[str]
     head: ClassVar[Head]
-    peft_type: ClassVar[str]
+    peft_type: ClassVar[str | None]
     trains_head: ClassVar[bool] = False
     measures: tuple[str, ...] = ("loss",)
     best_metrics: ClassVar[tuple[str, ...]] = ("loss",)
@@ -151,16 +149,16 @@ class Task(ABC):
     def tokenize(
         self,
         rows: Any,
-        tokenizer: "PreTrainedTokenizerBase",
+        tokenizer: Any,
         data: DataConfig,
         *,
         vocab_size: int | None = None,
-    ) -> TokenizedData:
-        """Encodes examples as tokens, with what is to be learned from them.
+    ) -> TokenizedData | ImageData:
+        """Checks examples, and encodes texts as tokens, with what is to be learned from them.
 
         Args:
             rows: From `load_examples`, or plain dicts.
-            tokenizer: Of the model.
+            tokenizer: Of the model; for a task of images, its image processor.
             data: Its field names and `max_length` are used.
             vocab_size: Number of tokens that the model has weights for; None if it is not known.
 
@@ -170,6 +168,18 @@ class Task(ABC):
         Raises:
             InputError: Rows do not fit this task, or the tokenizer does not fit the model.
         """
+
+    def tokens(self, batch: Batch, sizes: PretrainedConfig) -> tuple[int, int]:
+        """Counts the tokens of a batch, for the speed of a run.
+
+        Args:
+            batch: From a stream.
+            sizes: Configuration of the model.
+
+        Returns:
+            The number of tokens that are no padding, and the number of tokens of a row.
+        """
+        return int((batch["segment_ids"] > 0).sum()), batch["tokens"].shape[1]
 
     @abstractmethod
     def inputs(self, batch: Batch) -> Batch:
@@ -188,7 +198,7 @@ class Task(ABC):
 
         Args:
             rows: Number of rows of a batch.
-            length: Number of tokens of a row.
+            length: Number of tokens of a row; of images, the number of pixels of a side.
 
         Returns:
             Shapes and dtypes by name.
@@ -212,7 +222,7 @@ class Task(ABC):
     def evaluation(
         self,
         rows: Any,
-        tokenizer: "PreTrainedTokenizerBase",
+        tokenizer: Any,
         data: DataConfig,
         *,
         batch_size: int,
@@ -223,7 +233,7 @@ class Task(ABC):
 
         Args:
             rows: As for `tokenize`.
-            tokenizer: Of the model.
+            tokenizer: As for `tokenize`.
             data: As for `tokenize`.
             batch_size: Number of rows computed at once.
             vocab_size: As for `tokenize`.

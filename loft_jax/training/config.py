@@ -356,7 +356,8 @@ class TaskConfig:
     Args:
         name: "causal-lm" predicts the next token. "choice" does too, and its evaluation asks which
             of several answers is the likeliest. "classification" predicts one of several labels,
-            "regression" a number. "auto" is the only task that fits both the rows and the model.
+            "regression" a number, "image-classification" a label of an image. "auto" is the only
+            task that fits both the rows and the model.
         label_names: Names of the labels for classification, in the order of the logits; by default
             those of the training rows.
         class_weights: Weights of the labels in the training loss of classification, in the same

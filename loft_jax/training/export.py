@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 from jax.sharding import SingleDeviceSharding
@@ -26,9 +26,6 @@ from loft_jax.training.model import (
     with_precision,
 )
 from loft_jax.training.partition import split_model
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 def trained_with(run: Mapping[str, Any], where: str) -> FinetuneConfig:
@@ -82,7 +79,7 @@ def restore_model(
 
 def export_trained(
     model: PretrainedModel,
-    tokenizer: "PreTrainedTokenizerBase",
+    processor: Any,
     method: Method,
     task: Task,
     folder: str | os.PathLike[str],
@@ -93,7 +90,7 @@ def export_trained(
 
     Args:
         model: The trained model.
-        tokenizer: Written with a whole model.
+        processor: Tokenizer or image processor of the base model, written with a whole model.
         method: Of the run.
         task: Of the run.
         folder: Where `adapter/` or `model/` goes.
@@ -112,5 +109,5 @@ def export_trained(
             labels=task.labels or (),
         )
         return Path(folder) / "adapter"
-    save_pretrained(Path(folder) / "model", model, tokenizer, base_model=base_model)
+    save_pretrained(Path(folder) / "model", model, processor, base_model=base_model)
     return Path(folder) / "model"

@@ -3,15 +3,13 @@
 import dataclasses
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from loft_jax.data import DataConfig
 from loft_jax.errors import InputError, shown
 from loft_jax.tasks.task import Measured, Task
 from loft_jax.training.config import FinetuneConfig
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 def held_out_data(config: FinetuneConfig) -> DataConfig | None:
@@ -45,7 +43,7 @@ class HeldOut:
         self,
         task: Task,
         rows: Any,
-        tokenizer: "PreTrainedTokenizerBase",
+        processor: Any,
         data: DataConfig,
         *,
         batch_size: int,
@@ -57,7 +55,7 @@ class HeldOut:
         Args:
             task: Of the run.
             rows: From `load_examples`.
-            tokenizer: Of the model.
+            processor: Of the model: its tokenizer, or its image processor.
             data: Its field names and `max_length` are used.
             batch_size: Number of rows computed at once.
             vocab_size: Number of tokens that the model has weights for; None if it is not known.
@@ -69,7 +67,7 @@ class HeldOut:
         """
         self._rows = rows
         self._evaluate = task.evaluation(
-            rows, tokenizer, data, batch_size=batch_size, vocab_size=vocab_size, progress=progress
+            rows, processor, data, batch_size=batch_size, vocab_size=vocab_size, progress=progress
         )
 
     @property
@@ -83,7 +81,7 @@ class HeldOut:
         digest = hashlib.blake2b(digest_size=16)
         for index in range(len(self._rows)):
             row = dict(self._rows[index])
-            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+            digest.update(json.dumps(row, sort_keys=True, default=_content).encode())
         return digest.hexdigest()
 
     def measure(self, model: Any) -> Measured:
@@ -96,3 +94,14 @@ class HeldOut:
             The loss and the other metrics of the task.
         """
         return self._evaluate(model)
+
+
+def _content(value: Any) -> str:
+    """What a value of a row holds: that of a file, or of an array, which `str` abbreviates."""
+    if isinstance(value, Path):
+        value = value.read_bytes()
+    elif hasattr(value, "tobytes"):
+        value = value.tobytes()
+    if isinstance(value, bytes):
+        return hashlib.blake2b(value, digest_size=16).hexdigest()
+    return str(value)

@@ -236,7 +236,7 @@ def _train(
             done += 1
             ahead.append(metrics)
             profiler.after(done, metrics)
-            speed.count(int((batch["segment_ids"] > 0).sum()), batch["tokens"].shape[1])
+            speed.count(*run.tokens(batch))
             bar.update()
             last, stopped = done == run.steps, stop.reached(done)
             # The first step too: later losses are compared with its loss.

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from loft_jax.data import Batch, load_examples, train_stream
 from loft_jax.data.presets import find_preset
 from loft_jax.errors import InputError, explained, shown
-from loft_jax.hub import load_model_config, load_tokenizer
+from loft_jax.hub import load_model_config, load_processor
 from loft_jax.hub.host_arrays import gather_to_host
 from loft_jax.models.family import Family, PretrainedConfig
 from loft_jax.optim import state_bytes
@@ -72,8 +72,9 @@ class Run:
         self.config = config
         self.progress = progress
         self._mesh = mesh
-        self._tokenizer = load_tokenizer(config.model.path)
+        self._processor = load_processor(config.model.path)
         family, sizes = load_model_config(config.model.path)
+        self._sizes = sizes
         data, evaluation = within(config.data, sizes), config.evaluation
         rows = load_examples(data)
         evaluated = held_out_data(config)
@@ -88,7 +89,7 @@ class Run:
         if not self._best_metric and data.preset:
             self._best_metric = find_preset(data.preset).best_metrics
         self.task.check_metrics(self._best_metric)
-        tokens = self.task.tokenize(rows, self._tokenizer, data, vocab_size=sizes.vocab_size)
+        tokens = self.task.tokenize(rows, self._processor, data, vocab_size=sizes.vocab_size)
         self.stream = train_stream(tokens, data, batch_size=schedule.batch_size, seed=config.seed)
         most = 2**31 - 1  # steps are counted in 32 bits
         self.steps = schedule.steps or math.ceil(
@@ -104,7 +105,7 @@ class Run:
             self._held_out = HeldOut(
                 self.task,
                 held_out,
-                self._tokenizer,
+                self._processor,
                 data,
                 batch_size=evaluation.batch_size,
                 vocab_size=sizes.vocab_size,
@@ -205,6 +206,10 @@ class Run:
         """
         return place_batch(self.task.inputs(batch), self._shardings.batch)
 
+    def tokens(self, batch: Batch) -> tuple[int, int]:
+        """Counts the tokens of a batch; see `Task.tokens`."""
+        return self.task.tokens(batch, self._sizes)
+
     def speedometer(self) -> Speedometer:
         """Starts a `Speedometer` for the steps of this run.
 
@@ -282,7 +287,7 @@ class Run:
             return folder / "model"  # it is complete if it exists: this run had finished before
         return export_trained(
             self._trained(state),
-            self._tokenizer,
+            self._processor,
             method,
             self.task,
             folder,

@@ -30,7 +30,9 @@ def inputs_of(task, seed):
     rng = np.random.default_rng(seed)
     values = {}
     for name, x in task.shapes(ROWS, LENGTH).items():
-        if np.issubdtype(x.dtype, np.floating):
+        if name == "pixel_values":
+            values[name] = rng.normal(size=x.shape).astype(x.dtype)
+        elif np.issubdtype(x.dtype, np.floating):
             values[name] = np.ones(x.shape, x.dtype)
         else:
             most = {"tokens": 400, "targets": 400, "labels": 2, "token_types": 2}.get(name, LENGTH)
@@ -71,7 +73,7 @@ def train(folder, task, sizes):
 
 def main():
     folder, name = sys.argv[1:]
-    labels = ("no", "yes") if TASKS[name].head == "sequence-classification" else ()
+    labels = ("no", "yes") if TASKS[name].trains_head else ()
     task = TASKS[name].make(Given(DataConfig(""), labels=labels))
     alone, loss, _ = train(folder, task, None)
     found = {"loss": loss}

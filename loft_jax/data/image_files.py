@@ -1,0 +1,161 @@
+"""Reads labelled images from folders and from arrays in files."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loft_jax.data.config import DataConfig
+from loft_jax.errors import InputError, explained, shown
+from loft_jax.files import inside, regular_file
+
+IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+ARRAYS_ENDING = ".npz"
+
+_SPLITS = {
+    "train": "train",
+    "training": "train",
+    "test": "test",
+    "testing": "test",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+}
+
+
+def holds_classes(folder: Path) -> bool:
+    """Whether a folder has a subfolder with images for each class, maybe within one a split."""
+    return any(map(_is_class, _folders(folder))) or any(map(_is_class, _of_splits(folder)))
+
+
+def read_image_folder(folder: Path, config: DataConfig) -> list[dict[str, Any]]:
+    """Reads the names of images in a folder by class.
+
+    Args:
+        folder: With a subfolder for each class, or for each split with such subfolders.
+        config: Its `split` and the names of its fields are used.
+
+    Returns:
+        A row for each image: its path, and the name of its subfolder as the label.
+
+    Raises:
+        InputError: A class has no image, or a link leads out of the folder.
+    """
+    if any(map(_is_class, _of_splits(folder))):
+        by_split: dict[str, list[Path]] = {}
+        for entry in _folders(folder):
+            if entry.name.lower() not in _SPLITS:
+                raise InputError(
+                    f"{entry}: stands beside folders of splits; expected one of {list(_SPLITS)}"
+                )
+            by_split.setdefault(_SPLITS[entry.name.lower()], []).extend(_folders(entry))
+    else:
+        by_split = {"train": list(_folders(folder))}
+    rows = {
+        split: [
+            {config.image_field: path, config.label_field: entry.name}
+            for entry in classes
+            for path in _images(folder, entry)
+        ]
+        for split, classes in by_split.items()
+    }
+    with explained(f"{folder}: cannot be read as images by class"):
+        name, part = part_of(
+            config.split or "train", {split: len(found) for split, found in rows.items()}
+        )
+    return rows[name][part]
+
+
+def _of_splits(folder: Path) -> Iterator[Path]:
+    return (inner for entry in _folders(folder) if _is_split(entry) for inner in _folders(entry))
+
+
+def _is_split(folder: Path) -> bool:
+    return folder.name.lower() in _SPLITS
+
+
+def _folders(folder: Path) -> Iterator[Path]:
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir() and not entry.name.startswith("."):
+            yield inside(folder, entry.name)
+
+
+def _is_class(folder: Path) -> bool:
+    return any(_is_image(entry) for entry in folder.iterdir())
+
+
+def _is_image(entry: Path) -> bool:
+    return entry.suffix.lower() in IMAGE_ENDINGS and not entry.name.startswith(".")
+
+
+def _images(folder: Path, of_class: Path) -> list[Path]:
+    found = [
+        inside(folder, entry.relative_to(folder))
+        for entry in sorted(of_class.iterdir())
+        if _is_image(entry)
+    ]
+    if not found:
+        raise InputError(
+            f"{of_class}: has no image; expected files ending in {', '.join(IMAGE_ENDINGS)}"
+        )
+    return found
+
+
+def read_arrays(path: Path, config: DataConfig) -> list[dict[str, Any]]:
+    """Reads the images and labels of an `.npz` file.
+
+    Args:
+        path: Of a file with two arrays, which have the names of the fields: images `(n, height,
+            width)` or `(n, height, width, 3)` uint8, and labels `(n,)`.
+        config: Its `split` and the names of its fields are used.
+
+    Returns:
+        A row for each image.
+
+    Raises:
+        InputError: An array is missing, or of another shape.
+    """
+    regular_file(path, "arrays")
+    names = (config.image_field, config.label_field)
+    with explained(f"{path}: cannot be read as arrays"), np.load(path, allow_pickle=False) as file:
+        if missing := [name for name in names if name not in file.files]:
+            raise InputError(
+                f"{path}: array {missing[0]!r} is missing; found {shown(sorted(file.files))}"
+            )
+        images, labels = (file[name] for name in names)
+    if labels.ndim != 1 or images.ndim < 3 or len(images) != len(labels):
+        raise InputError(
+            f"{path}: {names[0]} is {images.shape} and {names[1]} is {labels.shape}; expected "
+            "(n, height, width) or (n, height, width, 3), and (n,)"
+        )
+    pairs = zip(images, labels.tolist(), strict=True)
+    rows = [dict(zip(names, pair, strict=True)) for pair in pairs]
+    with explained(f"{path}: cannot be read as arrays"):
+        return rows[part_of(config.split or "train", {"train": len(rows)})[1]]
+
+
+def part_of(split: str, sizes: dict[str, int]) -> tuple[str, slice]:
+    """Finds the rows that a split names, in the syntax of `datasets`.
+
+    Args:
+        split: Such as "train[:90%]".
+        sizes: Number of rows of each split.
+
+    Returns:
+        The name of the split, and the slice of its rows.
+
+    Raises:
+        ValueError: It names no split, or several.
+
+    Example:
+        >>> part_of("train[:90%]", {"train": 20})
+        ('train', slice(0, 18, None))
+    """
+    from datasets import ReadInstruction
+
+    part, *more = ReadInstruction.from_spec(split).to_absolute(sizes)
+    if more:
+        raise ValueError(f"split is {shown(split)}; expected one split or a slice of one")
+    return part.splitname, slice(part.from_, part.to)

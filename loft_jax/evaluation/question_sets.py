@@ -149,7 +149,7 @@ def mean_of(scores: Mapping[str, QuestionScores]) -> dict[str, float]:
     return {**mean, "count": sum(one["count"] for one in reports)}
 
 
-def sampled(rows: "Dataset | list[Any]", count: int | None) -> "Dataset | list[Any]":
+def sampled(rows: "Dataset | list[Any]", count: int | None) -> Any:
     """Draws rows at random, the same ones every time.
 
     Args:

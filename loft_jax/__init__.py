@@ -16,7 +16,15 @@ if TYPE_CHECKING:
         save_peft_adapter,
         save_pretrained,
     )
-    from loft_jax.lora import LoRAConfig, add_lora, lora_layers, merge_lora, remove_lora
+    from loft_jax.lora import (
+        LoRAConfig,
+        add_lora,
+        average_adapters,
+        lora_layers,
+        merge_lora,
+        remove_lora,
+        sum_adapters,
+    )
     from loft_jax.optim import (
         FactorSpec,
         alt_lora_plus,
@@ -55,6 +63,7 @@ __all__ = [
     "alt_lora_plus",
     "alternate_factors",
     "assign_overlap",
+    "average_adapters",
     "balance_factors",
     "balance_norms",
     "calibrate_moments",
@@ -85,6 +94,7 @@ __all__ = [
     "share_bases",
     "state_bytes",
     "state_shardings",
+    "sum_adapters",
 ]
 
 # Modules of the names that are not in `loft_jax.optim`; they need the extra `train`.
@@ -100,7 +110,16 @@ _MODULES = {
         "loft_jax.hub",
     ),
     **dict.fromkeys(
-        ("LoRAConfig", "add_lora", "lora_layers", "merge_lora", "remove_lora"), "loft_jax.lora"
+        (
+            "LoRAConfig",
+            "add_lora",
+            "average_adapters",
+            "lora_layers",
+            "merge_lora",
+            "remove_lora",
+            "sum_adapters",
+        ),
+        "loft_jax.lora",
     ),
 }
 

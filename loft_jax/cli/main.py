@@ -1,4 +1,4 @@
-"""The command line: loft-jax finetune | evaluate | generate | export | merge | plan."""
+"""The command line: loft-jax finetune | evaluate | generate | export | merge | average | plan."""
 
 import contextlib
 import logging
@@ -11,6 +11,7 @@ import jax
 import tyro
 
 import loft_jax
+from loft_jax.cli.average import Average
 from loft_jax.cli.evaluate import Evaluate
 from loft_jax.cli.export import Export
 from loft_jax.cli.finetune import INTERRUPTED, Finetune, finetune_default
@@ -34,6 +35,7 @@ _COMMANDS: dict[str, type[Callable[[], int]]] = {
     "generate": Generate,
     "export": Export,
     "merge": Merge,
+    "average": Average,
     "plan": Plan,
 }
 

@@ -77,17 +77,38 @@ def head_of(
 
 
 def _labels(folder: Path, count: int, config: Any) -> tuple[str, ...]:
-    """Reads an adapter's labels; without a file of them, as PEFT writes it, they are the base's."""
+    """Gives an adapter's labels; without a file of them, as PEFT writes it, they are the base's."""
+    if found := read_labels(folder):
+        if len(found) != count:
+            raise InputError(
+                f"{folder / LABELS_NAME}: holds {shown(list(found))}, expected {count} labels"
+            )
+        return found
+    unnamed = tuple(f"LABEL_{number}" for number in range(count))
+    return config.labels if len(config.labels) == count else unnamed
+
+
+def read_labels(folder: Path) -> tuple[str, ...]:
+    """Reads the names of an adapter's labels.
+
+    Args:
+        folder: Of the adapter.
+
+    Returns:
+        The names in the order of the logits; empty if there is no file of them.
+
+    Raises:
+        InputError: The file is damaged.
+    """
     path = folder / LABELS_NAME
     if not path.exists():
-        unnamed = tuple(f"LABEL_{number}" for number in range(count))
-        return config.labels if len(config.labels) == count else unnamed
+        return ()
     text = read_text(inside(folder, LABELS_NAME), "labels", most_bytes=MOST_CONFIG)
     with explained(f"{path}: cannot be read as JSON"):
         found = json.loads(text)
     named = isinstance(found, list) and all(isinstance(name, str) for name in found)
-    if not named or len(set(found)) != count or len(found) != count:
-        raise InputError(f"{path}: holds {shown(found)}, expected {count} different texts")
+    if not named or not found or len(set(found)) != len(found):
+        raise InputError(f"{path}: holds {shown(found)}, expected different texts")
     return tuple(found)
 
 

@@ -152,7 +152,7 @@ def save_peft_adapter(
         fan_in_fan_out=_fan_in_fan_out(model, layers),
     )
     if jax.process_index() == 0:
-        _write(Path(folder), settings, tensors, labels)
+        write_adapter(Path(folder), settings, tensors, labels)
 
 
 def _value(parameters: dict[str, Any], place: Place) -> np.ndarray:
@@ -205,12 +205,23 @@ def _dropout_rate(layer: Any) -> float:
     return 0.0 if layer.lora_dropout is None else layer.lora_dropout.rate
 
 
-def _write(
+def write_adapter(
     folder: Path,
     settings: dict[str, Any],
     tensors: dict[str, np.ndarray],
-    labels: Sequence[str],
+    labels: Sequence[str] = (),
 ) -> None:
+    """Writes the files of an adapter, its configuration last.
+
+    Args:
+        folder: Made if missing; an existing adapter is replaced.
+        settings: Content of `adapter_config.json`.
+        tensors: By PEFT's names.
+        labels: Names of the labels of a classifier.
+
+    Raises:
+        InputError: The folder cannot be written.
+    """
     config = folder / CONFIG_NAME
     with explained(f"{folder}: cannot write the adapter"), contextlib.ExitStack() as held:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """LoRA on Flax NNX models: low-rank factors beside frozen weights, added and merged in place."""
 
+from loft_jax.lora.average import average_adapters, sum_adapters
 from loft_jax.lora.config import LoRAConfig
 from loft_jax.lora.inject import add_lora, merge_lora, remove_lora
 from loft_jax.lora.layers import LoRALayer, LoRAStart
@@ -11,8 +12,10 @@ __all__ = [
     "LoRALayer",
     "LoRAStart",
     "add_lora",
+    "average_adapters",
     "lora_layers",
     "merge_lora",
     "remove_lora",
+    "sum_adapters",
     "with_full_stacks",
 ]

@@ -12,7 +12,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from loft_jax import LoRAConfig, add_lora, load_pretrained, save_peft_adapter
-from loft_jax.cli.main import main
+from loft_jax.cli import main
 from loft_jax.data import DataConfig, eval_batches, load_examples, tokenize
 from loft_jax.hub import load_tokenizer
 from loft_jax.methods import LoFT, LoRAPlus

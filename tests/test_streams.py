@@ -48,7 +48,7 @@ def test_progress_that_cannot_be_kept_is_none(monkeypatch):
 
 @pytest.mark.parametrize("streams", ["2>&- | true", ">&- 2>&-"])
 def test_a_real_command(streams):
-    code = "import sys, loft_jax.cli.main as cli; sys.exit(cli.main(['--help']))"
+    code = "import sys, loft_jax.cli as cli; sys.exit(cli.main(['--help']))"
     done = subprocess.run(
         ["bash", "-c", f'"{sys.executable}" -c "{code}" {streams}; exit ${{PIPESTATUS[0]}}'],
         cwd=Path(__file__).parents[1],

@@ -1,20 +1,24 @@
-"""The command line: loft-jax finetune | evaluate | generate | export | merge | plan."""
+"""The command line: loft-jax finetune | evaluate | generate | export | merge | average | plan."""
 
 import sys
+from collections.abc import Sequence
 
 
-def start() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command `loft-jax`, if its dependencies are installed.
 
+    Args:
+        arguments: As typed after `loft-jax`; by default those of the process.
+
     Returns:
-        The exit code.
+        The exit code; 2 for mistakes of the user, which end with a message.
     """
     try:
-        from loft_jax.cli.main import main
+        from loft_jax.cli.commands import run
     except ModuleNotFoundError as error:
         if str(error.name).startswith("loft_jax"):
             raise
         needed = "pip install 'loft-jax[train]'"
         print(f"loft-jax needs {error.name}, which is not installed: {needed}", file=sys.stderr)
         return 2
-    return main()
+    return run(arguments)

@@ -14,7 +14,7 @@ class Average:
     adapters: tyro.conf.Positional[tuple[str, ...]]
     """Folders of PEFT adapters."""
     output: str
-    """Folder to write to; it must be empty or not exist."""
+    """Folder to write to; an existing adapter is replaced."""
     weights: tuple[float, ...] | None = None
     """One for each adapter, such as its number of examples; by default equal."""
     rank: int | None = None

@@ -167,7 +167,8 @@ def _mean_product(
     dtype = functools.reduce(jnp.promote_types, (row.dtype for row in rows))
     a, b = np.concatenate(rows, 0), np.concatenate(columns, 1)
     left, right = best_factors(jnp.asarray(a.T), jnp.asarray(b.T), len(a) if rank is None else rank)
-    return (np.ascontiguousarray(np.asarray(x).T.astype(dtype)) for x in (left, right))
+    ours = np.asarray(left).T.astype(dtype), np.asarray(right).T.astype(dtype)
+    return np.ascontiguousarray(ours[0]), np.ascontiguousarray(ours[1])
 
 
 def _mean_tensor(name: str, adapters: Sequence[_Adapter], shares: Sequence[float]) -> np.ndarray:

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from loft_jax import generation
-from loft_jax.cli.main import main
+from loft_jax.cli import main
 from loft_jax.data import DataConfig
 from loft_jax.errors import InputError
 from loft_jax.evaluation import AnswerScores, Prediction, generated_answers

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from loft_jax.cli.main import main
+from loft_jax.cli import main
 from loft_jax.data import DataConfig, load_examples
 from loft_jax.errors import InputError
 from loft_jax.evaluation import mean_of, question_sets, sampled

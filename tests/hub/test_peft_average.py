@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loft_jax import average_adapters, load_peft_adapter, load_pretrained
-from loft_jax.cli.main import main
+from loft_jax.cli import main
 from loft_jax.errors import InputError
 from loft_jax.hub.peft_average import average_peft_adapters
 
@@ -133,8 +133,6 @@ def test_modules_that_are_saved_whole_become_their_mean(tmp_path):
         file = tmp_path / str(number) / "adapter_model.safetensors"
         tensors = load_file(file)
         tensors["base_model.model.lm_head.weight"] = np.full((64, 16), number, np.float32)
-        from safetensors.numpy import save_file
-
         save_file(tensors, file, {"format": "pt"})
     average_peft_adapters([tmp_path / "0", tmp_path / "1"], tmp_path / "mean", weights=(3, 1))
     mean = load_file(tmp_path / "mean" / "adapter_model.safetensors")
@@ -154,8 +152,8 @@ def test_the_command(adapters, tmp_path, capsys):
     )
     for name, tensor in first.items():
         np.testing.assert_array_equal(tensor, second[name])
-    assert main(command) == 2
-    assert "mean" in capsys.readouterr().err
+    assert main(["average", *names, "--weights", "1", "--output", output]) == 2
+    assert "1 weights for 3 adapters" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

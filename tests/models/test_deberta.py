@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
-from loft_jax.cli.main import main
+from loft_jax.cli import main
 from loft_jax.errors import InputError
 from loft_jax.hub import load_pretrained, load_tokenizer
 from loft_jax.lora import LoRAConfig, add_lora, lora_layers

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loft_jax.cli.main import main
+from loft_jax.cli import main
 from loft_jax.data import DataConfig
 from loft_jax.hub import load_pretrained, load_tokenizer
 from loft_jax.tasks.choice import score_choices

@@ -21,7 +21,7 @@ class WithoutTorch(importlib.machinery.PathFinder):
     def find_spec(cls, name, path=None, target=None):
         return None if name == "torch" else super().find_spec(name, path, target)
 sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = WithoutTorch
-from loft_jax.cli.main import main
+from loft_jax.cli import main
 sys.exit(main())
 """
 

@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from loft_jax.cli.main import main
+from loft_jax.cli import main
 from loft_jax.data import DataConfig
 from loft_jax.errors import InputError
 from loft_jax.training.checkpoint import Checkpoints

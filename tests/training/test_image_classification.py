@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTModel
 
-from loft_jax.cli.main import main
+from loft_jax.cli import main
 from loft_jax.data import DataConfig
 from loft_jax.errors import InputError
 from loft_jax.training.interrupt import StopRequest

@@ -7,7 +7,7 @@ import os
 import jax
 import pytest
 
-from loft_jax.cli.main import main
+from loft_jax.cli import main
 from loft_jax.data import DataConfig
 from loft_jax.errors import InputError
 from loft_jax.methods import LoFT, LoRA

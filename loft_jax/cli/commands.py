@@ -1,4 +1,4 @@
-"""The command line: loft-jax finetune | evaluate | generate | export | merge | average | plan."""
+"""Runs a command, and ends it with a message where the user made a mistake."""
 
 import contextlib
 import logging
@@ -40,7 +40,7 @@ _COMMANDS: dict[str, type[Callable[[], int]]] = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def run(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; mistakes of the user end with a message and exit code 2.
 
     Args:

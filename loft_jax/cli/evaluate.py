@@ -128,7 +128,8 @@ class Evaluate:
         from loft_jax.hub import load_model_config, load_tokenizer
         from loft_jax.tasks.task import within
 
-        _, sizes = load_model_config(self.source.base)
+        family, sizes = load_model_config(self.source.base)
+        family.model("causal-lm")  # refuses a family that generates no text
         return {
             "tokenizer": load_tokenizer(self.source.base),
             "data": within(self.data, sizes),

@@ -103,6 +103,10 @@ def _images(folder: Path, of_class: Path) -> list[Path]:
     return found
 
 
+_MOST_ARRAYS = 2**33
+"""Largest size of the arrays of a file, in bytes; a small file may hold much more."""
+
+
 def read_arrays(path: Path, config: DataConfig) -> list[dict[str, Any]]:
     """Reads the images and labels of an `.npz` file.
 
@@ -124,6 +128,9 @@ def read_arrays(path: Path, config: DataConfig) -> list[dict[str, Any]]:
             raise InputError(
                 f"{path}: array {missing[0]!r} is missing; found {shown(sorted(file.files))}"
             )
+        sizes = {entry.filename: entry.file_size for entry in file.zip.infolist()}
+        if (held := sum(sizes[f"{name}.npy"] for name in names)) > _MOST_ARRAYS:
+            raise InputError(f"{path}: arrays have {held} bytes, expected {_MOST_ARRAYS} at most")
         images, labels = (file[name] for name in names)
     if labels.ndim != 1 or images.ndim < 3 or len(images) != len(labels):
         raise InputError(

@@ -240,6 +240,9 @@ def _check(data: TokenizedData | ImageData, config: DataConfig, batch_size: int)
         raise InputError(f"batch size is {batch_size}; expected at least 1")
     if isinstance(data, ImageData):
         return
+    for name in ("random_resized_crop", "random_horizontal_flip"):
+        if getattr(config, name):
+            raise InputError(f"{name} is set, but rows have no images")
     if data.labelled is not None and config.packing:
         raise InputError("packing is true, but rows with a label each are not packed")
     if (longest := int(data.lengths.max())) > config.max_length:

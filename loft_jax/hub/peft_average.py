@@ -1,6 +1,7 @@
 """The weighted mean of adapters in PEFT's format, without their base model."""
 
 import functools
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -20,12 +21,14 @@ from loft_jax.hub.peft_save import write_adapter
 from loft_jax.lora.average import best_factors, check_weights
 from loft_jax.lora.config import product_scaling
 
+_log = logging.getLogger(__name__)
+
 _FACTOR = re.compile(
     rf"{re.escape(PREFIX)}(?P<module>.+)\.lora_(?:(?P<linear>[AB])\.weight|embedding_(?P<embed>[AB]))"
 )
 
-# Settings that say which modules of the base an adapter is for, and what else it holds.
-_COMMON = ("base_model_name_or_path", "bias", "modules_to_save", "task_type")
+# Settings that must be the same; what adapters hold whole is compared by their tensors.
+_COMMON = ("bias", "task_type")
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 
@@ -48,9 +51,9 @@ def average_peft_adapters(
         rank: Largest rank of the result; by default all ranks together, so that it is exact.
 
     Raises:
-        InputError: An adapter is missing, damaged or has DoRA; the adapters are of different base
-            models or tasks; or weights do not fit. The message names the file and the setting or
-            the tensor.
+        InputError: An adapter is missing, damaged or has DoRA; the adapters are of different tasks
+            or of base models of different shapes; or weights do not fit. The message names the file
+            and the setting or the tensor.
 
     Example:
         >>> import tempfile
@@ -128,6 +131,12 @@ def _read(folder: Path) -> _Adapter:
 def _check_alike(adapters: Sequence[_Adapter]) -> None:
     first = adapters[0]
     for other in adapters[1:]:
+        bases = [x.config.settings.get("base_model_name_or_path") for x in (first, other)]
+        if bases[0] != bases[1]:
+            _log.warning(
+                "%s names the base model %s and %s names %s; are they one model?",
+                *(first.config.path, shown(bases[0]), other.config.path, shown(bases[1])),
+            )
         for name in _COMMON:
             own, found = (x.config.settings.get(name) for x in (first, other))
             if own != found:
@@ -151,20 +160,21 @@ def _mean_product(
     module: str, adapters: Sequence[_Adapter], shares: Sequence[float], rank: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Gives PEFT's A (r, in) and B (out, r) of the mean of the products of a module."""
-    rows, columns, sides = [], [], set()
+    rows, columns, sides, dtypes = [], [], set(), []
     for adapter, share in zip(adapters, shares, strict=True):
         if module not in adapter.factors:
             continue
         a, b = (adapter.file.read(adapter.factors[module][letter]) for letter in "AB")
         scale = product_scaling(*adapter.config.strength(module), adapter.config.use_rslora)
-        rows.append(a)
+        rows.append(a.astype(np.promote_types(np.float32, a.dtype)))
         columns.append(b.astype(np.promote_types(np.float32, b.dtype)) * (share * scale))
         sides.add((b.shape[0], a.shape[1]))
+        dtypes.append(a.dtype)
     if len(sides) > 1:
         raise InputError(
             f"{module}: weights are of shapes {sorted(sides)}, expected one base model"
         )
-    dtype = functools.reduce(jnp.promote_types, (row.dtype for row in rows))
+    dtype = functools.reduce(jnp.promote_types, dtypes)
     a, b = np.concatenate(rows, 0), np.concatenate(columns, 1)
     left, right = best_factors(jnp.asarray(a.T), jnp.asarray(b.T), len(a) if rank is None else rank)
     ours = np.asarray(left).T.astype(dtype), np.asarray(right).T.astype(dtype)

@@ -92,11 +92,11 @@ def sum_adapters(
     if rank is not None and rank < 1:
         raise InputError(f"rank is {rank}, expected 1 or more")
     layers = [_plain_layers(model, place) for place, model in enumerate(models)]
+    whole = _whole_parameters(models, weights)
     combined = {
         path: _combined(path, [some.get(path) for some in layers], weights, rank)
         for path in dict.fromkeys(path for some in layers for path in some)
     }
-    whole = _whole_parameters(models, weights)
     result = remove_lora(nnx.clone(models[0]))
     ranks = {f"^{re.escape(path)}": a.shape[-1] for path, (_, a, _) in combined.items()}
     config = LoRAConfig(
@@ -242,14 +242,17 @@ def _whole_parameters(
         for model in models
     ]
     combined = {}
-    for path, value in parameters[0].items():
+    for path in dict.fromkeys(path for some in parameters for path in some):
         name = ".".join(map(str, path))
         values = [some.get(path) for some in parameters]
-        if all(other is value for other in values):
+        if all(other is values[0] for other in values):
             continue
         arrays = [other for other in values if isinstance(other, jax.Array)]
         if len(arrays) != len(models) or len({array.shape for array in arrays}) > 1:
-            raise InputError(f"{name}: differs between models, expected adapters of one base")
+            raise InputError(
+                f"{name}: differs between models, or some lack it, as a tied head; expected "
+                "adapters of one base"
+            )
         if abs(sum(weights) - 1) > _WHOLE_SUM:
             raise InputError(
                 f"weights sum to {sum(weights):g}, and {name} is not one array that the models "

@@ -18,7 +18,7 @@ from loft_jax.data.log_once import log_unused
 from loft_jax.data.text import check_tokens
 from loft_jax.errors import InputError, explained, shown
 from loft_jax.models.family import SequenceClassifier
-from loft_jax.tasks.row_task import RowTask, names_of_numbers
+from loft_jax.tasks.row_task import RowTask, names_of_numbers, same_names
 from loft_jax.tasks.task import Arrays, Given, Measured
 
 if TYPE_CHECKING:
@@ -158,6 +158,9 @@ class LabelTask(RowTask):
                 f"labels {shown(list(labels))}"
             )
         self._places = {name: place for place, name in enumerate(self.labels)}
+        folded = {name.casefold(): place for name, place in self._places.items()}
+        # Empty if case tells names apart.
+        self._folded = folded if len(folded) == len(self.labels) else {}
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and other._made_of == self._made_of
@@ -194,9 +197,17 @@ class LabelTask(RowTask):
                 f"field {field!r} holds decimal numbers; expected labels, or task regression"
             )
         numbers = found == tuple(map(str, range(len(found))))
-        if set(found) == set(given.known) or (numbers and len(found) <= len(given.known)):
+        if same_names(found, given.known):
             return given.known
-        return found
+        if not numbers or len(found) > len(given.known):
+            return found
+        if len(found) < len(given.known):
+            _log.warning(
+                "rows have labels up to %s and the model has %d labels, which are kept; for a head "
+                "of the labels of the rows, name them by label_names",
+                *(found[-1], len(given.known)),
+            )
+        return given.known
 
     def _balanced(self, given: Given) -> list[float]:
         """Computes weights for which all labels count as much as each other in the rows."""
@@ -219,8 +230,10 @@ class LabelTask(RowTask):
 
     def label(self, value: Any, where: str) -> int:
         """Gives the index of a label, from its name or, unless names are numbers, its number."""
-        if not isinstance(value, bool) and str(value) in self._places:
-            return self._places[str(value)]
+        if not isinstance(value, bool):
+            place = self._places.get(str(value), self._folded.get(str(value).casefold()))
+            if place is not None:
+                return place
         number: Any = _number(value) if isinstance(value, str) else value
         named = not all(isinstance(_number(name), int) for name in self.labels)
         whole = isinstance(number, (int, np.integer)) and not isinstance(number, bool)

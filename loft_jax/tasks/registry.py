@@ -43,8 +43,8 @@ def find_task(name: TaskName, family: Family, given: Given) -> type[Task]:
         The task, to make from what is given.
 
     Raises:
-        InputError: No task that the family has a model for fits, or several do; or the preset is
-            for another task than the one that is named.
+        InputError: No task that the family has a model for fits, or several do; the family has no
+            model for the one that is named; or the preset is for another task.
 
     Example:
         >>> from loft_jax.data import DataConfig
@@ -61,6 +61,7 @@ def find_task(name: TaskName, family: Family, given: Given) -> type[Task]:
             )
         name = of_preset
     if name != "auto":
+        family.model(TASKS[name].head)  # refuses a family that has none
         return TASKS[name]
     possible = [task for task in _TASKS if task.head in family.models]
     if given.rows is None:

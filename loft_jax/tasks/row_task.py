@@ -1,6 +1,7 @@
 """The common part of tasks whose rows have one label or number each: the loss, the evaluation."""
 
 import functools
+import logging
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -12,10 +13,13 @@ from flax import nnx
 from tqdm import tqdm
 
 from loft_jax.data import DataConfig, eval_batches
+from loft_jax.errors import shown
 from loft_jax.models.activations import gathered
 from loft_jax.models.family import PretrainedModel
 from loft_jax.models.inference import inference_state
 from loft_jax.tasks.task import Arrays, Evaluation, Measured, Task
+
+_log = logging.getLogger(__name__)
 
 
 class RowTask(Task):
@@ -71,14 +75,20 @@ class RowTask(Task):
 
         Args:
             rows: All rows. Where these name their numbers, and the names are those of the task in
-                whatever order, a number stands for its name.
+                whatever order and case, a number stands for its name.
             field: With the label.
 
         Returns:
             A function of a row and its index.
         """
         names = names_of_numbers(rows, field)
-        if set(names) != set(self.labels or ()):
+        if not same_names(names, self.labels or ()):
+            if names:
+                _log.warning(
+                    "the data has the labels %s and the model %s; numbers of the data are taken as "
+                    "those of the model",
+                    *(shown(list(names)), shown(list(self.labels or ()))),
+                )
             names = ()
 
         def label_of(row: Mapping[str, Any], index: int) -> float:
@@ -158,6 +168,11 @@ def _loss_and_logits(
     logits = task.logits(nnx.merge(graphdef, state), inputs)
     losses = task.losses(logits, jnp.asarray(inputs["labels"]))
     return gathered(jnp.sum(losses * jnp.asarray(inputs["weights"]))), gathered(logits)
+
+
+def same_names(some: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether names are the same ones, in any order and case."""
+    return sorted(map(str.casefold, some)) == sorted(map(str.casefold, others))
 
 
 def names_of_numbers(rows: Any, field: str) -> tuple[str, ...]:

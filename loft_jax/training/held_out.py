@@ -31,8 +31,13 @@ def held_out_data(config: FinetuneConfig) -> DataConfig | None:
         return None
     data = dataclasses.replace(config.data, path=path or config.data.path, split=split)
     held_out = data.held_out()
-    if not path and split is None and held_out.split == "test":
-        return None  # the best checkpoint must not be chosen on it
+    if split is None and data.has_splits and held_out.split == "test":
+        if not path:
+            return None  # the best checkpoint must not be chosen on it
+        raise InputError(
+            f"evaluation.path is {shown(path)}, of which preset {data.preset} has the test set "
+            "alone, on which no checkpoint is to be chosen; expected evaluation.split to name it"
+        )
     return held_out
 
 

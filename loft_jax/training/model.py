@@ -86,6 +86,11 @@ def base_fingerprint(base: PretrainedModel) -> str:
     constants = {k: v for k, v in base.config.to_hf().items() if k not in _NOT_COMPUTED_WITH}
     # Differs with the padding token where positions are counted from it.
     constants["max_length"] = base.config.max_length
+    # These may be scaled by the positions of pretraining, which are not constants otherwise.
+    if scaling := getattr(base.config, "rope_scaling", None):
+        constants["rope_scaling"] = dataclasses.asdict(scaling)
+    if farthest := getattr(base.config, "farthest", None):
+        constants["farthest"] = farthest
     # What was drawn trains, and is in the checkpoints; it is not the same on every platform.
     parameters = flat_parameters(base, nnx.Param)
     weights = tree_checksum(

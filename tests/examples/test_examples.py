@@ -49,12 +49,13 @@ def test_a_model_of_your_own_learns(capsys):
     assert merged == pytest.approx(after, abs=0.005)  # rounding may turn a row
 
 
-def test_clients_learn_from_each_other(capsys):
+def test_clients_learn_from_each_other(capsys, monkeypatch):
+    monkeypatch.setattr(federated, "ROUNDS", 2)
     federated.main()
     products, factors = (numbers(line) for line in capsys.readouterr().out.splitlines())
     assert len(products) == len(factors) == federated.ROUNDS
     for losses in (products, factors):
-        assert losses[-1] < losses[0] - 1
+        assert losses[-1] < losses[0] - 0.5
 
 
 def test_an_interrupted_run_ends_with_the_same_bits(capsys):

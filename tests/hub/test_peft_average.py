@@ -160,7 +160,6 @@ def test_the_command(adapters, tmp_path, capsys):
     ("change", "message"),
     [
         ({"use_dora": True}, "use_dora is true"),
-        ({"base_model_name_or_path": "another"}, "base_model_name_or_path is 'another'"),
         ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS', expected 'CAUSAL_LM'"),
         ({"r": 5}, "expected two of rank 5"),
     ],

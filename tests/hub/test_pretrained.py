@@ -205,9 +205,10 @@ def test_a_folder_without_a_tokenizer_is_named(tiny_llama):
 
 
 @pytest.mark.parametrize("name", ["./no/such/folder", "missing.gguf", "a/b/c", "../x"])
-def test_a_path_that_does_not_exist_is_not_asked_of_the_hub(name, monkeypatch):
+def test_a_path_that_does_not_exist_is_not_asked_of_the_hub(name, tmp_path, monkeypatch):
     import huggingface_hub
 
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
     with pytest.raises(InputError, match="no such file or folder"):
         load_pretrained(name)

@@ -174,6 +174,11 @@ def test_models_without_an_adapter_or_of_another_base(three):
         average_adapters([three[0], Mixed(nnx.Rngs(0))])
     with pytest.raises(InputError, match="0 weights for 0"):
         average_adapters([])
+    headed = nnx.clone(three[0])
+    headed.head = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    for models in ([three[0], headed], [headed, three[0]]):
+        with pytest.raises(InputError, match=r"head\.\w+: differs between models, or some lack it"):
+            average_adapters(models)
     other = adapted(nnx.Sequential(nnx.Linear(3, 3, rngs=nnx.Rngs(0))), 1, rank=2)
     with pytest.raises(InputError, match="of one base"):
         average_adapters([three[0], other])

@@ -225,6 +225,7 @@ def test_dropout_is_that_of_the_configuration(folder):
     assert not jax.tree.leaves(nnx.state(still, nnx.RngState))
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_what_one_device_gives(tmp_path):
     folder = save_bert(
         tmp_path / "model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0

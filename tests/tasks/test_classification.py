@@ -1,5 +1,7 @@
 """Classification and regression: labels, what goes into a model, metrics."""
 
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -259,6 +261,29 @@ def test_names_of_numbers_stand_for_the_labels_of_a_model_in_another_order():
     assert renamed.tokenize(rows, TOKENIZER, DATA).labelled.labels.tolist() == [0, 1, 1]
 
 
+def test_names_of_labels_may_differ_in_case():
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
+    rows = Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}, features)
+    task = Classification.make(Given(DATA, rows, known=("YES", "NO")))
+    assert task.labels == ("YES", "NO")
+    assert task.tokenize(rows, TOKENIZER, DATA).labelled.labels.tolist() == [1, 0]
+    assert task.label("yes", "here") == 0
+    with pytest.raises(InputError, match="here is 'A'"):
+        Classification(("a", "b", "B")).label("A", "here")
+
+
+def test_labels_that_are_taken_by_their_numbers_are_told(caplog):
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
+    rows = Dataset.from_dict({"text": ["a"], "label": [1]}, features)
+    with caplog.at_level(logging.WARNING):
+        Classification(("bad", "good")).tokenize(rows, TOKENIZER, DATA)
+    assert "the data has the labels ['no', 'yes'] and the model ['bad', 'good']" in caplog.text
+
+
 def test_the_best_evaluation_has_the_highest_metric_or_the_lowest_loss():
     values = {"loss": 0.5, "accuracy": 0.75, "f1": 0.25, "matthews": -0.5}
     task = Classification(["a", "b"])
@@ -315,6 +340,20 @@ def test_the_task_is_that_which_family_and_rows_have_in_common(family, given, ta
 
 def test_a_task_that_is_named_is_that_one():
     assert find_task("regression", FAMILIES["bert"], Given(DATA, ROWS)) is Regression
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "data"),
+    [
+        ("bert", "image-classification", DATA),
+        ("vit", "classification", DATA),
+        ("vit", "auto", SST2),
+        ("bert", "auto", DataConfig("rows", preset="commonsense")),
+    ],
+)
+def test_a_task_that_the_family_has_no_model_for_is_refused(family, name, data):
+    with pytest.raises(InputError, match=f"model_type '{family}' has no model for"):
+        find_task(name, FAMILIES[family], Given(data, ROWS))
 
 
 def test_rows_that_fit_no_task_of_a_family_are_refused():

@@ -8,6 +8,7 @@ from flax import nnx
 from loft_jax.data import DataConfig
 from loft_jax.errors import InputError
 from loft_jax.models.bert import FAMILY, BertConfig
+from loft_jax.models.llama import LlamaConfig
 from loft_jax.models.registry import family_of
 from loft_jax.tasks import Classification
 from loft_jax.training.model import abstract_model, base_fingerprint
@@ -49,6 +50,27 @@ def test_a_base_is_told_from_others_by_its_padding_where_positions_start_there(m
         for token in (1, 2)
     )
     assert (base_fingerprint(one) != base_fingerprint(other)) == told
+
+
+def test_a_base_is_told_from_others_by_the_positions_that_scale_its_rotation():
+    sizes = {
+        "model_type": "llama",
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+    }
+    dynamic = {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
+    for scaling, told in (({}, False), (dynamic, True)):
+        one, other = (
+            family_of("llama").model("causal-lm")(
+                LlamaConfig.from_hf({**sizes, **scaling, "max_position_embeddings": positions}),
+                rngs=nnx.Rngs(0),
+            )
+            for positions in (32, 64)
+        )
+        assert (base_fingerprint(one) != base_fingerprint(other)) == told
 
 
 def test_what_was_drawn_is_no_part_of_a_base():

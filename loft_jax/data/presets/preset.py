@@ -123,7 +123,8 @@ class Preset:
                 raise InputError(
                     f"{folder}: has no file for the split {shown(name)}; found "
                     f"{shown(sorted(found))}, expected {' or '.join(names)} "
-                    f"(one of {', '.join(sorted(endings))})"
+                    f"(one of {', '.join(sorted(endings))}); to train without evaluation, name one "
+                    "file as the path"
                 )
             chosen[name] = found[stem]
             copies = Counter(file.stem for file in found[stem])

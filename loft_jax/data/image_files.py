@@ -18,6 +18,8 @@ _SPLITS = {
     "training": "train",
     "test": "test",
     "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
     "validation": "validation",
     "valid": "validation",
     "val": "validation",

@@ -16,16 +16,12 @@ from loft_jax.files import inside
 from loft_jax.hub.peft_base import check_folder, read_labels
 from loft_jax.hub.peft_config import PeftConfig
 from loft_jax.hub.peft_file import AdapterFile
-from loft_jax.hub.peft_names import CONFIG_NAME, PREFIX, WEIGHTS_NAME
+from loft_jax.hub.peft_names import CONFIG_NAME, FACTOR, WEIGHTS_NAME
 from loft_jax.hub.peft_save import write_adapter
 from loft_jax.lora.average import best_factors, check_weights
 from loft_jax.lora.config import product_scaling
 
 _log = logging.getLogger(__name__)
-
-_FACTOR = re.compile(
-    rf"{re.escape(PREFIX)}(?P<module>.+)\.lora_(?:(?P<linear>[AB])\.weight|embedding_(?P<embed>[AB]))"
-)
 
 # Settings that must be the same; what adapters hold whole is compared by their tensors.
 _COMMON = ("bias", "task_type")
@@ -110,8 +106,8 @@ def _read(folder: Path) -> _Adapter:
     factors: dict[str, dict[str, str]] = {}
     whole = []
     for name in file.shapes:
-        if found := _FACTOR.fullmatch(name):
-            letter = found["linear"] or found["embed"]
+        found = FACTOR.fullmatch(name)
+        if found and (letter := found["linear"] or found["embed"]):
             factors.setdefault(found["module"], {})[letter] = name
         else:
             whole.append(name)

@@ -22,6 +22,7 @@ from loft_jax.hub.peft_config import PeftConfig, Strength
 from loft_jax.hub.peft_file import AdapterFile
 from loft_jax.hub.peft_names import (
     CONFIG_NAME,
+    FACTOR,
     PREFIX,
     WEIGHTS_NAME,
     NameRule,
@@ -40,11 +41,6 @@ from loft_jax.lora.targets import is_adaptable, named_modules
 from loft_jax.models.family import LanguageModel, PretrainedModel, flat_parameters
 
 Model = TypeVar("Model", bound=nnx.Module)
-
-_FACTOR = re.compile(
-    rf"{re.escape(PREFIX)}(?P<module>.+)\."
-    r"(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<embed>[AB])|lora_(?P<dora>magnitude)_vector)"
-)
 
 
 def load_peft_adapter(
@@ -258,7 +254,7 @@ def _contents(
     contents = _Contents({}, {})
     unknown: list[str] = []
     for tensor in file.shapes:
-        if factor := _FACTOR.fullmatch(tensor):
+        if factor := FACTOR.fullmatch(tensor):
             module = factor["module"]
             if module not in slots:
                 unknown.append(module)

@@ -1,5 +1,6 @@
 """Names of files, modules and tensors in PEFT's format."""
 
+import re
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -14,6 +15,12 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 LABELS_NAME = "labels.json"
 """Names of a classifier's labels in the order of its logits, a file that PEFT does not have."""
 PREFIX = "base_model.model."
+
+FACTOR = re.compile(
+    rf"{re.escape(PREFIX)}(?P<module>.+)\."
+    r"(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<embed>[AB])|lora_(?P<dora>magnitude)_vector)"
+)
+"""Names of tensors of an adapter: the module, and which of its factors, or its magnitude."""
 
 NameRule = Callable[[str, int | None], str]
 """Maps the dotted path of a module and its number in a stack, or None, to its name in PyTorch."""

@@ -29,6 +29,7 @@ from loft_jax.models.family import (
     linear,
     norm,
 )
+from loft_jax.models.nonlinearities import NONLINEARITIES
 from loft_jax.models.stack import run_layers, stack_layers
 
 _ARCHITECTURE = "BertForSequenceClassification"
@@ -48,14 +49,6 @@ _ONLY: Mapping[str, Any] = {
     "quantization_config": None,
 }
 
-ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-    "tanh": jnp.tanh,
-}
-"""Activations by their names in a `config.json`."""
-
 
 class EncoderConfig(Protocol):
     """What modules that families share read of a configuration."""
@@ -70,7 +63,7 @@ class EncoderConfig(Protocol):
 
     @property
     def hidden_act(self) -> str:
-        """Activation of an MLP, one of `ACTIVATIONS`."""
+        """Activation of an MLP, one of `NONLINEARITIES`."""
 
     @property
     def hidden_dropout_prob(self) -> float:
@@ -142,7 +135,7 @@ class BertConfig:
                 f"config: hidden_size is {self.hidden_size}, expected a multiple of "
                 f"num_attention_heads ({self.num_attention_heads})"
             )
-        config_checks.check_one_of(self, "hidden_act", ACTIVATIONS)
+        config_checks.check_one_of(self, "hidden_act", NONLINEARITIES)
 
     @property
     def max_length(self) -> int:
@@ -266,7 +259,7 @@ class Intermediate(nnx.Module):
     """The first layer of the MLP."""
 
     def __init__(self, config: EncoderConfig, linear: Callable[..., nnx.Linear]):
-        self.act = ACTIVATIONS[config.hidden_act]
+        self.act = NONLINEARITIES[config.hidden_act]
         self.dense = linear(config.hidden_size, config.intermediate_size)
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from loft_jax.errors import InputError, shown
 from loft_jax.models import config_checks
 from loft_jax.models.activations import embeddings_laid_out, gathered, laid_out
-from loft_jax.models.bert import ACTIVATIONS, Intermediate, Output, parts
+from loft_jax.models.bert import Intermediate, Output, parts
 from loft_jax.models.dropout import dropout, dropped
 from loft_jax.models.family import (
     Family,
@@ -32,6 +32,7 @@ from loft_jax.models.family import (
     linear,
     norm,
 )
+from loft_jax.models.nonlinearities import NONLINEARITIES
 from loft_jax.models.stack import run_layers, stack_layers
 
 _ARCHITECTURE = "DebertaV2ForSequenceClassification"
@@ -129,7 +130,7 @@ class DebertaV2Config:
                     f"({divisor})"
                 )
         for name in ("hidden_act", "conv_act", "pooler_hidden_act"):
-            config_checks.check_one_of(self, name, ACTIVATIONS)
+            config_checks.check_one_of(self, name, NONLINEARITIES)
         config_checks.check_one_of(self, "norm_rel_ebd", ("none", "layer_norm"))
         if unknown := set(self.pos_att_type) - set(_POSITION_SCORES):
             raise InputError(
@@ -464,7 +465,7 @@ class Convolution(nnx.Module):
             kernel_init=nnx.initializers.normal(config.initializer_range),
             rngs=rngs,
         )
-        self.act = ACTIVATIONS[config.conv_act]
+        self.act = NONLINEARITIES[config.conv_act]
         self.LayerNorm = norm()
         self.dropout = dropout(config.hidden_dropout_prob, rngs)
 
@@ -530,7 +531,7 @@ class ContextPooler(nnx.Module):
     def __init__(self, config: DebertaV2Config, linear: Callable[..., nnx.Linear], rngs: nnx.Rngs):
         self.dropout = dropout(config.pooler_dropout, rngs)
         self.dense = linear(config.hidden_size, config.hidden_size)
-        self.act = ACTIVATIONS[config.pooler_hidden_act]
+        self.act = NONLINEARITIES[config.pooler_hidden_act]
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `(b, t, hidden)` to `(b, hidden)`."""

@@ -29,6 +29,7 @@ from loft_jax.models.family import (
     linear,
     norm,
 )
+from loft_jax.models.nonlinearities import NONLINEARITIES
 from loft_jax.models.stack import run_layers, stack_layers
 
 _ARCHITECTURE = "GPT2LMHeadModel"
@@ -40,13 +41,6 @@ _ONLY: Mapping[str, Any] = {
     "reorder_and_upcast_attn": False,
     "add_cross_attention": False,
     "quantization_config": None,
-}
-
-_ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
 }
 
 
@@ -96,7 +90,7 @@ class GPT2Config:
             raise InputError(
                 f"config: n_embd is {self.n_embd}, expected a multiple of n_head ({self.n_head})"
             )
-        config_checks.check_one_of(self, "activation_function", _ACTIVATIONS)
+        config_checks.check_one_of(self, "activation_function", NONLINEARITIES)
 
     @property
     def max_length(self) -> int:
@@ -170,7 +164,7 @@ class MLP(nnx.Module):
     """`c_proj(act(c_fc(x)))`."""
 
     def __init__(self, config: GPT2Config, linear: Callable[..., nnx.Linear], rngs: nnx.Rngs):
-        self.act = _ACTIVATIONS[config.activation_function]
+        self.act = NONLINEARITIES[config.activation_function]
         self.c_fc = linear(config.n_embd, config.n_inner)
         self.c_proj = linear(config.n_inner, config.n_embd)
         self.dropout = dropout(config.resid_pdrop, rngs)

@@ -5,8 +5,7 @@ layers. Images have their channels last, `(b, height, width, 3)`.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Self
 
 import jax
@@ -29,6 +28,7 @@ from loft_jax.models.family import (
     linear,
     norm,
 )
+from loft_jax.models.nonlinearities import NONLINEARITIES
 from loft_jax.models.stack import run_layers, stack_layers
 
 _ARCHITECTURE = "ViTForImageClassification"
@@ -38,15 +38,6 @@ CHANNELS = 3
 
 # Fields that change what a ViT computes, with the one value that is implemented.
 _ONLY: Mapping[str, Any] = {"num_channels": CHANNELS, "quantization_config": None}
-
-ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-}
-"""Activations of the MLP by Hugging Face's name."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,7 +84,7 @@ class ImageEncoderConfig:
                 f"config: patch_size is {self.patch_size}, expected image_size "
                 f"({self.image_size}) at most"
             )
-        config_checks.check_one_of(self, "hidden_act", ACTIVATIONS)
+        config_checks.check_one_of(self, "hidden_act", NONLINEARITIES)
 
     @property
     def grid(self) -> int:
@@ -327,7 +318,7 @@ class MLP(nnx.Module):
     """Two linear layers with an activation between them."""
 
     def __init__(self, parts: Parts, width: int) -> None:
-        self.act = ACTIVATIONS[parts.config.hidden_act]
+        self.act = NONLINEARITIES[parts.config.hidden_act]
         self.fc1 = parts.linear(parts.config.hidden_size, width)
         self.fc2 = parts.linear(width, parts.config.hidden_size)
 

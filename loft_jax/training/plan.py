@@ -1,8 +1,8 @@
-"""Plans the memory of a run on each chip with the TPU compiler; no TPU is needed.
+"""Plans the memory of a run on each chip with XLA's compilers; no TPU or GPU is needed.
 
 The compiled step is the one that trains: model, optimizer, sharding rules and step are those of
-`loft_jax.training`, with shapes instead of arrays. A chip will hold what the compiler reserves for
-it.
+`loft_jax.training`, with shapes instead of arrays. A TPU will hold what the compiler reserves for
+it. For GPUs the step is compiled for CPUs: arguments are the same, temporaries are an estimate.
 """
 
 import contextlib
@@ -32,9 +32,20 @@ from loft_jax.training.optimizer import make_optimizer, make_schedule
 from loft_jax.training.partition import ModelPartition, split_model
 from loft_jax.training.shardings import step_shardings
 from loft_jax.training.step import HOST_MEMORY, StepShardings, TrainState, initial_state, make_step
-from loft_jax.training.topology import Topology, load_topology
+from loft_jax.training.topology import Topology, chip_of, load_topology
 
 Tree = Any
+
+# CPUs multiply bfloat16 matrices as float32. Copies of all layers in float32, which the compiler
+# would make before the loop over them, would be counted among the temporaries.
+_AS_ON_GPUS: Any = {
+    "xla_allow_excess_precision": False,
+    "xla_backend_optimization_level": 0,  # the code is not run
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_disable_hlo_passes": (
+        "while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion"
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -43,15 +54,16 @@ class StepPlan:
 
     Args:
         config: The run whose step was compiled.
-        topology: The slice, for example "v5e:2x4".
+        topology: The slice, for example "v5e:2x4", or GPUs, for example "8xh100".
         mesh: Sizes of (data, fsdp, tensor).
-        memory: HBM of the chip.
+        memory: Memory of the chip.
         weights: Base weights, trained or not.
         adapter: LoRA factors, and a head that trains with them.
         optimizer_state: Moments, bases, counters; without what is kept in host memory.
         other: The batch, metrics, and the padding that the compiler adds to the arrays above.
         temporaries: Activations, gradients, gathered weights. None if the step does not fit.
-        program: The compiled code, which is in HBM too. None if the step does not fit.
+        program: The compiled code, which is in the memory of TPUs too. None if the step does not
+            fit.
         collectives: Messages between chips, by kind. None if the step does not fit, or if this
             jaxlib cannot read the program that libtpu has made.
         seconds: Time taken to trace and compile.
@@ -73,6 +85,11 @@ class StepPlan:
     shortage: str = ""
 
     @property
+    def is_estimate(self) -> bool:
+        """Whether the compiler was another than that of the chip, as it is for GPUs."""
+        return chip_of(self.topology).platform == "gpu"
+
+    @property
     def total(self) -> int | None:
         """The memory of all parts; None if the step does not fit."""
         if self.temporaries is None or self.program is None:
@@ -82,7 +99,7 @@ class StepPlan:
 
 
 def plan_step(config: FinetuneConfig, topology: str, slices: int = 1) -> StepPlan:
-    """Compiles a train step ahead of time, for TPUs that need not be present.
+    """Compiles a train step ahead of time, for TPUs or GPUs that need not be present.
 
     A model of 7 billion weights takes one to two minutes. Nothing of its size is allocated, and
     neither weights nor examples are read: a row has `data.max_length` tokens.
@@ -90,15 +107,16 @@ def plan_step(config: FinetuneConfig, topology: str, slices: int = 1) -> StepPla
     Args:
         config: The run. The path of its model may also be a config.json or one of the names in
             `WELL_KNOWN`.
-        topology: Generation and grid of chips, for example "v5e:2x4".
-        slices: Number of such slices, joined by a slower network.
+        topology: Generation and grid of TPU chips, for example "v5e:2x4", or GPUs of one host, for
+            example "h100" or "8xh100".
+        slices: Number of such slices of TPUs, joined by a slower network.
 
     Returns:
         The memory of a chip.
 
     Raises:
-        InputError: The model, topology, batch, mesh or target modules are wrong, or libtpu is not
-            installed.
+        InputError: The model, topology, batch, mesh or target modules are wrong, libtpu is not
+            installed, or JAX has fewer CPU devices than the topology has GPUs.
 
     Example:
         >>> from loft_jax.data import DataConfig
@@ -116,7 +134,8 @@ def plan_step(config: FinetuneConfig, topology: str, slices: int = 1) -> StepPla
     lowered = step.lower(state, parts.frozen, batch)
     try:
         with _uncached():
-            compiled, shortage = lowered.compile(), ""
+            options = _AS_ON_GPUS if chips.chip.platform == "gpu" else None
+            compiled, shortage = lowered.compile(compiler_options=options), ""
     except jax.errors.JaxRuntimeError as error:
         if not str(error).startswith("RESOURCE_EXHAUSTED"):
             raise
@@ -186,7 +205,7 @@ class _Prepared(NamedTuple):
 
 
 def _prepare(config: FinetuneConfig, topology: str, slices: int) -> _Prepared:
-    config = with_precision(config, "tpu")
+    config = with_precision(config, chip_of(topology).platform)
     rows, accumulation_steps = config.schedule.batch_size, config.schedule.accumulation_steps
     family, sizes = plan_model(config.model.path)
     known = getattr(sizes, "labels", ())

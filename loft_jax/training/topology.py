@@ -1,4 +1,8 @@
-"""Descriptions of TPU slices to compile for, from libtpu alone; no TPU is needed."""
+"""Descriptions of TPU slices and of GPUs to compile for; none of them is needed.
+
+Slices come from libtpu. GPUs are represented by as many CPU devices: XLA's compiler for them needs
+one, so what the step takes there is estimated with its compiler for CPUs.
+"""
 
 import importlib.util
 import os
@@ -25,15 +29,17 @@ _OFF_CLOUD = {
 
 @dataclass(frozen=True)
 class Chip:
-    """A generation of TPUs.
+    """A generation of TPUs, or a GPU.
 
     Args:
         name: As in topology names.
-        memory: HBM of one chip, in bytes. The compiler reserves a little of it.
+        memory: Memory of one chip, in bytes. The compiler or the driver reserves a little of it.
+        platform: JAX's name of its platform: "tpu" or "gpu".
     """
 
     name: str
     memory: int
+    platform: str = "tpu"
 
 
 CHIPS = {
@@ -45,16 +51,31 @@ CHIPS = {
         Chip("v6e", 32 * _GB),
     )
 }
+"""TPUs by generation."""
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Chip("a100-40gb", 40 * _GB, "gpu"),
+        Chip("a100-80gb", 80 * _GB, "gpu"),
+        Chip("h100", 80 * _GB, "gpu"),
+        Chip("h200", 141 * _GB, "gpu"),
+        Chip("rtx-3090", 24 * _GB, "gpu"),
+        Chip("rtx-4090", 24 * _GB, "gpu"),
+    )
+}
+"""GPUs by name."""
 
 
 @dataclass(frozen=True)
 class Topology:
-    """One or more slices of TPU chips.
+    """One or more slices of TPU chips, or the GPUs of one host.
 
     Args:
-        name: Generation and grid, for example "v5e:2x4".
-        chip: Its generation.
-        devices: One for each chip; programs can be compiled for them, but not run.
+        name: Generation and grid, for example "v5e:2x4", or GPUs, for example "8xh100".
+        chip: What it consists of.
+        devices: One for each chip. Programs can be compiled for them, but not run; those of GPUs
+            are CPU devices.
     """
 
     name: str
@@ -62,36 +83,91 @@ class Topology:
     devices: tuple[jax.Device, ...]
 
 
-def load_topology(name: str, slices: int = 1) -> Topology:
-    """Describes a slice to compile for; no TPU is needed or touched.
-
-    Sets the environment variables that libtpu reads for this process, unless they are set already.
+def chip_of(name: str) -> Chip:
+    """Finds the chip that a topology consists of.
 
     Args:
-        name: Generation and grid of chips: "v5e:2x4", "v5p:2x2x4".
-        slices: Number of slices, joined by a slower network.
+        name: As for `load_topology`.
 
     Returns:
-        The slice or slices.
+        The chip.
 
     Raises:
-        InputError: The generation or the grid is not known, or libtpu is not installed.
+        InputError: It is not known.
 
     Example:
-        >>> len(load_topology("v5e:2x4").devices)  # doctest: +SKIP
-        8
+        >>> chip_of("8xh100").name, chip_of("v5e:2x4").name
+        ('h100', 'v5e')
     """
+    return _parsed(name)[0]
+
+
+def gpu_count(name: str) -> int:
+    """Gives the number of GPUs of a topology; 0 if it consists of TPUs.
+
+    Args:
+        name: As for `load_topology`.
+
+    Returns:
+        The number, which JAX needs as CPU devices to compile for this topology.
+
+    Raises:
+        InputError: The chip is not known.
+
+    Example:
+        >>> gpu_count("8xh100"), gpu_count("rtx-4090"), gpu_count("v5e:2x4")
+        (8, 1, 0)
+    """
+    chip, rest = _parsed(name)
+    return int(rest or 1) if chip.platform == "gpu" else 0
+
+
+def _parsed(name: str) -> tuple[Chip, str]:
+    """Gives the chip of a topology, and the grid of TPUs or the number of GPUs, as text."""
+    found = re.fullmatch(r"(?:([1-9]\d{0,2})x)?([^:]*)", name)
+    if found and found[2].lower() in GPUS:
+        return GPUS[found[2].lower()], found[1] or ""
     generation, _, grid = name.partition(":")
     if generation not in CHIPS:
         raise InputError(
-            f"topology {name!r}: unknown TPU {generation!r}, expected one of {', '.join(CHIPS)}, "
-            "as in v5e:2x4"
+            f"topology {name!r}: unknown TPU or GPU {generation!r}, expected one of "
+            f"{', '.join(CHIPS)}, as in v5e:2x4, or of {', '.join(GPUS)}, as in h100 or 8xh100"
         )
     if not re.fullmatch(r"[1-9]\d{0,2}(x[1-9]\d{0,2}){1,2}", grid):
         raise InputError(
             f"topology {name!r}: its grid is {grid!r}, expected chips along two or three axes, as "
             "in v5e:2x4 or v5p:2x2x4"
         )
+    return CHIPS[generation], grid
+
+
+def load_topology(name: str, slices: int = 1) -> Topology:
+    """Describes chips to compile for; none of them is needed or touched.
+
+    For a slice of TPUs, this sets the environment variables that libtpu reads for this process,
+    unless they are set already.
+
+    Args:
+        name: Generation and grid of TPU chips: "v5e:2x4", "v5p:2x2x4"; or a GPU, with the number of
+            them in one host: "rtx-4090", "8xh100".
+        slices: Number of slices of TPUs, joined by a slower network.
+
+    Returns:
+        The slices, or the GPUs.
+
+    Raises:
+        InputError: The chip or the grid is not known, libtpu is not installed, GPUs are to be in
+            several slices, or JAX has fewer CPU devices than there are to be GPUs.
+
+    Example:
+        >>> len(load_topology("h100").devices)
+        1
+        >>> len(load_topology("v5e:2x4").devices)  # doctest: +SKIP
+        8
+    """
+    chip = chip_of(name)
+    if count := gpu_count(name):
+        return _load_gpus(name, chip, count, slices)
     if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
         raise InputError(
             "libtpu, the compiler for TPUs, is not installed; expected: pip install 'loft-jax[tpu]'"
@@ -102,10 +178,22 @@ def load_topology(name: str, slices: int = 1) -> Topology:
 
     # A chip of v4 has two cores, which run as one device; of later chips this is the default.
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
-    if generation == "v4":
+    if chip.name == "v4":
         options["chip_config_name"] = "megacore"
     try:
         found = topologies.get_topology_desc(topology_name=name, platform="tpu", **options)
     except jax.errors.JaxRuntimeError as error:
         raise InputError(f"topology {name!r}: libtpu refuses it: {error}") from error
-    return Topology(name, CHIPS[generation], tuple(found.devices))
+    return Topology(name, chip, tuple(found.devices))
+
+
+def _load_gpus(name: str, chip: Chip, count: int, slices: int) -> Topology:
+    if slices > 1:
+        raise InputError(f"slices is {slices}, expected 1 for the GPUs of one host, {name!r}")
+    devices = jax.devices("cpu")
+    if len(devices) < count:
+        raise InputError(
+            f"topology {name!r}: JAX has {len(devices)} CPU devices to compile for, expected "
+            f"{count}; set jax_num_cpu_devices to {count} before JAX is used"
+        )
+    return Topology(name, chip, tuple(devices[:count]))

@@ -30,7 +30,8 @@ a table, is `python -m experiments run stories --methods loft --ranks 4 --rates 
 | LoFT against LoRA, DoRA, rsLoRA, RefLoRA and its kin at equal rank | [claims](#claims) |
 | LoFT at rank 4 against LoRA at rank 16 | [claims](#claims) |
 | how far from full fine-tuning | [claims](#claims), and the tables by rank |
-| how much is speed, and how much stays after five times the steps | `stories-long` |
+| how much is speed, and how much stays after more steps | `stories-long`, `wikitext-long` |
+| GLUE with MiniLM | `sst2`, `cola`, `rte` |
 | how a method depends on the learning rate | [below](#at-the-learning-rate-of-full-fine-tuning), \
 and "Validation loss by learning rate" of each task |
 | on eps and on alpha | "By eps" and "By alpha" of each task |
@@ -53,8 +54,9 @@ Runs of one seed see the same batches and start from the same factors (but for `
 are clipped to a global norm of 1, for LoFT that of the projected ones, for the others that of the
 factors' own: not the same clip, and it matters (`lora-unclipped`, `loft-unclipped`). The learning
 rate rises over a twelfth of the run and falls to zero by a line. RefLoRA is plain LoRA for a sixth
-of the run, where B starts at zero. `full` trains embeddings and norms too; `full-linear` the
-weights that adapters stand on.
+of the run, where B starts at zero. Base weights and computation are in float32, where a task does
+not say bfloat16: its losses are other ones, and only those of one task are compared. `full` trains
+embeddings and norms too; `full-linear` the weights that adapters stand on.
 
 `loft-factored` is what `loft` is by default: along the tangent space, with the factored second
 moment. `loft` is the same with the exact one, and `loft-alternate` moves one factor a step, as the
@@ -66,7 +68,8 @@ of `experiments/peers` say so.
 of the same seed is at the end of its run; how hard each batch is, as LoRA's losses tell, is taken
 off. Memory is the state of the optimizer, and what the compiler sets aside for a step. Times are
 those of a step over LoRA's in the same table, each the least disturbed one of its runs, on machines
-that were busy with other work too: a hint, no more; [optimizer.md](optimizer.md) has measured ones.
+that were busy with other work too: a hint, no more, and left out for the runs on a GPU, which many
+shared; [optimizer.md](optimizer.md) has measured ones.
 
 Left out: `altlora-plus`; on SmolLM2 most ranks but 8 and most methods; eps and alpha on most tasks.
 Rates are a factor of three apart: what a method would gain between them is not known. Models, data
@@ -154,8 +157,16 @@ def write_report(results: Path, page: Path) -> None:
 
 
 def _made_with(results: Iterable[Result]) -> list[str]:
-    kinds = {tuple((name, r.made_with[name]) for name in PACKAGES) for r in results}
-    return [f"Made with {', '.join(f'{k} {v}' for k, v in kind)}." for kind in sorted(kinds)]
+    devices: dict[tuple[str, str], set[str]] = {}
+    for result in results:
+        packages = ", ".join(f"{name} {result.made_with[name]}" for name in PACKAGES)
+        key = packages, result.made_with.get("device", "cpu")
+        devices.setdefault(key, set()).add(result.cell.task)
+    lines = []
+    for (packages, device), tasks in sorted(devices.items()):
+        which = "CPUs" if device == "cpu" else f"{device}: {', '.join(sorted(tasks))}"
+        lines += _wrapped(f"Made with {packages} on {which}.")
+    return lines
 
 
 def _claims(found: Mapping[str, Sequence[Finding]]) -> list[str]:

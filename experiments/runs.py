@@ -178,6 +178,7 @@ class LanguageRuns:
             cost=cost,
             made_with={
                 **{name: version(name) for name in PACKAGES},
+                "device": jax.devices()[0].device_kind,
                 "task": self.task.digest,
                 "steps": self.task.steps,
                 "batch_size": self._config.schedule.batch_size,

@@ -26,7 +26,8 @@ class Summary:
         rates: Those that were tried, in order, each with its mean validation loss over the seeds
             that all of them have.
         results: The runs at the best rate, in the order of their seeds.
-        step_seconds: The least that a step took in a run, at any rate: the least disturbed one.
+        step_seconds: The least that a step took in a run, at any rate: the least disturbed one;
+            infinite where that was not kept.
     """
 
     setting: Setting

@@ -50,7 +50,8 @@ def at_rank(task: Task, summaries: Sequence[Summary]) -> list[str]:
             row["error at the end"] = f"{_at_end(summary):.1g}"
         else:
             row["steps to LoRA's loss"] = _steps_to(lora, summary, task.steps)
-            row["time"] = f"{summary.step_seconds / lora.step_seconds:.2f}" if lora else ""
+            ratio = summary.step_seconds / lora.step_seconds if lora else math.nan
+            row["time"] = f"{ratio:.2f}" if math.isfinite(ratio) else ""
         rows.append(row)
     return markdown(list(rows[0]), [list(row.values()) for row in rows])
 

@@ -3,9 +3,10 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from experiments.ablations import ABLATIONS
 from experiments.log import Cell, grid
@@ -111,6 +112,8 @@ class Task:
         left_out = {"title", "note", "methods", "ranks", "rates", "more", "measure"}
         left_out |= {"seeds", "final_seeds", "always_tests"}
         values = dataclasses.asdict(self)
+        if values.get("dtype") == "float32":
+            left_out.add("dtype")
         what = {k: v for k, v in values.items() if k not in left_out and v is not None}
         return hashlib.blake2b(json.dumps(what).encode(), digest_size=4).hexdigest()
 
@@ -127,6 +130,7 @@ class LanguageTask(Task):
         packing: Whether texts are put into rows of the full length.
         choices: Answers to compare; empty where rows bring their own, or have none.
         preset: The published data set that the files are of; None for plain rows.
+        dtype: Of the model's computation and of its frozen weights.
         train: File to train on, and its split: with slices, as `datasets` writes them.
         validation: The same to choose learning rates by.
         test: The same to report.
@@ -139,6 +143,7 @@ class LanguageTask(Task):
     packing: bool = False
     choices: tuple[str, ...] = ()
     preset: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
     train: tuple[str, str] = ("train.jsonl", "train")
     validation: tuple[str, str] = ("validation.jsonl", "train")
     test: tuple[str, str] = ("test.jsonl", "train")
@@ -154,7 +159,7 @@ class LanguageTask(Task):
         """
         (train, split), (validation, eval_split) = self.train, self.validation
         return FinetuneConfig(
-            model=ModelConfig(str(assets / self.model)),
+            model=ModelConfig(str(assets / self.model), self.dtype),
             data=DataConfig(
                 str(assets / self.data / train),
                 split=split,
@@ -200,10 +205,34 @@ LONG_METHODS = (
 )  # fmt: skip
 
 
+PEERS = ("lora-pro", "riemannion", "adapre-lora", "lora-rite")
+
+
+def _in_bfloat16(task: LanguageTask, ranks: Mapping[int, tuple[str, ...]]) -> LanguageTask:
+    """A task on a model in bfloat16, as it is trained on accelerators; losses are other ones.
+
+    Args:
+        task: The same in float32.
+        ranks: Methods by rank.
+    """
+    first, *more = ranks
+    return replace(
+        task,
+        name=f"{task.name}-bfloat16",
+        title=f"{task.title}, in bfloat16",
+        note=f"As `{task.name}`, with the frozen weights and the computation in bfloat16.",
+        dtype="bfloat16",
+        methods=ranks[first],
+        ranks=(first,),
+        more=tuple(Sweep(ranks[rank], (rank,)) for rank in more),
+    )
+
+
 def _on_minilm(**task: Any) -> LanguageTask:
     """A task of GLUE: methods at three rates each, those of full fine-tuning lower."""
     return LanguageTask(
         model="experiments/minilm",
+        dtype="bfloat16",
         steps=150,
         batch_size=32,
         methods=("loft-factored", "lora", "reflora"),
@@ -381,11 +410,12 @@ LANGUAGE_TASKS = {
             name="wikitext-long",
             title="The same for almost seven times the steps",
             note=(
-                "As `wikitext`, with 400 steps and one seed; each method at the three rates that "
-                "stand around its best of 60 steps."
+                "As `wikitext`, with 400 steps, one seed and the model in bfloat16; each method at "
+                "the three rates that stand around its best of 60 steps."
             ),
             model=SMOLLM2,
             data="experiments/wikitext2",
+            dtype="bfloat16",
             max_length=128,
             packing=True,
             steps=400,
@@ -407,9 +437,10 @@ LANGUAGE_TASKS = {
             title="MiniLM on SST-2",
             note=(
                 "all-MiniLM-L6-v2, a BERT of 22.7 million parameters, tells whether a phrase of a "
-                "film review is for or against; 872 of the training phrases for validation, for "
-                "the test the 872 sentences that GLUE publishes for validation, of which 0.509 "
-                "have the more frequent label. Three rates a method, those of `full` lower."
+                "film review is for or against, computed in bfloat16; 872 of the training phrases "
+                "for validation, for the test the 872 sentences that GLUE publishes for "
+                "validation, of which 0.509 have the more frequent label. Three rates a method, "
+                "those of `full` lower."
             ),
             data="experiments/sst2",
             preset="sst2",
@@ -451,6 +482,26 @@ LANGUAGE_TASKS = {
             validation=("train.tsv", "train[2213:]"),
             test=("dev.tsv", "train"),
             measure="accuracy",
+        ),
+    )
+}
+LANGUAGE_TASKS |= {
+    task.name: task
+    for task in (
+        _in_bfloat16(
+            LANGUAGE_TASKS["sentiment"],
+            {4: ("lora", "loft-factored"), 8: ("loft-factored", "loft", "reflora")},
+        ),
+        _in_bfloat16(
+            LANGUAGE_TASKS["arc-easy"], {4: ("lora", "loft-factored"), 8: ("loft-factored",)}
+        ),
+        _in_bfloat16(
+            LANGUAGE_TASKS["openbookqa"],
+            {4: ("lora", "loft-factored", "full"), 8: ("loft-factored",)},
+        ),
+        _in_bfloat16(LANGUAGE_TASKS["shakespeare"], {8: ("loft", *PEERS), 4: ("loft-factored",)}),
+        _in_bfloat16(
+            LANGUAGE_TASKS["wikitext"], {8: ("loft", *PEERS), 4: ("lora", "loft-factored")}
         ),
     )
 }

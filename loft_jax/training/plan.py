@@ -158,7 +158,10 @@ def plan_step(config: FinetuneConfig, topology: str, slices: int = 1) -> StepPla
         memory = compiled.memory_analysis()
         # The state is donated: its result takes the memory of the argument.
         results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-        other = memory.argument_size_in_bytes - sum(stored) + results
+        arguments = memory.argument_size_in_bytes
+        if chips.chip.platform == "gpu":  # CPUs count the state in host memory too
+            arguments -= _bytes_on_a_device(state.opt_state, shardings.state.opt_state, HOST_MEMORY)
+        other = arguments - sum(stored) + results
         temporaries = memory.temp_size_in_bytes
         program = memory.generated_code_size_in_bytes
         found = _collectives(compiled)
@@ -256,13 +259,13 @@ def plan_model(name: str) -> tuple[Family, PretrainedConfig]:
 
 
 def plan_table(plans: Sequence[StepPlan]) -> str:
-    """Formats plans as a table, one in each row, compared with LoRA on the same slice.
+    """Formats plans as a table, one in each row, compared with LoRA on the same chips.
 
     Args:
         plans: Plans of one model and batch.
 
     Returns:
-        A table in MiB for each chip, and the collectives below it.
+        A table in MiB for each chip, with a ~ before estimates, and the collectives below it.
     """
     head = ["topology", "mesh", "method", "weights", "adapter", "optimizer", "other", "temporaries"]
     rows = [[*head, "program", "total", "of chip", "over lora", "compiled in"]]
@@ -278,7 +281,10 @@ def plan_table(plans: Sequence[StepPlan]) -> str:
             notes.append(f"{row[0]} {row[2]}: {plan.shortage}")
         else:
             row += [f"{n / 2**20:,.1f}" for n in (plan.temporaries, plan.program, plan.total)]
-            row.append(f"{plan.total / plan.memory:.1%} of {plan.memory / 2**30:.0f} GiB")
+            if plan.is_estimate:
+                row[-3::2] = [f"~{cell}" for cell in row[-3::2]]
+            fits = "" if plan.total <= plan.memory else ", does not fit"
+            row.append(f"{plan.total / plan.memory:.1%} of {plan.memory / 2**30:.0f} GiB{fits}")
             over = ""
             if base is not None and base is not plan and base.total is not None:
                 more = plan.total - base.total
@@ -301,8 +307,14 @@ def plan_table(plans: Sequence[StepPlan]) -> str:
             "",
             "collectives in the program (results on a chip; those of a layer count once):",
             *notes,
+            *([_ESTIMATED] if any(plan.is_estimate for plan in plans) else []),
         ]
     )
+
+
+_ESTIMATED = """
+~ is an estimate: the step was compiled for CPUs. JAX takes three quarters of a GPU's memory, or
+what the environment variable XLA_PYTHON_CLIENT_MEM_FRACTION says."""
 
 
 def _kinds(collectives: Sequence[Collective] | None) -> str:
@@ -356,11 +368,12 @@ def _uncached() -> Iterator[None]:
         jax.config.update(setting, before)
 
 
-def _bytes_on_a_device(tree: Tree, shardings: Tree) -> int:
+def _bytes_on_a_device(tree: Tree, shardings: Tree, kind: str | None = None) -> int:
+    """Counts the bytes of one device; of a kind of memory, by default all but that of the host."""
     return sum(
         math.prod(sharding.shard_shape(leaf.shape)) * _bits(leaf.dtype) // 8
         for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
-        if sharding.memory_kind != HOST_MEMORY
+        if (sharding.memory_kind == kind if kind else sharding.memory_kind != HOST_MEMORY)
     )
 
 

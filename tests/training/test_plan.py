@@ -13,6 +13,7 @@ from loft_jax.data import DataConfig
 from loft_jax.errors import InputError
 from loft_jax.methods import LoFT, LoRA
 from loft_jax.models.registry import WELL_KNOWN
+from loft_jax.training import topology
 from loft_jax.training.config import MeshConfig
 from loft_jax.training.plan import plan_method, plan_model, plan_step, plan_table
 from loft_jax.training.topology import chip_of, gpu_count, load_topology
@@ -290,3 +291,14 @@ def test_several_gpus_need_as_many_cpu_devices():
         load_topology("8xh100")
     with pytest.raises(InputError, match="slices is 2, expected 1 for the GPUs of one host"):
         load_topology("h100", slices=2)
+
+
+@pytest.mark.parametrize(("file", "set_"), [(None, True), ("accel0", False), ("vfio/0", False)])
+def test_libtpu_is_silent_where_there_is_no_tpu(file, set_, monkeypatch, tmp_path):
+    monkeypatch.setattr(topology, "Path", lambda path: tmp_path / path.lstrip("/"))
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
+    for name, text in (("sys/bus/pci/devices/0/vendor", "0x8086\n"), (f"dev/{file}", "")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    topology.silence_libtpu()
+    assert ("TPU_SKIP_MDS_QUERY" in os.environ) == set_

@@ -302,3 +302,16 @@ def test_libtpu_is_silent_where_there_is_no_tpu(file, set_, monkeypatch, tmp_pat
         (tmp_path / name).write_text(text)
     topology.silence_libtpu()
     assert ("TPU_SKIP_MDS_QUERY" in os.environ) == set_
+
+
+@pytest.mark.slow
+def test_a_base_in_nf4_on_a_gpu_takes_what_one_in_int8_does_but_for_its_weights(gpu_plan):
+    plans = [
+        plan_step(config(gpu_plan.config.model.path, target_modules=("q_proj",), **changes), "h100")
+        for changes in ({"quantization": "int8"}, {"quantization": "nf4"})
+    ]
+    kernels = LAYERS * (4 * HIDDEN**2 + 3 * HIDDEN * MLP)
+    scales = 2 * kernels // 64  # bfloat16, one for 64 inputs
+    assert gpu_plan.weights - plans[1].weights == 2 * kernels - kernels // 2 - scales
+    assert plans[1].temporaries == plans[0].temporaries
+    assert plans[1].config.model.quantization == "nf4"

@@ -58,6 +58,25 @@ def cut(text: str) -> str:
     return printable if len(printable) <= _SHOWN else f"{printable[: _SHOWN - 3]}..."
 
 
+def size_of(count: int) -> str:
+    """Formats a number of bytes for a message.
+
+    Args:
+        count: Number of bytes.
+
+    Returns:
+        The number in MiB or GiB, and in bytes where it is less than one MiB.
+
+    Example:
+        >>> size_of(5232), size_of(3 * 2**19), size_of(80 * 2**30)
+        ('5,232 bytes', '1.5 MiB', '80.0 GiB')
+    """
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
+        if count >= unit:
+            return f"{count / unit:,.1f} {name}"
+    return f"{count:,} bytes"
+
+
 def reason(error: BaseException) -> str:
     """Gives the message of an exception in one line: that of its innermost cause with a message.
 

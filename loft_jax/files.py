@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from loft_jax.errors import InputError, explained, shown
+from loft_jax.errors import InputError, explained, shown, size_of
 
 _MOST_JSON = 2**25
 """Largest size of an index in bytes; that of the largest models has a third of it."""
@@ -63,7 +63,8 @@ def regular_file(
         )
     if most_bytes is not None and status.st_size > most_bytes:
         raise InputError(
-            f"{path}: has {status.st_size} bytes, expected {expected} of at most {most_bytes}"
+            f"{path}: has {size_of(status.st_size)}, expected {expected} of at most "
+            f"{size_of(most_bytes)}"
         )
     return path
 
@@ -158,7 +159,7 @@ def read_text(path: Path, expected: str, *, most_bytes: int = _MOST_JSON) -> str
             if (
                 len(pieces) * _PIECE > most_bytes + _PIECE
             ):  # files of /proc have size 0 and may not end
-                raise InputError(f"{path}: expected {expected} of at most {most_bytes} bytes")
+                raise InputError(f"{path}: expected {expected} of at most {size_of(most_bytes)}")
         return b"".join(pieces).decode("utf-8")
 
 

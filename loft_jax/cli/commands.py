@@ -16,12 +16,15 @@ from loft_jax.cli.evaluate import Evaluate
 from loft_jax.cli.export import Export
 from loft_jax.cli.finetune import INTERRUPTED, Finetune, finetune_default
 from loft_jax.cli.generate import Generate
+from loft_jax.cli.help import help_of
 from loft_jax.cli.merge import Merge
 from loft_jax.cli.method_flags import METHOD_FLAGS
 from loft_jax.cli.plan import Plan
+from loft_jax.cli.unknown_flags import parser_of, refuse_unknown
 from loft_jax.errors import InputError
 from loft_jax.streams import readers_may_leave
 from loft_jax.training.distributed import is_of_another_process, leave
+from loft_jax.training.topology import silence_libtpu
 
 # Models, optimizers and data are imported by the commands that use them, so that help is fast.
 
@@ -53,6 +56,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     with readers_may_leave():
         try:
             with _messages_shown():
+                silence_libtpu()
                 code = _run(name, rest)
             sys.stdout.flush()
             return code
@@ -84,10 +88,16 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         print(_usage(), file=sys.stderr)
         raise InputError(f"unknown command, expected one of {', '.join(_COMMANDS)}")
     command = _COMMANDS[name]
-    options: dict[str, Any] = {"args": arguments, "prog": f"loft-jax {name}"}
+    options: dict[str, Any] = {"prog": f"loft-jax {name}", "registry": METHOD_FLAGS}
+    asks_help = "-h" in arguments or "--help" in arguments
     if command is Finetune:
-        options["default"] = finetune_default(arguments)
-    return tyro.cli(command, registry=METHOD_FLAGS, **options)()
+        options["default"] = finetune_default([] if asks_help else arguments)
+    parser = parser_of(command, **options)
+    if asks_help:
+        print(help_of(parser, command.__doc__ or ""))
+        return 0
+    refuse_unknown(parser, arguments)
+    return tyro.cli(command, args=arguments, **options)()
 
 
 @contextlib.contextmanager

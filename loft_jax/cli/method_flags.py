@@ -19,7 +19,7 @@ METHOD_FLAGS = ConstructorRegistry()
 
 _NAMES: Any = Literal.__getitem__(tuple(METHODS))
 
-_DESCRIPTION = " ".join(
+_DESCRIPTION = "\n\n".join(
     f'"{name}": {(cls.__doc__ or "").splitlines()[0]}' for name, cls in METHODS.items()
 )
 
@@ -41,7 +41,7 @@ def _several_methods(info: StructTypeInfo) -> StructConstructorSpec | None:
         return None
     names = tuple(method.name for method in info.default)
     named = StructFieldSpec(
-        "method", tuple[_NAMES, ...], names, f"Methods to compare. {_DESCRIPTION}"
+        "method", tuple[_NAMES, ...], names, f"Methods to compare.\n\n{_DESCRIPTION}"
     )
     return StructConstructorSpec(
         lambda method, **settings: tuple(make_methods(method, settings)),

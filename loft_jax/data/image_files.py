@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from loft_jax.data.config import DataConfig
-from loft_jax.errors import InputError, explained, shown
+from loft_jax.errors import InputError, explained, shown, size_of
 from loft_jax.files import inside, regular_file
 
 IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -132,7 +132,9 @@ def read_arrays(path: Path, config: DataConfig) -> list[dict[str, Any]]:
             )
         sizes = {entry.filename: entry.file_size for entry in file.zip.infolist()}
         if (held := sum(sizes[f"{name}.npy"] for name in names)) > _MOST_ARRAYS:
-            raise InputError(f"{path}: arrays have {held} bytes, expected {_MOST_ARRAYS} at most")
+            raise InputError(
+                f"{path}: arrays have {size_of(held)}, expected {size_of(_MOST_ARRAYS)} at most"
+            )
         images, labels = (file[name] for name in names)
     if labels.ndim != 1 or images.ndim < 3 or len(images) != len(labels):
         raise InputError(

@@ -224,7 +224,8 @@ class EvaluationConfig:
     Args:
         path: Held-out examples, in the format of the training data. If it is empty, there is no
             evaluation, unless the data are the folder of a preset, which has them.
-        split: Their split; by default "train", or that which the preset is evaluated on.
+        split: Split of the held-out examples; by default "train", or that which the preset is
+            evaluated on.
         choices: Answers to compare on the held-out examples; evaluation then also reports the
             accuracy of the likeliest answer. For tasks with one answer from a fixed set of labels.
         batch_size: Number of rows computed at once in evaluation.

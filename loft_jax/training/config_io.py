@@ -13,6 +13,7 @@ from loft_jax.errors import InputError, cut, explained, shown
 from loft_jax.files import read_text, replacing
 from loft_jax.methods import METHODS, Method, methods_with
 from loft_jax.training.config import FinetuneConfig
+from loft_jax.training.field_names import meant_field
 
 _MOST_BYTES = 2**18
 _MOST_NODES = 10_000  # keys, values and lists of a file, with its aliases written out
@@ -189,7 +190,11 @@ def _checked(cls: Any, fields: dict[str, Any], where: str, prefix: str = "") -> 
     known = sorted(each.name for each in dataclasses.fields(cls) if each.init)
     if unknown := [key for key in fields if key not in known]:
         name = cut(unknown[0]) if isinstance(unknown[0], str) else shown(unknown[0])
-        raise InputError(f"{where}unknown field {prefix}{name}; expected some of {known}")
+        meant = meant_field(f"{prefix}{name}", dict(_names(FinetuneConfig)))
+        raise InputError(
+            f"{where}unknown field {prefix}{name}; expected some of {known}"
+            + (f"; did you mean {meant}?" if meant else "")
+        )
     checked = {}
     for key, value in fields.items():
         if not dataclasses.is_dataclass(hints[key]):
@@ -203,6 +208,27 @@ def _checked(cls: Any, fields: dict[str, Any], where: str, prefix: str = "") -> 
                 f"{first}: ..."
             )
     return checked
+
+
+def _names(cls: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yields the names of fields and of their flags, and for each the dotted name of the field."""
+    hints = get_type_hints(cls, include_extras=True)
+    for known in dataclasses.fields(cls):
+        kind, *notes = (
+            get_args(hint) if hasattr(hint := hints[known.name], "__metadata__") else [hint]
+        )
+        dotted = f"{prefix}{known.name}"
+        if dataclasses.is_dataclass(kind):
+            yield dotted, dotted
+        if kind is Method:
+            yield f"{dotted}.name", f"{dotted}.name"
+            for method in METHODS.values():
+                yield from _names(method, f"{dotted}.")
+        elif dataclasses.is_dataclass(kind):
+            yield from _names(kind, f"{dotted}.")
+        else:
+            yield dotted, dotted
+            yield from ((note.name.replace("-", "_"), dotted) for note in notes if note.name)
 
 
 def _method(fields: dict[str, Any], where: str = "") -> tuple[type[Method], dict[str, Any]]:

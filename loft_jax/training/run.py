@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from loft_jax.data import Batch, load_examples, train_stream
 from loft_jax.data.presets import find_preset
-from loft_jax.errors import InputError, explained, shown
+from loft_jax.errors import InputError, explained, shown, size_of
 from loft_jax.hub import load_model_config, load_processor
 from loft_jax.hub.host_arrays import gather_to_host
 from loft_jax.models.family import Family, PretrainedConfig
@@ -153,10 +153,10 @@ class Run:
             max_skipped_steps=config.optimizer.max_skipped_steps,
         )
         _log.info(
-            "%s: %s trained parameters, optimizer state of %s bytes",
+            "%s: %s trained parameters, optimizer state of %s",
             config.method.name,
             f"{sum(x.size for x in jax.tree.leaves(params)):,}",
-            f"{state_bytes(tx, params):,}",
+            size_of(state_bytes(tx, params)),
         )
 
     def close(self) -> None:

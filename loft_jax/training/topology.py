@@ -8,6 +8,7 @@ import importlib.util
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -172,8 +173,7 @@ def load_topology(name: str, slices: int = 1) -> Topology:
         raise InputError(
             "libtpu, the compiler for TPUs, is not installed; expected: pip install 'loft-jax[tpu]'"
         )
-    for variable, value in _OFF_CLOUD.items():
-        os.environ.setdefault(variable, value)
+    _set_off_cloud()
     from jax.experimental import topologies
 
     # A chip of v4 has two cores, which run as one device; of later chips this is the default.
@@ -197,3 +197,19 @@ def _load_gpus(name: str, chip: Chip, count: int, slices: int) -> Topology:
             f"{count}; set jax_num_cpu_devices to {count} before JAX is used"
         )
     return Topology(name, chip, tuple(devices[:count]))
+
+
+def silence_libtpu() -> None:
+    """Keeps libtpu, where it is installed, from warning of missing chips on machines without them.
+
+    JAX asks it for TPUs on every machine. Does nothing where a device may be a TPU.
+    """
+    vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
+    is_google = any(file.read_text().strip() == "0x1ae0" for file in vendors)
+    if not (is_google or any(Path("/dev").glob("accel*")) or any(Path("/dev").glob("vfio/[0-9]*"))):
+        _set_off_cloud()
+
+
+def _set_off_cloud() -> None:
+    for variable, value in _OFF_CLOUD.items():
+        os.environ.setdefault(variable, value)

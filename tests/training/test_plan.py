@@ -1,5 +1,6 @@
 """Plans: compiled for TPUs by libtpu, without one."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -12,9 +13,10 @@ from loft_jax.data import DataConfig
 from loft_jax.errors import InputError
 from loft_jax.methods import LoFT, LoRA
 from loft_jax.models.registry import WELL_KNOWN
+from loft_jax.training import topology
 from loft_jax.training.config import MeshConfig
 from loft_jax.training.plan import plan_method, plan_model, plan_step, plan_table
-from loft_jax.training.topology import load_topology
+from loft_jax.training.topology import chip_of, gpu_count, load_topology
 from tests.flat_config import flat_config
 
 HIDDEN, MLP, LAYERS, VOCAB, RANK = 64, 128, 2, 400, 4
@@ -147,7 +149,8 @@ def test_a_step_that_does_not_fit_says_so(capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"topology": "v9:2x2"}, "unknown TPU 'v9', expected one of v4, v5e, v5p, v6e"),
+        ({"topology": "v9:2x2"}, "unknown TPU or GPU 'v9', expected one of v4, v5e, v5p, v6e"),
+        ({"topology": "0xh100"}, "expected one of .*, or of a100-40gb, .* as in h100 or 8xh100"),
         ({"topology": "v5e"}, "its grid is ''"),
         ({"topology": "v5e:0x2"}, "its grid is '0x2'"),
         ({"model": "no/such/folder/model"}, "no/such/folder/model: .*known by name: .*llama-2-7b"),
@@ -189,8 +192,9 @@ def test_a_setting_goes_to_the_methods_that_have_it(config_json, capsys, monkeyp
 def test_the_command_ends_with_the_message(config_json, capsys):
     assert main(["plan", "--model", str(config_json), "--topology", "v9:2x2"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "loft-jax plan: topology 'v9:2x2': unknown TPU 'v9', expected one of v4, v5e, v5p, v6e, as "
-        "in v5e:2x4"
+        "loft-jax plan: topology 'v9:2x2': unknown TPU or GPU 'v9', expected one of v4, v5e, v5p, "
+        "v6e, as in v5e:2x4, or of a100-40gb, a100-80gb, h100, h200, rtx-3090, rtx-4090, as in "
+        "h100 or 8xh100"
     )
 
 
@@ -241,3 +245,73 @@ def test_models_by_name_have_their_published_sizes():
     }
     assert {name: parameters(name) for name in published} == published
     assert plan_model("Llama-2-7B") is WELL_KNOWN["llama-2-7b"]
+
+
+@pytest.fixture(scope="module")
+def gpu_plan(config_json):
+    return plan_step(config(config_json, target_modules=("q_proj",)), "h100")
+
+
+def test_a_plan_for_a_gpu_has_the_bytes_of_the_shapes_and_estimates_the_rest(gpu_plan):
+    matrices = LAYERS * (4 * HIDDEN**2 + 3 * HIDDEN * MLP) + 2 * VOCAB * HIDDEN
+    assert gpu_plan.weights == 2 * (matrices + (2 * LAYERS + 1) * HIDDEN)  # bfloat16
+    assert gpu_plan.adapter == 4 * LAYERS * 2 * HIDDEN * RANK
+    assert gpu_plan.memory == 80 * 2**30
+    # The logits of a batch in float32 at least, and not much more of what is in all layers.
+    assert 4 * 4 * 16 * VOCAB < gpu_plan.temporaries < gpu_plan.weights + 2**22
+    assert gpu_plan.is_estimate
+    table = plan_table([gpu_plan])
+    assert f"~{gpu_plan.total / 2**20:,.1f}" in table
+    assert "of 80 GiB" in table
+    assert "~ is an estimate" in table
+    small = dataclasses.replace(gpu_plan, memory=gpu_plan.total - 1)
+    assert "GiB, does not fit" in plan_table([small])
+
+
+@pytest.mark.slow
+def test_state_on_the_host_is_not_counted_as_that_of_a_gpu(gpu_plan):
+    optimizer = dataclasses.replace(gpu_plan.config.optimizer, offload=True)
+    plan = plan_step(dataclasses.replace(gpu_plan.config, optimizer=optimizer), "rtx-4090")
+    assert plan.optimizer_state < 64 < gpu_plan.optimizer_state  # counters
+    assert abs(plan.other - gpu_plan.other) < 64
+    assert plan.memory == 24 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "memory"),
+    [("h100", 1, 80), ("8xH100", 8, 80), ("2xrtx-3090", 2, 24), ("a100-40gb", 1, 40)],
+)
+def test_gpus_are_known_by_name(name, count, memory):
+    assert gpu_count(name) == count
+    assert chip_of(name).memory == memory * 2**30
+
+
+def test_several_gpus_need_as_many_cpu_devices():
+    with pytest.raises(InputError, match="JAX has 1 CPU devices to compile for, expected 8"):
+        load_topology("8xh100")
+    with pytest.raises(InputError, match="slices is 2, expected 1 for the GPUs of one host"):
+        load_topology("h100", slices=2)
+
+
+@pytest.mark.parametrize(("file", "set_"), [(None, True), ("accel0", False), ("vfio/0", False)])
+def test_libtpu_is_silent_where_there_is_no_tpu(file, set_, monkeypatch, tmp_path):
+    monkeypatch.setattr(topology, "Path", lambda path: tmp_path / path.lstrip("/"))
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
+    for name, text in (("sys/bus/pci/devices/0/vendor", "0x8086\n"), (f"dev/{file}", "")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    topology.silence_libtpu()
+    assert ("TPU_SKIP_MDS_QUERY" in os.environ) == set_
+
+
+@pytest.mark.slow
+def test_a_base_in_nf4_on_a_gpu_takes_what_one_in_int8_does_but_for_its_weights(gpu_plan):
+    plans = [
+        plan_step(config(gpu_plan.config.model.path, target_modules=("q_proj",), **changes), "h100")
+        for changes in ({"quantization": "int8"}, {"quantization": "nf4"})
+    ]
+    kernels = LAYERS * (4 * HIDDEN**2 + 3 * HIDDEN * MLP)
+    scales = 2 * kernels // 64  # bfloat16, one for 64 inputs
+    assert gpu_plan.weights - plans[1].weights == 2 * kernels - kernels // 2 - scales
+    assert plans[1].temporaries == plans[0].temporaries
+    assert plans[1].config.model.quantization == "nf4"

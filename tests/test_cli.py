@@ -363,7 +363,8 @@ def test_help(capsys):
     [
         (["evaluate", "--data.path", "x.jsonl"], "x.jsonl"),
         (["generate", "--prompt", "a"], "neither model nor adapter"),
-        (["merge", "--model", "m", "--output", "o"], "adapter is not given"),
+        (["merge", "--output", "o"], "neither model nor adapter"),
+        (["merge", "--model", "no/m/x", "--output", "o"], "no/m/x: no such file or folder"),
         (["merge", "--adapter", "nowhere", "--output", "o"], "nowhere: no such folder"),
         (["export", "nowhere", "--output", "o"], "nowhere"),
     ],

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from flax import nnx
-from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quant_shape_to_byte_shape, quantize
 
 from loft_jax.errors import InputError, explained, shown
@@ -24,12 +24,7 @@ if TYPE_CHECKING:
 GGUFKind = Literal["f32", "f16", "bf16", "q8_0"]
 """How the matrices of a GGUF file are stored."""
 
-_FILE_TYPES: Mapping[GGUFKind, LlamaFileType] = {
-    "f32": LlamaFileType.ALL_F32,
-    "f16": LlamaFileType.MOSTLY_F16,
-    "bf16": LlamaFileType.MOSTLY_BF16,
-    "q8_0": LlamaFileType.MOSTLY_Q8_0,
-}
+_FILE_TYPES: Mapping[GGUFKind, int] = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}  # GGUF's numbers
 _BLOCK = 32  # numbers of a row that share a scale in Q8_0
 _QUANTIZATION_VERSION = 2  # of the layout of blocks
 

@@ -2,7 +2,9 @@
 
 import contextlib
 import logging
+import signal
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -144,9 +146,11 @@ class _Session:
         if not self._chat:
             print(text, end="", flush=True)
         pieces = []
-        for piece in stream_text(self._model, self._tokenizer, prompt, **self._options):
-            pieces.append(piece)
-            print(piece, end="", flush=True)
+        with _interruptible() as check:
+            for piece in stream_text(self._model, self._tokenizer, prompt, **self._options):
+                pieces.append(piece)
+                print(piece, end="", flush=True)
+                check()
         print()
         answer = "".join(pieces)
         _say_if_empty(answer, "the answer")
@@ -167,6 +171,31 @@ class _Session:
         if not self._chat:
             return text
         return [*self._opening, *self._said, {"role": "user", "content": text}]
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[Callable[[], None]]:
+    """Gives a function that raises a `KeyboardInterrupt` after the first Ctrl-C.
+
+    Raised inside of JAX's compiler, it may crash Python at its end. A second Ctrl-C acts as usual.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    asked = False
+
+    def ask(*_: object) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(signal.SIGINT, before)
+
+    def check() -> None:
+        if asked:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _typed() -> str | None:

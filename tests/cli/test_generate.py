@@ -2,6 +2,7 @@
 
 import io
 import shutil
+import signal
 import sys
 
 import pytest
@@ -123,17 +124,22 @@ def test_a_session_is_a_conversation(model, theirs, capsys, monkeypatch):
 
 def test_a_session_survives_a_text_that_cannot_be_answered(model, theirs, capsys, monkeypatch):
     Typed(monkeypatch, "two?", "four?", "a joy")
-    errors, answered = [KeyboardInterrupt(), InputError("too long")], generation.stream_text
+    errors, answered = [KeyboardInterrupt, InputError("too long")], generation.stream_text
 
     def interrupted(*arguments, **options):
-        if errors:
-            raise errors.pop(0)
-        return answered(*arguments, **options)
+        error = errors.pop(0) if errors else None
+        if error is KeyboardInterrupt:  # as typed at a terminal
+            signal.raise_signal(signal.SIGINT)
+            yield from ("begun", "not shown")
+        elif error:
+            raise error
+        else:
+            yield from answered(*arguments, **options)
 
     monkeypatch.setattr(generation, "stream_text", interrupted)
     assert generate(model) == 0
     shown = capsys.readouterr()
-    assert shown.out == f"\n{theirs([said('user', 'a joy')])}\n\n"
+    assert shown.out == f"begun\n{theirs([said('user', 'a joy')])}\n\n"
     assert "loft-jax generate: too long\n" in shown.err
 
 

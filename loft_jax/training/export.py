@@ -128,7 +128,7 @@ def export_trained(
         save_peft_adapter(
             target,
             model,
-            base_model=config.export.base_model_name or config.model.path,
+            base_model=config.export.base_model_name or config.model.path or None,
             task_type=task.peft_type,
             modules_to_save=task.head_modules(model),
             labels=task.labels or (),

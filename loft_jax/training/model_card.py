@@ -1,5 +1,6 @@
 """Writes model cards: what was trained, on what and how, as the Hugging Face hub shows it."""
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,16 +9,15 @@ from typing import Any
 import yaml
 
 import loft_jax
-from loft_jax.models.family import Head
 from loft_jax.tasks.task import Task
-from loft_jax.training.config import FinetuneConfig
+from loft_jax.training.config import ExportConfig, FinetuneConfig
 from loft_jax.training.config_io import config_to_dict
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_PIPELINES: Mapping[Head, str] = {
-    "causal-lm": "text-generation",
-    "sequence-classification": "text-classification",
-    "image-classification": "image-classification",
+_PIPELINES = {
+    "CAUSAL_LM": "text-generation",
+    "SEQ_CLS": "text-classification",
+    "image-classification": "image-classification",  # for which PEFT has no name
 }
 
 
@@ -37,24 +37,28 @@ def model_card(
     """
     base = config.export.base_model_name or config.model.path
     schedule, evaluation = config.schedule, config.evaluation
-    kind = "An adapter for" if config.method.adapts else "A fine-tuned"
+    kind = "An adapter for" if config.method.adapts else "A fine-tuning of"
+    named = f"`{base}`" if base else "a model"
     rows = {
-        "base model": f"`{base}`",
+        "base model": base and f"`{base}`",
         "task": task.name,
         "method": config.method.name,
-        "data": f"`{config.data.path}`" + (f", {config.data.preset}" if config.data.preset else ""),
-        "held-out examples": f"`{evaluation.path}`" if evaluation.path else "",
+        "data": config.data.path and f"`{config.data.path}`",
+        "preset": config.data.preset,
+        "held-out examples": evaluation.path and f"`{evaluation.path}`",
         "steps": f"{step}, of {schedule.batch_size} rows each",
         "learning rate": f"{schedule.learning_rate:g}, {schedule.shape}",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value)
-    settings = yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
+    # Trained again, it is another adapter, which must not replace this one on the hub.
+    here = dataclasses.replace(config, export=ExportConfig(config.export.base_model_name))
+    settings = yaml.safe_dump(config_to_dict(here), sort_keys=False, allow_unicode=True)
     return f"""---
 {yaml.safe_dump(_metadata(config, task, base), sort_keys=False, allow_unicode=True)}---
 
 # {Path(config.output).name}
 
-{kind} `{base}`, trained with loft_jax {loft_jax.__version__}.
+{kind} {named}, trained with loft_jax {loft_jax.__version__}.
 
 | | |
 | --- | --- |
@@ -82,12 +86,10 @@ def _metadata(config: FinetuneConfig, task: Task, base: str) -> dict[str, Any]:
         tags.add(f"base_model:{'adapter' if adapts else 'finetune'}:{base}")
     if _is_hub_id(config.data.path):
         metadata["datasets"] = [config.data.path]
-    return {
-        **metadata,
-        "library_name": "peft" if adapts else "transformers",
-        "pipeline_tag": _PIPELINES[task.head],
-        "tags": sorted(tags),
-    }
+    metadata["library_name"] = "peft" if adapts else "transformers"
+    if pipeline := _PIPELINES.get(task.peft_type or task.head):
+        metadata["pipeline_tag"] = pipeline
+    return {**metadata, "tags": sorted(tags)}
 
 
 def _is_hub_id(name: str) -> bool:

@@ -67,6 +67,7 @@ def test_the_model_card_has_the_settings_to_train_it_again(pushed):
     assert "$ loft-jax finetune --config config.yaml --output runs/again" in text
     settings = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
     saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert saved["export"].pop("push_to_hub") == "me/first"  # by this run alone
     assert config_from_dict(settings) == config_from_dict(saved)
 
 

@@ -243,3 +243,24 @@ def test_the_command_turns_a_file_into_a_folder(llama, tmp_path, capsys):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer("a joy")["input_ids"] == tiny_tokenizer()("a joy")["input_ids"]
     assert tokenizer.chat_template == tiny_tokenizer().chat_template
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_llama_cpp_gives_the_same_probabilities(folders, tmp_path, architecture):
+    """Its cache of keys and values is float16."""
+    llama_cpp = pytest.importorskip("xllamacpp")
+    path = tmp_path / "x.gguf"
+    save_gguf(path, load_pretrained(folders / architecture), tiny_tokenizer(), kind="f32")
+    parameters = llama_cpp.CommonParams()
+    parameters.model.path, parameters.n_ctx, parameters.n_parallel = str(path), 256, 1
+    server = llama_cpp.Server(parameters)
+    text = "Review: a joy from start to finish, it's 1984.\nSentiment:"
+    answer = server.handle_completions(
+        {"prompt": text, "max_tokens": 1, "temperature": 0, "logprobs": 10}
+    )
+    (first,) = answer["choices"][0]["logprobs"]["content"]
+    found = {token["id"]: token["logprob"] for token in first["top_logprobs"]}
+    logits = load_pretrained(path)(np.array([tiny_tokenizer()(text)["input_ids"]]))[0, -1]
+    expected = torch.log_softmax(torch.tensor(np.array(logits)), -1)
+    assert found == pytest.approx({i: float(expected[i]) for i in found}, abs=0.02)
+    assert expected.argmax().item() in found

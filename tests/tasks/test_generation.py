@@ -10,6 +10,7 @@ from flax import nnx
 from transformers import AutoModelForCausalLM
 
 from loft_jax import generation as module
+from loft_jax.data.encode import encode_prompts
 from loft_jax.errors import InputError
 from loft_jax.generation import Sampling, generate, generate_text, stream_text
 from loft_jax.lora import LoRAConfig, add_lora
@@ -234,6 +235,26 @@ def test_prompts_are_encoded_as_in_training(tiny_llama):
     expected = plain.decode(torch_greedy(folder, ids, 6, 2), skip_special_tokens=True)
     for tokenizer, text in ((plain, "<s>a joy"), (ending, "a joy"), (ending, "<s>a joy")):
         assert generate_text(model, tokenizer, [text], max_new_tokens=6) == [expected]
+
+
+REASONING = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' and loop.last %}<think></think>{% endif %}"
+    "{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+def test_conversations_go_on_where_a_template_changes_earlier_turns():
+    """As those do that leave out the reasoning of all turns but the last."""
+    tokenizer = tiny_tokenizer(chat_template=REASONING)
+    said = ["two?", "2", "three?", "3", "four?"]
+    roles = ["user", "assistant"] * 3
+    chat = [{"role": r, "content": c} for r, c in zip(roles, said, strict=False)]
+    (found,) = encode_prompts(tokenizer, [chat])
+    assert found == tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_dict=False
+    )
 
 
 def test_token_that_the_model_has_no_weights_for(tiny_llama):

@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from loft_jax.data import DataConfig, TokenizedData
 from loft_jax.data.batches import Batch
-from loft_jax.data.encode import Labelled, column_names, pad_id, text_of
+from loft_jax.data.encode import Labelled, pad_id
 from loft_jax.data.log_once import log_unused
+from loft_jax.data.row_formats import column_names, text_of
 from loft_jax.data.text import check_tokens
 from loft_jax.errors import InputError, explained, shown
 from loft_jax.models.family import SequenceClassifier

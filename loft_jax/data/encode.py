@@ -14,6 +14,7 @@ from loft_jax.data.log_once import Joins, log_now
 from loft_jax.data.row_formats import Pair, Read, RowReader, column_names
 from loft_jax.data.templates import Chat, Message
 from loft_jax.data.text import check_tokens, encode_continuations, encode_starts, parts_of
+from loft_jax.data.token_cache import cached
 from loft_jax.errors import InputError, shown
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def tokenize(
 
     Examples with nothing to learn (an empty completion, no assistant turn, nothing left after
     truncation to `max_length`) are left out, and a warning gives their number. Fields that are not
-    used are logged.
+    used are logged. What took longer than two seconds is kept in the user's cache.
 
     Args:
         rows: Examples, as `load_examples` gives them or as plain dicts.
@@ -126,11 +127,35 @@ def tokenize(
     Example:
         >>> data = tokenize(rows, tokenizer, DataConfig("reviews.jsonl"))  # doctest: +SKIP
     """
+    filler = pad_id(tokenizer)
+    check_tokens([filler], tokenizer, vocab_size, where="padding")
+    columns = column_names(rows)
+    settings = {name: getattr(config, name) for name in _SETTINGS}
+
+    def make() -> dict[str, np.ndarray]:
+        return _tokenized(rows, tokenizer, config, vocab_size)
+
+    arrays = cached(make, rows, tokenizer, {**settings, "vocab": vocab_size, "columns": columns})
+    return TokenizedData(arrays["tokens"], arrays["loss_mask"], arrays["offsets"], filler)
+
+
+_SETTINGS = (
+    "messages_field", "prompt_field", "completion_field", "text_field", "prompt", "completion",
+    "chat", "max_length",
+)  # fmt: skip
+"""Fields of the configuration that tokens depend on."""
+
+
+def _tokenized(
+    rows: "Dataset | Sequence[Mapping[str, Any]]",
+    tokenizer: "PreTrainedTokenizerBase",
+    config: DataConfig,
+    vocab_size: int | None,
+) -> dict[str, np.ndarray]:
+    """Makes the arrays of `TokenizedData`."""
     kept: list[Example] = []
     empty = shortened = 0
     cut_away: list[int] = []  # lengths of the examples with nothing left after truncation
-    filler = pad_id(tokenizer)
-    check_tokens([filler], tokenizer, vocab_size, where="padding")
     for index, ids, learn in _encoded(rows, tokenizer, config):
         check_tokens(ids, tokenizer, vocab_size, where=f"row {index}")
         tokens, mask = np.asarray(ids, np.int32), np.asarray(learn, bool)
@@ -160,12 +185,11 @@ def tokenize(
         log_now(
             f"shortened {shortened} of {len(rows)} examples to max_length {config.max_length}",
         )
-    return TokenizedData(
-        tokens=np.concatenate([example.tokens for example in kept]),
-        loss_mask=np.concatenate([example.loss_mask for example in kept]),
-        offsets=np.cumsum([0, *(len(example.tokens) for example in kept)], dtype=np.int64),
-        pad_id=filler,
-    )
+    return {
+        "tokens": np.concatenate([example.tokens for example in kept]),
+        "loss_mask": np.concatenate([example.loss_mask for example in kept]),
+        "offsets": np.cumsum([0, *(len(example.tokens) for example in kept)], dtype=np.int64),
+    }
 
 
 _EMPTY = "an empty completion or text, or no assistant turn"

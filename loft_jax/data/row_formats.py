@@ -349,7 +349,7 @@ class _Reads:
         further, system = (
             "" if row.get(name) is None else text_of(row, name, index) for name in (_INPUT, _SYSTEM)
         )
-        if self._chats:
+        if self._chats and output:  # no template tells an empty answer from none
             asked = f"{instruction}\n\n{further}" if further else instruction
             messages = [*_system(system), *chat_with(asked, "").messages]
             return _answered(f"row {index}", messages, [_spoken(output)], index, {})
@@ -359,10 +359,8 @@ class _Reads:
         return Pair(prompt, output)
 
     def _read_pair(self, where: str, prompt: str, completion: str) -> Read:
-        if not self._config.chat:
+        if not (self._config.chat and completion):  # no template tells an empty answer from none
             return Pair(prompt, completion)
-        if not completion:  # no template tells an empty answer from none
-            return Pair("", "")
         asked = chat_with(prompt, where)
         return asked._replace(messages=[*asked.messages, _spoken(completion)])
 

@@ -257,6 +257,7 @@ def test_long_texts_are_tokenized_in_parts_and_are_the_same(monkeypatch):
     text = "\n".join(f"row {i}, a joy  from start  to finish" for i in range(40)) + " the end"
     data = DataConfig("rows", max_length=17)
     whole = tokenize([{"text": text}], TOKENIZER, data)
+    monkeypatch.setattr("loft_jax.data.text._LONG", 200)
     monkeypatch.setattr("loft_jax.data.text._PART", 100)
     parts = tokenize([{"text": text}, {"text": "b"}], TOKENIZER, data)
     assert parts.tokens[: len(whole.tokens)].tolist() == whole.tokens.tolist()

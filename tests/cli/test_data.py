@@ -74,3 +74,14 @@ def test_labels_are_shown_with_their_names(folder, tmp_path, capsys):
 def test_what_cannot_be_shown_is_refused(folder, tmp_path, capsys, rows, flags, message):
     assert data(folder, tmp_path / "a.jsonl", rows, *flags) == 2
     assert message in capsys.readouterr().err
+
+
+def test_wrong_targets_are_refused_before_tokenizing(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("loft_jax.data.encode._tokenized", None)
+    (tmp_path / "a.jsonl").write_text('{"text": "a joy"}\n')
+    run = ["--data.path", str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "run")]
+    flags = ["--model", str(folder), *run, "--target-modules"]
+    assert main(["finetune", *flags, "q_prj"]) == 2
+    assert "target_modules: 'q_prj' matches no layer of the model" in capsys.readouterr().err
+    with pytest.raises(TypeError):
+        main(["finetune", *flags, "q_proj"])

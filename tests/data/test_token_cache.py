@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from loft_jax.data import DataConfig, encode, token_cache, tokenize
+from loft_jax.tasks.classification import Classification
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 ROWS = [{"prompt": "Q?", "completion": "A"}, {"prompt": "Q?", "completion": ""}]
@@ -92,3 +93,12 @@ def test_what_is_tokenized_at_once_is_not_kept_and_old_files_are_removed(folder,
     monkeypatch.setattr(token_cache, "_DAYS", -1)
     tokenize(ROWS[:1], tiny_tokenizer(), DATA)
     assert len(list(folder.iterdir())) == 1
+
+
+def test_labels_are_kept_with_their_texts(folder):
+    rows = [{"text": text, "label": label} for text, label in (("a", "x"), ("b", "y"))]
+    for labels, expected in ((["x", "y"], [0, 1]), (["y", "x"], [1, 0]), (["x", "y"], [0, 1])):
+        found = Classification(labels).tokenize(rows, tiny_tokenizer(), DATA).labelled
+        assert found.labels.tolist() == expected
+        assert (found.labels.dtype, found.token_types.dtype) == (np.int32, np.int32)
+    assert len(list(folder.iterdir())) == 2

@@ -1,5 +1,6 @@
 """Recognizes how rows hold examples, and reads them: as conversations, pairs or texts."""
 
+import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -93,11 +94,7 @@ class RowReader:
         Raises:
             InputError: No format has its fields among these.
         """
-        if config.chat and not tokenizer.chat_template:
-            raise InputError(
-                "chat is true, but the tokenizer has no chat template; expected chat false, or the "
-                "tokenizer of a model that is made for chat"
-            )
+        check_chat(tokenizer, config)
         self._all = list(columns)
         self._tokenizer = tokenizer
         self._config = config
@@ -186,7 +183,7 @@ def text_of(row: _Row, field: str, index: int) -> str:
 def fields_of(name: Literal["prompt", "completion"], config: DataConfig) -> tuple[str, ...]:
     """Gives the fields that prompts or completions are read from: by the template, or the one."""
     template = getattr(config, name)
-    return FieldTemplate(template).fields if template else (getattr(config, f"{name}_field"),)
+    return _template(template).fields if template else (getattr(config, f"{name}_field"),)
 
 
 def part_of(
@@ -207,8 +204,24 @@ def part_of(
         InputError: A field is missing or is not a text.
     """
     if template := getattr(config, name):
-        return FieldTemplate(template).text_of(row, f"row {index}")
+        return _template(template).text_of(row, f"row {index}")
     return text_of(row, getattr(config, f"{name}_field"), index)
+
+
+_template = functools.cache(FieldTemplate)  # rows have the same one
+
+
+def check_chat(tokenizer: "PreTrainedTokenizerBase", config: DataConfig) -> None:
+    """Refuses `config.chat` with a tokenizer that has no chat template.
+
+    Raises:
+        InputError: There is none.
+    """
+    if config.chat and not tokenizer.chat_template:
+        raise InputError(
+            "chat is true, but the tokenizer has no chat template; expected chat false, or the "
+            "tokenizer of a model that is made for chat"
+        )
 
 
 def chat_with(prompt: str, where: str) -> Chat:
@@ -252,7 +265,7 @@ class _Reads:
         for field in _CONVERSATIONS:
             read = _ShareGPT(field)
             told = f"rows are conversations of ShareGPT's form, in the field {field!r}"
-            yield _Format("ShareGPT's", (field,), read, (_SYSTEM, TOOLS), told=told)
+            yield _Format(f"ShareGPT's {field}", (field,), read, (_SYSTEM, TOOLS), told=told)
         yield _Format(
             "preferences",
             (_CHOSEN, _REJECTED),
@@ -276,14 +289,15 @@ class _Reads:
                 else "written with Alpaca's prompt, since the tokenizer has no chat template"
             ),
         )
-        yield text
+        if config.text_field == DataConfig.text_field:
+            yield text
 
     def _pairs_told(self) -> str:
         if self._config.chat or not self._chats:
             return ""
         return (
-            "prompts are given to the model as they stand, and not to the tokenizer's chat "
-            "template, which --data.chat does"
+            "prompts that are texts are given to the model as they stand, and not to the "
+            "tokenizer's chat template, which --data.chat does"
         )
 
     def _by_templates(self, columns: Sequence[str]) -> _Format:

@@ -16,7 +16,7 @@ from loft_jax.data import DataConfig, Example
 from loft_jax.data.batches import bucket_lengths, smallest_bucket
 from loft_jax.data.encode import encode_prompts, pad_id, truncate
 from loft_jax.data.log_once import Joins, log_unused
-from loft_jax.data.row_formats import chat_with, column_names, fields_of, part_of
+from loft_jax.data.row_formats import chat_with, check_chat, column_names, fields_of, part_of
 from loft_jax.data.text import check_tokens, encode_continuations
 from loft_jax.errors import InputError, shown
 from loft_jax.models.activations import gathered
@@ -276,6 +276,7 @@ def _questions(
     config: DataConfig,
     choices: Sequence[str],
 ) -> list[_Question]:
+    check_chat(tokenizer, config)
     answered = fields_of("completion", config) if choices else CHOICE_FIELDS
     needed = [*fields_of("prompt", config), *answered]
     columns = column_names(rows)

@@ -170,7 +170,7 @@ def test_prompts_and_completions_are_given_to_the_chat_template_on_request(caplo
     row = {"prompt": "two?", "completion": "four"}
     with caplog.at_level(logging.INFO):
         assert encode(row) == ("<s>two?four</s>", "four</s>")
-    assert "not to the tokenizer's chat template, which --data.chat does" in caplog.text
+    assert "tokenizer's chat template, which --data.chat does" in caplog.text
     assert encode(row, chat=True) == (rendered(USER, ASSISTANT), "four<|end|>")
     with pytest.raises(InputError, match="chat is true, but the tokenizer has no chat template"):
         encode(row, PLAIN, chat=True)
@@ -224,9 +224,11 @@ def test_rows_of_several_formats_keep_their_order(caplog):
         assert "are not used" not in caplog.text
 
 
-def test_a_named_field_goes_before_formats_that_are_recognized():
+def test_a_named_field_goes_before_formats_that_are_recognized(caplog):
+    caplog.set_level(logging.INFO)
     row = {"instruction": "two?", "output": "four", "story": "a joy"}
     assert encode(row, text_field="story")[1] == "a joy</s>"
+    assert "several formats" not in caplog.text
     fields = {"prompt_field": "instruction", "completion_field": "output"}
     assert encode(row, **fields) == ("<s>two?four</s>", "four</s>")
 

@@ -20,6 +20,8 @@ _MOST_VALUES = 2**22  # values of a row, each of which becomes an object of Pyth
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _HALF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
+# A string, or the beginning of one that is cut off; possessive, so that long ones take no memory.
+_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 _LONGEST_MARK = 12  # "\ud83d\ude00", which may be cut anywhere where a block ends
 
 
@@ -146,13 +148,22 @@ class _Scanner:
         rest = self._text[self._at :]
         if len(rest) > _MOST_ROW:
             raise ValueError(f"it is longer than {_MOST_ROW} characters")
-        if len(rest) > _MOST_VALUES and sum(map(rest.count, ",[{")) > _MOST_VALUES:
+        if len(rest) > _MOST_VALUES and _values_in(rest) > _MOST_VALUES:
             raise ValueError(f"it has more than {_MOST_VALUES} values")
         new: list[str] = []
         while sum(map(len, new)) <= len(rest) and (block := next(self._blocks, "")):
             new.append(block)
         self._text, self._at = rest + "".join(new), 0
         return bool(new)
+
+
+def _values_in(text: str) -> int:
+    """Counts the values that JSON, which may be cut off, has at least, without reading it."""
+    count = start = 0
+    for string in _STRING.finditer(text):
+        count += sum(text.count(mark, start, string.start()) for mark in ",[{")
+        start = string.end()
+    return count + sum(text.count(mark, start) for mark in ",[{")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> Row:

@@ -156,6 +156,16 @@ def test_a_row_without_end_is_not_read_to_the_end(tmp_path, monkeypatch):
         table(path)
 
 
+def test_a_row_of_too_many_values_is_refused(tmp_path, monkeypatch):
+    """Each value becomes an object of Python, of many times its size in the file."""
+    monkeypatch.setattr(module, "_BLOCK", 2**10)
+    monkeypatch.setattr(module, "_MOST_VALUES", 1000)
+    few = [{"text": '"a", [\\ ' * 2000}, {"values": [1] * 900}]
+    assert read(tmp_path, json.dumps(few))[1]["values"] == [1] * 900
+    with pytest.raises(InputError, match=r"row 0 .*: it has more than 1000 values"):
+        read(tmp_path, json.dumps([{"values": [1] * 9000}]))
+
+
 def test_few_rows_are_python_objects_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_BLOCK", 2**15)
     monkeypatch.setattr(row_table, "_BATCH", 2**16)

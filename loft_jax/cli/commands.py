@@ -12,6 +12,7 @@ import tyro
 
 import loft_jax
 from loft_jax.cli.average import Average
+from loft_jax.cli.data import Data
 from loft_jax.cli.evaluate import Evaluate
 from loft_jax.cli.export import Export
 from loft_jax.cli.finetune import INTERRUPTED, Finetune, finetune_default
@@ -33,6 +34,7 @@ _FAILED = 1
 _OTHERS = 3
 
 _COMMANDS: dict[str, type[Callable[[], int]]] = {
+    "data": Data,
     "finetune": Finetune,
     "evaluate": Evaluate,
     "generate": Generate,

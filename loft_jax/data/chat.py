@@ -19,13 +19,13 @@ _CHUNK = 2**20
 _THINK_MARK = re.compile(r"</?think>")
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers uses the first found
 
-_Piece = tuple[str, Message | None]  # rendered text; the message of the assistant in it, or None
+_Piece = tuple[str, Message | None]  # rendered text; the learned message in it, or None
 
 
 def encode_chats(
-    tokenizer: "PreTrainedTokenizerBase", chats: Iterable[Chat]
+    tokenizer: "PreTrainedTokenizerBase", chats: Iterable[Chat], seen: "Seen | None" = None
 ) -> Iterator[tuple[list[int], list[bool]]]:
-    """Encodes conversations, and marks the tokens of the assistant.
+    """Encodes conversations, and marks the tokens of the assistant that are learned.
 
     An assistant turn begins where the template's generation prompt ends, and ends with the token
     that closes the turn. Both positions are found by rendering the conversation up to there, so the
@@ -37,15 +37,19 @@ def encode_chats(
     Args:
         tokenizer: Has a chat template.
         chats: Conversations whose messages have the texts `role` and `content`.
+        seen: Collects what to warn of over several calls; by default the warnings are logged after
+            the last conversation.
 
     Yields:
-        For each conversation, its ids, and for each id whether the assistant says it.
+        For each conversation, its ids, and for each id whether it is learned: the assistant says
+        it, in a message that `Chat.learned` does not leave out.
 
     Raises:
         InputError: There is no chat template; it refuses a conversation or fails on it; it writes a
             turn differently if others follow; or a turn does not begin with its generation prompt.
     """
-    seen = _Seen()
+    own = seen is None
+    seen = Seen() if seen is None else seen
     special = _special_ids(tokenizer)
     rendered = render_chats(
         tokenizer, ((seen.read(chat), _starts(chat.messages)) for chat in chats)
@@ -69,7 +73,8 @@ def encode_chats(
                 ids += piece
                 said += [index < spoken for index in range(len(piece))]
             yield ids, said
-    seen.warn(tokenizer)
+    if own:
+        seen.warn(tokenizer)
 
 
 def _together(rows: Iterable[list[_Piece]]) -> Iterator[list[list[_Piece]]]:
@@ -116,7 +121,8 @@ def _pieces(chat: Chat, rendered: Rendered) -> list[_Piece]:
             )
         if isinstance(before, str) or not done <= before <= after:
             raise InputError(f"{chat.where}: {_not_begun(whole[:after], before, turn)}")
-        pieces += [(whole[done:before], None), (whole[before:after], message)]
+        learned = chat.learned is None or chat.learned[turn]
+        pieces += [(whole[done:before], None), (whole[before:after], message if learned else None)]
         done = after
     pieces.append((whole[done:], None))
     return [(text, message) for text, message in pieces if text]
@@ -167,7 +173,7 @@ def _end_of_turn(
 
 
 @dataclasses.dataclass
-class _Seen:
+class Seen:
     """Collects what is not learned from the conversations, for warnings."""
 
     turns: int = 0

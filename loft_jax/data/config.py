@@ -5,16 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from loft_jax.data.field_template import FieldTemplate
 from loft_jax.data.presets import PresetName, find_preset
-from loft_jax.errors import InputError, shown
+from loft_jax.errors import InputError, naming, shown
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Where examples are and how they become rows of tokens.
 
-    The fields of an example decide how it is read: `messages` comes first, then `prompt` with
-    `completion`, then `text`.
+    The fields of an example decide how it is read; docs/data.md lists the formats.
 
     Args:
         path: A JSON, JSONL, CSV, TSV, Parquet or text file, a folder of such files, a folder
@@ -32,6 +32,14 @@ class DataConfig:
         completion_field: Field with the text that the model should generate; the loss is on it and
             on EOS. It is tokenized separately from the prompt, so a space between the two belongs
             to the completion.
+        prompt: Text that the model is given, with names of fields in braces, used in place of
+            `prompt_field`: "{instruction} {input}". A backslash with n is a line break, and a field
+            that is empty leaves no white space.
+        completion: Text that the model should generate, as `prompt`; used in place of
+            `completion_field`.
+        chat: Give prompts and completions to the chat template, as what the user and the assistant
+            say. Conversations are given to it anyway.
+        columns: Names of the columns of CSV and TSV files that have no header.
         text_field: Field with plain text; the loss is on all of it. For classification, the text to
             classify.
         text_pair_field: For classification, field with the second text of a pair, if rows have it.
@@ -63,6 +71,10 @@ class DataConfig:
     messages_field: str = "messages"
     prompt_field: str = "prompt"
     completion_field: str = "completion"
+    prompt: str = ""
+    completion: str = ""
+    chat: bool = False
+    columns: tuple[str, ...] = ()
     text_field: str = "text"
     text_pair_field: str = "text_pair"
     image_field: str = "image"
@@ -76,11 +88,23 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.max_length < 1:
             raise InputError(f"max_length is {shown(self.max_length)}; expected at least 1 token")
+        for name in ("prompt", "completion"):
+            if template := getattr(self, name):
+                with naming(f"data.{name}"):
+                    FieldTemplate(template)
+                if (field := getattr(self, f"{name}_field")) != name:
+                    raise InputError(
+                        f"{name}_field is {shown(field)}, but there is a template for the {name}; "
+                        "expected one of the two"
+                    )
+        if len(set(self.columns)) < len(self.columns) or "" in self.columns:
+            raise InputError(f"columns are {shown(list(self.columns))}; expected different names")
         if self.preset is not None:
             find_preset(self.preset)
             for field in dataclasses.fields(self):
                 value = getattr(self, field.name)
-                if field.name.endswith("_field") and value != field.default:
+                named = field.name in ("prompt", "completion", "columns")
+                if (named or field.name.endswith("_field")) and value != field.default:
                     raise InputError(
                         f"{field.name} is {shown(value)}, but preset {self.preset} has columns of "
                         "its own; expected one of the two"

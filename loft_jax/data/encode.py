@@ -1,32 +1,37 @@
-"""Encodes examples as rows of tokens: fields, loss masks, truncation."""
+"""Encodes examples as rows of tokens: loss masks, truncation."""
 
 import dataclasses
-import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from loft_jax.data.chat import encode_chats
+from loft_jax.data.chat import Seen, encode_chats
 from loft_jax.data.config import DataConfig
-from loft_jax.data.log_once import Joins, log_unused
+from loft_jax.data.log_once import Joins, log_now
+from loft_jax.data.row_formats import Pair, Read, RowReader, column_names
 from loft_jax.data.templates import Chat, Message, Start, render_chats
-from loft_jax.data.text import check_tokens, encode_continuations, encode_plain, encode_starts
-from loft_jax.errors import InputError, explained, shown
+from loft_jax.data.text import (
+    check_tokens,
+    encode_continuations,
+    encode_plain,
+    encode_starts,
+    parts_of,
+)
+from loft_jax.data.token_cache import cached
+from loft_jax.errors import InputError, shown
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-_log = logging.getLogger(__name__)
-_CHUNK = 1000  # rows handed to the tokenizer at once
+_CHUNK = 1000  # number of rows that are encoded at once, unless they exceed this many characters:
+_CHARACTERS = 2**22
+_MOST_OF_PAIR = 2**24  # characters of a prompt or completion, as a chat template may write at most
 
-TOOLS = "tools"
-"""Field with the tools that the assistant may call."""
-
-_Encoded = tuple[int, list[int], list[bool]]  # row; token ids; which of them carry the loss
+_Encoded = tuple[list[int], list[bool]]  # token ids; which of them carry the loss
 
 
 class Example(NamedTuple):
@@ -93,24 +98,29 @@ def tokenize(
 ) -> TokenizedData:
     """Encodes examples as tokens with a loss mask.
 
-    - `messages`: the tokenizer's chat template; loss on every assistant turn. A field `tools`
+    - Conversations (`messages`, or ShareGPT's `conversations`): the tokenizer's chat template; loss
+      on every assistant turn, but not where OpenAI's `weight` of the message is 0. A field `tools`
       beside it, a list of JSON schemas of what the assistant may call or the JSON text of one, is
       given to the template too.
     - `prompt` and `completion`: BOS (or whatever the tokenizer puts before a text) + prompt +
       completion + EOS; loss on the completion and EOS. The two are tokenized apart, so the
-      completion's tokens are its own.
+      completion's tokens are its own. If they are lists of messages, or with `config.chat`, they
+      are given to the chat template; loss on the completion's assistant turns.
+    - Preferences: the chosen side as the completion.
+    - Alpaca's `instruction`, `input` and `output`: as a conversation, or with Alpaca's prompt if
+      there is no chat template.
     - `text`: BOS + text + EOS; loss on all of it that has something before it. One that is longer
       than `max_length` becomes several examples, each beginning with the last token of the one
       before: every token is predicted once.
 
     Examples with nothing to learn (an empty completion, no assistant turn, nothing left after
     truncation to `max_length`) are left out, and a warning gives their number. Fields that are not
-    used are logged.
+    used are logged. What took longer than two seconds is kept in the user's cache.
 
     Args:
         rows: Examples, as `load_examples` gives them or as plain dicts.
         tokenizer: A transformers tokenizer.
-        config: Its field names and `max_length` are used.
+        config: Its names of fields, templates, `chat` and `max_length` are used.
         vocab_size: Number of tokens that the model has weights for; None if it is not known.
 
     Returns:
@@ -123,11 +133,35 @@ def tokenize(
     Example:
         >>> data = tokenize(rows, tokenizer, DataConfig("reviews.jsonl"))  # doctest: +SKIP
     """
+    filler = pad_id(tokenizer)
+    check_tokens([filler], tokenizer, vocab_size, where="padding")
+    columns = column_names(rows)
+    settings = {name: getattr(config, name) for name in _SETTINGS}
+
+    def make() -> dict[str, np.ndarray]:
+        return _tokenized(rows, tokenizer, config, vocab_size)
+
+    arrays = cached(make, rows, tokenizer, {**settings, "vocab": vocab_size, "columns": columns})
+    return TokenizedData(arrays["tokens"], arrays["loss_mask"], arrays["offsets"], filler)
+
+
+_SETTINGS = (
+    "messages_field", "prompt_field", "completion_field", "text_field", "prompt", "completion",
+    "chat", "max_length",
+)  # fmt: skip
+"""Fields of the configuration that tokens depend on."""
+
+
+def _tokenized(
+    rows: "Dataset | Sequence[Mapping[str, Any]]",
+    tokenizer: "PreTrainedTokenizerBase",
+    config: DataConfig,
+    vocab_size: int | None,
+) -> dict[str, np.ndarray]:
+    """Makes the arrays of `TokenizedData`."""
     kept: list[Example] = []
     empty = shortened = 0
     cut_away: list[int] = []  # lengths of the examples with nothing left after truncation
-    filler = pad_id(tokenizer)
-    check_tokens([filler], tokenizer, vocab_size, where="padding")
     for index, ids, learn in _encoded(rows, tokenizer, config):
         check_tokens(ids, tokenizer, vocab_size, where=f"row {index}")
         tokens, mask = np.asarray(ids, np.int32), np.asarray(learn, bool)
@@ -149,21 +183,19 @@ def tokenize(
     if not kept:
         raise InputError(f"none of the {len(rows)} examples has anything to learn: {_EMPTY}")
     if empty or cut_away:
-        _log.warning(
-            "left out %d of %d examples: %d with nothing to learn (%s), %d cut to nothing by "
-            "max_length %d",
-            *(empty + len(cut_away), len(rows), empty, _EMPTY, len(cut_away), config.max_length),
+        log_now(
+            f"left out {empty + len(cut_away)} of {len(rows)} examples: {empty} with nothing to "
+            f"learn ({_EMPTY}), {len(cut_away)} cut to nothing by max_length {config.max_length}",
         )
     if shortened:
-        _log.warning(
-            "shortened %d of %d examples to max_length %d", shortened, len(rows), config.max_length
+        log_now(
+            f"shortened {shortened} of {len(rows)} examples to max_length {config.max_length}",
         )
-    return TokenizedData(
-        tokens=np.concatenate([example.tokens for example in kept]),
-        loss_mask=np.concatenate([example.loss_mask for example in kept]),
-        offsets=np.cumsum([0, *(len(example.tokens) for example in kept)], dtype=np.int64),
-        pad_id=filler,
-    )
+    return {
+        "tokens": np.concatenate([example.tokens for example in kept]),
+        "loss_mask": np.concatenate([example.loss_mask for example in kept]),
+        "offsets": np.cumsum([0, *(len(example.tokens) for example in kept)], dtype=np.int64),
+    }
 
 
 _EMPTY = "an empty completion or text, or no assistant turn"
@@ -177,7 +209,7 @@ def encode_prompts(
     Args:
         tokenizer: A transformers tokenizer.
         prompts: Texts, as in the field `prompt` of rows; or conversations for the assistant to
-            answer, as in the field `messages` or from `chat_of`, which are rendered by the chat
+            answer, as in the field `messages` or in a `Chat`, which are rendered by the chat
             template.
 
     Returns:
@@ -252,173 +284,137 @@ def pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
     return next(token for token in candidates if token is not None)
 
 
-def text_of(row: Mapping[str, Any], field: str, index: int) -> str:
-    """Gets the text in a field of a row.
-
-    Args:
-        row: An example.
-        field: The name of the field.
-        index: Index of the row, for the message.
-
-    Returns:
-        The text.
-
-    Raises:
-        InputError: The field is missing or is not a text.
-    """
-    value = row.get(field)
-    if not isinstance(value, str):
-        kind = type(value).__name__
-        raise InputError(f"row {index}: field {field!r} is {kind} ({shown(value)}); expected text")
-    return value
-
-
-def column_names(rows: "Dataset | Sequence[Mapping[str, Any]]") -> list[str]:
-    """Gives the names of the fields of examples.
-
-    Args:
-        rows: From `load_examples`, or plain dicts, of which the first one is used.
-
-    Returns:
-        Their names.
-
-    Raises:
-        InputError: There is no example.
-    """
-    if len(rows) == 0:
-        raise InputError("the dataset is empty; expected examples")
-    return list(rows[0] if isinstance(rows, Sequence) else rows.column_names)
-
-
-_Numbered = Sequence[tuple[int, Mapping[str, Any]]]  # rows and their places in the dataset
-
-
-def _encoded(
-    rows: "Dataset | Sequence[Mapping[str, Any]]",
-    tokenizer: "PreTrainedTokenizerBase",
-    config: DataConfig,
-) -> Iterator[_Encoded]:
-    columns = column_names(rows)
-    encode, used = _encoder(columns, config)
-    used = [name for name in used if name in columns]
-    log_unused(tokenizer, columns, used, config)
-    if not isinstance(rows, Sequence):
-        rows = rows.select_columns(used)
-    yield from encode(_chunks(rows), tokenizer, config)
-
-
-def _chunks(rows: "Dataset | Sequence[Mapping[str, Any]]") -> Iterator[_Numbered]:
-    # delay: only a dataset that takes a while shows a bar
-    for start in tqdm(range(0, len(rows), _CHUNK), desc="tokenizing", leave=False, delay=2):
-        yield [(i, rows[i]) for i in range(start, min(start + _CHUNK, len(rows)))]
-
-
-_Encoder = Callable[
-    [Iterable[_Numbered], "PreTrainedTokenizerBase", DataConfig], Iterator[_Encoded]
-]
-
-
-def _encoder(columns: Sequence[str], config: DataConfig) -> tuple[_Encoder, list[str]]:
-    """Chooses how rows with these fields are encoded, and which fields are used."""
-    if config.messages_field in columns:
-        return _encode_messages, [config.messages_field, TOOLS]
-    if config.prompt_field in columns and config.completion_field in columns:
-        return _encode_completions, [config.prompt_field, config.completion_field]
-    if config.text_field in columns:
-        return _encode_texts, [config.text_field]
-    pair = {config.prompt_field, config.completion_field}
-    missing = pair.difference(columns) if pair.intersection(columns) else set()
-    named = f"field {missing.pop()!r} is missing" if missing else "no known field"
-    raise InputError(
-        f"{named}; found the fields {shown(sorted(columns))}; expected {config.messages_field!r}, "
-        f"or {config.prompt_field!r} and {config.completion_field!r}, or {config.text_field!r}"
-    )
-
-
-def _encode_completions(
-    chunks: Iterable[_Numbered], tokenizer: "PreTrainedTokenizerBase", config: DataConfig
-) -> Iterator[_Encoded]:
-    joins = Joins()
-    for numbered in chunks:
-        prompts = [text_of(row, config.prompt_field, i) for i, row in numbered]
-        completions = [text_of(row, config.completion_field, i) for i, row in numbered]
-        starts = encode_starts(tokenizer, prompts)
-        ends = _closed(tokenizer, encode_continuations(tokenizer, completions))
-        for prompt, completion in zip(prompts, completions, strict=True):
-            joins.add(prompt, completion)
-        for (index, _), start, end in zip(numbered, starts, ends, strict=True):
-            yield index, start + end, [False] * len(start) + [True] * len(end)
-    joins.warn(tokenizer)
-
-
-def _encode_texts(
-    chunks: Iterable[_Numbered], tokenizer: "PreTrainedTokenizerBase", config: DataConfig
-) -> Iterator[_Encoded]:
-    for numbered in chunks:
-        texts = [text_of(row, config.text_field, i) for i, row in numbered]
-        whole = _closed(tokenizer, encode_starts(tokenizer, texts))
-        for (index, _), text, ids in zip(numbered, texts, whole, strict=True):
-            for piece in _pieces(ids, config.max_length):
-                yield index, piece, [text != ""] * len(piece)
-
-
-def _pieces(ids: list[int], max_length: int) -> Iterator[list[int]]:
-    """Splits a text into rows; each begins with the last token of the previous one."""
-    step = max(1, max_length - 1)
-    for start in range(0, max(1, len(ids) - 1), step):
-        yield ids[start : start + step + 1]
-
-
-def _encode_messages(
-    chunks: Iterable[_Numbered], tokenizer: "PreTrainedTokenizerBase", config: DataConfig
-) -> Iterator[_Encoded]:
-    chats = (chat_of(index, row, config) for numbered in chunks for index, row in numbered)
-    for index, (ids, said) in enumerate(encode_chats(tokenizer, chats)):
-        yield index, ids, said
-
-
-def chat_of(index: int, row: Mapping[str, Any], config: DataConfig) -> Chat:
-    """Gets the conversation of a row.
-
-    Args:
-        index: Index of the row, for messages of errors.
-        row: An example.
-        config: Its `messages_field` is used.
-
-    Returns:
-        The messages, and the tools of the field `tools`.
-
-    Raises:
-        InputError: The fields do not hold a list of messages, and a list of tools or none.
-    """
-    messages = row.get(config.messages_field)
-    where = f"row {index}, field {config.messages_field!r}"
-    if not (isinstance(messages, list) and messages and all(map(_is_message, messages))):
-        raise InputError(
-            f"{where}: found {shown(messages)}; "
-            "expected a list of messages, each with the texts role and content"
-        )
-    return Chat(where, messages, _tools(index, row.get(TOOLS)))
-
-
 def _is_message(message: object) -> bool:
     return isinstance(message, Mapping) and all(
         isinstance(message.get(key), str) for key in ("role", "content")
     )
 
 
-def _tools(index: int, found: Any) -> list[dict[str, Any]] | None:
-    """Gets the tools that the assistant may call, from a list of JSON schemas or its JSON text."""
-    tools = found
-    if isinstance(found, str):
-        with explained(f"row {index}, field {TOOLS!r}: cannot be read as JSON"):
-            tools = json.loads(found) if found else None
-    if tools is None or (isinstance(tools, list) and all(isinstance(t, Mapping) for t in tools)):
-        return tools
-    raise InputError(
-        f"row {index}, field {TOOLS!r}: found {shown(found)}; expected a list of objects, or the "
-        "JSON text of one"
-    )
+def _encoded(
+    rows: "Dataset | Sequence[Mapping[str, Any]]",
+    tokenizer: "PreTrainedTokenizerBase",
+    config: DataConfig,
+) -> Iterator[tuple[int, list[int], list[bool]]]:
+    """Yields examples in the order of rows: index of the row, tokens, which carry the loss."""
+    reader = RowReader(column_names(rows), tokenizer, config)
+    if not isinstance(rows, Sequence):
+        rows = rows.select_columns(reader.columns)
+    seen, joins = Seen(), Joins()
+    texts = pieces = 0
+    for indices, some in _chunks(rows, reader):
+        for index, read, examples in zip(
+            indices, some, _encode(some, tokenizer, config, seen, joins), strict=True
+        ):
+            texts += isinstance(read, str)
+            for ids, learn in examples:
+                pieces += isinstance(read, str)
+                yield index, ids, learn
+    seen.warn(tokenizer)
+    joins.warn(tokenizer)
+    reader.log()
+    if pieces > texts:
+        sentence = f"cut {texts} texts into {pieces} examples of max_length {config.max_length}"
+        log_now(sentence, logging.INFO)
+
+
+def _chunks(
+    rows: "Dataset | Sequence[Mapping[str, Any]]", reader: RowReader
+) -> Iterator[tuple[list[int], list[Read]]]:
+    """Yields rows that are encoded at once: few if they are long."""
+    held: list[int] = []
+    read: list[Read] = []
+    size = 0
+    # delay: only a dataset that takes a while shows a bar
+    with tqdm(total=len(rows), desc="tokenizing", unit="row", leave=False, delay=2) as bar:
+        for index, row in enumerate(rows):
+            held.append(index)
+            read.append(reader.read(index, row))
+            size += _size(read[-1])
+            if len(held) == _CHUNK or size > _CHARACTERS:
+                yield held, read
+                bar.update(len(held))
+                held, read, size = [], [], 0
+        if held:
+            yield held, read
+            bar.update(len(held))
+
+
+def _size(read: Read) -> int:
+    """The number of characters of an example."""
+    if isinstance(read, str):
+        return len(read)
+    if isinstance(read, Pair):
+        return sum(map(len, read))
+    return sum(len(message["content"]) for message in read.messages)
+
+
+def _encode(
+    some: Sequence[Read],
+    tokenizer: "PreTrainedTokenizerBase",
+    config: DataConfig,
+    seen: Seen,
+    joins: Joins,
+) -> Iterator[Iterator[_Encoded]]:
+    """Encodes rows of all kinds; each becomes one example, and a text one or several."""
+    texts = _encode_texts(tokenizer, [one for one in some if isinstance(one, str)], config)
+    pairs = _encode_pairs(tokenizer, [one for one in some if isinstance(one, Pair)], joins)
+    chats = encode_chats(tokenizer, [one for one in some if isinstance(one, Chat)], seen)
+    for one in some:
+        if isinstance(one, str):
+            yield next(texts)
+        else:
+            yield iter([next(pairs if isinstance(one, Pair) else chats)])
+
+
+def _encode_pairs(
+    tokenizer: "PreTrainedTokenizerBase", pairs: Sequence[Pair], joins: Joins
+) -> Iterator[_Encoded]:
+    for pair in pairs:
+        for name, text in pair._asdict().items():
+            if len(text) > _MOST_OF_PAIR:
+                raise InputError(
+                    f"a {name} has {len(text)} characters; expected at most {_MOST_OF_PAIR} (a "
+                    "text may be longer)"
+                )
+        joins.add(*pair)
+    starts = encode_starts(tokenizer, [pair.prompt for pair in pairs])
+    ends = _closed(tokenizer, encode_continuations(tokenizer, [pair.completion for pair in pairs]))
+    for start, end in zip(starts, ends, strict=True):
+        yield start + end, [False] * len(start) + [True] * len(end)
+
+
+def _encode_texts(
+    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], config: DataConfig
+) -> Iterator[Iterator[_Encoded]]:
+    first = iter(encode_starts(tokenizer, [parts_of(text)[0] for text in texts]))
+    for text in texts:
+        yield (
+            (piece, [text != ""] * len(piece))
+            for piece in _pieces(_ids(tokenizer, text, next(first)), config.max_length)
+        )
+
+
+def _ids(tokenizer: "PreTrainedTokenizerBase", text: str, first: list[int]) -> Iterator[list[int]]:
+    """Yields the tokens of a text, with EOS: those of its first part, and of the others."""
+    _, *others = parts_of(text)
+    last = first
+    for part in others:
+        yield last
+        (last,) = encode_continuations(tokenizer, [part])
+    yield from _closed(tokenizer, [last])
+
+
+def _pieces(parts: Iterator[list[int]], max_length: int) -> Iterator[list[int]]:
+    """Splits a text into rows; each begins with the last token of the previous one."""
+    step = max(1, max_length - 1)
+    ids: list[int] = []
+    start = 0
+    for part in parts:
+        ids, start = ids[start:] + part, 0
+        while len(ids) - start > step + 1:
+            yield ids[start : start + step + 1]
+            start += step
+    yield ids[start:]
 
 
 def _closed(tokenizer: "PreTrainedTokenizerBase", encoded: list[list[int]]) -> list[list[int]]:

@@ -4,40 +4,35 @@ import codecs
 import itertools
 import json
 import re
-import secrets
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
-import pyarrow as pa  # type: ignore[import-untyped]
-
+from loft_jax.data.row_table import Row, as_json, table_of
 from loft_jax.errors import InputError, explained, shown
 
-_BLOCK = 2**20  # bytes read from a file at once
-_MOST_ROW = 2**26  # characters of a row; its Python objects take about ten times that
-_MOST_FIELDS = 1000
-_BATCH = 2**22  # characters of the rows held as Python objects at once, unless one row is longer
+if TYPE_CHECKING:
+    from datasets import Dataset
 
-_KINDS = {str: "string", bool: "bool", int: "int64", float: "float64", type(None): "null"}
+_BLOCK = 2**20  # bytes read from a file at once
+_MOST_ROW = 2**27  # characters of a row, which are in memory three times while it is read
+_MOST_VALUES = 2**22  # values of a row, each of which becomes an object of Python
+
 _SPACE = re.compile(r"[ \t\n\r]*")
 _HALF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
+# A string, or the beginning of one that is cut off; possessive, so that long ones take no memory.
+_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 _LONGEST_MARK = 12  # "\ud83d\ude00", which may be cut anywhere where a block ends
-
-_Row = dict[str, Any]
 
 
 def read_json_rows(
     by_split: Mapping[str, Sequence[Path]], split: str, *, known: Collection[str]
-) -> "datasets.Dataset":
+) -> "Dataset":
     """Reads the rows of a split from JSON files.
 
     A file holds a sequence of objects (JSON Lines, also with line breaks inside objects), a list of
     objects, a list of texts, each of which becomes the field `text` of a row, or one object with a
-    list of objects in it. A field is stored as text, boolean, integer or number if it has that type
-    in all rows that have it; other fields are stored as JSON, so that each value is read back
-    unchanged. A field that a row lacks is None there. Files are read twice, first to find the types
-    of their fields.
+    list of objects in it.
 
     Args:
         by_split: The files of each split; regular files, in UTF-8.
@@ -46,97 +41,22 @@ def read_json_rows(
             the list of examples.
 
     Returns:
-        The rows, in memory.
+        The rows, from `table_of`.
 
     Raises:
         InputError: A file holds something else, or the split does not exist.
     """
-    kinds: dict[str, set[str]] = {}
-    sizes = dict.fromkeys(by_split, 0)
-    for name, files in by_split.items():
-        for file in files:
-            for row, _ in _rows_of([file], known):
-                sizes[name] += 1
-                for field, value in row.items():
-                    kinds.setdefault(field, set()).add(_kind(value))
-                if len(kinds) > _MOST_FIELDS:
-                    raise InputError(f"{file}: has more than {_MOST_FIELDS} fields; expected fewer")
-    features = datasets.Features({field: _feature(found) for field, found in kinds.items()})
-    spec = "+".join(sizes) if split == "all" else split
-    parts = datasets.ReadInstruction.from_spec(spec).to_absolute(sizes)
-    rows = itertools.chain.from_iterable(
-        itertools.islice(_rows_of(by_split[part.splitname], known), part.from_, part.to)
-        for part in parts
-    )
-    return datasets.Dataset(
-        pa.Table.from_batches(list(_batches(rows, features)), features.arrow_schema),
-        info=datasets.DatasetInfo(features=features),
-        fingerprint=secrets.token_hex(8),  # the default reads the whole table
-    )
+    return table_of(lambda file: _rows_of(file, known), by_split, split)
 
 
-class _Json(datasets.Json):
-    """Stores values as JSON; the class of `datasets` rounds numbers and loses long ones."""
-
-    def decode_example(self, value: str | None, token_per_repo_id: Any = None) -> Any:
-        """Decodes a value for a row."""
-        with explained("a value of a row cannot be read as JSON"):
-            return None if value is None else json.loads(value)
-
-
-def _kind(value: Any) -> str:
-    kind = _KINDS.get(type(value), "json")
-    return "json" if kind == "int64" and not -(2**63) <= value < 2**63 else kind
-
-
-def _feature(kinds: set[str]) -> Any:
-    kinds = kinds - {"null"} or {"null"}
-    (kind,) = kinds if len(kinds) == 1 else ("json",)
-    return _Json() if kind == "json" else datasets.Value(kind)
-
-
-def _batches(
-    rows: Iterable[tuple[_Row, int]], features: "datasets.Features"
-) -> Iterator[pa.RecordBatch]:
-    held: list[_Row] = []
-    size = 0
-    for row, length in rows:
-        held.append(row)
-        size += length
-        if size >= _BATCH:
-            yield _batch(held, features)
-            held, size = [], 0
-    if held:
-        yield _batch(held, features)
-
-
-def _batch(rows: Sequence[_Row], features: "datasets.Features") -> pa.RecordBatch:
-    columns = []
-    for name, feature in features.items():
-        values = [row.get(name) for row in rows]
-        if isinstance(feature, _Json):
-            texts = [None if value is None else _as_json(value) for value in values]
-            columns.append(
-                pa.ExtensionArray.from_storage(feature.pa_type, pa.array(texts, pa.string()))
-            )
-        else:
-            columns.append(pa.array(values, feature.pa_type))
-    return pa.RecordBatch.from_arrays(columns, schema=features.arrow_schema)
-
-
-def _as_json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _rows_of(files: Sequence[Path], known: Collection[str]) -> Iterator[tuple[_Row, int]]:
-    """Yields the rows of files, with the approximate number of characters of each."""
-    for file in files:
-        for number, (value, length) in enumerate(_examples(file, known)):
-            if isinstance(value, str):
-                value = {"text": value}
-            if not isinstance(value, dict):
-                raise InputError(f"{file}: row {number} is {shown(value)}; expected an object")
-            yield value, length
+def _rows_of(file: Path, known: Collection[str]) -> Iterator[tuple[Row, int]]:
+    """Yields the rows of a file, with the approximate number of characters of each."""
+    for number, (value, length) in enumerate(_examples(file, known)):
+        if isinstance(value, str):
+            value = {"text": value}
+        if not isinstance(value, dict):
+            raise InputError(f"{file}: row {number} is {shown(value)}; expected an object")
+        yield value, length
 
 
 def _examples(file: Path, known: Collection[str]) -> Iterator[tuple[Any, int]]:
@@ -218,7 +138,7 @@ class _Scanner:
                 if not (cut and self._read_on()):
                     raise ValueError(f"{said} at character {place} of it") from None
         if _HALF_A_PAIR.search(self._text, self._at, end):
-            _as_json(value).encode()  # raises for half a surrogate pair, which no tokenizer accepts
+            as_json(value).encode()  # raises for half a surrogate pair, which no tokenizer accepts
         length = end - self._at
         self._at = end
         return value, length
@@ -228,6 +148,8 @@ class _Scanner:
         rest = self._text[self._at :]
         if len(rest) > _MOST_ROW:
             raise ValueError(f"it is longer than {_MOST_ROW} characters")
+        if len(rest) > _MOST_VALUES and _values_in(rest) > _MOST_VALUES:
+            raise ValueError(f"it has more than {_MOST_VALUES} values")
         new: list[str] = []
         while sum(map(len, new)) <= len(rest) and (block := next(self._blocks, "")):
             new.append(block)
@@ -235,7 +157,16 @@ class _Scanner:
         return bool(new)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> _Row:
+def _values_in(text: str) -> int:
+    """Counts the values that JSON, which may be cut off, has at least, without reading it."""
+    count = start = 0
+    for string in _STRING.finditer(text):
+        count += sum(text.count(mark, start, string.start()) for mark in ",[{")
+        start = string.end()
+    return count + sum(text.count(mark, start) for mark in ",[{")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> Row:
     row = dict(pairs)
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]

@@ -4,11 +4,12 @@ A run reads its held-out examples many times, which must not repeat the warnings
 own tokenizer, so the sentences that were logged are kept for each tokenizer.
 """
 
+import contextlib
 import dataclasses
 import logging
 import weakref
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any, NamedTuple
 
 from loft_jax.data.config import DataConfig
 from loft_jax.errors import shown
@@ -17,7 +18,47 @@ _log = logging.getLogger(__name__)
 
 _CONTEXT = 20  # number of characters shown on each side of a join
 
+_records: list[list["Logged"]] = []  # of `recorded` contexts
 _logged: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
+
+
+class Logged(NamedTuple):
+    """A sentence that was logged, or would have been if it had not been logged before."""
+
+    sentence: str
+    level: int
+    once: bool
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Logged]]:
+    """Records what is logged, so that `log_again` can log it where the work is not done again.
+
+    Yields:
+        A list that grows as sentences are logged.
+    """
+    record: list[Logged] = []
+    _records.append(record)
+    try:
+        yield record
+    finally:
+        _records.pop()
+
+
+def log_again(tokenizer: Any, record: Iterable[Logged]) -> None:
+    """Logs what was recorded with another tokenizer."""
+    for sentence, level, once in record:
+        if once:
+            log_once(tokenizer, sentence, level)
+        else:
+            log_now(sentence, level)
+
+
+def log_now(sentence: str, level: int = logging.WARNING) -> None:
+    """Logs a sentence, as often as this is called."""
+    for record in _records:
+        record.append(Logged(sentence, level, once=False))
+    _log.log(level, "%s", sentence)
 
 
 def log_once(tokenizer: Any, sentence: str, level: int = logging.WARNING) -> None:
@@ -28,6 +69,8 @@ def log_once(tokenizer: Any, sentence: str, level: int = logging.WARNING) -> Non
         sentence: With its numbers and names, so that one with another number is logged again.
         level: Level of the log record.
     """
+    for record in _records:
+        record.append(Logged(sentence, level, once=True))
     logged = _logged.setdefault(tokenizer, set())
     if sentence not in logged:
         logged.add(sentence)

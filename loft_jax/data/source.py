@@ -1,6 +1,5 @@
 """Reads examples from files, folders and the hub as `datasets` tables."""
 
-import csv
 import glob
 import itertools
 import logging
@@ -18,13 +17,14 @@ from loft_jax.data.image_files import (
     read_image_folder,
 )
 from loft_jax.data.presets import Preset, find_preset
+from loft_jax.data.text_lines import lines_of
 from loft_jax.errors import InputError, cut, explained, shown
 from loft_jax.files import inside, read_json, regular_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# file ending -> what reads it: "json" is ours, the others are builders of `datasets`
+# file ending -> what reads it: "json" and "csv" are ours, the others are builders of `datasets`
 _BUILDERS = {
     ".json": "json",
     ".jsonl": "json",
@@ -34,7 +34,6 @@ _BUILDERS = {
     ".parquet": "parquet",
     ".txt": "text",
 }
-_MOST_ROW = 2**26  # largest number of characters of a line, and of a row of CSV
 _log = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -45,9 +44,10 @@ def load_examples(config: DataConfig) -> "Dataset | list[dict[str, Any]]":
     For a local path the network is not used, no code in a folder is run, and nothing is written
     beside it: `datasets` converts files into its own cache. Cells of CSV and TSV are read as text,
     and texts of JSON stay texts, even if they look like numbers or dates. In a folder, hidden
-    files, subfolders and files with other endings (a README, say) are ignored; JSON files may
-    differ in their fields. Columns that refer to files (sounds, or images whose bytes are not all
-    in the column) are left out with a warning, and nothing that they name is opened.
+    files, subfolders and files with other endings (a README, say) are ignored. Files may differ in
+    their fields; one that a file does not have is None in its rows. Columns that refer to files
+    (sounds, or images whose bytes are not all in the column) are left out with a warning, and
+    nothing that they name is opened.
 
     Args:
         config: Its `path`, `split`, `name` and `preset` are used.
@@ -101,6 +101,11 @@ def _read_files(by_split: dict[str, list[Path]], config: DataConfig, *, source: 
         if regular_file(file, "examples").stat().st_size == 0:
             raise InputError(f"{file}: the file is empty; expected examples")
     formats = {(_BUILDERS[ending], ending == ".tsv") for ending in map(_ending, files)}
+    if config.columns and {builder for builder, _ in formats} != {"csv"}:
+        raise InputError(
+            f"{source}: columns are {shown(list(config.columns))}, but it names its own; expected "
+            "columns for CSV and TSV alone"
+        )
     if len(formats) > 1:
         endings = ", ".join(sorted({file.suffix for file in files}))
         raise InputError(f"{source}: holds files of several formats ({endings}); expected one")
@@ -110,8 +115,13 @@ def _read_files(by_split: dict[str, list[Path]], config: DataConfig, *, source: 
             return _read_unquoted(by_split, find_preset(config.preset), _split(config))
         if builder == "json":
             return _of_preset(_read_json(by_split, config), config)
-        separator = "\t" if tabs else ","
-        return _of_preset(_build(builder, by_split, _split(config), separator=separator), config)
+        if builder == "csv":
+            from loft_jax.data.csv_rows import read_csv_rows
+
+            separator, columns = "\t" if tabs else ",", config.columns
+            rows = read_csv_rows(by_split, _split(config), separator=separator, columns=columns)
+            return _of_preset(rows, config)
+        return _of_preset(_build(builder, by_split, _split(config)), config)
 
 
 def _ending(file: Path) -> str:
@@ -124,93 +134,54 @@ def _read_json(by_split: Mapping[str, Sequence[Path]], config: DataConfig) -> "D
     return read_json_rows(by_split, _split(config), known=config.fields)
 
 
-def _build(
-    builder: str, by_split: dict[str, list[Path]], split: str, *, separator: str
-) -> "Dataset":
+def _build(builder: str, by_split: dict[str, list[Path]], split: str) -> "Dataset":
     """Reads one split from files with a builder of `datasets`."""
-    from datasets import Dataset, Features, Value
+    from datasets import Dataset
 
     patterns = {
         name: [glob.escape(str(file.resolve())) for file in part] for name, part in by_split.items()
     }
     # Not `load_dataset`, which reports to the hub what it is asked to load.
     if builder == "parquet":
+        if not _same_columns(by_split):
+            return _checked(_joined(patterns, split))
         return _checked(Dataset.from_parquet(patterns, split=split))
-    files = [file for part in by_split.values() for file in part]
-    if builder == "text":
-        for file in files:
-            for _ in _lines(file):  # checks their lengths
-                pass
-        return Dataset.from_text(patterns, split=split)
-    columns = _csv_columns(files[0], separator)
-    for file in files[1:]:
-        if set(found := _csv_columns(file, separator)) != set(columns):
-            raise InputError(
-                f"{file}: has the columns {shown(found)}; expected those of {files[0].name}, "
-                f"{shown(columns)}"
-            )
-    # Without these, pandas reads the words "None" and "NA" as missing, and "1" as a number.
-    features = Features({column: Value("string") for column in columns})
-    return Dataset.from_csv(
-        patterns, split=split, features=features, sep=separator, na_filter=False
-    )
-
-
-def _csv_columns(file: Path, separator: str) -> list[str]:
-    """Gives the columns of a file, after checking that no row is too long."""
-    limit = csv.field_size_limit(_MOST_ROW)
-    try:
-        rows = _csv_rows(file, separator)
-        header, first = next(rows), next(rows, [])
-        for _ in rows:
+    for file in itertools.chain.from_iterable(by_split.values()):
+        for _ in lines_of(file):  # checks them
             pass
-    finally:
-        csv.field_size_limit(limit)
-    if len(first) > len(header):  # pandas would use the first columns as an index
-        raise ValueError(f"the first row has {len(first)} cells and the header {len(header)}")
-    if len(set(header)) < len(header):
-        raise ValueError(f"the header {shown(header)} names a column twice")
-    return header
+    return Dataset.from_text(patterns, split=split)
 
 
-def _csv_rows(file: Path, separator: str) -> Iterator[list[str]]:
-    size = 0
+def _same_columns(by_split: Mapping[str, Sequence[Path]]) -> bool:
+    """Whether all Parquet files have the same columns."""
+    from pyarrow import parquet  # type: ignore[import-untyped]
 
-    def lines() -> Iterator[str]:
-        nonlocal size
-        for number, line in enumerate(_lines(file), 1):
-            size += len(line)
-            if size > _MOST_ROW:  # within quotes a row continues on the next line
-                raise InputError(
-                    f"{file}: the row at line {number} is longer than {_MOST_ROW} characters; "
-                    "expected a shorter one (a quote that is never closed makes one row of all)"
-                )
-            yield line
-
-    for row in csv.reader(lines(), delimiter=separator):
-        size = 0
-        yield row
+    files = itertools.chain.from_iterable(by_split.values())
+    return len({frozenset(parquet.read_schema(file).names) for file in files}) == 1
 
 
-def _lines(file: Path) -> Iterator[str]:
-    """Yields the lines of a text file, and refuses one that is too long to be held in memory."""
-    with file.open(encoding="utf-8-sig", newline="") as text:
-        for number in itertools.count(1):
-            line = text.readline(_MOST_ROW + 1)
-            if len(line) > _MOST_ROW:
-                raise InputError(
-                    f"{file}: line {number} is longer than {_MOST_ROW} characters; expected a "
-                    "shorter one"
-                )
-            if not line:
-                return
-            yield line
+def _joined(patterns: Mapping[str, Sequence[str]], split: str) -> "Dataset":
+    """Reads one split from Parquet files whose columns differ."""
+    from datasets import Dataset, ReadInstruction, concatenate_datasets
+
+    splits = {
+        name: concatenate_datasets([Dataset.from_parquet(file) for file in files])
+        for name, files in patterns.items()
+    }
+    spec = "+".join(splits) if split == "all" else split
+    sizes = {name: len(rows) for name, rows in splits.items()}
+    parts = ReadInstruction.from_spec(spec).to_absolute(sizes)
+    return concatenate_datasets(
+        [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
+    )
 
 
 def _read_unquoted(by_split: Mapping[str, Sequence[Path]], preset: Preset, split: str) -> "Dataset":
     """Reads one split from the TSV files of a preset."""
     examples = {
-        name: preset.examples(row for file in files for row in preset.tsv_rows(_lines(file), file))
+        name: preset.examples(
+            row for file in files for row in preset.tsv_rows(lines_of(file), file)
+        )
         for name, files in by_split.items()
     }
     return _part(examples, split)
@@ -296,9 +267,24 @@ def _checked(rows: "Dataset") -> "Dataset":
     if odd := [name for name, feature in rows.features.items() if not _is_plain(feature)]:
         _log.warning("the columns %s hold no plain values and are left out", shown(odd))
         rows = rows.remove_columns(odd)
+    start = 0
     for batch in rows.data.table.to_batches():
-        batch.validate(full=True)
+        try:
+            batch.validate(full=True)
+        except ValueError as error:
+            raise ValueError(f"row {start + _first_invalid(batch)}: {error}") from None
+        start += batch.num_rows
     return rows
+
+
+def _first_invalid(batch: Any) -> int:
+    """Gives the first row of a batch that is not valid on its own."""
+    for row in range(batch.num_rows):
+        try:
+            batch.slice(row, 1).validate(full=True)
+        except ValueError:
+            return row
+    return 0
 
 
 def _has_bytes(rows: "Dataset", name: str) -> bool:

@@ -48,11 +48,13 @@ class Chat(NamedTuple):
         where: Its place in the data, for messages of errors.
         messages: Its messages.
         tools: JSON schemas of the tools that the assistant may call, if the row has any.
+        learned: For each message, whether it is learned if it is the assistant's; by default all.
     """
 
     where: str
     messages: Sequence[Message]
     tools: list[dict[str, Any]] | None = None
+    learned: Sequence[bool] | None = None
 
 
 class Rendered(NamedTuple):

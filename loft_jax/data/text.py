@@ -13,6 +13,31 @@ _ANCHOR = "\n"
 _ANY = "a"
 
 
+_LONG = 2**20  # characters of a text that is tokenized in parts
+_PART = 2**16  # characters of a part; of longer ones the tokenizer leaves memory in pieces
+
+
+def parts_of(text: str) -> list[str]:
+    """Cuts a very long text into parts to tokenize one after another, in bounded memory.
+
+    Args:
+        text: Of any length.
+
+    Returns:
+        Parts of at most 65,536 characters, which begin where a line or at least a word does, so
+        that tokenizers that split texts at white space give the tokens of the whole text; the text
+        itself if it is short, also if it is empty.
+    """
+    parts = []
+    start = 0 if len(text) > _LONG else len(text)
+    while len(text) - start > _PART:
+        end = start + _PART
+        cut = text.rfind("\n", start, end) + 1 or text.rfind(" ", start, end)
+        parts.append(text[start : cut if cut > start else end])
+        start += len(parts[-1])
+    return [*parts, text[start:]] if parts else [text]
+
+
 def encode_starts(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
     """Encodes texts that begin a row: after the tokenizer's first tokens, and without EOS.
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from loft_jax.data import DataConfig
-from loft_jax.data.encode import TOOLS, chat_of, column_names, encode_prompts, text_of
-from loft_jax.data.log_once import log_unused
+from loft_jax.data.encode import encode_prompts
+from loft_jax.data.row_formats import Pair, RowReader, column_names
 from loft_jax.data.templates import Chat
 from loft_jax.data.text import check_tokens, decoded
 from loft_jax.errors import InputError, explained, shown
@@ -87,7 +87,8 @@ def generated_answers(
 ) -> Callable[[LanguageModel], AnswerScores]:
     """Prepares rows to evaluate a model by the answers that it generates.
 
-    A row has `prompt` and `completion`, or `messages` whose last one is the assistant's. Prompts
+    A row has a prompt and a completion, or a conversation whose last message is the assistant's, in
+    one of the formats of training. Prompts
     are encoded as in training, and continued greedily, the longest first, so that the time that is
     left is not underestimated and a lack of memory shows at once.
 
@@ -224,32 +225,29 @@ def _questions(
     data: DataConfig,
 ) -> tuple[list[str | Chat], list[str]]:
     """Gives the prompts of rows, and their completions."""
-    columns = column_names(rows)
+    reader = RowReader(column_names(rows), tokenizer, data)
     prompts: list[str | Chat] = []
     completions = []
-    if data.messages_field in columns:
-        log_unused(tokenizer, columns, [data.messages_field, TOOLS], data)
-        for index in range(len(rows)):
-            chat = chat_of(index, rows[index], data)
-            if chat.messages[-1]["role"] != "assistant":
-                raise InputError(
-                    f"{chat.where}: the last message is of {shown(chat.messages[-1]['role'])}; "
-                    "expected the assistant's, which has the true answer"
-                )
-            prompts.append(chat._replace(messages=chat.messages[:-1]))
-            completions.append(chat.messages[-1]["content"])
-        return prompts, completions
-    needed = (data.prompt_field, data.completion_field)
-    if missing := [field for field in needed if field not in columns]:
-        raise InputError(
-            f"field {missing[0]!r} is missing; found the fields {shown(sorted(columns))}; expected "
-            f"{data.messages_field!r}, or {needed[0]!r} and {needed[1]!r}"
-        )
-    log_unused(tokenizer, columns, needed, data)
     for index in range(len(rows)):
-        row = rows[index]
-        prompts.append(text_of(row, data.prompt_field, index))
-        completions.append(text_of(row, data.completion_field, index))
+        match reader.read(index, rows[index]):
+            case str():
+                raise InputError(
+                    f"row {index}: is a plain text; expected a prompt and a completion, which has "
+                    "the true answer"
+                )
+            case Pair(prompt, completion):
+                prompts.append(prompt)
+                completions.append(completion)
+            case chat:
+                if chat.messages[-1]["role"] != "assistant":
+                    raise InputError(
+                        f"{chat.where}: the last message is of "
+                        f"{shown(chat.messages[-1]['role'])}; expected the assistant's, which has "
+                        "the true answer"
+                    )
+                prompts.append(chat._replace(messages=chat.messages[:-1]))
+                completions.append(chat.messages[-1]["content"])
+    reader.log()
     return prompts, completions
 
 

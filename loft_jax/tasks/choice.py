@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from loft_jax.data import DataConfig, Example
 from loft_jax.data.batches import bucket_lengths, smallest_bucket
-from loft_jax.data.encode import column_names, pad_id, text_of, truncate
+from loft_jax.data.encode import encode_prompts, pad_id, truncate
 from loft_jax.data.log_once import Joins, log_unused
-from loft_jax.data.text import check_tokens, encode_continuations, encode_starts
+from loft_jax.data.row_formats import chat_with, check_chat, column_names, fields_of, part_of
+from loft_jax.data.text import check_tokens, encode_continuations
 from loft_jax.errors import InputError, shown
 from loft_jax.models.activations import gathered
 from loft_jax.models.family import LanguageModel
@@ -159,7 +160,8 @@ def score_choices(
         model: The model with its adapters.
         tokenizer: The model's.
         rows: Examples, from `load_examples` or as plain dicts.
-        config: Its `prompt_field`, `completion_field` and `max_length` are used. If a prompt with
+        config: Its names and templates of prompts and completions, `chat` and `max_length` are
+            used. If a prompt with
             the longest of its answers is too long, the left of the prompt is cut, and a warning
             gives the number of such prompts.
         choices: The answers of every row; empty if each row brings its own.
@@ -225,7 +227,8 @@ def check_choices(
     Args:
         tokenizer: The model's.
         rows: As for `score_choices`, like `config` and `choices`.
-        config: Its `prompt_field`, `completion_field` and `max_length` are used.
+        config: Its names and templates of prompts and completions, `chat` and `max_length` are
+            used.
         choices: The answers of every row; empty if each row brings its own.
         vocab_size: Number of tokens that the model has weights for; None if it is not known.
 
@@ -273,7 +276,9 @@ def _questions(
     config: DataConfig,
     choices: Sequence[str],
 ) -> list[_Question]:
-    needed = [config.prompt_field, *([config.completion_field] if choices else CHOICE_FIELDS)]
+    check_chat(tokenizer, config)
+    answered = fields_of("completion", config) if choices else CHOICE_FIELDS
+    needed = [*fields_of("prompt", config), *answered]
     columns = column_names(rows)
     if missing := [field for field in needed if field not in columns]:
         raise InputError(
@@ -285,12 +290,12 @@ def _questions(
     prompts, offered, answers = [], [], []
     for index in range(len(rows)):
         row = rows[index]
-        prompts.append(text_of(row, config.prompt_field, index))
+        prompts.append(part_of("prompt", index, row, config))
         offered.append(list(choices) or _own_choices(row, index))
         for choice in offered[-1]:
             joins.add(prompts[-1], choice)
         answers.append(
-            _position(text_of(row, config.completion_field, index), choices, index)
+            _position(part_of("completion", index, row, config), choices, index)
             if choices
             else _own_answer(row, index)
         )
@@ -300,8 +305,12 @@ def _questions(
     if empty := [choice for choice, ids in encoded.items() if not ids]:
         raise InputError(f"choice {shown(empty[0])} has no token; expected some text")
     questions = []
+    asked = [
+        chat_with(prompt, f"row {index}") if config.chat else prompt
+        for index, prompt in enumerate(prompts)
+    ]
     for prompt, row_choices, answer in zip(
-        encode_starts(tokenizer, prompts), offered, answers, strict=True
+        encode_prompts(tokenizer, asked), offered, answers, strict=True
     ):
         distinct = list(dict.fromkeys(row_choices))
         questions.append(

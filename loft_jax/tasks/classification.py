@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import jax
@@ -13,9 +13,11 @@ from tqdm import tqdm
 
 from loft_jax.data import DataConfig, TokenizedData
 from loft_jax.data.batches import Batch
-from loft_jax.data.encode import Labelled, column_names, pad_id, text_of
-from loft_jax.data.log_once import log_unused
+from loft_jax.data.encode import Labelled, pad_id
+from loft_jax.data.log_once import log_now, log_unused
+from loft_jax.data.row_formats import column_names, text_of
 from loft_jax.data.text import check_tokens
+from loft_jax.data.token_cache import cached
 from loft_jax.errors import InputError, explained, shown
 from loft_jax.models.family import SequenceClassifier
 from loft_jax.tasks.row_task import RowTask, names_of_numbers, same_names
@@ -58,35 +60,55 @@ class _OfTexts(RowTask):
         filler = pad_id(tokenizer)
         check_tokens([filler], tokenizer, vocab_size, where="padding")
         label_of = self.reader(rows, data.label_field)
+
+        def make() -> dict[str, np.ndarray]:
+            return self._tokenized(rows, tokenizer, data, used[:-1], label_of, vocab_size)
+
+        settings = {"fields": used, "max_length": data.max_length, "vocab": vocab_size}
+        settings |= {"task": self.name, "labels": self.labels}
+        arrays = cached(make, rows, tokenizer, settings)
+        tokens = arrays["tokens"]
+        labelled = Labelled(arrays["token_types"], arrays["labels"])
+        every = np.ones(len(tokens), bool)
+        return TokenizedData(tokens, every, arrays["offsets"], filler, labelled)
+
+    def _tokenized(
+        self,
+        rows: Any,
+        tokenizer: "PreTrainedTokenizerBase",
+        data: DataConfig,
+        fields: Sequence[str],
+        label_of: Callable[[Mapping[str, Any], int], float],
+        vocab_size: int | None,
+    ) -> dict[str, np.ndarray]:
+        """Makes the arrays of `TokenizedData` and `Labelled`."""
         labels: list[float] = []
         tokens: list[np.ndarray] = []
         types: list[np.ndarray] = []
         cut = 0
-        for start in tqdm(range(0, len(rows), _CHUNK), desc="tokenizing", leave=False, delay=2):
-            some = [(i, rows[i]) for i in range(start, min(start + _CHUNK, len(rows)))]
-            labels += [label_of(row, index) for index, row in some]
-            texts = [[text_of(row, field, i) for i, row in some] for field in used[:-1]]
-            for (index, _), (ids, kinds, shorter) in zip(
-                some, _encode(tokenizer, texts, data.max_length), strict=True
-            ):
-                check_tokens(ids, tokenizer, vocab_size, where=f"row {index}")
-                cut += shorter
-                tokens.append(np.asarray(ids, np.int32))
-                types.append(np.asarray(kinds, np.int32))
+        with tqdm(total=len(rows), desc="tokenizing", unit="row", leave=False, delay=2) as bar:
+            for start in range(0, len(rows), _CHUNK):
+                some = [(i, rows[i]) for i in range(start, min(start + _CHUNK, len(rows)))]
+                labels += [label_of(row, index) for index, row in some]
+                texts = [[text_of(row, field, i) for i, row in some] for field in fields]
+                for (index, _), (ids, kinds, shorter) in zip(
+                    some, _encode(tokenizer, texts, data.max_length), strict=True
+                ):
+                    check_tokens(ids, tokenizer, vocab_size, where=f"row {index}")
+                    cut += shorter
+                    tokens.append(np.asarray(ids, np.int32))
+                    types.append(np.asarray(kinds, np.int32))
+                bar.update(len(some))
         if empty := [index for index, ids in enumerate(tokens) if not len(ids)]:
             raise InputError(f"row {empty[0]}: the text has no token; expected some text")
         if cut:
-            _log.warning(
-                "shortened %d of %d examples to max_length %d", cut, len(rows), data.max_length
-            )
-        joined = np.concatenate(tokens)
-        return TokenizedData(
-            tokens=joined,
-            loss_mask=np.ones(len(joined), bool),
-            offsets=np.cumsum([0, *map(len, tokens)], dtype=np.int64),
-            pad_id=filler,
-            labelled=Labelled(np.concatenate(types), np.asarray(labels, self.label_dtype)),
-        )
+            log_now(f"shortened {cut} of {len(rows)} examples to max_length {data.max_length}")
+        return {
+            "tokens": np.concatenate(tokens),
+            "token_types": np.concatenate(types),
+            "offsets": np.cumsum([0, *map(len, tokens)], dtype=np.int64),
+            "labels": np.asarray(labels, self.label_dtype),
+        }
 
     def inputs(self, batch: Batch) -> Batch:
         """Selects tokens, token types and labels, with a weight of 0 for rows of padding."""

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 
 from loft_jax.data import DataConfig
 from loft_jax.data.batches import Batch
-from loft_jax.data.encode import column_names
 from loft_jax.data.images import ImageData, read_images
 from loft_jax.data.log_once import log_unused
+from loft_jax.data.row_formats import column_names
 from loft_jax.errors import InputError, shown
 from loft_jax.models.family import ImageClassifier, PretrainedConfig
 from loft_jax.tasks.classification import LabelTask

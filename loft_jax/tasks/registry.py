@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from loft_jax.data.encode import column_names
 from loft_jax.data.presets import find_preset
+from loft_jax.data.row_formats import column_names
 from loft_jax.errors import InputError, shown
 from loft_jax.models.family import Family
 from loft_jax.tasks.causal_lm import CausalLM

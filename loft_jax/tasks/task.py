@@ -15,8 +15,8 @@ import numpy as np
 
 from loft_jax.data import DataConfig, TokenizedData
 from loft_jax.data.batches import Batch
-from loft_jax.data.encode import column_names
 from loft_jax.data.images import ImageData
+from loft_jax.data.row_formats import column_names
 from loft_jax.errors import InputError, shown
 from loft_jax.models.family import Head, PretrainedConfig, PretrainedModel
 

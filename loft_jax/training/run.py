@@ -27,6 +27,7 @@ from loft_jax.training.export import export_trained, publish
 from loft_jax.training.flops import ModelFlops
 from loft_jax.training.held_out import HeldOut, held_out_data
 from loft_jax.training.model import (
+    abstract_model,
     adapted,
     base_fingerprint,
     check_fingerprints,
@@ -89,6 +90,8 @@ class Run:
         if not self._best_metric and data.preset:
             self._best_metric = find_preset(data.preset).best_metrics
         self.task.check_metrics(self._best_metric)
+        if config.method.adapts:  # refuses wrong targets before the work of tokenizing
+            abstract_model(family, sizes, config, self.task)
         tokens = self.task.tokenize(rows, self._processor, data, vocab_size=sizes.vocab_size)
         self.stream = train_stream(tokens, data, batch_size=schedule.batch_size, seed=config.seed)
         most = 2**31 - 1  # steps are counted in 32 bits

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loft_jax.data import DataConfig, Example, tokenize
-from loft_jax.data.encode import chat_of, encode_prompts, truncate
+from loft_jax.data.encode import encode_prompts, truncate
+from loft_jax.data.row_formats import RowReader
 from loft_jax.errors import InputError
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
@@ -327,7 +328,7 @@ def test_a_conversation_of_a_row_is_continued_with_its_tools():
     tokenizer = tiny_tokenizer(chat_template=TOOLED)
     asked = [{"role": "user", "content": "two?"}]
     row = {"messages": [*asked, {"role": "assistant", "content": "2"}], "tools": TOOLS}
-    chat = chat_of(0, row, DataConfig("rows"))
+    chat = RowReader(list(row), tokenizer, DataConfig("rows")).read(0, row)
     (ids,) = encode_prompts(tokenizer, [chat._replace(messages=asked)])
     (example,) = encode([row], tokenizer)
     assert ids == example.tokens[: len(ids)].tolist()

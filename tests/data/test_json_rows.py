@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loft_jax.data import json_rows as module
+from loft_jax.data import row_table
 from loft_jax.data.json_rows import read_json_rows
 from loft_jax.errors import InputError
 
@@ -54,7 +55,7 @@ rows_of_any = st.lists(
 )
 def test_rows_come_back_as_they_were_written(tmp_path, monkeypatch, rows, layout, ascii_, block):
     monkeypatch.setattr(module, "_BLOCK", block)  # values are cut at every place
-    monkeypatch.setattr(module, "_BATCH", block)
+    monkeypatch.setattr(row_table, "_BATCH", block)
     indent = 1 if "indented" in layout else None
     if "list" in layout:
         text = json.dumps(rows, ensure_ascii=ascii_, indent=indent)
@@ -155,9 +156,19 @@ def test_a_row_without_end_is_not_read_to_the_end(tmp_path, monkeypatch):
         table(path)
 
 
+def test_a_row_of_too_many_values_is_refused(tmp_path, monkeypatch):
+    """Each value becomes an object of Python, of many times its size in the file."""
+    monkeypatch.setattr(module, "_BLOCK", 2**10)
+    monkeypatch.setattr(module, "_MOST_VALUES", 1000)
+    few = [{"text": '"a", [\\ ' * 2000}, {"values": [1] * 900}]
+    assert read(tmp_path, json.dumps(few))[1]["values"] == [1] * 900
+    with pytest.raises(InputError, match=r"row 0 .*: it has more than 1000 values"):
+        read(tmp_path, json.dumps([{"values": [1] * 9000}]))
+
+
 def test_few_rows_are_python_objects_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_BLOCK", 2**15)
-    monkeypatch.setattr(module, "_BATCH", 2**16)
+    monkeypatch.setattr(row_table, "_BATCH", 2**16)
     row = {"messages": [{"role": "user", "content": "word " * 20}] * 10}
     for text in ("\n".join([json.dumps(row)] * 4000), json.dumps([row] * 4000)):
         path = write(tmp_path, text)

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from loft_jax.data import DataConfig, load_examples, source
+from loft_jax.data import DataConfig, load_examples, text_lines
 from loft_jax.errors import InputError
 
 ROWS = [{"prompt": "a b", "completion": " c"}, {"prompt": "d", "completion": ' "e", f'}]
@@ -310,7 +310,7 @@ def test_texts_of_parquet_that_are_no_utf8_are_refused_when_they_are_read(tmp_pa
     file = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"text": ["a dull film"] * 3}), file, compression="none")
     file.write_bytes(file.read_bytes().replace(b"a dull", b"a \xf1ull"))
-    with pytest.raises(InputError, match=r"rows\.parquet: cannot be read as parquet: .*UTF8"):
+    with pytest.raises(InputError, match=r"rows\.parquet: cannot be read as parquet: row 0: "):
         load_examples(DataConfig(str(file)))
 
 
@@ -371,7 +371,7 @@ def test_a_folder_has_no_links_that_leave_it(tmp_path):
     ],
 )
 def test_lines_that_do_not_end_are_refused(tmp_path, monkeypatch, name, text, found):
-    monkeypatch.setattr(source, "_MOST_ROW", 100)
+    monkeypatch.setattr(text_lines, "MOST_CHARACTERS", 100)
     (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match=rf"{name}: {found} is longer than 100 characters"):
         read(tmp_path / name)
@@ -384,13 +384,48 @@ def test_long_cells_are_read(tmp_path):
     assert read(write(tmp_path / "rows.csv", rows)) == rows
 
 
-def test_files_of_csv_have_the_same_columns(tmp_path):
-    (tmp_path / "a.csv").write_text("prompt,completion\na,b\n")
-    (tmp_path / "b.csv").write_text("completion,prompt\nd,c\n")
-    assert read(tmp_path)[1] == {"prompt": "c", "completion": "d"}
-    (tmp_path / "b.csv").write_text("prompt,completion,source\nc,d,web\n")
-    with pytest.raises(InputError, match=r"b\.csv: has the columns .*'source'.*those of a\.csv"):
-        read(tmp_path)
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "tsv", "parquet"])
+def test_files_may_differ_in_their_columns(tmp_path, ending):
+    write(tmp_path / f"a.{ending}", ROWS)
+    write(tmp_path / f"b.{ending}", [{"completion": "d", "prompt": "c"}])
+    write(tmp_path / f"c.{ending}", [{"prompt": "e", "source": "web"}])
+    rows = read(tmp_path)
+    assert rows[2:] == [
+        {"prompt": "c", "completion": "d", "source": None},
+        {"prompt": "e", "completion": None, "source": "web"},
+    ]
+    assert read(tmp_path, split="train[:2]+train[3:]") == [*rows[:2], rows[3]]
+
+
+def test_columns_of_files_without_a_header_are_named(tmp_path):
+    (tmp_path / "a.csv").write_text('good,"a, b"\n\n2024-01-02,007\nshort\n')
+    rows = read(tmp_path / "a.csv", columns=("label", "text"))
+    assert rows == [
+        {"label": "good", "text": "a, b"},
+        {"label": "2024-01-02", "text": "007"},
+        {"label": "short", "text": None},
+    ]
+    with pytest.raises(InputError, match=r"row 0 cannot be .* has 2 cells; .* columns \['text'\]"):
+        read(tmp_path / "a.csv", columns=("text",))
+    with pytest.raises(InputError, match="expected columns for CSV and TSV alone"):
+        read(write(tmp_path / "a.jsonl"), columns=("text",))
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("a.csv", "line 4001"),
+        ("a.tsv", "line 4001"),
+        ("a.txt", "line 4001"),
+        ("a.jsonl", "row 3999"),
+    ],
+)
+def test_what_is_not_utf8_is_refused_with_file_and_row(tmp_path, name, place):
+    row = '{"text": "good"}' if name == "a.jsonl" else "good"
+    lines = [*["text"] * (name != "a.jsonl"), *[row] * 3999, row.replace("good", "caf\xe9")]
+    (tmp_path / name).write_text("\n".join(lines), encoding="latin-1")
+    with pytest.raises(InputError, match=rf"{name}: .*{place} .*byte 0xe9"):
+        read(tmp_path / name)
 
 
 @pytest.mark.parametrize("path", ["~nosuchuser/x.jsonl", "x" * 30_000, "a\0.jsonl"])

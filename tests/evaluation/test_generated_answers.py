@@ -71,6 +71,7 @@ def test_a_conversation_is_answered_as_in_training(tiny_llama):
     (text,) = torch_texts(folder, [ids], 6)
     rows = [{"messages": [*asked, {"role": "assistant", "content": text}], "tools": None}]
     assert measured(model, rows).accuracy == 1
+    assert measured(model, [{"instruction": "two plus two?", "output": text}]).accuracy == 1
     with pytest.raises(InputError, match=r"row 0, field 'messages': the last message is of 'user'"):
         measured(model, [{"messages": asked}])
 

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -243,3 +244,27 @@ def test_prompt_without_any_token():
     tokenizer = tiny_tokenizer(bos=False)
     with pytest.raises(InputError, match="row 0: the prompt has no token"):
         score_choices(Counting(), tokenizer, rows, CONFIG, choices=LABELS, progress=False)
+
+
+def test_prompts_by_templates_and_by_the_chat_template(tiny_llama):
+    _, model = tiny_llama
+    options = {"batch_size": 4, "progress": False}
+    expected = score_choices(model, TOKENIZER, QUESTIONS, CONFIG, **options)
+    asked = [
+        {"q": row["prompt"], "choices": row["choices"], "answer": row["answer"]}
+        for row in QUESTIONS
+    ]
+    by_template = replace(CONFIG, prompt="{q}")
+    assert score_choices(model, TOKENIZER, asked, by_template, **options) == expected
+    rendered = [
+        {**row, "prompt": TOKENIZER.apply_chat_template(
+            [{"role": "user", "content": row["prompt"]}],
+            tokenize=False, add_generation_prompt=True,
+        )}
+        for row in QUESTIONS
+    ]  # fmt: skip
+    expected = score_choices(model, TOKENIZER, rendered, CONFIG, **options)
+    by_chat = replace(CONFIG, chat=True)
+    assert score_choices(model, TOKENIZER, QUESTIONS, by_chat, **options) == expected
+    with pytest.raises(InputError, match="chat is true, but the tokenizer has no chat template"):
+        score_choices(model, tiny_tokenizer(chat_template=None), QUESTIONS, by_chat, **options)

@@ -67,12 +67,14 @@ class Progress:
         return Path(self.config.output)
 
     def model(self) -> Any:
-        """Gives the model with its current parameters.
+        """Gives the model with its current parameters, in evaluation mode.
 
         The next step reuses their memory: the model is not to be kept for later.
         """
         assert self._model is not None
-        return self._model()
+        model = self._model()
+        model.eval()
+        return model
 
     def stop(self, reason: str) -> None:
         """Ends the run after this step: it is evaluated, saved and exported.

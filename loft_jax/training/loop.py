@@ -89,8 +89,8 @@ def finetune(
             train: running statistics of the model stay as they are.
         callbacks: Called in their order as the run goes on; see `loft_jax.Callback`.
         resume: Continue from the newest checkpoint in the output folder; a run that was killed
-            before its first checkpoint starts again. "auto" also starts a run in a folder that
-            holds none, so that a cell of a notebook can be executed again.
+            before its first checkpoint starts again. "auto" continues if there is a checkpoint and
+            starts otherwise, so that a cell of a notebook can be executed again.
         progress: Show bars.
 
     Returns:
@@ -160,6 +160,7 @@ def finetune(
                     "%s: expected it to fall; a smaller learning_rate than %g may train",
                     *(rise, config.schedule.learning_rate),
                 )
+        view.moved(done, functools.partial(run.trained, state))
         result = RunResult(
             folder=folder,
             steps=done,
@@ -169,11 +170,8 @@ def finetune(
             trained=trained,
             stopped=view.stopped,
             history=rows,
-            model=run.trained(state) if finished else None,
+            model=view.model() if finished else None,
         )
-        if result.model is not None:
-            result.model.eval()
-        view.moved(done, lambda: run.trained(state))
         run.callbacks.on_end(view, result)
         return result
 
@@ -188,7 +186,7 @@ def _checkpoints(config: FinetuneConfig, resume: bool | Literal["auto"]) -> Iter
         keep_best=config.checkpoint.keep_best,
     )
     if resume == "auto":
-        resume = bool(checkpoints.steps()) or (folder / "config.yaml").exists()
+        resume = bool(checkpoints.steps())
     try:
         if not resume and checkpoints.steps():
             raise InputError(
@@ -238,7 +236,7 @@ def _evaluate(
     measured = run.evaluate(state)
     step = int(gather_to_host(state.step))
     _write(log, step, _named(measured))
-    view.moved(step, lambda: run.trained(state))
+    view.moved(step, functools.partial(run.trained, state))
     values = {} if measured is None else measured.values
     run.callbacks.on_evaluate(view, values, run.score(measured))
     return measured

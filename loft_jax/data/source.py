@@ -91,7 +91,7 @@ def given_examples(data: Any, config: DataConfig) -> "Dataset | list[dict[str, A
         config: Its `split` and `preset` are used.
 
     Returns:
-        The examples, at least one, as from `load_examples`; rows that are no `Dataset` as a list.
+        The examples, at least one: a `Dataset`, whose columns may decode images, or a list.
 
     Raises:
         InputError: It holds no examples, or something else.
@@ -112,7 +112,7 @@ def given_examples(data: Any, config: DataConfig) -> "Dataset | list[dict[str, A
     if isinstance(splits, Mapping):
         if odd := [name for name, part in splits.items() if not isinstance(part, Dataset)]:
             raise InputError(f"data: split {shown(odd[0])} is not a Dataset, expected one")
-        rows = _checked(_part(splits, _split(config)))
+        rows = _part(splits, _split(config)).with_format(None)
     else:
         rows = list(data)
         if config.split is not None:

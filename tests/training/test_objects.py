@@ -11,12 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Features, Value
+from datasets import Image as ImageFeature
 from flax import nnx
+from PIL import Image
 
 import loft_jax
 from loft_jax.cli import main
 from loft_jax.data import DataConfig
+from loft_jax.data.images import open_image
 from loft_jax.data.source import given_examples
 from loft_jax.errors import InputError
 from loft_jax.hub import load_peft_adapter, load_pretrained, load_tokenizer
@@ -223,6 +226,15 @@ def test_splits_of_a_dataset(rows):
     assert len(given_examples(splits["train"], DataConfig(split="train[1:]"))) == 3
     with pytest.raises(InputError, match="split is 'train', but the rows are an iterable"):
         given_examples(rows, DataConfig(split="train"))
+
+
+def test_images_of_a_dataset_are_decoded_by_it(tmp_path):
+    """Also those that it only names, since it is the user's own; files of strangers are not."""
+    Image.new("RGB", (4, 4), (255, 0, 0)).save(tmp_path / "red.png")
+    features = Features({"image": ImageFeature(), "label": Value("string")})
+    images = Dataset.from_list([{"image": str(tmp_path / "red.png"), "label": "red"}], features)
+    (row,) = given_examples(images.with_format("numpy"), DataConfig())
+    assert open_image(row["image"], "row 0").getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_the_names_of_the_package_run():

@@ -19,6 +19,7 @@ from experiments.log import Cell, Result
 from experiments.methods import configured, optimizer_of
 from experiments.tasks import BEFORE, LanguageTask
 from loft_jax.data import load_examples, train_stream
+from loft_jax.data.arrays import ArrayData
 from loft_jax.data.encode import TokenizedData
 from loft_jax.data.images import ImageData
 from loft_jax.hub import load_model_config, load_tokenizer
@@ -188,7 +189,7 @@ class LanguageRuns:
         )
 
     @functools.cached_property
-    def _data(self) -> TokenizedData | ImageData:
+    def _data(self) -> TokenizedData | ImageData | ArrayData:
         return self._task.tokenize(self._rows, self._tokenizer, self._config.data)
 
     @functools.cache  # noqa: B019  # lives as long as the runs of its task

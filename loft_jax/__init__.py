@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loft_jax.data import DataConfig
     from loft_jax.hub import (
         load_peft_adapter,
         load_pretrained,
@@ -53,12 +54,40 @@ if TYPE_CHECKING:
         state_bytes,
         state_shardings,
     )
+    from loft_jax.training.callbacks import Callback, Progress, RunResult
+    from loft_jax.training.config import (
+        AdapterConfig,
+        CheckpointConfig,
+        EvaluationConfig,
+        FinetuneConfig,
+        LoggingConfig,
+        MeshConfig,
+        ModelConfig,
+        OptimizerConfig,
+        ScheduleConfig,
+        TaskConfig,
+    )
+    from loft_jax.training.loop import finetune
 
 __version__ = version("loft-jax")
 
 __all__ = [
+    "AdapterConfig",
+    "Callback",
+    "CheckpointConfig",
+    "DataConfig",
+    "EvaluationConfig",
     "FactorSpec",
+    "FinetuneConfig",
     "LoRAConfig",
+    "LoggingConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "Progress",
+    "RunResult",
+    "ScheduleConfig",
+    "TaskConfig",
     "add_lora",
     "alt_lora_plus",
     "alternate_factors",
@@ -70,6 +99,7 @@ __all__ = [
     "clip_by_projected_norm",
     "factor_grams",
     "find_pairs",
+    "finetune",
     "load_peft_adapter",
     "load_pretrained",
     "load_tokenizer",
@@ -121,6 +151,24 @@ _MODULES = {
         ),
         "loft_jax.lora",
     ),
+    **dict.fromkeys(("Callback", "Progress", "RunResult"), "loft_jax.training.callbacks"),
+    **dict.fromkeys(
+        (
+            "AdapterConfig",
+            "CheckpointConfig",
+            "EvaluationConfig",
+            "FinetuneConfig",
+            "LoggingConfig",
+            "MeshConfig",
+            "ModelConfig",
+            "OptimizerConfig",
+            "ScheduleConfig",
+            "TaskConfig",
+        ),
+        "loft_jax.training.config",
+    ),
+    "DataConfig": "loft_jax.data",
+    "finetune": "loft_jax.training.loop",
 }
 
 

@@ -1,10 +1,91 @@
-"""Common checks of settings: known names, numbers in their range."""
+"""Common checks of settings: types, known names, numbers in their range."""
 
+import dataclasses
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
 
 from loft_jax.errors import InputError, shown
+
+
+def convert_settings(settings: Any, section: str = "") -> None:
+    """Gives settings the types of their fields, in place, and refuses values of other types.
+
+    Paths become texts, lists become tuples, and numbers of NumPy become Python's. A number that is
+    given as a text is refused.
+
+    Args:
+        settings: A frozen dataclass. A value that is none of Python's plain types is left alone:
+            the command line fills in some values after it has made the dataclass.
+        section: Its name in a configuration, for messages; empty for the configuration itself.
+
+    Raises:
+        InputError: A value is of another type than its field; the message names the field.
+
+    Example:
+        >>> from loft_jax.data import DataConfig
+        >>> DataConfig("rows.jsonl", max_length="512")
+        Traceback (most recent call last):
+        loft_jax.errors.InputError: data.max_length is '512', expected an integer
+    """
+    hints = get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):
+        value, hint = _plain(getattr(settings, field.name)), hints[field.name]
+        if not _fits(value, hint):
+            name = f"{section}.{field.name}" if section else field.name
+            raise InputError(f"{name} is {shown(value)}, expected {_expected(hint)}")
+        object.__setattr__(settings, field.name, value)
+
+
+def _plain(value: Any) -> Any:
+    """Converts a path to text, a number of NumPy to Python's, and a list to a tuple."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value has the type of its field; values of no plain type fit every field."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, each) for each in inner)
+    if not isinstance(value, (bool, int, float, str, tuple, dict, NoneType)):
+        return True
+    if origin is Literal:
+        return isinstance(value, str)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(each, inner[0]) for each in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(each, inner[1]) for each in value.values())
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+_EXPECTED = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a text",
+    tuple: "a list",
+    dict: "a mapping",
+}
+
+
+def _expected(hint: Any) -> str:
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(_expected(each) for each in get_args(hint) if each is not NoneType)
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(get_args(hint))}"
+    text = _EXPECTED.get(get_origin(hint) or hint, f"a {getattr(hint, '__name__', hint)}")
+    inner = [each for each in get_args(hint) if each in _EXPECTED]
+    return f"{text}, each {_expected(inner[-1])}" if inner else text
 
 
 def check_settings(
@@ -16,10 +97,11 @@ def check_settings(
     fractions: Sequence[str] = (),
     largest: int = 2**31 - 1,
 ) -> None:
-    """Refuses settings out of their range.
+    """Refuses settings of another type, or out of their range.
 
-    Settings whose type is a `Literal` must be one of its values. Numbers must be finite, also in
-    tuples and mappings. None is an unset setting, and is accepted.
+    Types are those of `convert_settings`. Settings whose type is a `Literal` must be one of its
+    values. Numbers must be finite, also in tuples and mappings. None is an unset setting, and is
+    accepted.
 
     Args:
         settings: A dataclass.
@@ -30,7 +112,7 @@ def check_settings(
         largest: The largest integer.
 
     Raises:
-        InputError: A setting is out of its range; the message names it.
+        InputError: A setting is of another type or out of its range; the message names it.
 
     Example:
         >>> from loft_jax.data import DataConfig
@@ -38,6 +120,7 @@ def check_settings(
         Traceback (most recent call last):
         loft_jax.errors.InputError: data.max_length is 1024, expected at least 2048
     """
+    convert_settings(settings, section)
     prefix = f"{section}." if section else ""
 
     def check(name: str, value: Any, holds: bool, expected: str) -> None:

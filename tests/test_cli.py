@@ -17,8 +17,8 @@ from loft_jax.data import DataConfig, eval_batches, load_examples, tokenize
 from loft_jax.hub import load_tokenizer
 from loft_jax.methods import LoFT, LoRAPlus
 from loft_jax.tasks.causal_lm import Perplexity, perplexity
+from loft_jax.training.callbacks import RunResult
 from loft_jax.training.config_io import save_config
-from loft_jax.training.loop import RunResult
 from tests.tiny import save_tiny_llama
 from tests.training.conftest import make_config, workspace  # noqa: F401
 
@@ -198,7 +198,7 @@ def test_settings_of_methods_are_flags_and_fields_of_the_config_file(flags, tmp_
     def started(run, **_):
         runs.append(run.method)
         save_config(run, tmp_path / "config.yaml")
-        return RunResult(0, False, {}, {}, None)
+        return RunResult(Path(), 0, False, {}, {}, None)
 
     monkeypatch.setattr("loft_jax.training.loop.finetune", started)
     assert main(["finetune", *flags, "--second-moment", "full", "--balance"]) == 0

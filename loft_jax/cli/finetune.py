@@ -14,7 +14,7 @@ from loft_jax.training.config_io import config_from_dict, load_config
 from loft_jax.training.distributed import DistributedConfig, is_main, join
 
 if TYPE_CHECKING:
-    from loft_jax.training.loop import RunResult
+    from loft_jax.training.callbacks import RunResult
 
 INTERRUPTED = 130
 """Exit code of a run that was asked to stop, as of any command after Ctrl-C."""

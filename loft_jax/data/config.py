@@ -8,6 +8,7 @@ from typing import Self
 from loft_jax.data.field_template import FieldTemplate
 from loft_jax.data.presets import PresetName, find_preset
 from loft_jax.errors import InputError, naming, shown
+from loft_jax.settings import convert_settings
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class DataConfig:
     Args:
         path: A JSON, JSONL, CSV, TSV, Parquet or text file, a folder of such files, a folder
             written by `Dataset.save_to_disk`, or a dataset id on the Hugging Face hub; of images
-            also a folder with a subfolder for each label, or an `.npz` file.
+            also a folder with a subfolder for each label, or an `.npz` file. Empty if the examples
+            are given as an object, in Python.
         split: Name of the split, with slices in the syntax of `datasets`: `"train"`, the default,
             `"train[:90%]"`. In a folder, the name of a file gives its split; a single file is
             `"train"`.
@@ -64,7 +66,7 @@ class DataConfig:
         256
     """
 
-    path: str
+    path: str = ""
     split: str | None = None
     name: str | None = None
     preset: PresetName | None = None
@@ -86,6 +88,7 @@ class DataConfig:
     buckets: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        convert_settings(self, "data")
         if self.max_length < 1:
             raise InputError(f"max_length is {shown(self.max_length)}; expected at least 1 token")
         for name in ("prompt", "completion"):

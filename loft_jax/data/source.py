@@ -3,8 +3,9 @@
 import glob
 import itertools
 import logging
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,53 @@ def load_examples(config: DataConfig) -> "Dataset | list[dict[str, Any]]":
             f"{config.path}: split {shown(_split(config))} has no examples; expected some"
         )
     return examples
+
+
+def given_examples(data: Any, config: DataConfig) -> "Dataset | list[dict[str, Any]]":
+    """Reads the examples that are given as an object.
+
+    Args:
+        data: A `datasets.Dataset`, a `DatasetDict` of several splits, or an iterable of rows, which
+            is read to its end once.
+        config: Its `split` and `preset` are used.
+
+    Returns:
+        The examples, at least one: a `Dataset`, whose columns may decode images, or a list.
+
+    Raises:
+        InputError: It holds no examples, or something else.
+
+    Example:
+        >>> given_examples(({"text": text} for text in ("a joy", "dull")), DataConfig())
+        [{'text': 'a joy'}, {'text': 'dull'}]
+    """
+    from datasets import Dataset
+
+    if isinstance(data, (str, bytes, os.PathLike)) or not isinstance(data, Iterable):
+        raise InputError(
+            f"data is {shown(data)}, expected a Dataset or an iterable of rows; the path of a file "
+            "goes to DataConfig"
+        )
+    splits = {"train": data} if isinstance(data, Dataset) else data
+    rows: Any
+    if isinstance(splits, Mapping):
+        if odd := [name for name, part in splits.items() if not isinstance(part, Dataset)]:
+            raise InputError(f"data: split {shown(odd[0])} is not a Dataset, expected one")
+        rows = _part(splits, _split(config)).with_format(None)
+    else:
+        rows = list(data)
+        if config.split is not None:
+            raise InputError(
+                f"split is {shown(config.split)}, but the rows are an iterable, which has no splits"
+            )
+        for index, row in enumerate(rows):
+            if not isinstance(row, Mapping):
+                raise InputError(f"data: row {index} is {shown(row)}, expected a mapping of fields")
+    if len(rows) == 0:
+        raise InputError("data holds no examples; expected some")
+    if isinstance(rows, list) and config.preset is not None:
+        rows = Dataset.from_list(rows)
+    return _of_preset(rows, config) if isinstance(rows, Dataset) else rows
 
 
 _EXPECTED = (

@@ -7,6 +7,7 @@ from typing import Any, overload
 import grain
 import numpy as np
 
+from loft_jax.data.arrays import ArrayData
 from loft_jax.data.batches import Batch, bucket_lengths, pack, pad_batch, smallest_bucket
 from loft_jax.data.config import DataConfig
 from loft_jax.data.encode import TokenizedData
@@ -67,7 +68,7 @@ class TrainStream(Iterator[Batch]):
 
 
 def train_stream(
-    data: TokenizedData | ImageData, config: DataConfig, *, batch_size: int, seed: int
+    data: TokenizedData | ImageData | ArrayData, config: DataConfig, *, batch_size: int, seed: int
 ) -> TrainStream:
     """Makes an endless stream of shuffled batches, the same on every machine.
 
@@ -83,8 +84,9 @@ def train_stream(
         seed: Seed of the order, 0 to 2^32 - 1.
 
     Returns:
-        An iterator of batches (see `pad_batch`, and `ImageData.batch` for images). The length of a
-        batch is the smallest bucket that holds its longest row.
+        An iterator of batches (see `pad_batch`, `ImageData.batch` for images, and
+        `ArrayData.batch`). The length of a batch of tokens is the smallest bucket that holds its
+        longest row.
 
     Raises:
         InputError: The batch size or the seed is out of range, or an example is too long.
@@ -106,6 +108,15 @@ def train_stream(
     rows: Sequence[np.ndarray] | np.ndarray
     if isinstance(data, ImageData):
         return _image_stream(data, batch_size=batch_size, seed=seed)
+    if isinstance(data, ArrayData):
+        return TrainStream(
+            _endless(np.arange(len(data)), seed).batch(
+                batch_size, batch_fn=lambda rows: data.batch(rows, batch_size)
+            ),
+            rows_per_epoch=len(data),
+            buckets=(),
+            fingerprint=f"{data.fingerprint}-{batch_size}-{seed}",
+        )
     if config.packing:
         rows = pack(data.lengths, config.max_length, seed=seed)
         lengths = np.asarray([data.lengths[row].sum() for row in rows])
@@ -235,7 +246,9 @@ def _batch(
     return batch
 
 
-def _check(data: TokenizedData | ImageData, config: DataConfig, batch_size: int) -> None:
+def _check(
+    data: TokenizedData | ImageData | ArrayData, config: DataConfig, batch_size: int
+) -> None:
     if batch_size < 1:
         raise InputError(f"batch size is {batch_size}; expected at least 1")
     if isinstance(data, ImageData):
@@ -243,6 +256,10 @@ def _check(data: TokenizedData | ImageData, config: DataConfig, batch_size: int)
     for name in ("random_resized_crop", "random_horizontal_flip"):
         if getattr(config, name):
             raise InputError(f"{name} is set, but rows have no images")
+    if isinstance(data, ArrayData):
+        if config.packing:
+            raise InputError("packing is true, but rows of arrays are not packed")
+        return
     if data.labelled is not None and config.packing:
         raise InputError("packing is true, but rows with a label each are not packed")
     if (longest := int(data.lengths.max())) > config.max_length:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from loft_jax.data import DataConfig, TokenizedData, eval_batches, tokenize
 from loft_jax.data.batches import Batch

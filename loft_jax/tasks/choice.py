@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from loft_jax.data import DataConfig, Example
 from loft_jax.data.batches import bucket_lengths, smallest_bucket

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from loft_jax.data import DataConfig, eval_batches
 from loft_jax.errors import shown
@@ -133,7 +133,7 @@ class RowTask(Task):
         progress: bool = True,
     ) -> Evaluation:
         """Evaluates the mean loss of the rows, all of weight 1, and the metrics."""
-        examples = self.tokenize(rows, tokenizer, data, vocab_size=vocab_size)
+        examples: Any = self.tokenize(rows, tokenizer, data, vocab_size=vocab_size)
         batches = eval_batches(examples, data, batch_size=batch_size)
 
         def measure(model: PretrainedModel) -> Measured:

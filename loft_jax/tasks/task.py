@@ -14,11 +14,12 @@ import jax
 import numpy as np
 
 from loft_jax.data import DataConfig, TokenizedData
+from loft_jax.data.arrays import ArrayData
 from loft_jax.data.batches import Batch
 from loft_jax.data.images import ImageData
 from loft_jax.data.row_formats import column_names
 from loft_jax.errors import InputError, shown
-from loft_jax.models.family import Head, PretrainedConfig, PretrainedModel
+from loft_jax.models.family import Head, PretrainedConfig
 
 CHOICE_FIELDS = ("choices", "answer")
 """Fields of rows that have answers of their own to compare."""
@@ -153,7 +154,7 @@ class Task(ABC):
         data: DataConfig,
         *,
         vocab_size: int | None = None,
-    ) -> TokenizedData | ImageData:
+    ) -> TokenizedData | ImageData | ArrayData:
         """Checks examples, and encodes texts as tokens, with what is to be learned from them.
 
         Args:
@@ -275,7 +276,7 @@ class Task(ABC):
         names = by or self.best_metrics
         return fmean(values[name] if name == "loss" else 1.0 - values[name] for name in names)
 
-    def head_modules(self, model: PretrainedModel) -> tuple[str, ...]:
+    def head_modules(self, model: Any) -> tuple[str, ...]:
         """Gives the paths of the modules that are trained beside the adapters."""
         return model.output_modules if self.trains_head else ()
 

@@ -55,7 +55,8 @@ class ModelConfig:
     """The base model of a run.
 
     Args:
-        path: A folder with config.json and safetensors, a GGUF file, or a Hugging Face hub id.
+        path: A folder with config.json and safetensors, a GGUF file, or a Hugging Face hub id. If
+            the model is given as an object, in Python, the name that the adapter has for its base.
         dtype: Dtype of the model's computation; "auto" is bfloat16 on accelerators, float32 on
             CPUs.
         param_dtype: Dtype that frozen weights are stored in; "auto" is `dtype`. Trained weights are
@@ -70,7 +71,7 @@ class ModelConfig:
         InputError: A value is out of its range.
     """
 
-    path: Annotated[str, arg(name="model")] = field(metadata=_PLACE)
+    path: Annotated[str, arg(name="model")] = field(default="", metadata=_PLACE)
     dtype: Precision = "auto"
     param_dtype: Precision = "auto"
     quantization: Quantization = "none"
@@ -230,6 +231,10 @@ class EvaluationConfig:
             accuracy of the likeliest answer. For tasks with one answer from a fixed set of labels.
         batch_size: Number of rows computed at once in evaluation.
         every: Number of steps between evaluations; 0 evaluates only before and after training.
+        patience: End the run after this many evaluations in a row that are no better than the best
+            one before, by `best_metric` of the checkpoints; 0 never does.
+        sample_prompts: Prompts that the model continues at every evaluation; the texts are logged
+            and written to `samples.jsonl`.
 
     Raises:
         InputError: A value is out of its range.
@@ -240,13 +245,16 @@ class EvaluationConfig:
     choices: tuple[str, ...] = ()
     batch_size: Annotated[int, arg(name="eval-batch-size")] = field(default=16, metadata=_FREE)
     every: Annotated[int, arg(name="eval-every")] = 0
+    patience: int = 0
+    sample_prompts: tuple[str, ...] = field(default=(), metadata=_FREE)
 
     def __post_init__(self) -> None:
-        check_settings(self, "evaluation", at_least={"batch_size": 1, "every": 0})
-        if self.choices and not self.path:
+        least = {"batch_size": 1, "every": 0, "patience": 0}
+        check_settings(self, "evaluation", at_least=least)
+        if self.patience and not self.every:
             raise InputError(
-                "evaluation.choices are given without evaluation.path, the examples to compare "
-                "them on"
+                f"evaluation.patience is {shown(self.patience)}, but evaluation.every is 0; "
+                "expected a number of steps between evaluations"
             )
 
 

@@ -116,6 +116,9 @@ def config_from_dict(fields: dict[str, Any]) -> FinetuneConfig:
     Raises:
         InputError: A field that has no default is missing, or a value is out of its range.
     """
+    for section in ("model", "data"):  # their defaults are for objects, which no file can hold
+        if "path" not in fields.get(section, {}):
+            raise InputError(f"field {section}.path is missing")
     return _made(FinetuneConfig, fields)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import SingleDeviceSharding
 
-from loft_jax.errors import explained
+from loft_jax.errors import InputError, explained
 from loft_jax.files import replacing
 from loft_jax.hub import save_peft_adapter, save_pretrained
 from loft_jax.hub.repository import push_folder
@@ -71,6 +71,12 @@ def restore_model(
     with explained(f"{checkpoints.folder / str(step)}: does not say what it was trained on"):
         run = checkpoints.run_of(step)
         saved, settings = run["fingerprints"], run["task"]["settings"]
+        if run["task"]["name"] not in TASKS or not config.model.path:
+            raise InputError(
+                f"{checkpoints.folder / str(step)}: its model or its loss was given as an object "
+                "in Python; expected a run of a named task, and the path of its model as "
+                "model.path in config.yaml"
+            )
         task = TASKS[run["task"]["name"]].make(Given(config.data, **settings))
     base = load_base(config, task)
     with explained(f"{checkpoints.folder / str(step)}: does not say what it was trained on"):
@@ -134,7 +140,7 @@ def export_trained(
             labels=task.labels or (),
         )
     else:
-        save_pretrained(target, model, processor, base_model=config.model.path)
+        save_pretrained(target, model, processor, base_model=config.model.path or None)
         if is_main():
             _write_card(target, card)
     publish(target, config)

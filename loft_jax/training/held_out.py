@@ -20,9 +20,13 @@ def held_out_data(config: FinetuneConfig) -> DataConfig | None:
             but not the test set unless its split is named.
 
     Raises:
-        InputError: It has a split of them, but no path.
+        InputError: It has a split or choices of them, but no path.
     """
     path, split = config.evaluation.path, config.evaluation.split
+    if not path and config.evaluation.choices:
+        raise InputError(
+            "evaluation.choices are given without evaluation.path, the examples to compare them on"
+        )
     if not path and not config.data.has_splits:
         if split is not None:
             raise InputError(

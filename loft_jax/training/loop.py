@@ -1,20 +1,23 @@
 """The training loop, from the configuration of a run to its exported adapter."""
 
 import contextlib
+import functools
 import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
-from tqdm import tqdm
+from flax import nnx
+from tqdm.auto import tqdm
 
 from loft_jax.errors import InputError
 from loft_jax.hub.host_arrays import gather_to_host
 from loft_jax.hub.repository import open_repository
+from loft_jax.tasks.own_loss import RowLoss
 from loft_jax.tasks.task import Measured
+from loft_jax.training.callbacks import Callback, Progress, RunResult
 from loft_jax.training.checkpoint import Checkpoints
 from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.config_io import (
@@ -26,7 +29,6 @@ from loft_jax.training.config_io import (
 )
 from loft_jax.training.distributed import is_main, wait_for_all
 from loft_jax.training.export import trained_with
-from loft_jax.training.held_out import held_out_data
 from loft_jax.training.interrupt import StopRequest
 from loft_jax.training.mesh import check_batch, make_mesh
 from loft_jax.training.metrics import (
@@ -37,6 +39,7 @@ from loft_jax.training.metrics import (
     rise_of_loss,
 )
 from loft_jax.training.model import with_precision
+from loft_jax.training.objects import Objects
 from loft_jax.training.one_run import only_run
 from loft_jax.training.profiler import StepProfiler
 from loft_jax.training.run import Run
@@ -49,55 +52,67 @@ _log = logging.getLogger(__name__)
 _STEPS_AHEAD = 2
 
 
-@dataclass(frozen=True)
-class RunResult:
-    """The result of a run.
-
-    Args:
-        steps: Number of steps done.
-        interrupted: Whether it was asked to stop before its last step, and saved a checkpoint.
-        before: Evaluation before training, by name; empty without evaluation.
-        after: Evaluation after training; empty without evaluation, or when interrupted.
-        trained: Folder of the PEFT adapter, or of the whole model for method "full"; None when
-            interrupted.
-    """
-
-    steps: int
-    interrupted: bool
-    before: dict[str, float]
-    after: dict[str, float]
-    trained: Path | None
-
-
-def finetune(config: FinetuneConfig, *, resume: bool = False, progress: bool = True) -> RunResult:
+def finetune(
+    config: FinetuneConfig,
+    *,
+    model: nnx.Module | None = None,
+    tokenizer: Any = None,
+    data: Any = None,
+    held_out: Any = None,
+    loss: RowLoss | None = None,
+    callbacks: Sequence[Callback] = (),
+    resume: bool | Literal["auto"] = False,
+    progress: bool = True,
+) -> RunResult:
     """Fine-tunes a model.
 
     The output folder then holds `config.yaml`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`,
     `loss.png` (with matplotlib) and `adapter/` in PEFT's format (`model/` for method "full"). On an
     interrupt or a termination signal the function saves a checkpoint and returns; a killed run
     loses the steps since its last checkpoint. A resumed run continues as if it had never stopped,
-    bit for bit on the same machine.
+    bit for bit on the same machine. Outside the main thread it leaves signals alone.
+
+    Models and examples are named by the configuration, or given as objects. A resumed run may be
+    given either, with the same content: fingerprints of weights and examples are compared.
 
     Args:
         config: The run.
+        model: The base model, of one of the families of `loft_jax.models` and without adapters; or
+            with `loss` any NNX model. It is not changed.
+        tokenizer: Its tokenizer, or image processor; by default that of `config.model.path`.
+        data: Training examples: a `datasets.Dataset`, a `DatasetDict` of which `config.data.split`
+            is used, or an iterable of rows, which is read to its end once.
+        held_out: Held-out examples, of the same kinds; `config.evaluation.split` is theirs.
+        loss: A loss of your own, a function of the model and a batch, arrays (b, ...) by field,
+            that gives the loss of each row, (b,). Fields of rows are then numbers or arrays, of the
+            same shape in every row. Its code is not compared when a run is resumed. Only parameters
+            train: running statistics of the model stay as they are.
+        callbacks: Called in their order as the run goes on; see `loft_jax.Callback`.
         resume: Continue from the newest checkpoint in the output folder; a run that was killed
-            before its first checkpoint starts again.
+            before its first checkpoint starts again. "auto" continues if there is a checkpoint and
+            starts otherwise, so that a cell of a notebook can be executed again.
         progress: Show bars.
 
     Returns:
         The result of the run.
 
     Raises:
-        InputError: The model, the data or the targets are wrong; the folder holds another run or a
-            run is training there; at resume, the configuration has changed or there is no
-            checkpoint; or the run trained nothing, since no loss or no gradient was finite.
+        InputError: The model, the data or the targets are wrong; something is given neither by the
+            configuration nor as an object, or by both; the folder holds another run or a run is
+            training there; at resume, the configuration or a callback with a state has changed or
+            there is no checkpoint; or the run trained nothing, since no loss or no gradient was
+            finite.
 
     Example:
         >>> result = finetune(  # doctest: +SKIP
-        ...     FinetuneConfig(ModelConfig("org/model"), DataConfig("rows.jsonl"), "runs/first")
+        ...     FinetuneConfig(ModelConfig("org/model"), DataConfig(), "runs/first"),
+        ...     data=[{"prompt": "Review: a joy\\nSentiment:", "completion": " positive"}],
         ... )
+        >>> result.history[-1]["train_loss"]  # doctest: +SKIP
+        0.31
     """
-    config = with_precision(config)
+    objects = Objects(model, tokenizer, data, held_out, loss)
+    config = objects.settled(config)
     folder = Path(config.output)
     check_wandb(config.logging.wandb)
     if config.export.push_to_hub and is_main():
@@ -109,45 +124,60 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, progress: bool = T
         only_run(folder),
         _checkpoints(config, resume) as checkpoints,
         jax.set_mesh(mesh),
-        contextlib.closing(Run(config, mesh, progress=progress and is_main())) as run,
+        contextlib.closing(
+            Run(config, mesh, objects, callbacks, progress=progress and is_main())
+        ) as run,
     ):
         restored = bool(checkpoints.steps())
-        state = run.begin(checkpoints)
+        state, plain = run.begin(checkpoints)
+        view = Progress(
+            config,
+            tokenizer=run.processor,
+            steps=run.steps,
+            stopped=plain.get("stopped", ""),
+        )
         if is_main():
             save_config(config, folder / "config.yaml")
         resumed_at = int(gather_to_host(state.step)) if restored else None
         wandb = config.logging.wandb
         log = MetricsLog(folder, resumed_at=resumed_at, wandb=wandb) if is_main() else None
         try:
-            if not restored:
-                _write(log, 0, _named(run.evaluate(state)))
-            state = _train(run, state, log, checkpoints, stop)
+            if not restored or plain.get("postponed"):
+                _evaluate(run, state, view, log)
+            state = _train(run, state, view, log, checkpoints, stop)
         finally:
             if log is not None:
                 log.close()
         done = int(gather_to_host(state.step))
-        trained = run.export(state) if done == run.steps else None
+        finished = done == run.steps or bool(view.stopped)
+        trained = run.export(state) if finished else None
         wait_for_all("metrics and adapter written")
         rows = read_metrics(folder / "metrics.jsonl")
         if is_main():
             plot_losses(rows, folder / "loss.png")
-            held_out = held_out_data(config) is not None
-            if done == run.steps and (rise := rise_of_loss(rows, held_out=held_out)):
+            if finished and (rise := rise_of_loss(rows, held_out=run.measures)):
                 _log.warning(
                     "%s: expected it to fall; a smaller learning_rate than %g may train",
                     *(rise, config.schedule.learning_rate),
                 )
-        return RunResult(
+        view.moved(done, functools.partial(run.trained, state))
+        result = RunResult(
+            folder=folder,
             steps=done,
-            interrupted=done < run.steps,
+            interrupted=not finished,
             before=_evaluation(rows, 0),
-            after=_evaluation(rows, run.steps),
+            after=_evaluation(rows, done) if finished else {},
             trained=trained,
+            stopped=view.stopped,
+            history=rows,
+            model=view.model() if finished else None,
         )
+        run.callbacks.on_end(view, result)
+        return result
 
 
 @contextlib.contextmanager
-def _checkpoints(config: FinetuneConfig, resume: bool) -> Iterator[Checkpoints]:
+def _checkpoints(config: FinetuneConfig, resume: bool | Literal["auto"]) -> Iterator[Checkpoints]:
     """Opens the checkpoints of a run, and refuses a folder that would mix two runs."""
     folder = Path(config.output)
     checkpoints = Checkpoints(
@@ -155,11 +185,13 @@ def _checkpoints(config: FinetuneConfig, resume: bool) -> Iterator[Checkpoints]:
         keep_last=config.checkpoint.keep_last,
         keep_best=config.checkpoint.keep_best,
     )
+    if resume == "auto":
+        resume = bool(checkpoints.steps())
     try:
         if not resume and checkpoints.steps():
             raise InputError(
                 f"{config.output}: holds a run at step {checkpoints.steps()[0]} already; resume it "
-                "(--resume) or choose another output"
+                "(--resume; in Python resume=True) or choose another output"
             )
         if not resume and not config.method.adapts and (folder / "model").exists():
             raise InputError(f"{folder / 'model'}: exists already; choose another output")
@@ -197,6 +229,19 @@ def _evaluation(rows: Sequence[dict[str, Any]], step: int) -> dict[str, float]:
     }
 
 
+def _evaluate(
+    run: Run, state: TrainState, view: Progress, log: MetricsLog | None
+) -> Measured | None:
+    """Evaluates the model, logs what is measured, and calls the callbacks."""
+    measured = run.evaluate(state)
+    step = int(gather_to_host(state.step))
+    _write(log, step, _named(measured))
+    view.moved(step, functools.partial(run.trained, state))
+    values = {} if measured is None else measured.values
+    run.callbacks.on_evaluate(view, values, run.score(measured))
+    return measured
+
+
 def _write(log: MetricsLog | None, step: int, values: dict[str, float]) -> None:
     if log is not None and values:
         log.write(step, **values)
@@ -205,6 +250,7 @@ def _write(log: MetricsLog | None, step: int, values: dict[str, float]) -> None:
 def _train(
     run: Run,
     state: TrainState,
+    view: Progress,
     log: MetricsLog | None,
     checkpoints: Checkpoints,
     stop: StopRequest,
@@ -228,7 +274,7 @@ def _train(
         bar,
         StepProfiler(Path(config.output) / "profile", config.logging.profile_steps) as profiler,
     ):
-        while done < run.steps:
+        while done < run.steps and not view.stopped:
             with speed.spent_on("data"):
                 batch = next(run.stream)
                 placed = run.placed(batch)
@@ -241,16 +287,11 @@ def _train(
             profiler.after(done, metrics)
             speed.count(*run.tokens(batch))
             bar.update()
-            last, stopped = done == run.steps, stop.reached(done)
             # The first step too: later losses are compared with its loss.
-            logs = last or done == 1 or done % log_every == 0
-            due = eval_every > 0 and done % eval_every == 0
-            evaluates = last or (due and not stopped)  # a notice of preemption leaves little time
-            best = evaluates and due and keep_best > 0
-            saves = last or stopped or best or done % save_every == 0
-            if logs or evaluates or saves:
-                jax.block_until_ready(state.step)
+            logs = done in (1, run.steps) or done % log_every == 0
+            values: dict[str, float] = {}
             if logs:
+                jax.block_until_ready(state.step)
                 skipped = _check_skipped(state, run, skipped)
                 values = {**speed.read(), **run.report(state, metrics, skipped)}
                 _write(log, done, values)
@@ -258,20 +299,38 @@ def _train(
                     loss=f"{values['train_loss']:.4f}",
                     tokens_s=f"{values['tokens_per_second']:.0f}",
                 )
+            view.moved(done, functools.partial(run.trained, state))
+            run.callbacks.on_step(view, values)
+            last, stopped = done == run.steps or bool(view.stopped), stop.reached(done)
+            due = eval_every > 0 and done % eval_every == 0
+            evaluates = last or (due and not stopped)  # a notice of preemption leaves little time
+            best = evaluates and due and keep_best > 0
             measured: Measured | None = None
             if evaluates:
+                jax.block_until_ready(state.step)
                 with speed.spent_on("eval"):
-                    measured = run.evaluate(state)
-                _write(log, done, _named(measured))
+                    measured = _evaluate(run, state, view, log)
+                last = last or bool(view.stopped)
+            saves = last or stopped or best or done % save_every == 0
             if saves:
+                jax.block_until_ready(state.step)
                 with speed.spent_on("save"):
                     skipped = _check_skipped(state, run, skipped)
                     if last or stopped or not gather_to_host(state.skipped)[1]:
-                        run.save(checkpoints, state, measured)
+                        run.save(
+                            checkpoints,
+                            state,
+                            measured,
+                            stopped=view.stopped,
+                            postponed=due and not evaluates,
+                        )
+                        run.callbacks.on_save(view, checkpoints.folder / str(done))
             if stopped and not last:
                 break
     checkpoints.wait()
-    if done < run.steps:
+    if view.stopped:
+        _log.warning("ended at step %d of %d: %s", done, run.steps, view.stopped)
+    elif done < run.steps:
         _log.warning("stopped at step %d of %d, checkpoint saved", done, run.steps)
     return state
 

@@ -29,7 +29,7 @@ from loft_jax.training.checksum import tree_checksum
 from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.shardings import parameter_spec
 
-Model = TypeVar("Model", bound=PretrainedModel)
+Model = TypeVar("Model", bound=nnx.Module)
 
 
 def load_model(config: FinetuneConfig, task: Task, mesh: Mesh | None = None) -> PretrainedModel:
@@ -73,7 +73,7 @@ def load_base(config: FinetuneConfig, task: Task, mesh: Mesh | None = None) -> P
     )
 
 
-def base_fingerprint(base: PretrainedModel) -> str:
+def base_fingerprint(base: nnx.Module) -> str:
     """Computes a checksum of a base model, independent of its path and its mesh.
 
     Args:
@@ -81,8 +81,23 @@ def base_fingerprint(base: PretrainedModel) -> str:
 
     Returns:
         32 hexadecimal digits, from every bit of its weights as they are stored, and from the
-        constants of its forward pass.
+        constants of its forward pass; of a model of no family, from its weights alone.
     """
+    constants: dict[str, Any] = {}
+    drawn: tuple[str, ...] = ()
+    if isinstance(base, PretrainedModel):
+        constants, drawn = _constants(base), base.drawn
+    # What was drawn trains, and is in the checkpoints; it is not the same on every platform.
+    parameters = flat_parameters(base, nnx.Param)
+    weights = tree_checksum(
+        {path: p.get_value() for path, p in parameters.items() if path not in drawn}
+    )
+    text = json.dumps((constants, weights), sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _constants(base: PretrainedModel) -> dict[str, Any]:
+    """Gives the constants of the forward pass of a base model."""
     constants = {k: v for k, v in base.config.to_hf().items() if k not in _NOT_COMPUTED_WITH}
     # Differs with the padding token where positions are counted from it.
     constants["max_length"] = base.config.max_length
@@ -91,13 +106,7 @@ def base_fingerprint(base: PretrainedModel) -> str:
         constants["rope_scaling"] = dataclasses.asdict(scaling)
     if farthest := getattr(base.config, "farthest", None):
         constants["farthest"] = farthest
-    # What was drawn trains, and is in the checkpoints; it is not the same on every platform.
-    parameters = flat_parameters(base, nnx.Param)
-    weights = tree_checksum(
-        {path: p.get_value() for path, p in parameters.items() if path not in base.drawn}
-    )
-    text = json.dumps((constants, weights), sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return constants
 
 
 _NOT_COMPUTED_WITH = (
@@ -242,7 +251,7 @@ def trained_variables(method: Method, heads: Sequence[str] = ()) -> Any:
     return nnx.Any(method.trained, nnx.All(nnx.Param, in_heads))
 
 
-def scaling_of(model: PretrainedModel) -> Callable[[str], float]:
+def scaling_of(model: nnx.Module) -> Callable[[str], float]:
     """Gives the scaling of each adapter of a model.
 
     Args:

@@ -26,11 +26,11 @@ class Speedometer:
     interval without the time spent on data, evaluation and saving.
     """
 
-    def __init__(self, flops: ModelFlops, *, full: bool, devices: int) -> None:
+    def __init__(self, flops: ModelFlops | None, *, full: bool, devices: int) -> None:
         """Starts the clock.
 
         Args:
-            flops: Model FLOPs of a token.
+            flops: Model FLOPs of a token; None if they are not known.
             full: Whether all weights are trained.
             devices: Number of devices of the run.
         """
@@ -57,7 +57,8 @@ class Speedometer:
         """Counts a step of `tokens` tokens without padding, in rows of `length`."""
         self._steps += 1
         self._tokens += tokens
-        self._flops += tokens * self._model_flops.per_token(length, full=self._full)
+        if self._model_flops is not None:
+            self._flops += tokens * self._model_flops.per_token(length, full=self._full)
 
     def read(self) -> dict[str, float]:
         """Ends the interval and gives its metrics; its computations must have finished.
@@ -73,7 +74,7 @@ class Speedometer:
             "seconds_per_step": training / self._steps,
             **{f"seconds_{part}": seconds for part, seconds in self._spent.items()},
         }
-        if self._peak is not None:
+        if self._peak is not None and self._model_flops is not None:
             values["mfu"] = self._flops / training / (self._peak * self._devices)
         self.restart()
         return values

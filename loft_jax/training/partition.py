@@ -4,8 +4,6 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
-from loft_jax.models.family import PretrainedModel
-
 Tree = Any
 
 
@@ -19,17 +17,17 @@ class ModelPartition(NamedTuple):
         frozen: All other arrays: base weights and random keys.
     """
 
-    graphdef: nnx.GraphDef[PretrainedModel]
+    graphdef: nnx.GraphDef[Any]
     params: Tree
     streams: Tree
     frozen: Tree
 
-    def merged(self, params: Tree, streams: Tree) -> PretrainedModel:
+    def merged(self, params: Tree, streams: Tree) -> Any:
         """Builds the model with the given parameters and counters."""
         return nnx.merge(self.graphdef, params, streams, self.frozen, copy=True)
 
 
-def split_model(model: PretrainedModel, trained: Any) -> ModelPartition:
+def split_model(model: nnx.Module, trained: Any) -> ModelPartition:
     """Partitions a model.
 
     Args:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,34 +10,40 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from loft_jax.data import Batch, load_examples, train_stream
+from loft_jax.data import Batch, DataConfig, train_stream
 from loft_jax.data.presets import find_preset
+from loft_jax.data.row_formats import RowReader, column_names
+from loft_jax.data.templates import Chat
 from loft_jax.errors import InputError, explained, shown, size_of
-from loft_jax.hub import load_model_config, load_processor
 from loft_jax.hub.host_arrays import gather_to_host
-from loft_jax.models.family import Family, PretrainedConfig
+from loft_jax.models.family import Family, PretrainedConfig, PretrainedModel
 from loft_jax.optim import state_bytes
+from loft_jax.tasks.causal_lm import CausalLM
+from loft_jax.tasks.own_loss import OwnLoss
 from loft_jax.tasks.registry import find_task
 from loft_jax.tasks.task import Given, Measured, Task, within
+from loft_jax.training.callbacks import Callback, Callbacks
 from loft_jax.training.checkpoint import Checkpoints
-from loft_jax.training.config import FinetuneConfig
+from loft_jax.training.config import EvaluationConfig, FinetuneConfig
 from loft_jax.training.config_io import config_to_dict
 from loft_jax.training.distributed import place_batch
+from loft_jax.training.early_stopping import EarlyStopping
 from loft_jax.training.export import export_trained, publish
 from loft_jax.training.flops import ModelFlops
-from loft_jax.training.held_out import HeldOut, held_out_data
+from loft_jax.training.held_out import HeldOut
 from loft_jax.training.model import (
     abstract_model,
     adapted,
     base_fingerprint,
     check_fingerprints,
-    load_base,
     scaling_of,
     trained_variables,
 )
 from loft_jax.training.monitor import Speedometer, largest_condition, memory_in_use
+from loft_jax.training.objects import Objects
 from loft_jax.training.optimizer import make_optimizer, make_schedule
 from loft_jax.training.partition import split_model
+from loft_jax.training.sample_generations import SampleGenerations
 from loft_jax.training.shardings import step_shardings
 from loft_jax.training.step import TrainState, initial_state, make_step
 
@@ -55,15 +61,27 @@ class Run:
         stream: Training batches.
         parts: The partition of the model; current values of its trained parameters are in a state.
         schedule: Learning rate by step.
+        processor: Tokenizer or image processor; None with a loss of one's own.
+        callbacks: Those of the configuration and of the user.
         step: The compiled step.
     """
 
-    def __init__(self, config: FinetuneConfig, mesh: Mesh, *, progress: bool) -> None:
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        mesh: Mesh,
+        objects: Objects,
+        callbacks: Sequence[Callback],
+        *,
+        progress: bool,
+    ) -> None:
         """Loads data and model and places them on the mesh; every process of a run does this.
 
         Args:
             config: Of the run.
             mesh: Of all devices of the run.
+            objects: What is given in place of what the configuration names.
+            callbacks: Of the user, called after those of the configuration.
             progress: Show bars.
 
         Raises:
@@ -73,14 +91,23 @@ class Run:
         self.config = config
         self.progress = progress
         self._mesh = mesh
-        self._processor = load_processor(config.model.path)
-        family, sizes = load_model_config(config.model.path)
-        self._sizes = sizes
-        data, evaluation = within(config.data, sizes), config.evaluation
-        rows = load_examples(data)
-        evaluated = held_out_data(config)
-        held_out = load_examples(evaluated) if evaluated else None
-        self.task = task_of(config, family, sizes, rows, held_out)
+        self.processor = objects.processor(config)
+        known, evaluation = objects.known_model(config), config.evaluation
+        self._sizes: Any = known[1] if known else None
+        sizes = self._sizes
+        vocab_size = sizes.vocab_size if sizes else None
+        data = within(config.data, sizes) if sizes else config.data
+        rows, held_out = objects.examples(config, data)
+        self.task: Task
+        if objects.loss is not None:
+            self.task = OwnLoss(objects.loss)
+        elif known is not None:
+            self.task = task_of(config, *known, rows, held_out)
+        if evaluation.patience and held_out is None:
+            raise InputError(
+                f"evaluation.patience is {shown(evaluation.patience)}, but there are no held-out "
+                "examples to measure; expected an evaluation.path"
+            )
         self._best_metric = config.checkpoint.best_metric
         if self._best_metric and held_out is None:
             raise InputError(
@@ -90,9 +117,9 @@ class Run:
         if not self._best_metric and data.preset:
             self._best_metric = find_preset(data.preset).best_metrics
         self.task.check_metrics(self._best_metric)
-        if config.method.adapts:  # refuses wrong targets before the work of tokenizing
-            abstract_model(family, sizes, config, self.task)
-        tokens = self.task.tokenize(rows, self._processor, data, vocab_size=sizes.vocab_size)
+        if known and config.method.adapts:  # refuses wrong targets before the work of tokenizing
+            abstract_model(*known, config, self.task)
+        tokens = self.task.tokenize(rows, self.processor, data, vocab_size=vocab_size)
         self.stream = train_stream(tokens, data, batch_size=schedule.batch_size, seed=config.seed)
         most = 2**31 - 1  # steps are counted in 32 bits
         self.steps = schedule.steps or math.ceil(
@@ -108,26 +135,33 @@ class Run:
             self._held_out = HeldOut(
                 self.task,
                 held_out,
-                self._processor,
+                self.processor,
                 data,
                 batch_size=evaluation.batch_size,
-                vocab_size=sizes.vocab_size,
+                vocab_size=vocab_size,
                 progress=progress,
             )
-        base = load_base(config, self.task, mesh)
+        self.callbacks = Callbacks(
+            [*_callbacks_of(evaluation, self.task, rows, self.processor, data), *callbacks]
+        )
+        base = objects.base(config, self.task, mesh)
         self._fingerprints = {
             "model": base_fingerprint(base),
             "data.path": self.stream.get_state()["fingerprint"],
             "evaluation.path": self._held_out.fingerprint if self._held_out else "",
         }
-        self._flops = ModelFlops.of(base)
+        self._flops = ModelFlops.of(base) if isinstance(base, PretrainedModel) else None
         model = adapted(base, config, self.task)
         self.schedule = make_schedule(schedule, self.steps)
         tx = make_optimizer(config, self.schedule, scaling_of(model))
         heads = self.task.head_modules(model)
         parts = split_model(model, trained_variables(config.method, heads))
+        if objects.model is not None:  # its arrays are not to be donated
+            copied = jax.tree.map(jnp.copy, (parts.params, parts.streams))
+            parts = parts._replace(params=copied[0], streams=copied[1])
+        table = getattr(model, "table", None)
         self._shardings = step_shardings(
-            parts, tx, model.table, mesh, offload_optimizer=config.optimizer.offload
+            parts, tx, table, mesh, offload_optimizer=config.optimizer.offload
         )
         layout = self._shardings.state
         self._own: Any = (
@@ -166,14 +200,15 @@ class Run:
         """Stops the threads that prepare batches."""
         self.stream.close()
 
-    def begin(self, checkpoints: Checkpoints) -> TrainState:
-        """Gives the state to start from, and moves the stream to its position.
+    def begin(self, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any]]:
+        """Gives the state to start from, and moves the stream and the callbacks to theirs.
 
         Args:
             checkpoints: Of the run; if there are none, the state is the one before the first step.
 
         Returns:
-            The state of the newest intact checkpoint. The run does not keep a copy.
+            The state of the newest intact checkpoint, of which the run does not keep a copy, and
+            the plain values beside it; none at the start.
 
         Raises:
             InputError: There are checkpoints but none is intact, or they belong to another model or
@@ -181,7 +216,7 @@ class Run:
         """
         own, self._own = self._own, None
         if not checkpoints.steps():
-            return self._initial(*own)
+            return self._initial(*own), {}
         with explained(f"{checkpoints.folder}: does not say what the run was started with"):
             saved = (checkpoints.newest_run() or {})["fingerprints"]
             check_fingerprints(saved, self._fingerprints, doing="resume")
@@ -195,8 +230,9 @@ class Run:
         state, plain = checkpoints.restore_newest(like)
         with explained(f"{checkpoints.folder}: has no position in the data to resume from"):
             self.stream.set_state(plain["data"])
+            self.callbacks.set_state(plain["callbacks"])
         _log.info("resumed at step %d of %d", int(gather_to_host(state.step)), self.steps)
-        return state
+        return state, plain
 
     def placed(self, batch: Batch) -> dict[str, jax.Array]:
         """Puts a batch of the stream on the devices.
@@ -248,13 +284,23 @@ class Run:
             **memory_in_use(),
         }
 
-    def save(self, checkpoints: Checkpoints, state: TrainState, measured: Measured | None) -> None:
+    def save(
+        self,
+        checkpoints: Checkpoints,
+        state: TrainState,
+        measured: Measured | None,
+        *,
+        stopped: str = "",
+        postponed: bool = False,
+    ) -> None:
         """Saves a checkpoint with all that a resumed run needs.
 
         Args:
             checkpoints: Of the run.
             state: After the step to save.
             measured: The evaluation at this step, if there is one.
+            stopped: Why a callback ended the run at this step; empty if none did.
+            postponed: Whether an evaluation that is due at this step was left to the resumed run.
 
         Raises:
             InputError: Parameters are not finite, or nothing can be written.
@@ -270,11 +316,16 @@ class Run:
             "data": self.stream.get_state(),
             "fingerprints": self._fingerprints,
             "task": {"name": self.task.name, "settings": self.task.settings()},
+            "callbacks": self.callbacks.get_state(),
+            "stopped": stopped,
+            "postponed": postponed,
         }
-        score = (
-            math.nan if measured is None else self.task.score(measured.values, self._best_metric)
-        )
-        checkpoints.save(state, plain, None if math.isnan(score) else score)
+        score = self.score(measured)
+        checkpoints.save(state, plain, None if score is None or math.isnan(score) else score)
+
+    def score(self, measured: Measured | None) -> float | None:
+        """Gives the number by which evaluations are compared; see `Task.score`."""
+        return None if measured is None else self.task.score(measured.values, self._best_metric)
 
     def export(self, state: TrainState) -> Path:
         """Writes the adapter, or the whole model if all weights were trained.
@@ -290,8 +341,8 @@ class Run:
             publish(folder / "model", self.config)
             return folder / "model"  # it is complete if it exists: this run had finished before
         return export_trained(
-            self._trained(state),
-            self._processor,
+            self.trained(state),
+            self.processor,
             self.config,
             self.task,
             folder,
@@ -308,10 +359,32 @@ class Run:
         Returns:
             What the task measures; None if there are no held-out examples.
         """
-        return None if self._held_out is None else self._held_out.measure(self._trained(state))
+        return None if self._held_out is None else self._held_out.measure(self.trained(state))
 
-    def _trained(self, state: TrainState) -> Any:
+    @property
+    def measures(self) -> bool:
+        """Whether there are held-out examples."""
+        return self._held_out is not None
+
+    def trained(self, state: TrainState) -> Any:
+        """Gives the model with the parameters of a state."""
         return self.parts.merged(state.params, state.streams)
+
+
+def _callbacks_of(
+    config: EvaluationConfig, task: Task, rows: Any, tokenizer: Any, data: DataConfig
+) -> Iterator[Callback]:
+    """Makes the callbacks that the configuration of a run asks for."""
+    if config.sample_prompts:
+        if not isinstance(task, CausalLM):
+            raise InputError(
+                f"evaluation.sample_prompts are {shown(list(config.sample_prompts))}, but task "
+                f"{task.name} generates no text"
+            )
+        first = RowReader(column_names(rows), tokenizer, data).read(0, rows[0])
+        yield SampleGenerations(config.sample_prompts, as_chat=isinstance(first, Chat))
+    if config.patience:
+        yield EarlyStopping(config.patience)
 
 
 def task_of(

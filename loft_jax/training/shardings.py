@@ -36,7 +36,7 @@ _RULES: Mapping[str | None, str] = {
 def step_shardings(
     parts: ModelPartition,
     tx: optax.GradientTransformation,
-    table: ParameterTable,
+    table: ParameterTable | None,
     mesh: Mesh,
     *,
     offload_optimizer: bool = False,
@@ -49,7 +49,7 @@ def step_shardings(
     Args:
         parts: From `split_model`; shapes are enough.
         tx: The optimizer.
-        table: Of the model's parameters.
+        table: Of the model's parameters; None for a model of no family, which is replicated.
         mesh: From `make_mesh`.
         offload_optimizer: Whether the optimizer state is kept in host memory.
 
@@ -91,7 +91,7 @@ def step_shardings(
 
 
 def parameter_spec(
-    path: str, shape: Sequence[int], table: ParameterTable, mesh: Mesh
+    path: str, shape: Sequence[int], table: ParameterTable | None, mesh: Mesh
 ) -> PartitionSpec:
     """Gives the partition spec of one array of a model.
 
@@ -108,7 +108,7 @@ def parameter_spec(
     Args:
         path: Dotted path of the array.
         shape: Its shape.
-        table: Of the model's parameters.
+        table: Of the model's parameters; None for a model of no family, which is replicated.
         mesh: From `make_mesh`.
 
     Returns:
@@ -128,7 +128,8 @@ def parameter_spec(
     path = re.sub(r"\.kernel\.(qvalue|scale)$", ".kernel", path)  # of a quantized one
     module, _, name = path.rpartition(".")
     factors = {"lora_a": -2, "lora_start_a": -2, "lora_b": -1, "lora_start_b": -1}  # its long axis
-    if name not in ("kernel", "embedding", "bias", "scale", "lora_magnitude", *factors):
+    known = ("kernel", "embedding", "bias", "scale", "lora_magnitude", *factors)
+    if table is None or name not in known:
         return PartitionSpec()
     own = table.logical_axes(path)
     split = [_mesh_axes(axis) for axis in own]

@@ -11,11 +11,25 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from examples import export_peft, federated, nnx_optimizer, optax_loop, resume_orbax
+from examples import (
+    export_peft,
+    federated,
+    nnx_optimizer,
+    optax_loop,
+    own_model_and_loss,
+    resume_orbax,
+)
 from loft_jax import load_peft_adapter, load_pretrained
 
 FOLDER = Path(__file__).parents[2] / "examples"
-NAMES = {"optax_loop", "nnx_optimizer", "resume_orbax", "export_peft", "federated"}
+NAMES = {
+    "optax_loop",
+    "nnx_optimizer",
+    "own_model_and_loss",
+    "resume_orbax",
+    "export_peft",
+    "federated",
+}
 
 
 def numbers(text):
@@ -47,6 +61,14 @@ def test_a_model_of_your_own_learns(capsys):
     assert before < 0.5
     assert after > 0.95
     assert merged == pytest.approx(after, abs=0.005)  # rounding may turn a row
+
+
+def test_a_run_ends_where_its_callback_says(tmp_path, capsys):
+    own_model_and_loss.main(str(tmp_path / "run"))
+    said = capsys.readouterr().out
+    first, last = numbers(said.splitlines()[1])
+    assert last < 0.5 < first
+    assert "ended early: a held-out loss of 0." in said
 
 
 def test_clients_learn_from_each_other(capsys, monkeypatch):

@@ -1,9 +1,12 @@
+from pathlib import Path
+
+import numpy as np
 import pytest
 
 from loft_jax.data import DataConfig
 from loft_jax.errors import InputError
 from loft_jax.methods import RefLoRA
-from loft_jax.training.config import MeshConfig
+from loft_jax.training.config import FinetuneConfig, MeshConfig
 from loft_jax.training.config_io import (
     check_same_run,
     config_from_dict,
@@ -217,7 +220,14 @@ def test_an_alias_stands_for_its_value(tmp_path):
         ({"epochs": 0}, "epochs is 0"),
         ({"epochs": float("inf")}, "epochs is inf"),
         ({"accumulation_steps": 3}, "batch_size is 16, not a multiple of accumulation_steps 3"),
-        ({"choices": ("a",)}, r"choices are given without evaluation\.path"),
+        ({"patience": 2}, r"patience is 2, but evaluation\.every is 0; expected a number of steps"),
+        ({"learning_rate": "3e-4"}, r"schedule\.learning_rate is '3e-4', expected a number"),
+        ({"rank": "8"}, r"lora\.rank is '8', expected an integer"),
+        ({"steps": 1.5}, r"schedule\.steps is 1\.5, expected an integer"),
+        ({"balance": "no"}, r"method\.balance is 'no', expected true or false"),
+        ({"alpha_pattern": {"q": "8"}}, r"lora\.alpha_pattern is .*, expected a mapping, each a n"),
+        ({"target_modules": "q_proj"}, r"target_modules is 'q_proj', expected a list, each a text"),
+        ({"seed": True}, "seed is True, expected an integer"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm is nan"),
         (
             {"method": "lora", "second_moment": "full"},
@@ -274,6 +284,26 @@ def test_what_a_resumed_run_may_change():
     check(model="there", data=moved, eval_path="e", eval_split="test")
     with pytest.raises(InputError, match=r"another data\.path: .*'d.jsonl', now it is 'x'"):
         check(data=DataConfig("x", buckets=(1024,)), same_content=False)
+
+
+def test_what_python_has_for_texts_lists_and_numbers():
+    """Paths, lists and numbers of NumPy, which a file of YAML could not hold."""
+    given = config(
+        model=Path("m"),
+        output=Path("o"),
+        target_modules=["q_proj"],
+        steps=np.int64(3),
+        learning_rate=np.float32(0.5),
+        data=DataConfig(Path("d.jsonl"), buckets=[1024]),
+    )
+    assert given == config(target_modules=("q_proj",), steps=3, learning_rate=0.5)
+    assert all(type(value) is str for value in (given.model.path, given.output, given.data.path))
+    assert type(given.schedule.steps) is int
+
+
+def test_sections_in_the_wrong_place_are_refused():
+    with pytest.raises(InputError, match="model is 'm', expected a ModelConfig"):
+        FinetuneConfig("m", DataConfig("d"), "o")
 
 
 @pytest.mark.parametrize(

@@ -74,3 +74,8 @@ def test_answers_without_weights_are_refused_before_there_is_a_model(make_config
     held_out(Choice(), config, tokenizer, path, vocab_size=largest + 1)
     with pytest.raises(InputError, match=rf"row 0: the tokenizer gives token {largest} "):
         held_out(Choice(), config, tokenizer, path, vocab_size=largest)
+
+
+def test_choices_without_examples_to_compare_them_on_are_refused(make_config):
+    with pytest.raises(InputError, match=r"choices are given without evaluation\.path"):
+        held_out_data(make_config(choices=("a",)))

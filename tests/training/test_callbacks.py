@@ -1,0 +1,163 @@
+"""Callbacks: when they are called, how they end a run, what a resumed run knows of them."""
+
+import dataclasses
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from loft_jax.errors import InputError
+from loft_jax.generation import generate_text
+from loft_jax.hub import load_tokenizer
+from loft_jax.training.callbacks import Callback
+from loft_jax.training.early_stopping import EarlyStopping
+from loft_jax.training.loop import finetune
+from tests.training.processes import adapter, losses
+
+
+class Recorder(Callback):
+    """Writes down what it is called with; ends the run after a step."""
+
+    def __init__(self, last=10**6):
+        self.calls, self.last, self.steps = [], last, 0
+
+    def on_step(self, run, metrics):
+        self.calls.append(("step", run.step, "train_loss" in metrics))
+        self.steps += 1
+        if run.step == self.last:
+            run.stop("enough")
+
+    def on_evaluate(self, run, metrics, score):
+        self.calls.append(("evaluate", run.step, metrics.get("loss") == score))
+
+    def on_save(self, run, folder):
+        self.calls.append(("save", run.step, folder.name == str(run.step)))
+
+    def on_end(self, run, result):
+        self.calls.append(("end", run.step, result.trained.is_dir()))
+
+    def get_state(self):
+        return {"steps": self.steps}
+
+    def set_state(self, state):
+        self.steps = state["steps"]
+
+
+def test_calls_in_their_order_and_an_end_before_the_last_step(make_config, workspace, caplog):
+    """The run that a callback ended is complete, and a resumed one has nothing to do."""
+    recorder = Recorder(last=5)
+    config = make_config(
+        steps=12, save_every=4, eval_path=str(workspace / "test.jsonl"), eval_every=3, log_every=2
+    )
+    result = finetune(config, callbacks=[recorder], progress=False)
+    assert recorder.calls == [
+        ("evaluate", 0, True),
+        ("step", 1, True),
+        ("step", 2, True),
+        ("step", 3, False),
+        ("evaluate", 3, True),
+        ("save", 3, True),
+        ("step", 4, True),
+        ("save", 4, True),
+        ("step", 5, False),
+        ("evaluate", 5, True),
+        ("save", 5, True),
+        ("end", 5, True),
+    ]
+    assert (result.steps, result.interrupted, result.stopped) == (5, False, "enough")
+    assert set(result.after) == {"loss"}
+    assert "ended at step 5 of 12: enough" in caplog.text
+    again = Recorder()
+    resumed = finetune(config, callbacks=[again], resume=True, progress=False)
+    assert again.calls == [("end", 5, True)]
+    assert again.steps == 5
+    assert dataclasses.replace(resumed, model=None) == dataclasses.replace(result, model=None)
+    with pytest.raises(InputError, match=r"cannot resume with other callbacks: .*\['Recorder'\]"):
+        finetune(config, resume=True, progress=False)
+
+
+def test_patience_counts_across_a_resumed_run(make_config, workspace, tmp_path):
+    """At a rate of which the loss rises: the run ends where an undisturbed one does, to the bit."""
+    common = {
+        "steps": 40,
+        "learning_rate": 2.0,
+        "schedule": "constant",
+        "eval_path": str(workspace / "test.jsonl"),
+        "eval_every": 2,
+        "patience": 2,
+        "save_every": 2,
+        "keep_last": 99,
+    }
+    whole = make_config(**common, output=str(tmp_path / "whole"))
+    result = finetune(whole, progress=False)
+    evaluated = [row["eval_loss"] for row in result.history if "eval_loss" in row][1:]
+    assert "no evaluation of the last 2 was better than that of step" in result.stopped
+    assert result.steps == 2 * len(evaluated) < 40
+    evaluated_at = range(2, result.steps + 1, 2)
+    assert min(evaluated[-2:]) >= min(evaluated[:-2])
+    folder = Path(whole.output)
+    expected, weights = losses(folder), adapter(folder)
+    shutil.rmtree(folder / "checkpoints" / str(result.steps))  # after the first of the two
+    resumed = finetune(whole, resume=True, progress=False)
+    assert (resumed.steps, resumed.stopped) == (result.steps, result.stopped)
+    assert losses(folder) == expected
+    assert all((adapter(folder)[name] == tensor).all() for name, tensor in weights.items())
+    for step in evaluated_at[-2:]:
+        shutil.rmtree(folder / "checkpoints" / str(step), ignore_errors=True)
+
+    class Terminate(Callback):
+        """As if a cluster did, at a step with an evaluation, which there is no time for."""
+
+        def on_step(self, run, metrics):
+            if run.step == evaluated_at[-2]:
+                signal.raise_signal(signal.SIGTERM)
+
+    stopped = finetune(whole, resume=True, callbacks=[Terminate()], progress=False)
+    assert (stopped.interrupted, stopped.steps) == (True, evaluated_at[-2])
+    resumed = finetune(whole, resume=True, progress=False)
+    assert (resumed.steps, resumed.stopped) == (result.steps, result.stopped)
+    assert [row["eval_loss"] for row in resumed.history if "eval_loss" in row][1:] == evaluated
+    assert losses(folder) == expected
+    other = dataclasses.replace(whole.evaluation, patience=3)
+    with pytest.raises(InputError, match=r"another evaluation\.patience"):
+        finetune(dataclasses.replace(whole, evaluation=other), resume=True, progress=False)
+
+
+def test_patience_without_held_out_examples_is_refused(make_config):
+    with pytest.raises(InputError, match="patience is 2, but there are no held-out examples"):
+        finetune(make_config(patience=2, eval_every=2), progress=False)
+
+
+def test_patience_goes_by_the_score_and_not_by_the_start():
+    class Run:
+        steps, stopped = 99, ""
+
+        def stop(self, reason):
+            self.stopped = reason
+
+    run, stopping = Run(), EarlyStopping(2)
+    for step, score in enumerate([1.0, 3.0, 2.0, 2.0, 2.5]):
+        assert not run.stopped
+        run.step = step
+        stopping.on_evaluate(run, {}, score)
+    assert run.stopped == "no evaluation of the last 2 was better than that of step 2"
+
+
+def test_samples_are_written_at_every_evaluation(make_config, workspace):
+    """The last are what the trained model generates; a resumed run writes none twice."""
+    prompts = ("Review: a joy\nSentiment:", "Review: dull\nSentiment:")
+    config = make_config(steps=4, eval_every=2, save_every=2, keep_last=9, sample_prompts=prompts)
+    result = finetune(config, progress=False)
+    file = result.folder / "samples.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(row["step"], row["prompt"]) for row in rows] == [
+        (step, prompt) for step in (0, 2, 4) for prompt in prompts
+    ]
+    tokenizer = load_tokenizer(config.model.path)
+    texts = generate_text(result.model, tokenizer, prompts, max_new_tokens=64)
+    assert [row["text"] for row in rows[-2:]] == texts
+    shutil.rmtree(result.folder / "checkpoints" / "4")
+    finetune(config, resume=True, progress=False)
+    assert [json.loads(line) for line in file.read_text().splitlines()] == rows

@@ -38,6 +38,7 @@ from loft_jax.training.monitor import Speedometer, largest_condition, memory_in_
 from loft_jax.training.optimizer import make_optimizer, make_schedule
 from loft_jax.training.partition import split_model
 from loft_jax.training.shardings import step_shardings
+from loft_jax.training.start_adapter import check_start, known_labels, start_fingerprint
 from loft_jax.training.step import TrainState, initial_state, make_step
 
 _log = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ class Run:
             InputError: Model, data or targets are not what they should be.
         """
         schedule = config.schedule
+        check_start(config)
         self.config = config
         self.progress = progress
         self._mesh = mesh
@@ -119,6 +121,8 @@ class Run:
         }
         self._flops = ModelFlops.of(base)
         model = adapted(base, config, self.task)
+        start = start_fingerprint(model) if config.lora.adapter else ""
+        self._fingerprints["lora.adapter"] = start
         self.schedule = make_schedule(schedule, self.steps)
         tx = make_optimizer(config, self.schedule, scaling_of(model))
         heads = self.task.head_modules(model)
@@ -322,7 +326,8 @@ def task_of(
         held_out: Held-out examples, or None.
 
     Returns:
-        The task. Its labels are in the order of the model's, if these are the same.
+        The task. Its labels are in the order of the model's, or of those of the adapter that the
+        run goes on from, if these are the same.
 
     Raises:
         InputError: The rows fit several tasks, or do not fit the named one.
@@ -334,7 +339,7 @@ def task_of(
         choices=config.evaluation.choices,
         labels=config.task.label_names,
         class_weights=config.task.class_weights,
-        known=getattr(sizes, "labels", ()),
+        known=known_labels(config) or getattr(sizes, "labels", ()),
     )
     return find_task(config.task.name, family, given).make(given)
 

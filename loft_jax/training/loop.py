@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, progress: bool = T
     `loss.png` (with matplotlib) and `adapter/` in PEFT's format (`model/` for method "full"). On an
     interrupt or a termination signal the function saves a checkpoint and returns; a killed run
     loses the steps since its last checkpoint. A resumed run continues as if it had never stopped,
-    bit for bit on the same machine.
+    bit for bit on the same machine; with a constant schedule it may have more steps than before.
 
     Args:
         config: The run.
@@ -162,10 +163,21 @@ def _checkpoints(config: FinetuneConfig, resume: bool) -> Iterator[Checkpoints]:
             raise InputError(f"{folder / 'model'}: exists already; choose another output")
         if resume:
             saved = _started_with(checkpoints, folder)
-            check_same_run(saved, config_to_dict(config), same_content=bool(checkpoints.steps()))
+            now = config_to_dict(config)
+            check_same_run(saved, now, same_content=bool(checkpoints.steps()))
+            if not config.method.adapts and saved["schedule"] != now["schedule"]:
+                _set_model_aside(folder)
         yield checkpoints
     finally:
         checkpoints.close()
+
+
+def _set_model_aside(folder: Path) -> None:
+    """Renames the model of a finished run that is extended, since it writes another."""
+    if is_main() and (model := folder / "model").exists():
+        aside = folder / f"model-{time.strftime('%Y%m%d-%H%M%S')}"
+        model.rename(aside)
+        _log.warning("%s: is of fewer steps; now %s", model, aside.name)
 
 
 def _started_with(checkpoints: Checkpoints, folder: Path) -> dict[str, Any]:

@@ -178,7 +178,7 @@ class Run:
 
         Raises:
             InputError: There are checkpoints but none is intact, or they belong to another model or
-                other examples.
+                other examples, or the number of steps is less than was done.
         """
         own, self._own = self._own, None
         if not checkpoints.steps():
@@ -194,10 +194,25 @@ class Run:
             self._shardings.state,
         )
         state, plain = checkpoints.restore_newest(like)
+        self._check_steps(int(gather_to_host(state.step)), plain)
         with explained(f"{checkpoints.folder}: has no position in the data to resume from"):
             self.stream.set_state(plain["data"])
         _log.info("resumed at step %d of %d", int(gather_to_host(state.step)), self.steps)
         return state
+
+    def _check_steps(self, done: int, plain: Mapping[str, Any]) -> None:
+        """Refuses another number of steps where what was done would have been something else."""
+        if done > self.steps:
+            raise InputError(
+                f"schedule.steps is {self.steps}, but the run is at step {done} already; expected "
+                "that many at least"
+            )
+        warmup, before = self.config.schedule.warmup_steps, plain.get("steps", self.steps)
+        if min(warmup, before) != min(warmup, self.steps):
+            raise InputError(
+                f"cannot resume with {self.steps} steps: the run was started with {before}, fewer "
+                f"than its warmup_steps {warmup}, and had a shorter warmup; expected a new run"
+            )
 
     def placed(self, batch: Batch) -> dict[str, jax.Array]:
         """Puts a batch of the stream on the devices.
@@ -268,6 +283,7 @@ class Run:
             )
         plain = {
             "config": config_to_dict(self.config),
+            "steps": self.steps,
             "data": self.stream.get_state(),
             "fingerprints": self._fingerprints,
             "task": {"name": self.task.name, "settings": self.task.settings()},

@@ -12,6 +12,7 @@ import tyro
 
 import loft_jax
 from loft_jax.cli.average import Average
+from loft_jax.cli.compilation_cache import keep_compiled_programs
 from loft_jax.cli.evaluate import Evaluate
 from loft_jax.cli.export import Export
 from loft_jax.cli.finetune import INTERRUPTED, Finetune, finetune_default
@@ -97,7 +98,10 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         print(help_of(parser, command.__doc__ or ""))
         return 0
     refuse_unknown(parser, arguments)
-    return tyro.cli(command, args=arguments, **options)()
+    made = tyro.cli(command, args=arguments, **options)
+    if command is not Finetune:  # which first joins the other processes of its run
+        keep_compiled_programs()
+    return made()
 
 
 @contextlib.contextmanager

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from loft_jax.cli.compilation_cache import keep_compiled_programs
 from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.config_io import config_from_dict, load_config
 from loft_jax.training.distributed import DistributedConfig, is_main, join
 
 if TYPE_CHECKING:
     from loft_jax.training.loop import RunResult
+
+_log = logging.getLogger(__name__)
 
 INTERRUPTED = 130
 """Exit code of a run that was asked to stop, as of any command after Ctrl-C."""
@@ -39,6 +42,8 @@ class Finetune:
         from loft_jax.training.loop import finetune
 
         join(self.distributed)
+        if folder := keep_compiled_programs():
+            _log.info("compiled programs are kept in %s", folder)
         if not is_main():
             logging.getLogger("loft_jax").setLevel(logging.ERROR)
         result = finetune(self.run, resume=self.resume)

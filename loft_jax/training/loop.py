@@ -37,6 +37,7 @@ from loft_jax.training.metrics import (
     rise_of_loss,
 )
 from loft_jax.training.model import with_precision
+from loft_jax.training.monitor import Compilations
 from loft_jax.training.one_run import only_run
 from loft_jax.training.profiler import StepProfiler
 from loft_jax.training.run import Run
@@ -233,6 +234,7 @@ def _train(
         disable=not run.progress,
         unit="step",
     )
+    compilations = Compilations(bar, config.method.name, speed)
     with (
         bar,
         StepProfiler(Path(config.output) / "profile", config.logging.profile_steps) as profiler,
@@ -244,7 +246,8 @@ def _train(
             if len(ahead) == _STEPS_AHEAD:
                 jax.block_until_ready(ahead.popleft())
             profiler.before(done + 1, ahead)
-            state, metrics = run.step(state, run.parts.frozen, placed)
+            with compilations.of(placed):
+                state, metrics = run.step(state, run.parts.frozen, placed)
             done += 1
             ahead.append(metrics)
             profiler.after(done, metrics)

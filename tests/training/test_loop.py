@@ -50,7 +50,7 @@ def test_a_run_learns_and_leaves_everything(make_config, workspace, method):
     row = read_metrics(folder / "metrics.jsonl")[1]
     logged = {"step", "train_loss", "grad_norm", "update_norm", "learning_rate", "skipped_steps"}
     logged |= {"tokens_per_second", "seconds_per_step", "seconds_data", "seconds_eval"}
-    logged |= {"seconds_save", "host_bytes"}
+    logged |= {"seconds_compile", "seconds_save", "host_bytes"}
     assert set(row) - {"gram_condition"} == logged
     if method != "full":
         settings = json.loads((folder / "adapter" / "adapter_config.json").read_text())
@@ -216,13 +216,15 @@ def test_killed_before_the_first_checkpoint(make_config, tmp_path, caplog):
     assert losses(config.output) == losses(whole.output)
 
 
-def test_a_finished_run_of_constant_rates_goes_on(make_config, tmp_path):
-    """To the bit as if it had been started with that many steps; in epochs too."""
+def test_a_finished_run_of_constant_rates_goes_on(make_config, tmp_path, caplog):
+    """To the bit as if it had been started with that many steps; each run compiles one step."""
     whole = make_config(output=str(tmp_path / "whole"), steps=6, schedule="constant")
-    finetune(whole, progress=False)
     short = {"output": str(tmp_path / "extended"), "schedule": "constant"}
-    finetune(make_config(**short, steps=4, warmup_steps=0), progress=False)
-    assert finetune(make_config(**short, steps=6), resume=True, progress=False).steps == 6
+    with jax.log_compiles():
+        finetune(whole, progress=False)
+        finetune(make_config(**short, steps=4), progress=False)
+        assert finetune(make_config(**short, steps=6), resume=True, progress=False).steps == 6
+    assert sum("Compiling jit(step_on_mesh)" in line for line in caplog.messages) == 3
     assert losses(short["output"]) == losses(whole.output)
     weights = adapter(whole.output)
     for name, tensor in adapter(short["output"]).items():

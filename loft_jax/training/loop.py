@@ -32,13 +32,13 @@ from loft_jax.training.mesh import check_batch, make_mesh
 from loft_jax.training.metrics import (
     MetricsLog,
     check_wandb,
-    plot_losses,
     read_metrics,
     rise_of_loss,
 )
 from loft_jax.training.model import with_precision
 from loft_jax.training.monitor import Compilations
 from loft_jax.training.one_run import only_run
+from loft_jax.training.plot import plot_run
 from loft_jax.training.profiler import StepProfiler
 from loft_jax.training.run import Run
 from loft_jax.training.step import TrainState
@@ -129,7 +129,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, progress: bool = T
         wait_for_all("metrics and adapter written")
         rows = read_metrics(folder / "metrics.jsonl")
         if is_main():
-            plot_losses(rows, folder / "loss.png")
+            plot_run(rows, folder / "loss.png")
             held_out = held_out_data(config) is not None
             if done == run.steps and (rise := rise_of_loss(rows, held_out=held_out)):
                 _log.warning(

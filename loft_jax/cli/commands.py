@@ -21,7 +21,10 @@ from loft_jax.cli.help import help_of
 from loft_jax.cli.merge import Merge
 from loft_jax.cli.method_flags import METHOD_FLAGS
 from loft_jax.cli.plan import Plan
-from loft_jax.cli.unknown_flags import parser_of, refuse_unknown
+    options: dict[str, Any] = {"prog": f"loft-jax {name}", "registry": METHOD_FLAGS}
+    asks_help = "-h" in arguments or "--help" in arguments
+    if command is Sweep and not asks_help:
+        return Sweep(tuple(arguments))()  # its options are those of finetune, with several values
 from loft_jax.errors import InputError
 from loft_jax.streams import readers_may_leave
 from loft_jax.training.distributed import is_of_another_process, leave
@@ -41,6 +44,7 @@ _COMMANDS: dict[str, type[Callable[[], int]]] = {
     "merge": Merge,
     "average": Average,
     "plan": Plan,
+    "sweep": Sweep,
 }
 
 
@@ -91,6 +95,8 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     command = _COMMANDS[name]
     options: dict[str, Any] = {"prog": f"loft-jax {name}", "registry": METHOD_FLAGS}
     asks_help = "-h" in arguments or "--help" in arguments
+    if command is Sweep and not asks_help:
+        return Sweep(tuple(arguments))()  # its options are those of finetune, with several values
     if command is Finetune:
         options["default"] = finetune_default([] if asks_help else arguments)
     parser = parser_of(command, **options)

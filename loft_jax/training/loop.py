@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from loft_jax.errors import InputError
+from loft_jax.errors import InputError, NotFiniteError
 from loft_jax.hub.host_arrays import gather_to_host
 from loft_jax.tasks.task import Measured
 from loft_jax.training.checkpoint import Checkpoints
@@ -293,7 +293,7 @@ def _check_skipped(state: TrainState, run: Run, known: int) -> int:
     done = int(gather_to_host(state.step))
     skipped, in_a_row = (int(count) for count in gather_to_host(state.skipped))
     if in_a_row >= run.config.optimizer.max_skipped_steps or skipped == run.steps:
-        raise InputError(
+        raise NotFiniteError(
             f"loss or gradient was not finite in {in_a_row} steps in a row, up to step {done} of "
             f"{run.steps}; the last checkpoint is kept. Expected a smaller learning_rate, or a "
             "larger eps, to train"

@@ -137,3 +137,59 @@ def robust_top(values: np.ndarray) -> float:
     """
     low, high = np.quantile(values, [0.25, 0.75])
     return float(min(values.max(), high + _FENCE * (high - low) if high > low else np.inf))
+
+
+def plot_sweep(
+    points: Sequence[tuple[Mapping[str, str], float]], metric: str, path: str | os.PathLike[str]
+) -> bool:
+    """Plots how a metric depends on the settings of a sweep.
+
+    The horizontal axis is the setting with the most numbers, or else the first one; there is a line
+    for each combination of the others.
+
+    Args:
+        points: Settings by name, as texts, and the value of the metric.
+        metric: Its name.
+        path: PNG file to write.
+
+    Returns:
+        Whether it was plotted: False without matplotlib, or without points.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    if not points:
+        return False
+    columns = {name: [settings[name] for settings, _ in points] for name in points[0][0]}
+    numbers = {
+        name: len({*column}) for name, column in columns.items() if all(map(_is_number, column))
+    }
+    across = max(numbers, key=lambda name: numbers[name]) if numbers else next(iter(columns))
+    lines: dict[str, list[tuple[float | str, float]]] = {}
+    for settings, value in points:
+        label = ", ".join(f"{name} {text}" for name, text in settings.items() if name != across)
+        place = float(settings[across]) if numbers else settings[across]
+        lines.setdefault(label, []).append((place, value))
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for label in sorted(lines):
+        axes.plot(*zip(*sorted(lines[label]), strict=True), "o-", label=label)
+    if numbers and 0 < 8 * min(map(float, columns[across])) <= max(map(float, columns[across])):
+        axes.set_xscale("log")
+    axes.set(xlabel=across.replace("-", " "), ylabel=f"held-out {metric}")
+    axes.grid(alpha=0.3)
+    if any(lines):
+        axes.legend()
+    with replacing(path) as partial:
+        FigureCanvasAgg(figure).print_png(partial)
+    return True
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

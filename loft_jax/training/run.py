@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from loft_jax.data import Batch, load_examples, train_stream
 from loft_jax.data.presets import find_preset
-from loft_jax.errors import InputError, explained, shown, size_of
+from loft_jax.errors import InputError, NotFiniteError, explained, shown, size_of
 from loft_jax.hub import load_model_config, load_processor
 from loft_jax.hub.host_arrays import gather_to_host
 from loft_jax.models.family import Family, PretrainedConfig
@@ -273,17 +273,19 @@ class Run:
             measured: The evaluation at this step, if there is one.
 
         Raises:
-            InputError: Parameters are not finite, or nothing can be written.
+            NotFiniteError: Parameters are not finite.
+            InputError: Nothing can be written.
         """
         if not gather_to_host(_all_finite(state.params)):
             step = int(gather_to_host(state.step))
-            raise InputError(
+            raise NotFiniteError(
                 f"parameters are not finite at step {step}; the last checkpoint is kept. Expected "
                 "a smaller learning_rate, or a larger eps, to train"
             )
         plain = {
             "config": config_to_dict(self.config),
             "steps": self.steps,
+            "best_metrics": list(self._best_metric or self.task.best_metrics),
             "data": self.stream.get_state(),
             "fingerprints": self._fingerprints,
             "task": {"name": self.task.name, "settings": self.task.settings()},

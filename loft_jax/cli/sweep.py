@@ -55,7 +55,8 @@ class Sweep:
             raise InputError(f"{folder}: no run has trained; expected smaller learning rates")
         output = best.run.config.output
         print(f"plot: {folder / 'sweep.png'}\nbest: {output}, at step {best.step}")
-        print(f"loft-jax export {output} --checkpoint {best.step} --output {folder / 'best'}")
+        export = f"loft-jax export {output} --checkpoint {best.step} --output {folder / 'best'}"
+        print(f"to export it: {export}")
         return 0
 
     def runs(self) -> tuple[Path, list["GridRun"]]:
@@ -112,8 +113,7 @@ def _grid(
         flag, _, text = words[0].partition("=")
         action = actions.get(flag.replace("_", "-"))
         if action is None:
-            fixed += words  # which tyro refuses
-            continue
+            raise InputError(f"unknown option {cut(flag)}; loft-jax finetune --help lists all")
         values = [text] if "=" in words[0] else words[1:]
         choices = options.setdefault(action.option_strings[0].removeprefix("--"), [])
         if action.nargs in (None, 1) and values:

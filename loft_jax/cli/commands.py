@@ -21,10 +21,8 @@ from loft_jax.cli.help import help_of
 from loft_jax.cli.merge import Merge
 from loft_jax.cli.method_flags import METHOD_FLAGS
 from loft_jax.cli.plan import Plan
-    options: dict[str, Any] = {"prog": f"loft-jax {name}", "registry": METHOD_FLAGS}
-    asks_help = "-h" in arguments or "--help" in arguments
-    if command is Sweep and not asks_help:
-        return Sweep(tuple(arguments))()  # its options are those of finetune, with several values
+from loft_jax.cli.sweep import Sweep
+from loft_jax.cli.unknown_flags import parser_of, refuse_unknown
 from loft_jax.errors import InputError
 from loft_jax.streams import readers_may_leave
 from loft_jax.training.distributed import is_of_another_process, leave

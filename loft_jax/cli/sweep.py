@@ -3,8 +3,7 @@
 import argparse
 import itertools
 import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +13,16 @@ import tyro
 from loft_jax.cli.compilation_cache import keep_compiled_programs
 from loft_jax.cli.finetune import INTERRUPTED, Finetune, finetune_default
 from loft_jax.cli.method_flags import METHOD_FLAGS
+from loft_jax.cli.unknown_flags import parser_of, refuse_unknown
 from loft_jax.errors import InputError, cut
 from loft_jax.training.distributed import DistributedConfig
 
 if TYPE_CHECKING:
     from loft_jax.training.sweep import GridRun
+
+
+# Messages name finetune, whose --help lists the options.
+_OPTIONS: dict[str, Any] = {"prog": "loft-jax finetune", "registry": METHOD_FLAGS}
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,9 @@ class Sweep:
         """
         from loft_jax.training.sweep import GridRun
 
-        fixed, axes = _grid(self.arguments, _parser())
+        parser = parser_of(Finetune, default=finetune_default([]), **_OPTIONS)
+        refuse_unknown(parser, self.arguments)
+        fixed, axes = _grid(self.arguments, parser)
         if "output" in axes:
             raise InputError("--output has several values, expected one folder for all runs")
         if "--resume" in fixed:
@@ -104,16 +110,17 @@ class _Choice:
 
 
 def _grid(
-    arguments: Sequence[str], actions: Mapping[str, argparse.Action]
+    arguments: Sequence[str], parser: argparse.ArgumentParser
 ) -> tuple[list[str], dict[str, list[_Choice]]]:
     """Splits arguments into those of all runs, and the options with several values."""
+    actions = {flag: action for action in parser._actions for flag in action.option_strings}
     fixed: list[str] = []
     options: dict[str, list[_Choice]] = {}
     for words in _options(arguments):
         flag, _, text = words[0].partition("=")
         action = actions.get(flag.replace("_", "-"))
         if action is None:
-            raise InputError(f"unknown option {cut(flag)}; loft-jax finetune --help lists all")
+            raise InputError(f"{cut(words[0])} is given without an option, expected options alone")
         values = [text] if "=" in words[0] else words[1:]
         choices = options.setdefault(action.option_strings[0].removeprefix("--"), [])
         if action.nargs in (None, 1) and values:
@@ -138,15 +145,4 @@ def _options(arguments: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _parsed(arguments: list[str]) -> Finetune:
-    options: dict[str, Any] = {"default": finetune_default(arguments), "registry": METHOD_FLAGS}
-    return tyro.cli(Finetune, args=arguments, prog="loft-jax sweep", **options)
-
-
-def _parser() -> dict[str, argparse.Action]:
-    """Gives the options of finetune by their flags."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        parser: Any = tyro.extras.get_parser(
-            Finetune, default=finetune_default([]), registry=METHOD_FLAGS
-        )
-    return {flag: action for action in parser._actions for flag in action.option_strings}
+    return tyro.cli(Finetune, args=arguments, default=finetune_default(arguments), **_OPTIONS)

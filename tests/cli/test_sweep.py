@@ -55,7 +55,7 @@ def test_a_grid_of_options(flags):
     ("more", "told"),
     [
         ((), "no option has several values to compare"),
-        (("--lr", "1", "2"), "unknown option --lr"),
+        (("--lr", "1", "2"), "unknown option --lr, did you mean --learning-rate"),
         (("--rank", "4", "4"), "two runs would be rank=4"),
         (("--rank", "4", "8", "--output", "x"), "--output has several values"),
         (("--rank", "4", "8", "--resume"), "--resume is given, but the same command"),

@@ -17,6 +17,7 @@ SECTIONS = {
     "evaluation": configs.EvaluationConfig,
     "checkpoint": configs.CheckpointConfig,
     "logging": configs.LoggingConfig,
+    "export": configs.ExportConfig,
 }
 
 

@@ -61,7 +61,8 @@ def test_finetune_export_evaluate_generate_merge(workspace, tmp_path, flags, cap
     same = json.loads(capsys.readouterr().out)
     assert same["nll"] == pytest.approx(adapted["nll"], abs=1e-4)
 
-    assert main(["generate", "--model", merged, "--prompt", "a\\nb", "--max-new-tokens", "3"]) == 0
+    continued = ["generate", "--model", merged, "--prompt", "a\\nb", "--no-chat"]
+    assert main([*continued, "--max-new-tokens", "3"]) == 0
     assert capsys.readouterr().out.startswith("a\nb")
 
 
@@ -362,7 +363,8 @@ def test_help(capsys):
     [
         (["evaluate", "--data.path", "x.jsonl"], "x.jsonl"),
         (["generate", "--prompt", "a"], "neither model nor adapter"),
-        (["merge", "--model", "m", "--output", "o"], "adapter is not given"),
+        (["merge", "--output", "o"], "neither model nor adapter"),
+        (["merge", "--model", "no/m/x", "--output", "o"], "no/m/x: no such file or folder"),
         (["merge", "--adapter", "nowhere", "--output", "o"], "nowhere: no such folder"),
         (["export", "nowhere", "--output", "o"], "nowhere"),
     ],

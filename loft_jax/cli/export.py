@@ -8,7 +8,7 @@ from pathlib import Path
 import tyro
 
 from loft_jax.errors import InputError, shown
-from loft_jax.training.config import check_output
+from loft_jax.training.config import ExportConfig, check_output
 from loft_jax.training.config_io import load_config
 
 
@@ -27,14 +27,21 @@ class Export:
     """Folder that `adapter/` or `model/` is written to."""
     checkpoint: str = "last"
     """Which one: "last", "best" (by the run's best_metric), or a step."""
+    base_model_name: str = ""
+    """Name of the base model in the adapter, for PEFT to find it; by default that of the run."""
+    push_to_hub: str = ""
+    """Repository of the Hugging Face hub to upload the folder to; a new one is private."""
 
     def __call__(self) -> int:
         """Runs the command."""
         from loft_jax.hub import load_processor
+        from loft_jax.hub.repository import open_repository
         from loft_jax.training.checkpoint import Checkpoints
         from loft_jax.training.export import export_trained, restore_model, trained_with
 
         check_output(self.output)
+        if self.push_to_hub:
+            open_repository(self.push_to_hub)
         now = load_config(Path(self.run) / "config.yaml")
         checkpoints = Checkpoints(Path(self.run) / "checkpoints", read_only=True)
         step = self._step(checkpoints.steps(), checkpoints.best_step())
@@ -42,15 +49,20 @@ class Export:
         # Only the paths are read from the file: what they name may have moved.
         base = now.get("model", {}).get("path", config.model.path)
         start = now.get("lora", {}).get("adapter", config.lora.adapter)
+        names = self.base_model_name or config.export.base_model_name
         config = dataclasses.replace(
             config,
             model=dataclasses.replace(config.model, path=base),
             lora=dataclasses.replace(config.lora, adapter=start),
+            export=ExportConfig(names, self.push_to_hub),
         )
         model, task = restore_model(config, checkpoints, step)
         processor = load_processor(base)
         Path(self.output).mkdir(parents=True, exist_ok=True)
-        print(export_trained(model, processor, config.method, task, self.output, base_model=base))
+        written = export_trained(
+            model, processor, config, task, self.output, step=step, run=self.run
+        )
+        print(written)
         return 0
 
     def _step(self, steps: Sequence[int], best: int | None) -> int:

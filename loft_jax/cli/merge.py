@@ -1,39 +1,78 @@
 """loft-jax merge."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from loft_jax.cli.source import Source
-from loft_jax.errors import InputError
+from loft_jax.errors import InputError, shown
 from loft_jax.training.config import check_output
 
 
 @dataclass(frozen=True)
 class Merge:
-    """Merge an adapter into its base model and write a whole Hugging Face model."""
+    """Write a whole model: a base with its adapter merged, or a base alone, in another format.
+
+    The output is a Hugging Face folder or, with --gguf, a file for llama.cpp. Without an adapter, a
+    GGUF file becomes a folder.
+    """
 
     source: Annotated[Source, tyro.conf.arg(name="")]
     output: str
-    """Folder to write to; it must be empty or not exist."""
+    """Folder to write to, which must be empty or not exist; with --gguf, a new file."""
     dtype: Literal["base", "float32", "bfloat16", "float16"] = "base"
-    """Dtype of the stored weights; "base" is that of the base model."""
+    """Dtype of the stored weights of a folder; "base" is that of the base model."""
+    gguf: Literal["none", "f32", "f16", "bf16", "q8_0"] = "none"
+    """Write a GGUF file with matrices of this kind; "none" writes a folder."""
 
     def __call__(self) -> int:
         """Runs the command."""
-        from loft_jax.hub import save_pretrained
-        from loft_jax.hub.pretrained import stored_dtype
-        from loft_jax.lora import merge_lora
-
-        if not self.source.adapter:
-            raise InputError("adapter is not given; expected the folder of a PEFT adapter to merge")
         check_output(self.output)
-        base = self.source.base
-        dtype = str(stored_dtype(base)) if self.dtype == "base" else self.dtype
-        assert self.source.adapter_head is not None
-        head, labels = self.source.adapter_head
-        model, tokenizer = self.source.load(head=head, labels=labels or None, param_dtype=dtype)
-        save_pretrained(self.output, merge_lora(model), tokenizer, base_model=base)
+        if self.gguf != "none":
+            self._write_gguf()
+        else:
+            self._write_folder()
         print(self.output)
         return 0
+
+    def _write_folder(self) -> None:
+        from loft_jax.hub import save_pretrained
+        from loft_jax.hub.pretrained import stored_dtype
+
+        base = self.source.base
+        dtype = str(stored_dtype(base)) if self.dtype == "base" else self.dtype
+        model, tokenizer = self._merged(dtype)
+        save_pretrained(self.output, model, tokenizer, base_model=base)
+
+    def _write_gguf(self) -> None:
+        from flax import nnx
+
+        from loft_jax.hub import load_model_config, load_tokenizer
+        from loft_jax.hub.gguf_save import check_gguf, save_gguf
+
+        assert self.gguf != "none"
+        if self.dtype != "base":
+            raise InputError(
+                f"dtype is {shown(self.dtype)} beside gguf {self.gguf}; expected one of them"
+            )
+        if Path(self.output).exists():
+            raise InputError(f"{self.output}: exists already; expected the name of a new file")
+        base = self.source.base
+        family, config = load_model_config(base)
+        make = family.model("causal-lm")
+        check_gguf(
+            nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0))), load_tokenizer(base)
+        )  # before the weights are read
+        model, tokenizer = self._merged("float32")
+        save_gguf(self.output, model, tokenizer, kind=self.gguf, name=Path(base).stem)
+
+    def _merged(self, dtype: str) -> tuple[Any, Any]:
+        from loft_jax.lora import merge_lora
+
+        if self.source.adapter_head is None:
+            return self.source.load(param_dtype=dtype)
+        head, labels = self.source.adapter_head
+        model, processor = self.source.load(head=head, labels=labels or None, param_dtype=dtype)
+        return merge_lora(model), processor

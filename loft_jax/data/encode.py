@@ -12,8 +12,8 @@ from tqdm import tqdm
 from loft_jax.data.chat import encode_chats
 from loft_jax.data.config import DataConfig
 from loft_jax.data.log_once import Joins, log_unused
-from loft_jax.data.templates import Chat, Message
-from loft_jax.data.text import check_tokens, encode_continuations, encode_starts
+from loft_jax.data.templates import Chat, Message, Start, render_chats
+from loft_jax.data.text import check_tokens, encode_continuations, encode_plain, encode_starts
 from loft_jax.errors import InputError, explained, shown
 
 if TYPE_CHECKING:
@@ -189,21 +189,24 @@ def encode_prompts(
     """
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     chats = [
-        _asked(prompt if isinstance(prompt, Chat) else Chat(f"prompt {number}", prompt))
+        _checked(prompt if isinstance(prompt, Chat) else Chat(f"prompt {number}", prompt))
         for number, prompt in enumerate(prompts)
         if not isinstance(prompt, str)
     ]
     starts = iter(encode_starts(tokenizer, texts))
-    turns = encode_chats(tokenizer, chats) if chats else iter(())
-    return [
-        next(starts) if isinstance(prompt, str) else _before_last_turn(*next(turns))
-        for prompt in prompts
+    asked = ((chat, [Start(len(chat.messages), prompted=True)]) for chat in chats)
+    questions = [
+        start if isinstance(start, str) else rendered.whole[:start]
+        for _, rendered in render_chats(tokenizer, asked)
+        for start in rendered.starts
     ]
+    turns = iter(encode_plain(tokenizer, questions))  # the template writes BOS itself
+    return [next(starts) if isinstance(prompt, str) else next(turns) for prompt in prompts]
 
 
-def _asked(chat: Chat) -> Chat:
-    """Adds an answer to a conversation, before which the prompt ends."""
-    where, messages, _ = chat
+def _checked(chat: Chat) -> Chat:
+    """Refuses what is no conversation for the assistant to answer."""
+    where, messages = chat.where, chat.messages
     if not (isinstance(messages, list) and messages and all(map(_is_message, messages))):
         raise InputError(
             f"{where}: found {shown(messages)}; expected a text, or a list of messages, each with "
@@ -211,14 +214,7 @@ def _asked(chat: Chat) -> Chat:
         )
     if messages[-1]["role"] == "assistant":
         raise InputError(f"{where}: the last message is the assistant's; expected one to answer")
-    return chat._replace(messages=[*messages, {"role": "assistant", "content": "x"}])
-
-
-def _before_last_turn(ids: list[int], said: list[bool]) -> list[int]:
-    end = len(said) - said[::-1].index(True)
-    while said[end - 1]:
-        end -= 1
-    return ids[:end]
+    return chat
 
 
 def truncate(example: Example, max_length: int) -> Example:

@@ -430,7 +430,7 @@ def save_pretrained(
                 f"{path.rpartition('.')[0]}: still has LoRA factors; merge them before saving"
             )
     if jax.process_index() > 0:
-        for _ in _hf_tensors(
+        for _ in hf_tensors(
             parameters, model.table
         ):  # every process takes part in gathering each of them
             pass
@@ -447,7 +447,7 @@ def save_pretrained(
             for path, parameter in parameters.items()
             for name, shape in model.table.names(path, parameter.shape).items()
         }
-        tensors = _hf_tensors(parameters, model.table)
+        tensors = hf_tensors(parameters, model.table)
         write_checkpoint(partial, shapes, tensors, max_shard_bytes=_MAX_SHARD_BYTES)
         if base_model is not None:
             generation = inside(_resolve(base_model, _WEIGHT_PATTERNS), _GENERATION_NAME)
@@ -614,10 +614,18 @@ def _read_shard(
     return values
 
 
-def _hf_tensors(
+def hf_tensors(
     parameters: Mapping[str, Any], table: ParameterTable
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields Hugging Face's tensors, in the order of the table's names."""
+    """Yields a model's parameters as Hugging Face's tensors.
+
+    Args:
+        parameters: Variables by dotted path.
+        table: Of the model.
+
+    Yields:
+        Names and arrays, in the order of the parameters and, for each, of the layers.
+    """
     for path, parameter in parameters.items():
         values, tensor = gather_to_host(parameter.get_value()), table.tensor(path)
         layers = values if tensor.stacked else values[None]

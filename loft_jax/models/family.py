@@ -455,7 +455,7 @@ class ImageClassifier(PretrainedModel):
 
 
 class GGUFAdapter(Protocol):
-    """Reads models of a family from GGUF files.
+    """Maps models of a family to GGUF files, in both directions.
 
     Attributes:
         architecture: GGUF's name of the family.
@@ -490,6 +490,15 @@ class GGUFAdapter(Protocol):
 
     def stored_rows(self, name: str, rows: np.ndarray, config: Any) -> np.ndarray:
         """Gives the stored positions of rows of a tensor."""
+
+    def stored_name(self, name: str) -> str:
+        """Gives GGUF's name of a tensor of Hugging Face's name; the inverse of `name`."""
+
+    def contents(self, config: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Gives the metadata and the constants of a configuration; the inverse of `config`.
+
+        A configuration that a file cannot hold is another one when it is read again.
+        """
 
 
 @dataclass(frozen=True)

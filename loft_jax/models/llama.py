@@ -543,7 +543,7 @@ def _norm(
 
 
 class DecoderGGUF:
-    """Reads GGUF files of Llama and of the families made of its modules.
+    """Maps Llama and the families made of its modules to GGUF files; see `GGUFAdapter`.
 
     Attributes:
         architecture: GGUF's name of the family.
@@ -582,9 +582,45 @@ class DecoderGGUF:
         module, _, parameter = name.rpartition(".")
         return f"{self._top[module]}.{parameter}" if module in self._top else name
 
+    def stored_name(self, name: str) -> str:
+        """Gives GGUF's name of a tensor of Hugging Face's name."""
+        module, _, parameter = name.rpartition(".")
+        if match := re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module):
+            layer, within = match.groups()
+            return f"blk.{layer}.{_key_of(within, self.in_layer)}.{parameter}"
+        return f"{_key_of(module, self._top)}.{parameter}"
+
     def stored_rows(self, name: str, rows: np.ndarray, config: Any) -> np.ndarray:
         """Gives the stored positions of rows: here, their own."""
         return rows
+
+    def contents(self, config: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Gives the metadata and the constants of a configuration; see `GGUFAdapter.contents`."""
+        own, scaling = self.architecture, config.rope_scaling
+        metadata = {
+            f"{own}.vocab_size": config.vocab_size,
+            f"{own}.context_length": config.max_position_embeddings,
+            f"{own}.embedding_length": config.hidden_size,
+            f"{own}.block_count": config.num_hidden_layers,
+            f"{own}.feed_forward_length": config.intermediate_size,
+            f"{own}.attention.head_count": config.num_attention_heads,
+            f"{own}.attention.head_count_kv": config.num_key_value_heads,
+            f"{own}.attention.key_length": config.head_dim,
+            f"{own}.attention.value_length": config.head_dim,
+            f"{own}.attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+            f"{own}.rope.dimension_count": config.head_dim,
+            f"{own}.rope.freq_base": float(config.rope_theta),
+        }
+        if isinstance(scaling, LinearScaling):
+            metadata[f"{own}.rope.scaling.type"] = "linear"
+            metadata[f"{own}.rope.scaling.factor"] = float(scaling.factor)
+        if isinstance(scaling, Llama3Scaling):
+            plain = np.asarray(inverse_frequencies(config.head_dim, config.rope_theta, None))
+            divisors = plain / scaling.scaled(plain, config.rope_theta, None)
+            return metadata, {"rope_freqs.weight": divisors.astype(np.float32)}
+        if isinstance(scaling, LongRopeScaling):  # as they are read
+            return metadata, {"rope_freqs.weight": np.array(scaling.short_factor, np.float32)}
+        return metadata, {}
 
     def config(
         self,
@@ -710,6 +746,10 @@ class _LlamaGGUF(DecoderGGUF):
             "attention_bias": "model.layers.0.self_attn.q_proj.bias" in shapes,
             "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in shapes,
         }
+
+
+def _key_of(value: str, names: Mapping[str, str]) -> str:
+    return next(key for key, name in names.items() if name == value)
 
 
 def _field(metadata: Mapping[str, Any], key: str) -> Any:

@@ -354,6 +354,24 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True)
+class ExportConfig:
+    """How the trained adapter or model is written at the end of a run.
+
+    Args:
+        base_model_name: Name of the base model in the adapter, for PEFT to find it; by default the
+            path of the model. Of use where that is a GGUF file or a folder of this machine.
+        push_to_hub: Repository of the Hugging Face hub, such as "org/name", to upload the folder
+            to; empty for none. A new repository is private.
+    """
+
+    base_model_name: str = ""
+    push_to_hub: str = ""
+
+    def __post_init__(self) -> None:
+        check_settings(self, "export")
+
+
+@dataclass(frozen=True)
 class TaskConfig:
     """What is learned.
 
@@ -404,6 +422,7 @@ class FinetuneConfig:
         checkpoint: Which checkpoints are kept.
         mesh: How the work is split over devices.
         logging: What is logged.
+        export: How the result is written.
         seed: Seed of initial factors, data order and dropout.
 
     Raises:
@@ -433,6 +452,7 @@ class FinetuneConfig:
     checkpoint: Annotated[CheckpointConfig, _FLAT] = field(default_factory=CheckpointConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig, metadata=_FREE)
     logging: Annotated[LoggingConfig, _FLAT] = field(default_factory=LoggingConfig, metadata=_FREE)
+    export: Annotated[ExportConfig, _FLAT] = field(default_factory=ExportConfig, metadata=_FREE)
     seed: int = 0
 
     def __post_init__(self) -> None:

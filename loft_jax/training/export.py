@@ -9,14 +9,17 @@ import jax
 from jax.sharding import SingleDeviceSharding
 
 from loft_jax.errors import explained
+from loft_jax.files import replacing
 from loft_jax.hub import save_peft_adapter, save_pretrained
-from loft_jax.methods import Method
+from loft_jax.hub.repository import push_folder
 from loft_jax.models.family import PretrainedModel
 from loft_jax.tasks.registry import TASKS
 from loft_jax.tasks.task import Given, Task
 from loft_jax.training.checkpoint import Checkpoints
 from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.config_io import checked_fields, config_from_dict
+from loft_jax.training.distributed import is_main
+from loft_jax.training.metrics import read_metrics
 from loft_jax.training.model import (
     adapted,
     base_fingerprint,
@@ -25,8 +28,12 @@ from loft_jax.training.model import (
     trained_variables,
     with_precision,
 )
+from loft_jax.training.model_card import model_card
 from loft_jax.training.partition import split_model
 from loft_jax.training.start_adapter import start_fingerprint
+
+CARD_NAME = "README.md"
+"""The file that the Hugging Face hub shows."""
 
 
 def trained_with(run: Mapping[str, Any], where: str) -> FinetuneConfig:
@@ -85,34 +92,74 @@ def restore_model(
 def export_trained(
     model: PretrainedModel,
     processor: Any,
-    method: Method,
+    config: FinetuneConfig,
     task: Task,
     folder: str | os.PathLike[str],
     *,
-    base_model: str,
+    step: int,
+    run: str | os.PathLike[str],
 ) -> Path:
     """Writes the trained adapter to `adapter/` in PEFT's format, or all weights to `model/`.
 
+    Tokenizer or image processor and a model card are written beside the weights. If the
+    configuration names a repository, the folder is uploaded to it.
+
     Args:
         model: The trained model.
-        processor: Tokenizer or image processor of the base model, written with a whole model.
-        method: Of the run.
+        processor: Tokenizer or image processor of the base model; None if there is none.
+        config: Of the run.
         task: Of the run.
         folder: Where `adapter/` or `model/` goes.
-        base_model: Name or path of the base model, as users give it.
+        step: The step that the model is of.
+        run: Folder of the run, whose `metrics.jsonl` has the figures for the model card.
 
     Returns:
         The folder that was written.
+
+    Raises:
+        InputError: The folder cannot be written, or the upload failed.
     """
-    if method.adapts:
+    target = Path(folder) / ("adapter" if config.method.adapts else "model")
+    card = ""
+    if is_main():
+        card = model_card(config, task, step, read_metrics(Path(run) / "metrics.jsonl"))
+    if config.method.adapts:
+        if is_main():  # before the adapter, which is complete when its configuration is there
+            with explained(f"{target}: cannot write the adapter"):
+                target.mkdir(parents=True, exist_ok=True)
+                if processor is not None:
+                    processor.save_pretrained(str(target))
+            _write_card(target, card)
         save_peft_adapter(
-            Path(folder) / "adapter",
+            target,
             model,
-            base_model=base_model,
+            base_model=config.export.base_model_name or config.model.path or None,
             task_type=task.peft_type,
             modules_to_save=task.head_modules(model),
             labels=task.labels or (),
         )
-        return Path(folder) / "adapter"
-    save_pretrained(Path(folder) / "model", model, processor, base_model=base_model)
-    return Path(folder) / "model"
+    else:
+        save_pretrained(target, model, processor, base_model=config.model.path)
+        if is_main():
+            _write_card(target, card)
+    publish(target, config)
+    return target
+
+
+def publish(folder: Path, config: FinetuneConfig) -> None:
+    """Uploads what was written, if the configuration names a repository.
+
+    Args:
+        folder: What `export_trained` wrote.
+        config: Of the run.
+
+    Raises:
+        InputError: The upload failed.
+    """
+    if config.export.push_to_hub and is_main():
+        push_folder(folder, config.export.push_to_hub)
+
+
+def _write_card(folder: Path, card: str) -> None:
+    with explained(f"{folder}: cannot write the model card"), replacing(folder / CARD_NAME) as file:
+        file.write_text(card, encoding="utf-8")

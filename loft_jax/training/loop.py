@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from loft_jax.errors import InputError, NotFiniteError
 from loft_jax.hub.host_arrays import gather_to_host
+from loft_jax.hub.repository import open_repository
 from loft_jax.tasks.task import Measured
 from loft_jax.training.checkpoint import Checkpoints
 from loft_jax.training.config import FinetuneConfig
@@ -101,6 +102,8 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, progress: bool = T
     config = with_precision(config)
     folder = Path(config.output)
     check_wandb(config.logging.wandb)
+    if config.export.push_to_hub and is_main():
+        open_repository(config.export.push_to_hub)
     mesh = make_mesh(config.mesh)
     check_batch(config.schedule.batch_size, config.schedule.accumulation_steps, mesh)
     with (

@@ -23,7 +23,7 @@ from loft_jax.training.checkpoint import Checkpoints
 from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.config_io import config_to_dict
 from loft_jax.training.distributed import place_batch
-from loft_jax.training.export import export_trained
+from loft_jax.training.export import export_trained, publish
 from loft_jax.training.flops import ModelFlops
 from loft_jax.training.held_out import HeldOut, held_out_data
 from loft_jax.training.model import (
@@ -304,16 +304,18 @@ class Run:
         Returns:
             The folder that was written.
         """
-        folder, method = Path(self.config.output), self.config.method
-        if not method.adapts and (folder / "model").exists():
+        folder = Path(self.config.output)
+        if not self.config.method.adapts and (folder / "model").exists():
+            publish(folder / "model", self.config)
             return folder / "model"  # it is complete if it exists: this run had finished before
         return export_trained(
             self._trained(state),
             self._processor,
-            method,
+            self.config,
             self.task,
             folder,
-            base_model=self.config.model.path,
+            step=int(gather_to_host(state.step)),
+            run=folder,
         )
 
     def evaluate(self, state: TrainState) -> Measured | None:

@@ -42,13 +42,13 @@ def test_texts_are_those_of_transformers_in_the_order_of_the_rows(tiny_llama):
     texts = torch_texts(folder, PROMPTS, 6)
     rows = [{"prompt": p, "completion": f" {t}\n"} for p, t in zip(PROMPTS, texts, strict=True)]
     rows[3]["completion"] = "something else"
-    generation._generate.clear_cache()
+    generation._advance.clear_cache()
     scores = measured(model, rows)
     assert [one.text for one in scores.predictions] == texts
     assert [one.right for one in scores.predictions] == [True, True, True, False, True]
     assert (scores.accuracy, scores.unanswered, scores.count) == (0.8, 0.0, 5)
     assert scores.predictions[1].prompt == "<s>a"
-    assert generation._generate._cache_size() == 1  # the last batch is filled up
+    assert generation._advance._cache_size() == 1  # the last batch is filled up
 
 
 def test_long_prompts_lose_their_left_but_not_bos(tiny_llama, caplog):

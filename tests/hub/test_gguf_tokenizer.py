@@ -10,6 +10,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from loft_jax.errors import InputError
 from loft_jax.hub.gguf_io import open_gguf
+from loft_jax.hub.gguf_tokenizer import tokenizer_metadata
 from loft_jax.hub.pretrained import load_tokenizer
 from tests.hub.test_gguf_io import FIELDS
 from tests.tiny import SENTENCES
@@ -151,6 +152,14 @@ def test_tokens_of_qwen2_are_those_of_transformers(tmp_path, llama_3):
     for text in [*TEXTS, "12345 I'VE 1234", "<|end_of_text|>\n\n  a\r\n", "e\u0301te\u0301"]:
         assert ours(text)["input_ids"] == theirs(text)["input_ids"]
     assert ours("1234")["input_ids"] == ours(list("1234"), is_split_into_words=True)["input_ids"]
+
+
+@pytest.mark.parametrize("splitting", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
+def test_a_tokenizer_is_described_as_the_file_that_it_was_built_from(tmp_path, llama_3, splitting):
+    path = write_tokenizer(tmp_path / "x.gguf", llama_3, splitting=splitting, add_bos_token=True)
+    described = tokenizer_metadata(load_tokenizer(path), 400)
+    stored = {k: v for k, v in open_gguf(path).metadata.items() if k.startswith("tokenizer.")}
+    assert described == stored
 
 
 def test_another_splitting_is_refused_by_name(tmp_path, llama_3):

@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 from flax import nnx
 from transformers import AutoModelForCausalLM
 
 from loft_jax import generation as module
+from loft_jax.data.encode import encode_prompts
 from loft_jax.errors import InputError
-from loft_jax.generation import generate, generate_text
+from loft_jax.generation import Sampling, generate, generate_text, stream_text
 from loft_jax.lora import LoRAConfig, add_lora
 from tests.tiny import tiny_tokenizer
 
@@ -60,17 +62,17 @@ def test_stop_tokens_of_the_configuration_are_those_of_transformers(tiny_llama):
 
 def test_one_compilation_serves_lengths_of_one_bucket(tiny_llama):
     _, model = tiny_llama
-    module._generate.clear_cache()
+    module._advance.clear_cache()
     for prompts, count in ((PROMPTS, 3), ([[1], [2, 3], [4]], 7), (PROMPTS[::-1], 9)):
         new = generate(model, prompts, max_new_tokens=count, eos_token_ids=())
         assert [len(row) for row in new] == [count] * 3
-    assert module._generate._cache_size() == 1
+    assert module._advance._cache_size() == 1
 
 
 def test_sampling_follows_its_seed(tiny_llama):
     _, model = tiny_llama
     draw = lambda seed: generate(  # noqa: E731
-        model, PROMPTS, max_new_tokens=8, temperature=1.0, eos_token_ids=(), seed=seed
+        model, PROMPTS, max_new_tokens=8, sampling=Sampling(1.0, seed=seed), eos_token_ids=()
     )
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)
@@ -79,18 +81,79 @@ def test_sampling_follows_its_seed(tiny_llama):
 def test_narrow_sampling_is_greedy(tiny_llama):
     _, model = tiny_llama
     greedy = generate(model, PROMPTS, max_new_tokens=8, eos_token_ids=())
-    for narrow in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}):
-        sampling = {"temperature": 1.0} | narrow
-        assert generate(model, PROMPTS, max_new_tokens=8, eos_token_ids=(), **sampling) == greedy
+    for narrow in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-4}):
+        sampling = Sampling(**{"temperature": 1.0} | narrow)
+        found = generate(model, PROMPTS, max_new_tokens=8, eos_token_ids=(), sampling=sampling)
+        assert found == greedy
 
 
 @pytest.mark.parametrize(("top_k", "top_p", "kept"), [(400, 0.7, 2), (3, 1.0, 3), (2, 0.99, 2)])
 def test_only_the_likely_tokens_can_be_drawn(top_k, top_p, kept):
     probabilities = np.array([[0.1, 0.4, 0.05, 0.35, 0.1 - 1e-3, 1e-3]])
-    left = module._truncate(jnp.log(probabilities), top_k, top_p)
+    left = left_of(np.log(probabilities), top_k=top_k, top_p=top_p)
     order = np.argsort(-probabilities[0], kind="stable")[: np.isfinite(left).sum()]
     assert np.isfinite(left).sum() == kept
     np.testing.assert_allclose(left[0, order], np.log(probabilities[0, order]), rtol=1e-6)
+
+
+def left_of(logits, *, temperature=1.0, top_k=10**6, top_p=1.0, min_p=0.0, penalty=1.0, seen=None):
+    """Logits after all that a sampling does to them, -inf for tokens that cannot be drawn."""
+    choice = module._Choice(temperature, top_k, top_p, min_p, penalty, None, None)
+    seen = np.zeros(np.shape(logits), bool) if seen is None else seen
+    logits = module._penalized(jnp.asarray(logits, jnp.float32), seen, penalty)
+    return np.asarray(module._truncated(logits / temperature, choice))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_k": 7},
+        {"top_p": 0.6},
+        {"min_p": 0.2},
+        {"penalty": 1.4},
+        {"top_k": 12, "top_p": 0.7},
+        {"temperature": 0.6, "top_k": 30, "top_p": 0.9, "min_p": 0.05, "penalty": 1.2},
+        {"temperature": 1.7, "top_p": 0.95, "min_p": 0.1, "penalty": 0.8},
+    ],
+    ids=str,
+)
+def test_what_can_be_drawn_is_that_of_the_logits_processors_of_transformers(options):
+    rng = np.random.default_rng(1)
+    logits = rng.normal(size=(3, 60), scale=2.0).astype(np.float32)
+    prompts = rng.integers(0, 60, (3, 20))
+    seen = np.zeros((3, 60), bool)
+    np.put_along_axis(seen, prompts, True, axis=-1)
+    processors = [
+        transformers.RepetitionPenaltyLogitsProcessor(options.get("penalty", 1.0)),
+        transformers.TemperatureLogitsWarper(options.get("temperature", 1.0)),
+        transformers.TopKLogitsWarper(options.get("top_k", 60)),
+        transformers.TopPLogitsWarper(options.get("top_p", 1.0)),
+        transformers.MinPLogitsWarper(options.get("min_p", 0.0)),
+    ]
+    expected = transformers.LogitsProcessorList(processors)(
+        torch.tensor(prompts), torch.tensor(logits)
+    )
+    found = left_of(logits, **options, seen=seen)
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
+    assert np.any(found != logits)
+
+
+def test_a_penalty_of_repetition_is_that_of_transformers(tiny_llama):
+    folder, model = tiny_llama
+    options = {"max_new_tokens": 25, "eos_token_ids": ()}
+    found = generate(model, PROMPTS, sampling=Sampling(repetition_penalty=1.5), **options)
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    for prompt, new in zip(PROMPTS, found, strict=True):
+        expected = theirs.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=25,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            repetition_penalty=1.5,
+        )
+        assert new == expected[0, len(prompt) :].tolist()
+    assert found != generate(model, PROMPTS, **options)
 
 
 def test_dropout_is_off_and_stays_as_it_was(tiny_llama):
@@ -120,7 +183,7 @@ def test_weights_that_are_no_numbers_are_refused(tiny_llama, bad):
 def test_more_likely_tokens_than_there_are(tiny_llama):
     _, model = tiny_llama
     draw = lambda top_k: generate(  # noqa: E731
-        model, PROMPTS, max_new_tokens=5, temperature=1.0, top_k=top_k
+        model, PROMPTS, max_new_tokens=5, sampling=Sampling(1.0, top_k=top_k)
     )
     assert draw(2**70) == draw(None)
 
@@ -138,6 +201,27 @@ def test_text_in_and_out(tiny_llama):
     assert generate_text(model, tokenizer, texts, max_new_tokens=6) == expected
 
 
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, seed=3)], ids=str)
+def test_a_streamed_text_is_the_same(tiny_llama, sampling):
+    _, model = tiny_llama
+    tokenizer = tiny_tokenizer()
+    options = {"max_new_tokens": 12, "sampling": sampling}
+    pieces = list(stream_text(model, tokenizer, "a joy", **options))
+    assert generate_text(model, tokenizer, ["a joy"], **options) == ["".join(pieces)]
+    assert len(pieces) > 1
+
+
+def test_a_character_of_several_tokens_is_streamed_whole(tiny_llama, monkeypatch):
+    _, model = tiny_llama
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer("né!")["input_ids"][1:]
+    assert len(ids) == 4  # two of them for the second letter
+    done = []
+    monkeypatch.setattr(module._Generation, "advance", lambda *_: done.append(1) or len(done) < 4)
+    monkeypatch.setattr(module._Generation, "tokens", lambda *_: [ids[: len(done)]])
+    assert list(stream_text(model, tokenizer, "a", max_new_tokens=9)) == ["n", "é", "!"]
+
+
 def test_prompts_are_encoded_as_in_training(tiny_llama):
     from tokenizers import processors
 
@@ -151,6 +235,26 @@ def test_prompts_are_encoded_as_in_training(tiny_llama):
     expected = plain.decode(torch_greedy(folder, ids, 6, 2), skip_special_tokens=True)
     for tokenizer, text in ((plain, "<s>a joy"), (ending, "a joy"), (ending, "<s>a joy")):
         assert generate_text(model, tokenizer, [text], max_new_tokens=6) == [expected]
+
+
+REASONING = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' and loop.last %}<think></think>{% endif %}"
+    "{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+def test_conversations_go_on_where_a_template_changes_earlier_turns():
+    """As those do that leave out the reasoning of all turns but the last."""
+    tokenizer = tiny_tokenizer(chat_template=REASONING)
+    said = ["two?", "2", "three?", "3", "four?"]
+    roles = ["user", "assistant"] * 3
+    chat = [{"role": r, "content": c} for r, c in zip(roles, said, strict=False)]
+    (found,) = encode_prompts(tokenizer, [chat])
+    assert found == tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_dict=False
+    )
 
 
 def test_token_that_the_model_has_no_weights_for(tiny_llama):
@@ -173,14 +277,30 @@ def test_no_prompts_no_texts(tiny_llama):
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
         ([[1]], {"max_new_tokens": 2**40}, "expected 1 to 1048576 (2^20)"),
         ([[1]], {"max_new_tokens": 10**5000}, "max_new_tokens is <int>"),
-        ([[1]], {"temperature": -1.0}, "temperature is -1.0"),
-        ([[1]], {"top_k": 0}, "top_k is 0"),
-        ([[1]], {"top_p": 0.0}, "top_p is 0.0"),
-        ([[1]], {"seed": -1}, "seed is -1"),
-        ([[1]], {"seed": 2**64}, "seed is 18446744073709551616"),
     ],
 )
 def test_what_makes_no_sense_is_refused(tiny_llama, prompts, options, said):
     with pytest.raises(InputError) as raised:
         generate(tiny_llama[1], prompts, **{"max_new_tokens": 2} | options)
+    assert said in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"min_p": 1.5}, "min_p is 1.5, expected 0 to 1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0, expected a positive number"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**64}, "seed is 18446744073709551616"),
+        ({"top_k": 5}, "top_k is 5 at temperature 0"),
+        ({"min_p": 0.1}, "min_p is 0.1 at temperature 0"),
+    ],
+)
+def test_a_sampling_that_makes_no_sense_is_refused(options, said):
+    with pytest.raises(InputError) as raised:
+        Sampling(**options)
     assert said in str(raised.value)

@@ -19,6 +19,10 @@ class InputError(ValueError):
     """
 
 
+class NotFiniteError(InputError):
+    """Training cannot go on: losses, gradients or parameters are infinite or NaN."""
+
+
 def shown(value: Any) -> str:
     """Formats a value for a message: its `repr`, cut to 200 characters.
 

@@ -1,4 +1,4 @@
-"""The command line: loft-jax finetune | evaluate | generate | export | merge | average | plan."""
+"""The command line: loft-jax COMMAND, one file for each command."""
 
 import sys
 from collections.abc import Sequence

@@ -12,6 +12,7 @@ import tyro
 
 import loft_jax
 from loft_jax.cli.average import Average
+from loft_jax.cli.compilation_cache import keep_compiled_programs
 from loft_jax.cli.data import Data
 from loft_jax.cli.evaluate import Evaluate
 from loft_jax.cli.export import Export
@@ -21,6 +22,7 @@ from loft_jax.cli.help import help_of
 from loft_jax.cli.merge import Merge
 from loft_jax.cli.method_flags import METHOD_FLAGS
 from loft_jax.cli.plan import Plan
+from loft_jax.cli.sweep import Sweep
 from loft_jax.cli.unknown_flags import parser_of, refuse_unknown
 from loft_jax.errors import InputError
 from loft_jax.streams import readers_may_leave
@@ -42,6 +44,7 @@ _COMMANDS: dict[str, type[Callable[[], int]]] = {
     "merge": Merge,
     "average": Average,
     "plan": Plan,
+    "sweep": Sweep,
 }
 
 
@@ -92,6 +95,8 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     command = _COMMANDS[name]
     options: dict[str, Any] = {"prog": f"loft-jax {name}", "registry": METHOD_FLAGS}
     asks_help = "-h" in arguments or "--help" in arguments
+    if command is Sweep and not asks_help:
+        return Sweep(tuple(arguments))()  # its options are those of finetune, with several values
     if command is Finetune:
         options["default"] = finetune_default([] if asks_help else arguments)
     parser = parser_of(command, **options)
@@ -99,7 +104,10 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         print(help_of(parser, command.__doc__ or ""))
         return 0
     refuse_unknown(parser, arguments)
-    return tyro.cli(command, args=arguments, **options)()
+    made = tyro.cli(command, args=arguments, **options)
+    if command is not Finetune:  # which first joins the other processes of its run
+        keep_compiled_programs()
+    return made()
 
 
 @contextlib.contextmanager

@@ -16,8 +16,9 @@ from loft_jax.training.config_io import load_config
 class Export:
     """Write a checkpoint of a run as a PEFT adapter (or as a whole model, for method full).
 
-    Settings are those saved with the checkpoint. Only `model.path`, the base model, is read from
-    the run's config.yaml, since the base model may have moved.
+    Settings are those saved with the checkpoint. Only `model.path`, the base model, and
+    `lora.adapter`, the adapter that the run went on from, are read from the run's config.yaml,
+    since they may have moved.
     """
 
     run: tyro.conf.Positional[str]
@@ -41,16 +42,18 @@ class Export:
         check_output(self.output)
         if self.push_to_hub:
             open_repository(self.push_to_hub)
-        now = load_config(Path(self.run) / "config.yaml").get("model", {})
+        now = load_config(Path(self.run) / "config.yaml")
         checkpoints = Checkpoints(Path(self.run) / "checkpoints", read_only=True)
         step = self._step(checkpoints.steps(), checkpoints.best_step())
         config = trained_with(checkpoints.run_of(step), f"{checkpoints.folder}/{step}")
-        # Only the path is read from the file: the base model may have moved.
-        base = now.get("path", config.model.path)
+        # Only the paths are read from the file: what they name may have moved.
+        base = now.get("model", {}).get("path", config.model.path)
+        start = now.get("lora", {}).get("adapter", config.lora.adapter)
         names = self.base_model_name or config.export.base_model_name
         config = dataclasses.replace(
             config,
             model=dataclasses.replace(config.model, path=base),
+            lora=dataclasses.replace(config.lora, adapter=start),
             export=ExportConfig(names, self.push_to_hub),
         )
         model, task = restore_model(config, checkpoints, step)

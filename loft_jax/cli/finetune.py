@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from loft_jax.cli.compilation_cache import keep_compiled_programs
 from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.config_io import config_from_dict, load_config
 from loft_jax.training.distributed import DistributedConfig, is_main, join
 
 if TYPE_CHECKING:
     from loft_jax.training.callbacks import RunResult
+
+_log = logging.getLogger(__name__)
 
 INTERRUPTED = 130
 """Exit code of a run that was asked to stop, as of any command after Ctrl-C."""
@@ -39,6 +42,8 @@ class Finetune:
         from loft_jax.training.loop import finetune
 
         join(self.distributed)
+        if folder := keep_compiled_programs():
+            _log.info("compiled programs are kept in %s", folder)
         if not is_main():
             logging.getLogger("loft_jax").setLevel(logging.ERROR)
         result = finetune(self.run, resume=self.resume)
@@ -61,6 +66,8 @@ class Finetune:
 def finetune_default(arguments: Sequence[str]) -> Finetune:
     """Finds the defaults of the flags, from a --config file and the dataclasses.
 
+    The model is by default the one that a given --adapter names.
+
     Args:
         arguments: As typed after `loft-jax finetune`.
 
@@ -70,13 +77,25 @@ def finetune_default(arguments: Sequence[str]) -> Finetune:
     Raises:
         InputError: The file cannot be read, or a value in it is wrong.
     """
-    path = ""
-    for flag, value in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
-        if flag == "--config":
-            path = value
-        elif flag.startswith("--config="):
-            path = flag.removeprefix("--config=")
+    path = _typed(arguments, "--config")
     fields: dict[str, Any] = {"output": tyro.MISSING, **(load_config(path) if path else {})}
+    adapter = _typed(arguments, "--adapter") or fields.get("lora", {}).get("adapter")
+    named = adapter and not _typed(arguments, "--model") and "path" not in fields.get("model", {})
     for section in ("model", "data"):
         fields[section] = {"path": tyro.MISSING, **fields.get(section, {})}
+    if named:
+        from loft_jax.hub.peft_base import base_model_of
+
+        fields["model"]["path"] = base_model_of(adapter)
     return Finetune(run=config_from_dict(fields), config=path)
+
+
+def _typed(arguments: Sequence[str], flag: str) -> str:
+    """Gives the last value of a flag as it was typed; empty without it."""
+    found = ""
+    for word, value in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
+        if word == flag:
+            found = value
+        elif word.startswith(f"{flag}="):
+            found = word.removeprefix(f"{flag}=")
+    return found

@@ -49,14 +49,15 @@ def load_peft_adapter(
     *,
     hf_name: NameRule | None = None,
     dtype: DTypeLike | None = None,
+    dropout: float = 0.0,
+    rngs: nnx.Rngs | None = None,
 ) -> Model:
     """Reads an adapter in PEFT's format into a model, in place.
 
-    A model without LoRA gets LoRA layers, without dropout, which does not affect what an adapter
-    computes. A model with LoRA must have it on the same layers as the adapter, with the same ranks
-    and alphas, and with rsLoRA and DoRA if the adapter has them; its factors and magnitudes are
-    overwritten. Its initial product must be zero (not "balanced" or "pissa"), since no adapter
-    holds another one. If an error is raised, the model is unchanged.
+    A model without LoRA gets LoRA layers. A model with LoRA must have it on the same layers as the
+    adapter, with the same ranks and alphas, and with rsLoRA and DoRA if the adapter has them; its
+    factors and magnitudes are overwritten. Its initial product must be zero (not "balanced" or
+    "pissa"), since no adapter holds another one. If an error is raised, the model is unchanged.
 
     An adapter may adapt some layers of a stack, and its layers may differ in rank, alpha and dtype.
     Those of one stack have one rank and one alpha here: the largest rank, and the scaling that goes
@@ -74,6 +75,8 @@ def load_peft_adapter(
         hf_name: As in `save_peft_adapter`.
         dtype: Dtype of the factors; by default that of the model's factors, if it has LoRA, and
             else that of the file.
+        dropout: Dropout of the LoRA layers that a model without LoRA gets; for training only.
+        rngs: As in `add_lora`, for dropout; by default of seed 0.
 
     Returns:
         The same model.
@@ -109,7 +112,8 @@ def load_peft_adapter(
         values = {path: _values(file, existing.get(path), f, dtype) for path, f in filled.items()}
         if not existing:
             numbers = {path: f.numbers for path, f in filled.items() if f.numbers is not None}
-            insert_lora(model, _lora_config(config, filled), rngs=nnx.Rngs(0), numbers=numbers)
+            lora = _lora_config(config, filled, dropout)
+            insert_lora(model, lora, rngs=rngs or nnx.Rngs(0), numbers=numbers)
     file.log_unknown_to_peft()
     parameters = flat_parameters(model, nnx.Param)
     for path, stored in whole.items():
@@ -522,9 +526,10 @@ def _values(
     return values
 
 
-def _lora_config(config: PeftConfig, filled: dict[str, _Filled]) -> LoRAConfig:
+def _lora_config(config: PeftConfig, filled: dict[str, _Filled], dropout: float) -> LoRAConfig:
     return LoRAConfig(
         rank=1,
+        dropout=dropout,
         init=nnx.initializers.zeros,  # replaced by the factors that were read
         target_modules=f"(?:{'|'.join(re.escape(path) for path in filled)})",
         rank_pattern={f"^{re.escape(path)}": f.strength.rank for path, f in filled.items()},

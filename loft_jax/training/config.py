@@ -90,7 +90,9 @@ class AdapterConfig:
     """The adapters of a run; the method may set further options of them.
 
     Args:
-        rank: Rank of the adapters.
+        adapter: Folder of a PEFT adapter to go on from. It decides on rank, alpha, modules and
+            layers, rsLoRA and DoRA; of the settings below, `dropout` remains.
+        rank: Rank of the adapters, by default 16.
         alpha: LoRA's alpha; the scaling is alpha / rank. By default the rank, for a scaling of 1.
             LoFT does not depend on it.
         target_modules: Names of the modules that get an adapter, one regular expression, or
@@ -109,7 +111,8 @@ class AdapterConfig:
         InputError: A value is out of its range.
     """
 
-    rank: int = 16
+    adapter: str = field(default="", metadata=_PLACE)
+    rank: int | None = None
     alpha: float | None = None
     target_modules: tuple[str, ...] = ("all-linear",)
     exclude_modules: tuple[str, ...] = ()
@@ -469,6 +472,13 @@ class FinetuneConfig:
             raise InputError(
                 f"lora.init is {shown(self.lora.init)}, but method {self.method.name} has a start "
                 "of its own"
+            )
+        if self.lora.adapter and (starts or self.lora.init != AdapterConfig.init):
+            why = "has a start of its own" if self.method.adapts else "trains no adapter"
+            setting = f"method {self.method.name} {why}" if starts else "lora.init is set too"
+            raise InputError(
+                f"lora.adapter is {shown(self.lora.adapter)}, but {setting}; expected one of the "
+                "two"
             )
         if not self.method.adapts and self.model.quantization != "none":
             raise InputError(

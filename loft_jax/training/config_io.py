@@ -137,6 +137,9 @@ def config_to_dict(config: FinetuneConfig) -> dict[str, Any]:
 def check_same_run(saved: dict[str, Any], now: dict[str, Any], *, same_content: bool) -> None:
     """Refuses to resume a run with settings that would have made it another run.
 
+    The number of steps may change if the learning rate does not depend on it, with the schedule
+    "constant".
+
     Args:
         saved: What the run was started with, from `config_to_dict`.
         now: What it is to be resumed with.
@@ -150,11 +153,26 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any], *, same_content: 
     was, became = dict(_flat(saved)), dict(_flat(now))
     for name in (*was, *became):
         section, _, _ = name.partition(".")
-        if was.get(name) != became.get(name) and not {section, name} & free:
-            raise InputError(
-                f"cannot resume with another {name}: the run was started with "
-                f"{shown(was.get(name))}, now it is {shown(became.get(name))}"
+        if was.get(name) == became.get(name) or {section, name} & free:
+            continue
+        why = ""
+        if name in _NUMBERS_OF_STEPS:
+            shapes = was.get("schedule.shape"), became.get("schedule.shape")
+            if shapes == ("constant", "constant"):
+                continue
+            trained = "--model" if was.get("method.name") == "full" else "--adapter"
+            why = (
+                f". The learning rates of a {shapes[0]} schedule depend on the number of steps; "
+                f"expected a new run that goes on from this one ({trained} with the folder that it "
+                "wrote), or the schedule constant from the start, which can be extended"
             )
+        raise InputError(
+            f"cannot resume with another {name}: the run was started with "
+            f"{shown(was.get(name))}, now it is {shown(became.get(name))}{why}"
+        )
+
+
+_NUMBERS_OF_STEPS = ("schedule.steps", "schedule.epochs")
 
 
 def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

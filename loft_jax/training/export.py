@@ -30,6 +30,7 @@ from loft_jax.training.model import (
 )
 from loft_jax.training.model_card import model_card
 from loft_jax.training.partition import split_model
+from loft_jax.training.start_adapter import start_fingerprint
 
 CARD_NAME = "README.md"
 """The file that the Hugging Face hub shows."""
@@ -57,7 +58,8 @@ def restore_model(
     """Restores the model of a run as it was at one of its checkpoints.
 
     Args:
-        config: From `trained_with`; the path of its model may have changed.
+        config: From `trained_with`; the paths of its model and of the adapter that it went on from
+            may have changed.
         checkpoints: Of the run.
         step: One of `checkpoints.steps()`.
 
@@ -82,6 +84,9 @@ def restore_model(
     with explained(f"{checkpoints.folder / str(step)}: does not say what it was trained on"):
         check_fingerprints(saved, {"model": base_fingerprint(base)}, doing="export")
     model = adapted(base, config, task)
+    if config.lora.adapter:
+        start = {"lora.adapter": start_fingerprint(model)}
+        check_fingerprints(saved, start, doing="export")
     parts = split_model(model, trained_variables(config.method, task.head_modules(model)))
     here = SingleDeviceSharding(jax.local_devices()[0])  # whatever mesh it was saved from
     like = jax.tree.map(

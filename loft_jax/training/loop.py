@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import jax
 from flax import nnx
 from tqdm.auto import tqdm
 
-from loft_jax.errors import InputError
+from loft_jax.errors import InputError, NotFiniteError
 from loft_jax.hub.host_arrays import gather_to_host
 from loft_jax.hub.repository import open_repository
 from loft_jax.tasks.own_loss import RowLoss
@@ -34,13 +35,14 @@ from loft_jax.training.mesh import check_batch, make_mesh
 from loft_jax.training.metrics import (
     MetricsLog,
     check_wandb,
-    plot_losses,
     read_metrics,
     rise_of_loss,
 )
 from loft_jax.training.model import with_precision
+from loft_jax.training.monitor import Compilations
 from loft_jax.training.objects import Objects
 from loft_jax.training.one_run import only_run
+from loft_jax.training.plot import plot_run
 from loft_jax.training.profiler import StepProfiler
 from loft_jax.training.run import Run
 from loft_jax.training.step import TrainState
@@ -70,7 +72,8 @@ def finetune(
     `loss.png` (with matplotlib) and `adapter/` in PEFT's format (`model/` for method "full"). On an
     interrupt or a termination signal the function saves a checkpoint and returns; a killed run
     loses the steps since its last checkpoint. A resumed run continues as if it had never stopped,
-    bit for bit on the same machine. Outside the main thread it leaves signals alone.
+    bit for bit on the same machine; with a constant schedule it may have more steps than before.
+    Outside the main thread it leaves signals alone.
 
     Models and examples are named by the configuration, or given as objects. A resumed run may be
     given either, with the same content: fingerprints of weights and examples are compared.
@@ -154,7 +157,7 @@ def finetune(
         wait_for_all("metrics and adapter written")
         rows = read_metrics(folder / "metrics.jsonl")
         if is_main():
-            plot_losses(rows, folder / "loss.png")
+            plot_run(rows, folder / "loss.png")
             if finished and (rise := rise_of_loss(rows, held_out=run.measures)):
                 _log.warning(
                     "%s: expected it to fall; a smaller learning_rate than %g may train",
@@ -197,10 +200,21 @@ def _checkpoints(config: FinetuneConfig, resume: bool | Literal["auto"]) -> Iter
             raise InputError(f"{folder / 'model'}: exists already; choose another output")
         if resume:
             saved = _started_with(checkpoints, folder)
-            check_same_run(saved, config_to_dict(config), same_content=bool(checkpoints.steps()))
+            now = config_to_dict(config)
+            check_same_run(saved, now, same_content=bool(checkpoints.steps()))
+            if not config.method.adapts and saved["schedule"] != now["schedule"]:
+                _set_model_aside(folder)
         yield checkpoints
     finally:
         checkpoints.close()
+
+
+def _set_model_aside(folder: Path) -> None:
+    """Renames the model of a finished run that is extended, since it writes another."""
+    if is_main() and (model := folder / "model").exists():
+        aside = folder / f"model-{time.strftime('%Y%m%d-%H%M%S')}"
+        model.rename(aside)
+        _log.warning("%s: is of fewer steps; now %s", model, aside.name)
 
 
 def _started_with(checkpoints: Checkpoints, folder: Path) -> dict[str, Any]:
@@ -270,6 +284,7 @@ def _train(
         disable=not run.progress,
         unit="step",
     )
+    compilations = Compilations(bar, config.method.name, speed)
     with (
         bar,
         StepProfiler(Path(config.output) / "profile", config.logging.profile_steps) as profiler,
@@ -281,7 +296,8 @@ def _train(
             if len(ahead) == _STEPS_AHEAD:
                 jax.block_until_ready(ahead.popleft())
             profiler.before(done + 1, ahead)
-            state, metrics = run.step(state, run.parts.frozen, placed)
+            with compilations.of(placed):
+                state, metrics = run.step(state, run.parts.frozen, placed)
             done += 1
             ahead.append(metrics)
             profiler.after(done, metrics)
@@ -340,7 +356,7 @@ def _check_skipped(state: TrainState, run: Run, known: int) -> int:
     done = int(gather_to_host(state.step))
     skipped, in_a_row = (int(count) for count in gather_to_host(state.skipped))
     if in_a_row >= run.config.optimizer.max_skipped_steps or skipped == run.steps:
-        raise InputError(
+        raise NotFiniteError(
             f"loss or gradient was not finite in {in_a_row} steps in a row, up to step {done} of "
             f"{run.steps}; the last checkpoint is kept. Expected a smaller learning_rate, or a "
             "larger eps, to train"

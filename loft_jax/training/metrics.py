@@ -1,4 +1,4 @@
-"""Writes, reads, plots and checks the metrics of a run."""
+"""Writes, reads and checks the metrics of a run."""
 
 import contextlib
 import json
@@ -73,7 +73,8 @@ class MetricsLog:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
             for name, value in values.items():
-                event = Event(wall_time=time.time(), step=step, summary=scalar(name, value))
+                summary = scalar(tensorboard_tag(name), value)
+                event = Event(wall_time=time.time(), step=step, summary=summary)
                 self._events.write_event(event)
             self._events.flush()
         if self._wandb is not None:
@@ -90,6 +91,32 @@ class MetricsLog:
 
     def _writable(self) -> contextlib.AbstractContextManager[None]:
         return explained(f"{self.path.parent}: cannot write metrics")
+
+
+_GROUPS = {
+    "optimizer": ("learning_rate", "grad_norm", "update_norm", "gram_condition", "skipped_steps"),
+    "memory": ("device_bytes", "host_bytes"),
+}
+
+
+def tensorboard_tag(name: str) -> str:
+    """Gives the tag of a metric in TensorBoard, which shows what is before the slash as a group.
+
+    Args:
+        name: As in `metrics.jsonl`.
+
+    Returns:
+        The tag, in the group "train", "eval", "optimizer", "memory" or "speed".
+
+    Example:
+        >>> tensorboard_tag("eval_loss"), tensorboard_tag("grad_norm"), tensorboard_tag("mfu")
+        ('eval/loss', 'optimizer/grad_norm', 'speed/mfu')
+    """
+    first, _, rest = name.partition("_")
+    if first in ("train", "eval"):
+        return f"{first}/{rest}"
+    group = next((group for group, names in _GROUPS.items() if name in names), "speed")
+    return f"{group}/{name}"
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -126,35 +153,6 @@ def _is_row(row: Any) -> bool:
         and type(row.get("step")) is int
         and all(type(value) in (int, float) and abs(value) < 1e300 for value in row.values())
     )
-
-
-def plot_losses(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> bool:
-    """Plots training and evaluation loss by step.
-
-    Args:
-        rows: Rows of `metrics.jsonl`.
-        path: PNG file to write.
-
-    Returns:
-        Whether it was plotted: False if matplotlib, the extra `plot`, is not installed.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    for name, style in (("train_loss", "-"), ("eval_loss", "o-")):
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=name.replace("_", " "))
-    axes.set(xlabel="step", ylabel="loss (nats a token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with replacing(path) as partial:
-        FigureCanvasAgg(figure).print_png(partial)
-    return True
 
 
 def rise_of_loss(rows: Sequence[dict[str, Any]], *, held_out: bool) -> str:

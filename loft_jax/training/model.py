@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, Sharding
 
-from loft_jax.errors import InputError
+from loft_jax.errors import InputError, shown
 from loft_jax.hub import load_pretrained
 from loft_jax.lora import LoRAConfig, add_lora, lora_layers
 from loft_jax.methods import Method
@@ -28,6 +28,7 @@ from loft_jax.tasks.task import Task
 from loft_jax.training.checksum import tree_checksum
 from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.shardings import parameter_spec
+from loft_jax.training.start_adapter import load_start
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -137,6 +138,7 @@ def check_fingerprints(saved: Mapping[str, Any], now: Mapping[str, str], *, doin
 
 _CHANGES = {
     "model": "its weights are others, or its configuration",
+    "lora.adapter": "its factors are others, or their scaling",
     "data.path": "its examples are others, or their order or their tokens",
     "evaluation.path": "its examples are others, or their order",
 }
@@ -194,9 +196,9 @@ def _computation(config: FinetuneConfig) -> dict[str, Any]:
 
 
 def adapted(model: Model, config: FinetuneConfig, task: Task) -> Model:
-    """Adds the initial adapters of a run to its base model, in place.
+    """Adds the initial adapters of a run, or those that it goes on from, to its base model.
 
-    A head that is trained beside them is cast to float32.
+    The model is changed in place. A head that is trained beside them is cast to float32.
 
     Args:
         model: The base model; under `nnx.eval_shape`, of shapes only.
@@ -211,11 +213,15 @@ def adapted(model: Model, config: FinetuneConfig, task: Task) -> Model:
             cannot train them.
     """
     if config.method.adapts:
-        given, targets = vars(config.lora), config.lora.target_modules
-        one = {"target_modules": targets[0]} if len(targets) == 1 else {}  # which may be a pattern
-        numbers = {"layers": config.lora.layer_numbers()}
-        lora = LoRAConfig(**{**given, **one, **numbers, **config.method.lora})
-        add_lora(model, lora, rngs=nnx.Rngs(config.seed))
+        if config.lora.adapter:
+            if not isinstance(model, PretrainedModel):
+                raise InputError(
+                    f"lora.adapter is {shown(config.lora.adapter)}, but the model is of no family, "
+                    "whose names adapters have; expected a new adapter"
+                )
+            load_start(model, config, task)
+        else:
+            add_lora(model, _lora_config(config), rngs=nnx.Rngs(config.seed))
         config.method.check_layers(layers := lora_layers(model))
         outputs = task.head_modules(model)
         for path in layers:
@@ -229,6 +235,20 @@ def adapted(model: Model, config: FinetuneConfig, task: Task) -> Model:
             variable.set_value(variable.get_value().astype(jnp.float32))
     model.train()
     return model
+
+
+_RANK = 16
+"""The rank of adapters, if it is not set."""
+
+
+def _lora_config(config: FinetuneConfig) -> LoRAConfig:
+    settings: dict[str, Any] = {**vars(config.lora), "layers": config.lora.layer_numbers()}
+    del settings["adapter"]
+    if config.lora.rank is None:
+        settings["rank"] = _RANK
+    if len(targets := config.lora.target_modules) == 1:
+        settings["target_modules"] = targets[0]  # which may be a pattern
+    return LoRAConfig(**{**settings, **config.method.lora})
 
 
 def trained_variables(method: Method, heads: Sequence[str] = ()) -> Any:

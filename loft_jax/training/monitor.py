@@ -1,29 +1,33 @@
 """Metrics of a run apart from its loss: speed, memory, condition numbers."""
 
 import contextlib
+import logging
 import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from loft_jax.hub.host_arrays import gather_to_host
 from loft_jax.models.activations import gathered
 from loft_jax.optim import factor_grams
 from loft_jax.training.flops import ModelFlops, peak_flops
 
-_PARTS = ("data", "eval", "save")
+_PARTS = ("data", "compile", "eval", "save")
+
+_log = logging.getLogger(__name__)
 
 
 class Speedometer:
     """Measures how the time since the last log line was spent, and the speed of training in it.
 
     JAX computes asynchronously, so single steps cannot be timed: the time of the steps is the
-    interval without the time spent on data, evaluation and saving.
+    interval without the time spent on data, compilation, evaluation and saving.
     """
 
     def __init__(self, flops: ModelFlops | None, *, full: bool, devices: int) -> None:
@@ -46,7 +50,7 @@ class Speedometer:
 
     @contextlib.contextmanager
     def spent_on(self, part: str) -> Iterator[None]:
-        """Adds the time spent inside to "data", "eval" or "save"."""
+        """Adds the time spent inside to "data", "compile", "eval" or "save"."""
         start = time.perf_counter()
         try:
             yield
@@ -65,8 +69,8 @@ class Speedometer:
 
         Returns:
             `tokens_per_second` and `seconds_per_step` for the time of the steps; `seconds_data`,
-            `seconds_eval` and `seconds_save` for the whole interval; and on known chips `mfu`, the
-            ratio of model FLOPs per second to the peak of the chips.
+            `seconds_compile`, `seconds_eval` and `seconds_save` for the whole interval; and on
+            known chips `mfu`, the ratio of model FLOPs per second to the peak of the chips.
         """
         training = time.perf_counter() - self._start - sum(self._spent.values())
         values = {
@@ -78,6 +82,42 @@ class Speedometer:
             values["mfu"] = self._flops / training / (self._peak * self._devices)
         self.restart()
         return values
+
+
+class Compilations:
+    """Says on the bar, in the log and to the speedometer when the step is compiled.
+
+    JAX compiles a program for each shape of batches, when the first one comes.
+    """
+
+    def __init__(self, bar: "tqdm[Any]", name: str, speed: Speedometer) -> None:
+        """Starts with no program.
+
+        Args:
+            bar: Of the steps.
+            name: Its usual description.
+            speed: Of the run; counts the time as "compile".
+        """
+        self._bar, self._name, self._speed = bar, name, speed
+        self._shapes: set[tuple[Any, ...]] = set()
+
+    @contextlib.contextmanager
+    def of(self, batch: Mapping[str, jax.Array]) -> Iterator[None]:
+        """Surrounds the call of the step with a batch; does nothing if its shape is known."""
+        shapes = tuple(x.shape for x in batch.values())
+        if shapes in self._shapes:
+            yield
+            return
+        self._shapes.add(shapes)
+        size = " x ".join(map(str, max(shapes, key=math.prod)))
+        self._bar.set_description(f"{self._name}: compiling for batches of {size} ...")
+        start = time.perf_counter()
+        with self._speed.spent_on("compile"):
+            yield
+        self._bar.set_description(self._name, refresh=False)
+        self._bar.clear()
+        seconds = time.perf_counter() - start
+        _log.info("compiled the step for batches of %s in %.1f s", size, seconds)
 
 
 def memory_in_use() -> dict[str, float]:

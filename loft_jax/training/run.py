@@ -14,7 +14,7 @@ from loft_jax.data import Batch, DataConfig, train_stream
 from loft_jax.data.presets import find_preset
 from loft_jax.data.row_formats import RowReader, column_names
 from loft_jax.data.templates import Chat
-from loft_jax.errors import InputError, explained, shown, size_of
+from loft_jax.errors import InputError, NotFiniteError, explained, shown, size_of
 from loft_jax.hub.host_arrays import gather_to_host
 from loft_jax.models.family import Family, PretrainedConfig, PretrainedModel
 from loft_jax.optim import state_bytes
@@ -45,6 +45,7 @@ from loft_jax.training.optimizer import make_optimizer, make_schedule
 from loft_jax.training.partition import split_model
 from loft_jax.training.sample_generations import SampleGenerations
 from loft_jax.training.shardings import step_shardings
+from loft_jax.training.start_adapter import check_start, known_labels, start_fingerprint
 from loft_jax.training.step import TrainState, initial_state, make_step
 
 _log = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class Run:
             InputError: Model, data or targets are not what they should be.
         """
         schedule = config.schedule
+        check_start(config)
         self.config = config
         self.progress = progress
         self._mesh = mesh
@@ -117,7 +119,8 @@ class Run:
         if not self._best_metric and data.preset:
             self._best_metric = find_preset(data.preset).best_metrics
         self.task.check_metrics(self._best_metric)
-        if known and config.method.adapts:  # refuses wrong targets before the work of tokenizing
+        if known and config.method.adapts and not config.lora.adapter:
+            # Wrong targets are refused before the work of tokenizing.
             abstract_model(*known, config, self.task)
         tokens = self.task.tokenize(rows, self.processor, data, vocab_size=vocab_size)
         self.stream = train_stream(tokens, data, batch_size=schedule.batch_size, seed=config.seed)
@@ -152,6 +155,8 @@ class Run:
         }
         self._flops = ModelFlops.of(base) if isinstance(base, PretrainedModel) else None
         model = adapted(base, config, self.task)
+        start = start_fingerprint(model) if config.lora.adapter else ""
+        self._fingerprints["lora.adapter"] = start
         self.schedule = make_schedule(schedule, self.steps)
         tx = make_optimizer(config, self.schedule, scaling_of(model))
         heads = self.task.head_modules(model)
@@ -212,7 +217,7 @@ class Run:
 
         Raises:
             InputError: There are checkpoints but none is intact, or they belong to another model or
-                other examples.
+                other examples, or the number of steps is less than was done.
         """
         own, self._own = self._own, None
         if not checkpoints.steps():
@@ -228,11 +233,26 @@ class Run:
             self._shardings.state,
         )
         state, plain = checkpoints.restore_newest(like)
+        self._check_steps(int(gather_to_host(state.step)), plain)
         with explained(f"{checkpoints.folder}: has no position in the data to resume from"):
             self.stream.set_state(plain["data"])
             self.callbacks.set_state(plain["callbacks"])
         _log.info("resumed at step %d of %d", int(gather_to_host(state.step)), self.steps)
         return state, plain
+
+    def _check_steps(self, done: int, plain: Mapping[str, Any]) -> None:
+        """Refuses another number of steps where what was done would have been something else."""
+        if done > self.steps:
+            raise InputError(
+                f"schedule.steps is {self.steps}, but the run is at step {done} already; expected "
+                "that many at least"
+            )
+        warmup, before = self.config.schedule.warmup_steps, plain.get("steps", self.steps)
+        if min(warmup, before) != min(warmup, self.steps):
+            raise InputError(
+                f"cannot resume with {self.steps} steps: the run was started with {before}, fewer "
+                f"than its warmup_steps {warmup}, and had a shorter warmup; expected a new run"
+            )
 
     def placed(self, batch: Batch) -> dict[str, jax.Array]:
         """Puts a batch of the stream on the devices.
@@ -303,16 +323,19 @@ class Run:
             postponed: Whether an evaluation that is due at this step was left to the resumed run.
 
         Raises:
-            InputError: Parameters are not finite, or nothing can be written.
+            NotFiniteError: Parameters are not finite.
+            InputError: Nothing can be written.
         """
         if not gather_to_host(_all_finite(state.params)):
             step = int(gather_to_host(state.step))
-            raise InputError(
+            raise NotFiniteError(
                 f"parameters are not finite at step {step}; the last checkpoint is kept. Expected "
                 "a smaller learning_rate, or a larger eps, to train"
             )
         plain = {
             "config": config_to_dict(self.config),
+            "steps": self.steps,
+            "best_metrics": list(self._best_metric or self.task.best_metrics),
             "data": self.stream.get_state(),
             "fingerprints": self._fingerprints,
             "task": {"name": self.task.name, "settings": self.task.settings()},
@@ -400,7 +423,8 @@ def task_of(
         held_out: Held-out examples, or None.
 
     Returns:
-        The task. Its labels are in the order of the model's, if these are the same.
+        The task. Its labels are in the order of the model's, or of those of the adapter that the
+        run goes on from, if these are the same.
 
     Raises:
         InputError: The rows fit several tasks, or do not fit the named one.
@@ -412,7 +436,7 @@ def task_of(
         choices=config.evaluation.choices,
         labels=config.task.label_names,
         class_weights=config.task.class_weights,
-        known=getattr(sizes, "labels", ()),
+        known=known_labels(config) or getattr(sizes, "labels", ()),
     )
     return find_task(config.task.name, family, given).make(given)
 

@@ -35,7 +35,8 @@ def test_options_of_finetune_are_grouped_and_twenty_come_first(shown, capsys, mo
     assert {"--model", "--data.path", "--output", "--rank", "--learning-rate"} <= set(flags)
     every = re.findall(r"^  (--\S+)", text, flags=re.MULTILINE)
     assert len(every) == len(set(every))  # each once
-    assert "  --rank INT                Rank of the adapters. (default: 16)\n" in text
+    assert "  --rank INT                Rank of the adapters, by default 16.\n" in text
+    assert "  --batch-size INT          Number of rows in a step. (default: 16)\n" in text
     assert '"lora": AdamW on the factors.\n' in text  # a line for each method
 
 

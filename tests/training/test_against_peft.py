@@ -97,9 +97,42 @@ def test_losses_are_those_of_peft(
     )
     model = load_model(config, CausalLM())
     theirs = torch_model(config, model, tmp_path)
-    optimizer = make_torch_optimizer(theirs)
-    trained = [p for p in theirs.parameters() if p.requires_grad]
+    check_same_losses(config, model, theirs, make_torch_optimizer(theirs))
 
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_going_on_from_an_adapter_of_peft(method, make_config, tmp_path):
+    """Rank, alpha, their patterns, modules, layers, rsLoRA and DoRA are those of its folder."""
+    config = make_config(
+        method=method,
+        adapter=str(tmp_path / "adapter"),
+        rank=None,
+        target_modules=("all-linear",),
+        learning_rate=RATE,
+        weight_decay=DECAY,
+        max_grad_norm=0.0,
+    )
+    base = LlamaForCausalLM.from_pretrained(config.model.path)
+    settings = LoraConfig(
+        r=3,
+        lora_alpha=6,
+        target_modules=["q_proj", "down_proj"],
+        layers_to_transform=[1] if method == "lora" else None,
+        rank_pattern={"down_proj": 2},
+        alpha_pattern={"down_proj": 5},
+        use_rslora=method == "lora",
+        use_dora=method == "dora",
+        init_lora_weights=False,  # neither factor is zero, as after training
+    )
+    torch.manual_seed(0)
+    get_peft_model(base, settings).save_pretrained(tmp_path / "adapter")
+    base = LlamaForCausalLM.from_pretrained(config.model.path)
+    theirs = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
+    check_same_losses(config, load_model(config, CausalLM()), theirs, adamw(theirs))
+
+
+def check_same_losses(config, model, theirs, optimizer):
+    trained = [p for p in theirs.parameters() if p.requires_grad]
     tx = make_optimizer(config, optax.constant_schedule(RATE), scaling_of(model))
     parts = split_model(model, config.method.trained)
     state, step = initial_state(parts, tx), make_step(parts, CausalLM().loss, tx)

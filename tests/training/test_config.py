@@ -280,6 +280,12 @@ def test_what_a_resumed_run_may_change():
         check(move="alternate")
     with pytest.raises(InputError, match=r"another data\.max_length: .* 1024, now it is 512"):
         check(data=DataConfig("d.jsonl", max_length=512, buckets=(1024,)))
+    for changes in ({"steps": 8}, {"epochs": 2.0}):
+        told = (
+            r"another schedule\.\w+: .* of a cosine schedule .* goes on from this one \(--adapter"
+        )
+        with pytest.raises(InputError, match=told):
+            check(**changes)
     moved = DataConfig("x", split="train[:9]", name="y", buckets=(1024,))
     check(model="there", data=moved, eval_path="e", eval_split="test")
     with pytest.raises(InputError, match=r"another data\.path: .*'d.jsonl', now it is 'x'"):

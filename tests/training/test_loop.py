@@ -6,6 +6,7 @@ import logging
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -49,7 +50,7 @@ def test_a_run_learns_and_leaves_everything(make_config, workspace, method):
     row = read_metrics(folder / "metrics.jsonl")[1]
     logged = {"step", "train_loss", "grad_norm", "update_norm", "learning_rate", "skipped_steps"}
     logged |= {"tokens_per_second", "seconds_per_step", "seconds_data", "seconds_eval"}
-    logged |= {"seconds_save", "host_bytes"}
+    logged |= {"seconds_compile", "seconds_save", "host_bytes"}
     assert set(row) - {"gram_condition"} == logged
     if method != "full":
         settings = json.loads((folder / "adapter" / "adapter_config.json").read_text())
@@ -215,6 +216,30 @@ def test_killed_before_the_first_checkpoint(make_config, tmp_path, caplog):
     assert losses(config.output) == losses(whole.output)
 
 
+def test_a_finished_run_of_constant_rates_goes_on(make_config, tmp_path, caplog):
+    """To the bit as if it had been started with that many steps; each run compiles one step."""
+    whole = make_config(output=str(tmp_path / "whole"), steps=6, schedule="constant")
+    short = {"output": str(tmp_path / "extended"), "schedule": "constant"}
+    with jax.log_compiles():
+        finetune(whole, progress=False)
+        finetune(make_config(**short, steps=4), progress=False)
+        assert finetune(make_config(**short, steps=6), resume=True, progress=False).steps == 6
+    assert sum("Compiling jit(step_on_mesh)" in line for line in caplog.messages) == 3
+    assert losses(short["output"]) == losses(whole.output)
+    weights = adapter(whole.output)
+    for name, tensor in adapter(short["output"]).items():
+        np.testing.assert_array_equal(tensor, weights[name], err_msg=name)
+    with pytest.raises(InputError, match="steps is 5, but the run is at step 6 already"):
+        finetune(make_config(**short, steps=5), resume=True, progress=False)
+
+
+def test_what_more_steps_would_have_been_otherwise_is_refused(make_config):
+    longer = SimpleNamespace(config=make_config(steps=4, warmup_steps=3), steps=4)
+    Run._check_steps(longer, 2, {"steps": 3})
+    with pytest.raises(InputError, match="was started with 2, fewer than its warmup_steps 3"):
+        Run._check_steps(longer, 2, {"steps": 2})
+
+
 def test_resume_from_a_damaged_checkpoint(make_config, tmp_path, caplog):
     config = make_config(steps=6, save_every=2)
     finetune(config, progress=False)
@@ -236,6 +261,17 @@ def test_a_finished_run_of_all_weights_resumes_to_its_end(make_config):
     before = (model / "model.safetensors").stat().st_mtime_ns
     assert finetune(config, resume=True, progress=False).trained == model
     assert (model / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_an_extended_run_of_all_weights_writes_a_new_model(make_config):
+    settings = {"method": "full", "schedule": "constant"}
+    first = finetune(make_config(**settings, steps=1), progress=False).trained
+    weights = load_file(first / "model.safetensors")
+    finetune(make_config(**settings, steps=2), resume=True, progress=False)
+    (aside,) = first.parent.glob("model-*")
+    kept, new = load_file(aside / "model.safetensors"), load_file(first / "model.safetensors")
+    assert all(np.array_equal(kept[name], weights[name]) for name in weights)
+    assert any(not np.array_equal(new[name], weights[name]) for name in weights)
 
 
 def test_a_model_in_the_output_is_refused_before_any_work(make_config):

@@ -1,13 +1,15 @@
 import contextlib
 import json
 import os
+import struct
 import sys
 from pathlib import Path
 
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 from loft_jax.errors import InputError
-from loft_jax.training.metrics import MetricsLog, check_wandb, plot_losses, read_metrics
+from loft_jax.training.metrics import MetricsLog, check_wandb, read_metrics
 
 
 def test_a_resumed_log_forgets_what_is_done_again(tmp_path):
@@ -64,11 +66,27 @@ def test_metrics_that_are_no_file(tmp_path):
         read_metrics(tmp_path / "metrics.jsonl")
 
 
-def test_plot(tmp_path):
-    rows = [{"step": 0, "eval_loss": 2.0}, {"step": 1, "train_loss": 1.0}]
-    assert plot_losses(rows, tmp_path / "loss.png")
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert [f.name for f in tmp_path.iterdir()] == ["loss.png"]
+def test_tags_of_tensorboard_are_in_groups(tmp_path):
+    log = MetricsLog(tmp_path)
+    log.write(3, train_loss=2.0, eval_accuracy=0.5, grad_norm=1.0, host_bytes=8.0, mfu=0.1)
+    log.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    events = [Event.FromString(bytes(record)) for record in records(file.read_bytes())]
+    assert {(event.step, value.tag) for event in events for value in event.summary.value} == {
+        (3, tag)
+        for tag in (
+            *("train/loss", "eval/accuracy", "optimizer/grad_norm", "memory/host_bytes"),
+            "speed/mfu",
+        )
+    }
+
+
+def records(data):
+    """The records of a file of TensorBoard: a length, its checksum, the record, its checksum."""
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        yield data[12 : 12 + length]
+        data = data[16 + length :]
 
 
 def test_what_is_no_number_stays_out(tmp_path):

@@ -1,12 +1,15 @@
+import io
+import logging
 import time
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tqdm import tqdm
 
 from loft_jax.training import monitor
 from loft_jax.training.flops import ModelFlops
-from loft_jax.training.monitor import Speedometer, largest_condition, memory_in_use
+from loft_jax.training.monitor import Compilations, Speedometer, largest_condition, memory_in_use
 
 FLOPS = ModelFlops(weights=10_000, width=64)
 
@@ -16,7 +19,8 @@ def test_time_is_split_and_adds_up(monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(monitor, "peak_flops", lambda device: 1e6)
     speed = Speedometer(FLOPS, full=False, devices=2)
-    for seconds, part in ((1.0, "data"), (5.0, "eval"), (2.0, "save"), (1.0, "data")):
+    parts = ((1.0, "data"), (9.0, "compile"), (5.0, "eval"), (2.0, "save"), (1.0, "data"))
+    for seconds, part in parts:
         with speed.spent_on(part):
             now[0] += seconds
     speed.count(30, 16)
@@ -26,10 +30,32 @@ def test_time_is_split_and_adds_up(monkeypatch):
     assert values["tokens_per_second"] == 10.0
     assert values["seconds_per_step"] == 2.0
     assert [values[f"seconds_{part}"] for part in ("data", "eval", "save")] == [2.0, 5.0, 2.0]
+    assert values["seconds_compile"] == 9.0
     assert values["mfu"] == pytest.approx(10 * FLOPS.per_token(16, full=False) / 2e6)
     speed.count(1, 16)
     now[0] += 1.0
     assert speed.read()["seconds_data"] == 0.0
+
+
+def test_a_compilation_is_told_once_for_each_shape(monkeypatch, caplog):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    speed, seen = Speedometer(FLOPS, full=False, devices=1), io.StringIO()
+    with (
+        caplog.at_level(logging.INFO, logger="loft_jax"),
+        tqdm(total=4, desc="loft", file=seen, mininterval=0) as bar,
+    ):
+        compilations = Compilations(bar, "loft", speed)
+        for length in (64, 64, 32, 64):
+            with compilations.of({"tokens": jnp.zeros((4, length)), "weights": jnp.zeros(4)}):
+                now[0] += 3.0
+            assert bar.desc == "loft: "
+    assert caplog.messages == [
+        f"compiled the step for batches of 4 x {length} in 3.0 s" for length in (64, 32)
+    ]
+    assert "loft: compiling for batches of 4 x 32 ..." in seen.getvalue()
+    speed.count(1, 16)
+    assert speed.read()["seconds_compile"] == 6.0
 
 
 def test_no_share_of_a_peak_that_is_not_known():

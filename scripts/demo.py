@@ -68,7 +68,7 @@ PEFT adapter: {adapter}
 
 Try next (in this environment: source .venv/bin/activate):
   loft-jax generate --adapter {adapter} \\
-      --no-chat --prompt "Review: A gem of a film.\\nSentiment:" --max-new-tokens 2
+      --prompt "Review: A gem of a film.\\nSentiment:" --max-new-tokens 2
   loft-jax evaluate --adapter {adapter} --data.path {test} --choices " negative" " positive"
   loft-jax merge --adapter {adapter} --output {output / "merged"}
   python scripts/demo.py --method lora --output runs/demo-lora   # the same with plain LoRA"""

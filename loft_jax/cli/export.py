@@ -45,7 +45,8 @@ class Export:
         now = load_config(Path(self.run) / "config.yaml")
         checkpoints = Checkpoints(Path(self.run) / "checkpoints", read_only=True)
         step = self._step(checkpoints.steps(), checkpoints.best_step())
-        config = trained_with(checkpoints.run_of(step), f"{checkpoints.folder}/{step}")
+        saved = checkpoints.run_of(step)
+        config = trained_with(saved, f"{checkpoints.folder}/{step}")
         # Only the paths are read from the file: what they name may have moved.
         base = now.get("model", {}).get("path", config.model.path)
         start = now.get("lora", {}).get("adapter", config.lora.adapter)
@@ -60,7 +61,14 @@ class Export:
         processor = load_processor(base)
         Path(self.output).mkdir(parents=True, exist_ok=True)
         written = export_trained(
-            model, processor, config, task, self.output, step=step, run=self.run
+            model,
+            processor,
+            config,
+            task,
+            self.output,
+            step=step,
+            run=self.run,
+            chats=bool(saved.get("chats")),
         )
         print(written)
         return 0

@@ -44,8 +44,9 @@ class Generate:
     """File with a prompt on each line, in which `\\n` stands for a line break; - for standard
     input."""
     chat: bool = True
-    """Take a prompt as the user's message in a conversation, by the tokenizer's chat template;
-    without a template, and with --no-chat, it is a text to continue."""
+    """Take a prompt as the user's message in a conversation, by the chat template of the adapter's
+    tokenizer, or of the model's if the adapter has none; without a template, and with --no-chat, it
+    is a text to continue."""
     system: str = ""
     """System prompt of the conversations; `\\n` stands for a line break."""
     max_new_tokens: int = 256
@@ -58,6 +59,8 @@ class Generate:
         """Runs the command."""
         prompts = self._prompts()
         model, tokenizer = self.source.load(quantization=self.quantization)
+        if (tuned := self.source.adapter_tokenizer()) is not None:
+            tokenizer.chat_template = tuned.chat_template
         chat = self.chat and bool(tokenizer.chat_template)
         if self.system and not chat:
             raise InputError(
@@ -66,7 +69,8 @@ class Generate:
                 + "; expected a conversation to put it in"
             )
         if self.chat and not chat:
-            _log.info("the tokenizer has no chat template: prompts are texts to continue")
+            whose = self.source.adapter if tuned is not None else self.source.base
+            _log.info("%s: has no chat template, so prompts are texts to continue", whose)
         session = _Session(self, model, tokenizer, chat=chat)
         if prompts is None:
             session.run()

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from loft_jax.errors import InputError, shown
@@ -34,6 +35,14 @@ class Source:
         from loft_jax.hub.peft_base import head_of
 
         return head_of(self.adapter, *load_model_config(self.base)) if self.adapter else None
+
+    def adapter_tokenizer(self) -> Any:
+        """Loads the tokenizer that the adapter's folder holds; None if it holds none."""
+        from loft_jax.hub.tokenizer_folder import folder_tokenizer
+
+        if not self.adapter or not (Path(self.adapter) / "tokenizer_config.json").exists():
+            return None
+        return folder_tokenizer(Path(self.adapter))
 
     def load(
         self,

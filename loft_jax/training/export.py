@@ -1,5 +1,6 @@
 """Exports a trained model: restores it from a checkpoint, and writes it for other libraries."""
 
+import copy
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from loft_jax.files import replacing
 from loft_jax.hub import save_peft_adapter, save_pretrained
 from loft_jax.hub.repository import push_folder
 from loft_jax.models.family import PretrainedModel
+from loft_jax.tasks.causal_lm import CausalLM
 from loft_jax.tasks.registry import TASKS
 from loft_jax.tasks.task import Given, Task
 from loft_jax.training.checkpoint import Checkpoints
@@ -104,6 +106,7 @@ def export_trained(
     *,
     step: int,
     run: str | os.PathLike[str],
+    chats: bool,
 ) -> Path:
     """Writes the trained adapter to `adapter/` in PEFT's format, or all weights to `model/`.
 
@@ -118,6 +121,8 @@ def export_trained(
         folder: Where `adapter/` or `model/` goes.
         step: The step that the model is of.
         run: Folder of the run, whose `metrics.jsonl` has the figures for the model card.
+        chats: Whether it was trained on conversations. The tokenizer of an adapter that was not has
+            no chat template, so that nobody is led to ask it by one.
 
     Returns:
         The folder that was written.
@@ -134,7 +139,10 @@ def export_trained(
             with explained(f"{target}: cannot write the adapter"):
                 target.mkdir(parents=True, exist_ok=True)
                 if processor is not None:
-                    processor.save_pretrained(str(target))
+                    own = copy.copy(processor)
+                    if isinstance(task, CausalLM) and not chats:
+                        own.chat_template = None
+                    own.save_pretrained(str(target))
             _write_card(target, card)
         save_peft_adapter(
             target,

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from loft_jax.data import Batch, DataConfig, train_stream
+from loft_jax.data import Batch, train_stream
 from loft_jax.data.presets import find_preset
 from loft_jax.data.row_formats import RowReader, column_names
 from loft_jax.data.templates import Chat
@@ -63,6 +63,7 @@ class Run:
         parts: The partition of the model; current values of its trained parameters are in a state.
         schedule: Learning rate by step.
         processor: Tokenizer or image processor; None with a loss of one's own.
+        chats: Whether examples are conversations, by the chat template.
         callbacks: Those of the configuration and of the user.
         step: The compiled step.
     """
@@ -144,9 +145,12 @@ class Run:
                 vocab_size=vocab_size,
                 progress=progress,
             )
-        self.callbacks = Callbacks(
-            [*_callbacks_of(evaluation, self.task, rows, self.processor, data), *callbacks]
-        )
+        self.chats = False
+        if isinstance(self.task, CausalLM):
+            first = RowReader(column_names(rows), self.processor, data).read(0, rows[0])
+            self.chats = isinstance(first, Chat)
+        own = _callbacks_of(evaluation, self.task, chats=self.chats)
+        self.callbacks = Callbacks([*own, *callbacks])
         base = objects.base(config, self.task, mesh)
         self._fingerprints = {
             "model": base_fingerprint(base),
@@ -339,6 +343,7 @@ class Run:
             "data": self.stream.get_state(),
             "fingerprints": self._fingerprints,
             "task": {"name": self.task.name, "settings": self.task.settings()},
+            "chats": self.chats,
             "callbacks": self.callbacks.get_state(),
             "stopped": stopped,
             "postponed": postponed,
@@ -371,6 +376,7 @@ class Run:
             folder,
             step=int(gather_to_host(state.step)),
             run=folder,
+            chats=self.chats,
         )
 
     def evaluate(self, state: TrainState) -> Measured | None:
@@ -394,9 +400,7 @@ class Run:
         return self.parts.merged(state.params, state.streams)
 
 
-def _callbacks_of(
-    config: EvaluationConfig, task: Task, rows: Any, tokenizer: Any, data: DataConfig
-) -> Iterator[Callback]:
+def _callbacks_of(config: EvaluationConfig, task: Task, *, chats: bool) -> Iterator[Callback]:
     """Makes the callbacks that the configuration of a run asks for."""
     if config.sample_prompts:
         if not isinstance(task, CausalLM):
@@ -404,8 +408,7 @@ def _callbacks_of(
                 f"evaluation.sample_prompts are {shown(list(config.sample_prompts))}, but task "
                 f"{task.name} generates no text"
             )
-        first = RowReader(column_names(rows), tokenizer, data).read(0, rows[0])
-        yield SampleGenerations(config.sample_prompts, as_chat=isinstance(first, Chat))
+        yield SampleGenerations(config.sample_prompts, as_chat=chats)
     if config.patience:
         yield EarlyStopping(config.patience)
 

@@ -7,11 +7,14 @@ import sys
 
 import pytest
 import torch
+from flax import nnx
 from transformers import AutoModelForCausalLM
 
 from loft_jax import generation
 from loft_jax.cli import main
 from loft_jax.errors import InputError
+from loft_jax.hub import load_pretrained, save_peft_adapter
+from loft_jax.lora import LoRAConfig, add_lora
 from tests.tiny import save_tiny_llama, tiny_tokenizer
 
 NEW = 5
@@ -70,7 +73,24 @@ def test_a_model_without_a_template_continues_and_says_so(model, theirs, tmp_pat
     assert generate(tmp_path, "--prompt", "a joy") == 0
     shown = capsys.readouterr()
     assert shown.out == "a joy" + theirs("a joy") + "\n"
-    assert "no chat template: prompts are texts to continue" in shown.err
+    assert "no chat template, so prompts are texts to continue" in shown.err
+
+
+def test_an_adapter_is_asked_as_it_was_trained(model, theirs, tmp_path, capsys):
+    network = load_pretrained(model)
+    add_lora(network, LoRAConfig(rank=2, target_modules=("q_proj",)), rngs=nnx.Rngs(0))
+    save_peft_adapter(tmp_path, network, base_model=str(model))
+    asked = [said("user", "a joy")]
+    tokenizer = tiny_tokenizer()
+    for template, expected in ((tokenizer.chat_template, theirs(asked)), (None, None)):
+        tokenizer.chat_template = template
+        (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+        tokenizer.save_pretrained(tmp_path)
+        flags = ["--adapter", str(tmp_path), "--max-new-tokens", str(NEW), "--prompt", "a joy"]
+        assert main(["generate", *flags]) == 0
+        shown = capsys.readouterr()
+        assert shown.out == (expected or "a joy" + theirs("a joy")) + "\n"
+        assert (f"{tmp_path}: has no chat template" in shown.err) == (template is None)
 
 
 def test_prompts_are_the_lines_of_a_file(model, theirs, tmp_path, capsys, monkeypatch):

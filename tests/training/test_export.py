@@ -39,7 +39,9 @@ def test_the_tokenizer_of_the_base_is_beside_it(pushed, workspace):
     ours = AutoTokenizer.from_pretrained(pushed[0] / "adapter")
     theirs = AutoTokenizer.from_pretrained(workspace / "model")
     assert ours(text)["input_ids"] == theirs(text)["input_ids"]
-    assert ours.chat_template == theirs.chat_template
+    # The rows are prompts and completions: asked by the template, the adapter would not know them.
+    assert theirs.chat_template
+    assert ours.chat_template is None
 
 
 def test_the_model_card_has_the_metadata_of_peft_and_the_figures(pushed, workspace):

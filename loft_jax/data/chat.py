@@ -32,7 +32,8 @@ def encode_chats(
     template needs no `{% generation %}` marks; the rendered text must be a prefix of the whole.
 
     Logs a warning if the template closes no turn, leaves out some of what the assistant says (its
-    reasoning, say), or does not use all fields of the messages.
+    reasoning, say), or does not use all fields of the messages. A turn whose tool calls it leaves
+    out is not learned: the model would learn to end it instead.
 
     Args:
         tokenizer: Has a chat template.
@@ -54,7 +55,7 @@ def encode_chats(
     rendered = render_chats(
         tokenizer, ((seen.read(chat), _starts(chat.messages)) for chat in chats)
     )
-    for some in _together(_pieces(chat, found) for chat, found in rendered):
+    for some in _together(_pieces(chat, found, seen) for chat, found in rendered):
         # The template writes BOS itself; a piece other than the first continues the row.
         firsts = iter(encode_plain(tokenizer, [pieces[0][0] for pieces in some if pieces]))
         others = iter(
@@ -102,7 +103,7 @@ def _starts(messages: Sequence[Message]) -> list[Start]:
     return starts
 
 
-def _pieces(chat: Chat, rendered: Rendered) -> list[_Piece]:
+def _pieces(chat: Chat, rendered: Rendered, seen: "Seen") -> list[_Piece]:
     """Cuts a rendered conversation where assistant turns begin and end."""
     whole = rendered.whole
     answers = iter(rendered.starts)
@@ -122,10 +123,18 @@ def _pieces(chat: Chat, rendered: Rendered) -> list[_Piece]:
         if isinstance(before, str) or not done <= before <= after:
             raise InputError(f"{chat.where}: {_not_begun(whole[:after], before, turn)}")
         learned = chat.learned is None or chat.learned[turn]
+        if learned and not all(name in whole[before:after] for name in _called(message)):
+            learned = False
+            seen.uncalled += 1
         pieces += [(whole[done:before], None), (whole[before:after], message if learned else None)]
         done = after
     pieces.append((whole[done:], None))
     return [(text, message) for text, message in pieces if text]
+
+
+def _called(message: Message) -> list[str]:
+    """Lists the names of the functions that a message calls."""
+    return [str(call["function"]["name"]) for call in message.get("tool_calls") or ()]
 
 
 def _common(whole: str, *starts: int | str) -> int | str:
@@ -179,6 +188,7 @@ class Seen:
     turns: int = 0
     closed: int = 0
     partial: int = 0
+    uncalled: int = 0
     lost: str = ""  # the first text that a turn was to have
     fields: set[str] = dataclasses.field(default_factory=set)
 
@@ -209,6 +219,13 @@ class Seen:
                 "is learned, and generation will not stop by itself: to learn one, let the "
                 f"template write {{{{ eos_token }}}} ({shown(tokenizer.eos_token)}) after what "
                 "the assistant says",
+            )
+        if self.uncalled:
+            log_once(
+                tokenizer,
+                f"the chat template leaves out the tool calls of {self.uncalled} turns of the "
+                "assistant, which are not learned; expected the template of a model that calls "
+                "tools",
             )
         if self.partial:
             log_once(

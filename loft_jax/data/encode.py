@@ -189,7 +189,8 @@ def _tokenized(
         )
     if shortened:
         log_now(
-            f"shortened {shortened} of {len(rows)} examples to max_length {config.max_length}",
+            f"shortened {shortened} of {len(rows)} examples to max_length {config.max_length}: "
+            "first the beginning of the prompt is cut off, then the end of what is learned",
         )
     return {
         "tokens": np.concatenate([example.tokens for example in kept]),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loft_jax.data.row_table import Row, as_json, table_of
+from loft_jax.data.text_lines import undecodable
 from loft_jax.errors import InputError, explained, shown
 
 if TYPE_CHECKING:
@@ -78,7 +79,10 @@ def _values(file: Path) -> Iterator[tuple[Any, int]]:
     found = _scan(_Scanner(file))
     for number in itertools.count():
         with explained(f"{file}: row {number} cannot be read as JSON"):
-            one = next(found, None)
+            try:
+                one = next(found, None)
+            except UnicodeDecodeError:
+                raise ValueError(undecodable(file)) from None
         if one is None:
             return
         yield one

@@ -237,7 +237,8 @@ def _no_format(columns: Sequence[str], config: DataConfig) -> str:
         f"{named}; found the fields {shown(sorted(columns))}; expected {config.messages_field!r}, "
         f"or {config.prompt_field!r} and {config.completion_field!r}, or {config.text_field!r}, or "
         "the fields of Alpaca, ShareGPT or preferences; or templates that name the fields, such as "
-        "--data.prompt '{question}' --data.completion '{answer}'"
+        "--data.prompt '{question}' --data.completion '{answer}'; CSV without a header needs the "
+        "names of its columns, --data.columns"
     )
 
 

@@ -114,6 +114,11 @@ def given_examples(data: Any, config: DataConfig) -> "Dataset | list[dict[str, A
             raise InputError(f"data: split {shown(odd[0])} is not a Dataset, expected one")
         rows = _part(splits, _split(config)).with_format(None)
     else:
+        if hasattr(data, "to_dict") and hasattr(data, "columns"):  # iterates over its columns
+            raise InputError(
+                f"data is a {type(data).__name__}, expected datasets.Dataset.from_pandas(data), or "
+                'rows: data.to_dict("records")'
+            )
         rows = list(data)
         if config.split is not None:
             raise InputError(

@@ -24,7 +24,7 @@ def lines_of(file: Path) -> Iterator[str]:
             try:
                 line = text.readline(MOST_CHARACTERS + 1)
             except UnicodeDecodeError as error:  # of a later line, which was read ahead
-                raise InputError(f"{file}: cannot be read as text: {_undecodable(file)}") from error
+                raise InputError(f"{file}: cannot be read as text: {undecodable(file)}") from error
             if len(line) > MOST_CHARACTERS:
                 raise InputError(
                     f"{file}: line {number} is longer than {MOST_CHARACTERS} characters; expected "
@@ -35,7 +35,7 @@ def lines_of(file: Path) -> Iterator[str]:
             yield line
 
 
-def _undecodable(file: Path) -> str:
+def undecodable(file: Path) -> str:
     """Says which line of a file is not UTF-8."""
     number = 1
     with file.open("rb") as bytes_of:

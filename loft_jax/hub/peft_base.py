@@ -27,6 +27,8 @@ def base_model_of(folder: str | os.PathLike[str]) -> str:
     """
     check_folder(Path(folder))
     path = Path(folder) / CONFIG_NAME
+    if not path.exists() and (path.parent / "adapter" / CONFIG_NAME).exists():
+        raise InputError(f"{folder}: is a run, whose adapter is in {path.parent / 'adapter'}")
     name = PeftConfig.read(inside(path.parent, path.name)).settings.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise InputError(f"{path}: base_model_name_or_path is {shown(name)}; name the base model")

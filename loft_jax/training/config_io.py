@@ -16,6 +16,7 @@ from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.field_names import meant_field
 
 _MOST_BYTES = 2**18
+_MOST_TOLD = 8  # unknown fields that a message names
 _MOST_NODES = 10_000  # keys, values and lists of a file, with its aliases written out
 _MOST_DEPTH = 20  # of lists and mappings in each other
 
@@ -210,12 +211,13 @@ def _checked(cls: Any, fields: dict[str, Any], where: str, prefix: str = "") -> 
     hints = get_type_hints(cls)
     known = sorted(each.name for each in dataclasses.fields(cls) if each.init)
     if unknown := [key for key in fields if key not in known]:
-        name = cut(unknown[0]) if isinstance(unknown[0], str) else shown(unknown[0])
-        meant = meant_field(f"{prefix}{name}", dict(_names(FinetuneConfig)))
-        raise InputError(
-            f"{where}unknown field {prefix}{name}; expected some of {known}"
-            + (f"; did you mean {meant}?" if meant else "")
-        )
+        told = []
+        for key in unknown[:_MOST_TOLD]:
+            name = cut(key) if isinstance(key, str) else shown(key)
+            meant = meant_field(f"{prefix}{name}", dict(_names(FinetuneConfig)))
+            told.append(f"{prefix}{name}" + (f" (did you mean {meant}?)" if meant else ""))
+        many = "fields" if len(unknown) > 1 else "field"
+        raise InputError(f"{where}unknown {many} {', '.join(told)}; expected some of {known}")
     checked = {}
     for key, value in fields.items():
         if not dataclasses.is_dataclass(hints[key]):

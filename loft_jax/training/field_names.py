@@ -5,6 +5,9 @@ from collections.abc import Mapping
 
 ELSEWHERE: Mapping[str, str] = {
     "lr": "schedule.learning_rate",
+    "max_length": "max_new_tokens",
+    "max_tokens": "max_new_tokens",
+    "temp": "temperature",
     "lr_scheduler": "schedule.shape",
     "lr_scheduler_type": "schedule.shape",
     "num_epochs": "schedule.epochs",

@@ -1,6 +1,7 @@
 """What a run is given as objects in Python, in place of what its configuration names."""
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,6 +137,11 @@ class Objects:
 
     def processor(self, config: FinetuneConfig) -> Any:
         """Gives the tokenizer or image processor; None with a loss of one's own."""
+        if isinstance(self.tokenizer, str | os.PathLike):
+            raise InputError(
+                f"tokenizer is {shown(self.tokenizer)}, expected an object: "
+                f"loft_jax.load_tokenizer({str(self.tokenizer)!r})"
+            )
         if self.loss is not None or self.tokenizer is not None:
             return self.tokenizer
         return load_processor(config.model.path)

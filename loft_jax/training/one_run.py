@@ -20,8 +20,9 @@ _MOST_BYTES = 1000
 def only_run(folder: Path) -> Iterator[None]:
     """Locks an output folder against other runs, until the context or this process ends.
 
-    The file `.lock` in it names the holder, and is not removed. With several processes, all of them
-    call this, and the first one holds the lock.
+    The file `.lock` in it names the holder, and is not removed, unless the run is refused before it
+    has written anything: then the folder goes too, if it was not there before. With several
+    processes, all of them call this, and the first one holds the lock.
 
     Args:
         folder: Made if missing.
@@ -30,6 +31,7 @@ def only_run(folder: Path) -> Iterator[None]:
         InputError: The folder cannot be made, its `.lock` is a link, or another run holds it. The
             error is raised on every process.
     """
+    made = not folder.exists()
     with contextlib.ExitStack() as held:
         problem = InputError(f"{folder}: the first process cannot have it for this run")
         ok = True
@@ -40,7 +42,23 @@ def only_run(folder: Path) -> Iterator[None]:
                 ok, problem = False, error
         if not all_agree(ok):
             raise problem
-        yield
+        try:
+            yield
+        except InputError:
+            if made and is_main():
+                _leave_nothing(folder)
+            raise
+
+
+def _leave_nothing(folder: Path) -> None:
+    """Removes the folder of a run that was refused before it wrote anything."""
+    if {path.name for path in folder.iterdir()} <= {".lock", "checkpoints"}:
+        with contextlib.suppress(OSError):  # checkpoints that are not empty stay, and the lock
+            (folder / "checkpoints").rmdir()
+        with contextlib.suppress(OSError):
+            if not (folder / "checkpoints").exists():
+                (folder / ".lock").unlink()
+                folder.rmdir()
 
 
 def _hold(folder: Path, held: contextlib.ExitStack) -> None:

@@ -58,4 +58,5 @@ def test_every_unknown_option_is_named_at_once(capsys):
 def test_the_names_of_other_tools_are_of_fields_that_exist(parser):
     fields = {a.dest.removeprefix("run.").replace("-", "_") for a in parser._actions}
     fields = {field.replace("method.method", "method.name") for field in fields}
-    assert set(ELSEWHERE.values()) - fields <= {"adapter"}
+    of_generate = {"max_new_tokens", "temperature"}
+    assert set(ELSEWHERE.values()) - fields <= {"adapter"} | of_generate

@@ -169,10 +169,25 @@ def test_special_token_that_opens_a_turn_does_not_close_it(caplog):
 
 
 def test_fields_that_the_template_does_not_use_are_told(caplog):
-    calling = {"role": "assistant", "content": "four", "tool_calls": [{"id": 1}], "name": None}
+    calling = {"role": "assistant", "content": "four", "name": None}
+    calling["tool_calls"] = [{"type": "function", "function": {"name": "f", "arguments": {}}}]
     tools = [{"type": "function", "function": {"name": "f"}}]
     list(encode_chats(TOKENIZER, [Chat("row 0", [CHAT[1], calling], tools)]))
     assert "the chat template does not use ['tool_calls', 'tools'] of" in caplog.text
+
+
+def test_a_turn_whose_calls_the_template_leaves_out_is_not_learned(caplog):
+    calling = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "find"}}]}
+    written = "{{ message['content'] }}{% for call in message['tool_calls'] or [] %}"
+    written += "{{ call['function']['name'] }}{% endfor %}"
+    chat = Chat("row 0", [CHAT[1], calling, CHAT[1], {"role": "assistant", "content": "four"}])
+    [(ids, said)] = encode_chats(TOKENIZER, [chat])
+    assert TOKENIZER.decode([i for i, own in zip(ids, said, strict=True) if own]).startswith("four")
+    assert "leaves out the tool calls of 1 turns" in caplog.text
+    template = TOKENIZER.chat_template.replace("{{ message['content'] }}", written)
+    [(ids, said)] = encode_chats(tiny_tokenizer(chat_template=template), [chat])
+    learned = TOKENIZER.decode([i for i, own in zip(ids, said, strict=True) if own])
+    assert "find" in learned
 
 
 def test_template_that_closes_its_turns_is_not_spoken_of(caplog):

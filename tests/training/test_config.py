@@ -40,13 +40,17 @@ def test_weights_are_a_word_or_numbers(tmp_path, weights):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learning_rat: 1", "unknown field learning_rat; expected some of"),
-        ("data: {pth: x}", r"unknown field data\.pth.*; did you mean data\.path\?$"),
-        ("lr: 1", r"unknown field lr; .*; did you mean schedule\.learning_rate\?$"),
-        ("schedule: {max_steps: 1}", r"field schedule\.max_steps; .* mean schedule\.steps\?$"),
-        ("max_seq_length: 1", r"unknown field max_seq_length; .* mean data\.max_length\?$"),
-        ("eval_path: x", r"unknown field eval_path; .* mean evaluation\.path\?$"),
-        ("lroa: {}", r"unknown field lroa; .*; did you mean lora\?$"),
+        (
+            "learning_rat: 1",
+            r"unknown field learning_rat \(did you mean schedule\.learning_rate\?\); expected",
+        ),
+        ("data: {pth: x}", r"unknown field data\.pth \(did you mean data\.path\?\); expected"),
+        ("lr: 1", r"unknown field lr \(did you mean schedule\.learning_rate\?\); expected"),
+        ("schedule: {max_steps: 1}", r"field schedule\.max_steps \(.* mean schedule\.steps\?\)"),
+        ("max_seq_length: 1", r"unknown field max_seq_length \(.* mean data\.max_length\?\)"),
+        ("eval_path: x", r"unknown field eval_path \(.* mean evaluation\.path\?\)"),
+        ("lr: 1\nr: 2", r"unknown fields lr \(.*\), r \(did you mean lora\.rank\?\); expected"),
+        ("lroa: {}", r"unknown field lroa \(did you mean lora\?\); expected"),
         ("zzzz: 1", r"unknown field zzzz; expected some of \[[^?]*\]$"),
         ("- 1", "holds a list, expected fields and values"),
         ("a: [", "cannot be read as YAML"),
@@ -54,7 +58,7 @@ def test_weights_are_a_word_or_numbers(tmp_path, weights):
         ("schedule: {steps: abc}", r"c\.yaml: field schedule\.steps is 'abc', expected an integer"),
         ("schedule: {steps: 1.5}", "field schedule.steps is 1.5, expected an integer"),
         ("schedule: {steps: true}", "field schedule.steps is True, expected an integer"),
-        ("steps: 3", "unknown field steps; expected some of"),
+        ("steps: 3", r"unknown field steps \(did you mean schedule\.steps\?\); expected some of"),
         ("output: 3", "field output is 3, expected a text"),
         ("model: 3", "field model is 3, expected a mapping such as path: "),
         ("model: {path: 3}", "field model.path is 3, expected a text"),
@@ -85,7 +89,7 @@ def test_weights_are_a_word_or_numbers(tmp_path, weights):
         ),
         (
             "method: {name: lora-plus, rate: 3}",
-            r"unknown field method\.rate; expected some of \['ratio'\]",
+            r"unknown field method\.rate \(did you mean method\.ratio\?\); expected some of \['ratio'\]",
         ),
         (
             "task: {class_weights: balance}",

@@ -52,13 +52,13 @@ def only_run(folder: Path) -> Iterator[None]:
 
 def _leave_nothing(folder: Path) -> None:
     """Removes the folder of a run that was refused before it wrote anything."""
-    if {path.name for path in folder.iterdir()} <= {".lock", "checkpoints"}:
-        with contextlib.suppress(OSError):  # checkpoints that are not empty stay, and the lock
-            (folder / "checkpoints").rmdir()
-        with contextlib.suppress(OSError):
-            if not (folder / "checkpoints").exists():
-                (folder / ".lock").unlink()
-                folder.rmdir()
+    checkpoints, lock = folder / "checkpoints", folder / ".lock"
+    with contextlib.suppress(OSError):  # checkpoints that are there stay, and so does the rest
+        if {path.name for path in folder.iterdir()} <= {checkpoints.name, lock.name}:
+            if checkpoints.exists():
+                checkpoints.rmdir()
+            lock.unlink()
+            folder.rmdir()
 
 
 def _hold(folder: Path, held: contextlib.ExitStack) -> None:

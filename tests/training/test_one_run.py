@@ -73,3 +73,28 @@ def test_a_link_in_place_of_the_lock_is_refused(tmp_path, name):
         pass
     assert (tmp_path / "victim").read_text() == "mine"
     assert not (tmp_path / "missing").exists()
+
+
+@pytest.mark.parametrize(
+    ("before", "written", "stays"),
+    [
+        (False, ["checkpoints/"], False),
+        (False, [], False),
+        (True, [], True),
+        (False, ["config.yaml"], True),
+        (False, ["checkpoints/4/"], True),
+    ],
+)
+def test_a_refused_run_leaves_no_folder_that_it_has_made(tmp_path, before, written, stays):
+    folder = tmp_path / "run"
+    if before:
+        folder.mkdir()
+    with pytest.raises(InputError, match="wrong targets"), only_run(folder):
+        for name in written:
+            if name.endswith("/"):
+                (folder / name).mkdir(parents=True)
+            else:
+                (folder / name).touch()
+        raise InputError("wrong targets")
+    assert folder.exists() == stays
+    assert all((folder / name).exists() for name in written) == (stays or not written)

@@ -89,12 +89,16 @@ def test_a_refused_run_leaves_no_folder_that_it_has_made(tmp_path, before, writt
     folder = tmp_path / "run"
     if before:
         folder.mkdir()
-    with pytest.raises(InputError, match="wrong targets"), only_run(folder):
+
+    def refused():
         for name in written:
             if name.endswith("/"):
                 (folder / name).mkdir(parents=True)
             else:
                 (folder / name).touch()
         raise InputError("wrong targets")
+
+    with pytest.raises(InputError, match="wrong targets"), only_run(folder):
+        refused()
     assert folder.exists() == stays
     assert all((folder / name).exists() for name in written) == (stays or not written)

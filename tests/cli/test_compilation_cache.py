@@ -10,10 +10,12 @@ from loft_jax.cli.compilation_cache import keep_compiled_programs
 def unset(monkeypatch, tmp_path):
     """JAX as it is where nobody has set a cache."""
     names = ("jax_compilation_cache_dir", "jax_compilation_cache_max_size")
+    names += ("jax_enable_compilation_cache",)
     before = {name: getattr(jax.config, name) for name in names}
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_enable_compilation_cache", True)
     yield tmp_path
     for name, value in before.items():
         jax.config.update(name, value)

@@ -64,12 +64,15 @@ class Data:
 
 def _summary(rows: int, examples: "TokenizedData") -> str:
     lengths = examples.lengths
-    learned = int(examples.loss_mask.sum())
-    return (
+    summary = (
         f"{rows:,} rows give {len(examples):,} examples of {lengths.min():,} to "
-        f"{lengths.max():,} tokens, {lengths.mean():,.1f} on average; "
-        f"{learned:,} of {len(examples.tokens):,} tokens are learned, {_BEGIN}here{_END}"
+        f"{lengths.max():,} tokens, {lengths.mean():,.1f} on average"
     )
+    if examples.labelled is not None:
+        return summary
+    learned = int(examples.loss_mask.sum())
+    total = len(examples.tokens)
+    return f"{summary}; {learned:,} of {total:,} tokens are learned, {_BEGIN}here{_END}"
 
 
 def _shown(index: int, examples: "TokenizedData", tokenizer: Any, task: "Task") -> str:

@@ -95,7 +95,9 @@ class Generate:
             where, text = self.prompts, read_text(Path(self.prompts), "a text with prompts")
         else:
             where, text = "standard input", sys.stdin.read()
-        lines = text.splitlines() if self.prompts else [text.removesuffix("\n")]
+        lines = (
+            text.replace("\r\n", "\n").split("\n") if self.prompts else [text.removesuffix("\n")]
+        )
         prompts = [_with_breaks(line) if self.prompts else line for line in lines if line.strip()]
         if not prompts:
             raise InputError(f"{where}: holds no prompt; expected some text")

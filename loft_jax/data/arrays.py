@@ -65,7 +65,8 @@ def array_rows(rows: Iterable[Mapping[str, Any]]) -> ArrayData:
 
     Raises:
         InputError: A row lacks a field or has another one, or a field has no numbers or another
-            shape than in the first row; the message names the row and the field.
+            shape than in the first row, or an integer beyond int32; the message
+            names the row and the field.
 
     Example:
         >>> data = array_rows([{"x": [1.0, 2.0], "y": 0}, {"x": [3.0, 4.0], "y": 1}])
@@ -103,6 +104,14 @@ def _array(value: Any, where: str) -> np.ndarray:
         raise InputError(
             f"{where} is {shown(value)}; expected numbers of one shape, for a loss of your own"
         )
+    if array.dtype.kind in "iu" and array.size:
+        bounds = np.iinfo(np.int32)
+        for extreme in (int(array.min()), int(array.max())):
+            if not bounds.min <= extreme <= bounds.max:
+                raise InputError(
+                    f"{where} has {extreme}; expected integers from {bounds.min} to {bounds.max} "
+                    "(int32)"
+                )
     return array
 
 

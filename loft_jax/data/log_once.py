@@ -9,6 +9,7 @@ import dataclasses
 import logging
 import weakref
 from collections.abc import Collection, Iterable, Iterator
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 from loft_jax.data.config import DataConfig
@@ -18,7 +19,8 @@ _log = logging.getLogger(__name__)
 
 _CONTEXT = 20  # number of characters shown on each side of a join
 
-_records: list[list["Logged"]] = []  # of `recorded` contexts
+# Of the `recorded` contexts of this thread.
+_records: ContextVar[tuple[list["Logged"], ...]] = ContextVar("_records", default=())
 _logged: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 
 
@@ -38,11 +40,11 @@ def recorded() -> Iterator[list[Logged]]:
         A list that grows as sentences are logged.
     """
     record: list[Logged] = []
-    _records.append(record)
+    token = _records.set((*_records.get(), record))
     try:
         yield record
     finally:
-        _records.pop()
+        _records.reset(token)
 
 
 def log_again(tokenizer: Any, record: Iterable[Logged]) -> None:
@@ -56,7 +58,7 @@ def log_again(tokenizer: Any, record: Iterable[Logged]) -> None:
 
 def log_now(sentence: str, level: int = logging.WARNING) -> None:
     """Logs a sentence, as often as this is called."""
-    for record in _records:
+    for record in _records.get():
         record.append(Logged(sentence, level, once=False))
     _log.log(level, "%s", sentence)
 
@@ -69,7 +71,7 @@ def log_once(tokenizer: Any, sentence: str, level: int = logging.WARNING) -> Non
         sentence: With its numbers and names, so that one with another number is logged again.
         level: Level of the log record.
     """
-    for record in _records:
+    for record in _records.get():
         record.append(Logged(sentence, level, once=True))
     logged = _logged.setdefault(tokenizer, set())
     if sentence not in logged:

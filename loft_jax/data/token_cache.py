@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -47,7 +48,7 @@ def cached(
     file is there whole or not at all, and the same content has the same name.
 
     Args:
-        make: Tokenizes the rows.
+        make: A function that tokenizes the rows; the file it is written in is part of the key.
         rows: Their content is part of the key, in order.
         tokenizer: Its vocabulary, templates and settings are part of the key.
         settings: All else that the arrays depend on, as values that JSON can hold.
@@ -55,7 +56,7 @@ def cached(
     Returns:
         The arrays, by name.
     """
-    key = _key(rows, tokenizer, settings)
+    key = _key(rows, tokenizer, settings, Path(inspect.getfile(make)))
     file = None if key is None else cache_folder() / f"{key}.safetensors"
     if file is not None and (found := _read(file)) is not None:
         arrays, record = found
@@ -109,6 +110,7 @@ def _key(
     rows: "Dataset | Sequence[Mapping[str, Any]]",
     tokenizer: "PreTrainedTokenizerBase",
     settings: Mapping[str, Any],
+    maker: Path,
 ) -> str | None:
     """Computes a checksum of all that tokens depend on; None if something cannot be read whole."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -119,12 +121,14 @@ def _key(
         "class": type(tokenizer).__name__,
         "special": tokenizer.special_tokens_map,
         "template": tokenizer.chat_template,
+        "split": getattr(tokenizer, "split_special_tokens", None),
         "init": {k: v for k, v in tokenizer.init_kwargs.items() if "file" not in k},
         "versions": _versions(),
     }
     digest = hashlib.blake2b(json.dumps(about, sort_keys=True, default=str).encode())
     digest.update(backend.to_str().encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):  # tokens may differ with this code
+    # Tokens may differ with this code.
+    for source in sorted({*Path(__file__).parent.glob("*.py"), maker}):
         digest.update(source.read_bytes())
     if isinstance(rows, Sequence):
         for row in rows:

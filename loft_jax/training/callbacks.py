@@ -190,8 +190,7 @@ class Callbacks:
 
     def get_state(self) -> list[list[Any]]:
         """Gives the names and states of the callbacks that have a state."""
-        states = ((type(each).__name__, each.get_state()) for each in self._all)
-        return [[name, state] for name, state in states if state]
+        return [[type(each).__name__, each.get_state()] for each in self._with_state()]
 
     def set_state(self, saved: Sequence[Sequence[Any]]) -> None:
         """Restores the states of a checkpoint.
@@ -203,7 +202,7 @@ class Callbacks:
         Raises:
             InputError: The callbacks with a state are others, or one refuses its state.
         """
-        ours = [each for each in self._all if each.get_state()]
+        ours = self._with_state()
         names = [type(each).__name__ for each in ours]
         if names != (before := [name for name, _ in saved]):
             raise InputError(
@@ -213,3 +212,7 @@ class Callbacks:
         for callback, (name, state) in zip(ours, saved, strict=True):
             with explained(f"callback {name}: cannot be set to its saved state"):
                 callback.set_state(state)
+
+    def _with_state(self) -> list[Callback]:
+        """Gives the callbacks that have a `get_state` of their own, whatever it gives now."""
+        return [each for each in self._all if type(each).get_state is not Callback.get_state]

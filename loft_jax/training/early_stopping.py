@@ -1,5 +1,6 @@
 """Ends a run whose evaluations do not get better any more."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,8 @@ from loft_jax.training.callbacks import Callback, Progress
 class EarlyStopping(Callback):
     """Counts evaluations that are no better than the best one before, and ends the run.
 
-    The count is part of checkpoints. `EvaluationConfig.patience` adds this callback to a run.
+    NaN is no better than anything. The count is part of checkpoints.
+    `EvaluationConfig.patience` adds this callback to a run.
     """
 
     def __init__(self, patience: int) -> None:
@@ -26,13 +28,15 @@ class EarlyStopping(Callback):
         """Compares an evaluation during training with the best one."""
         if run.step == 0 or score is None:
             return
-        if self._best is None or score < self._best:
+        if not math.isnan(score) and (self._best is None or score < self._best):
             self._best, self._best_step, self._count = score, run.step, 0
             return
         self._count += 1
         if self._count >= self._patience and run.step < run.steps:
             run.stop(
-                f"no evaluation of the last {self._count} was better than that of step "
+                f"none of the last {self._count} evaluations was a number"
+                if self._best is None
+                else f"no evaluation of the last {self._count} was better than that of step "
                 f"{self._best_step}"
             )
 

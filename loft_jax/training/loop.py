@@ -5,7 +5,7 @@ import functools
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -137,7 +137,7 @@ def finetune(
             config,
             tokenizer=run.processor,
             steps=run.steps,
-            stopped=plain.get("stopped", ""),
+            stopped=_still_stopped(run, plain),
         )
         if is_main():
             save_config(config, folder / "config.yaml")
@@ -207,6 +207,15 @@ def _checkpoints(config: FinetuneConfig, resume: bool | Literal["auto"]) -> Iter
         yield checkpoints
     finally:
         checkpoints.close()
+
+
+def _still_stopped(run: Run, plain: Mapping[str, Any]) -> str:
+    """Says why a callback had ended the run; empty if none had, or if its steps are now others."""
+    stopped: str = plain.get("stopped", "")
+    if stopped and plain["steps"] != run.steps:
+        _log.info("had ended (%s), and goes on up to step %d", stopped, run.steps)
+        return ""
+    return stopped
 
 
 def _set_model_aside(folder: Path) -> None:

@@ -105,6 +105,14 @@ class Objects:
         for name, value in unused.items():
             if value is not None and value != ():
                 raise InputError(f"{name} is {shown(value)}, and is not used with a loss")
+        for field in dataclasses.fields(config.data):
+            value = getattr(config.data, field.name)
+            of_texts = field.name in ("prompt", "completion", "chat", "max_length")
+            if (of_texts or field.name.endswith("_field")) and value != field.default:
+                raise InputError(
+                    f"data.{field.name} is {shown(value)}, and is not used with a loss; expected "
+                    f"{shown(field.default)}, the default"
+                )
         if not config.method.adapts and not isinstance(self.model, PretrainedModel):
             raise InputError(
                 f"method {config.method.name} writes whole models, of the families of "

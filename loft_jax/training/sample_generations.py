@@ -62,8 +62,8 @@ class SampleGenerations(Callback):
 def _write(path: Path, rows: Sequence[Mapping[str, object]], step: int) -> None:
     """Adds rows, after removing those that a run had written before it went back to this step."""
     with explained(f"{path}: cannot write samples"):
-        lines = own_file(path).read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if json.loads(line)["step"] < step]
+        lines = own_file(path).read_text(encoding="utf-8").split("\n")
+        kept = [line for line in lines if line and json.loads(line)["step"] < step]
         lines = [*kept, *(json.dumps(row, ensure_ascii=False) for row in rows)]
         with replacing(path) as partial:
             partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -60,7 +60,9 @@ def test_labels_are_shown_with_their_names(folder, tmp_path, capsys):
     tiny_tokenizer().save_pretrained(tmp_path)
     rows = [{"text": "a joy", "label": "good"}, {"text": "dull", "label": "bad"}]
     assert data(tmp_path, tmp_path / "a.jsonl", rows) == 0
-    assert ", label 1 (good)\n<s>a joy\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert ", label 1 (good)\n<s>a joy\n" in out
+    assert "learned" not in out
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from loft_jax import generation
 from loft_jax.cli import main
+from loft_jax.cli.generate import Generate
+from loft_jax.cli.source import Source
 from loft_jax.errors import InputError
 from loft_jax.hub import load_pretrained, save_peft_adapter
 from loft_jax.lora import LoRAConfig, add_lora
@@ -103,6 +105,12 @@ def test_prompts_are_the_lines_of_a_file(model, theirs, tmp_path, capsys, monkey
     monkeypatch.setattr(sys, "stdin", io.StringIO("two?\nwhat is\\nfour"))
     assert generate(model, "--prompts", "-") == 0
     assert capsys.readouterr().out == expected
+
+
+def test_only_line_feeds_end_a_prompt(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("a\u2028b\x85c\r\nd\n".encode())
+    assert Generate(Source("m"), prompts=str(file))._prompts() == ["a\u2028b\x85c", "d"]
 
 
 def test_standard_input_is_one_prompt(model, theirs, capsys, monkeypatch):

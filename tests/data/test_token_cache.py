@@ -55,19 +55,22 @@ def test_other_content_is_tokenized_anew(folder, made):
     other = tiny_tokenizer(chat_template=CHAT_TEMPLATE.replace("<|end|>", "<|end|>!"))
     added = tiny_tokenizer()
     added.add_tokens(["<|tool|>"])
+    split = tiny_tokenizer()
+    split.split_special_tokens = True
     for rows, tokenizer, data in (
         (ROWS, tiny_tokenizer(), DATA),
         (ROWS[::-1], tiny_tokenizer(), DATA),
         (ROWS, tiny_tokenizer(bos=False), DATA),
         (ROWS, other, DATA),
         (ROWS, added, DATA),
+        (ROWS, split, DATA),
         (ROWS, tiny_tokenizer(), DataConfig("rows", max_length=3)),
         (ROWS, tiny_tokenizer(), DataConfig("rows", chat=True)),
         (datasets.Dataset.from_list(ROWS), tiny_tokenizer(), DATA),
         (datasets.Dataset.from_list(ROWS).select([1, 0]), tiny_tokenizer(), DATA),
     ):
         tokenize(rows, tokenizer, data)
-    assert len(made) == len(list(folder.iterdir())) == 9
+    assert len(made) == len(list(folder.iterdir())) == 10
 
 
 def test_damaged_files_and_folders_that_cannot_be_written_do_no_harm(folder, made, caplog):

@@ -5,13 +5,15 @@ import json
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from loft_jax.errors import InputError
 from loft_jax.generation import generate_text
 from loft_jax.hub import load_tokenizer
-from loft_jax.training.callbacks import Callback
+from loft_jax.training import loop, sample_generations
+from loft_jax.training.callbacks import Callback, Callbacks
 from loft_jax.training.early_stopping import EarlyStopping
 from loft_jax.training.loop import finetune
 from tests.training.processes import adapter, losses
@@ -143,6 +145,68 @@ def test_patience_goes_by_the_score_and_not_by_the_start():
         run.step = step
         stopping.on_evaluate(run, {}, score)
     assert run.stopped == "no evaluation of the last 2 was better than that of step 2"
+
+
+def test_what_is_not_a_number_is_no_better_and_never_the_best():
+    class Run:
+        steps, step, stopped = 99, 0, ""
+
+        def stop(self, reason):
+            self.stopped = reason
+
+    def ended(scores):
+        run, stopping = Run(), EarlyStopping(2)
+        for run.step, score in enumerate(scores, start=1):
+            assert not run.stopped
+            stopping.on_evaluate(run, {}, score)
+        return run.stopped
+
+    nan = float("nan")
+    assert not ended([nan, 3.0, nan, 2.0, 1.0])
+    assert ended([3.0, nan, nan]) == "no evaluation of the last 2 was better than that of step 1"
+    assert ended([nan, nan]) == "none of the last 2 evaluations was a number"
+
+
+def test_a_state_that_is_empty_at_the_start_is_restored():
+    class Late(Callback):
+        def __init__(self, **state):
+            self.state = state
+
+        def get_state(self):
+            return self.state
+
+        def set_state(self, state):
+            self.state = state
+
+    for state in ({"seen": 3}, {}):
+        saved = Callbacks([Callback(), Late(**state)]).get_state()
+        late = Late()
+        Callbacks([late, Callback()]).set_state(json.loads(json.dumps(saved)))
+        assert late.state == state
+
+
+def test_only_line_feeds_end_a_sample(tmp_path):
+    file = tmp_path / sample_generations.FILE
+    file.touch()
+    odd = {"step": 0, "prompt": "a\u2028b", "text": "c\x85d\n\x0ce"}
+    sample_generations._write(file, [odd], 0)
+    sample_generations._write(file, [{**odd, "step": 2}], 2)
+    sample_generations._write(file, [{**odd, "step": 2}], 2)
+    lines = file.read_text(encoding="utf-8").split("\n")
+    assert [json.loads(line) for line in lines[:-1]] == [odd, {**odd, "step": 2}]
+
+
+@pytest.mark.parametrize(
+    ("plain", "stopped"),
+    [
+        ({}, ""),
+        ({"steps": 4, "stopped": ""}, ""),
+        ({"steps": 4, "stopped": "enough"}, "enough"),
+        ({"steps": 2, "stopped": "enough"}, ""),
+    ],
+)
+def test_a_run_that_had_ended_goes_on_with_other_steps(plain, stopped):
+    assert loop._still_stopped(SimpleNamespace(steps=4), plain) == stopped
 
 
 def test_samples_are_written_at_every_evaluation(make_config, workspace):

@@ -134,7 +134,12 @@ def test_a_model_and_a_loss_of_ones_own(make_config, tmp_path, capsys):
     """With held-out rows that do not fill a batch, and an adapter that is read back."""
     config = without_paths(
         make_config(
-            steps=40, learning_rate=2e-2, target_modules=("all-linear",), save_every=20, keep_last=9
+            data=DataConfig(),
+            steps=40,
+            learning_rate=2e-2,
+            target_modules=("all-linear",),
+            save_every=20,
+            keep_last=9,
         )
     )
     model, held_out = MLP(nnx.Rngs(0)), numbers(21, seed=1)
@@ -178,6 +183,7 @@ def test_a_model_and_a_loss_of_ones_own(make_config, tmp_path, capsys):
         ({"data": []}, "data holds no examples"),
         ({"data": [{"x": "a"}]}, "row 0: field 'x' is 'a'; expected numbers of one shape"),
         ({"data": [{"x": [1.0]}, {"x": [1.0, 2.0]}]}, r"row 1: field 'x' has the shape \(2,\), ex"),
+        ({"data": [{"x": 1}, {"x": 2**31}]}, "row 1: field 'x' has 2147483648; expected integers"),
         ({"data": [{"x": 1}, {"y": 1}]}, r"row 1: has the fields \['y'\], expected those of row 0"),
         ({"callbacks": [print]}, r"callbacks\[0\] is <built-in function print>, expected an"),
         ({"loss": lambda model, batch: batch["x"].mean()}, r"loss gives an array of shape \(\) fo"),
@@ -185,9 +191,19 @@ def test_a_model_and_a_loss_of_ones_own(make_config, tmp_path, capsys):
 )
 def test_what_is_missing_or_does_not_fit_is_named(make_config, given, message):
     objects = {"model": MLP(nnx.Rngs(0)), "data": numbers(8, seed=0), "loss": cross_entropy}
-    config = without_paths(make_config(target_modules=("all-linear",)))
+    config = without_paths(make_config(data=DataConfig(), target_modules=("all-linear",)))
     with pytest.raises(InputError, match=message):
         finetune(config, **{**objects, **given}, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_length", 64), ("chat", True), ("prompt", "{x}"), ("label_field", "y")],
+)
+def test_settings_of_texts_are_refused_with_a_loss(make_config, name, value):
+    config = without_paths(make_config(data=DataConfig(**{name: value})))
+    with pytest.raises(InputError, match=rf"data\.{name} is .*, and is not used with a loss"):
+        finetune(config, model=MLP(nnx.Rngs(0)), data=[], loss=cross_entropy, progress=False)
 
 
 def test_what_is_given_twice_is_named(make_config, rows):

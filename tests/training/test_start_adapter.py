@@ -107,6 +107,8 @@ def test_settings_that_say_otherwise_are_refused(going_on, changes, told):
 
 def test_the_same_settings_are_no_conflict(going_on):
     check_start(going_on(rank=2, alpha=4.0, target_modules=("q_proj", "down_proj")))
+    for layers in ("0-1", "-1,0"):  # all that the model has
+        check_start(going_on(layers=layers))
 
 
 @pytest.mark.parametrize(

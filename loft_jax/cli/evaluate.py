@@ -125,13 +125,13 @@ class Evaluate:
 
     def _prepared(self) -> dict[str, Any]:
         """Gives what evaluations by generation need of the model before it is loaded."""
-        from loft_jax.hub import load_model_config, load_tokenizer
+        from loft_jax.hub import load_model_config
         from loft_jax.tasks.task import within
 
         family, sizes = load_model_config(self.source.base)
         family.model("causal-lm")  # refuses a family that generates no text
         return {
-            "tokenizer": load_tokenizer(self.source.base),
+            "tokenizer": self.source.processor,
             "data": within(self.data, sizes),
             "batch_size": self.batch_size,
             "vocab_size": sizes.vocab_size,

@@ -36,6 +36,7 @@ class Export:
         """Runs the command."""
         from loft_jax.hub import load_processor
         from loft_jax.hub.repository import open_repository
+        from loft_jax.hub.tokenizer_folder import with_template_of
         from loft_jax.training.checkpoint import Checkpoints
         from loft_jax.training.export import export_trained, restore_model, trained_with
 
@@ -58,7 +59,7 @@ class Export:
             export=ExportConfig(names, self.push_to_hub),
         )
         model, task = restore_model(config, checkpoints, step)
-        processor = load_processor(base)
+        processor = with_template_of(load_processor(base), start)
         Path(self.output).mkdir(parents=True, exist_ok=True)
         written = export_trained(
             model,

@@ -59,8 +59,6 @@ class Generate:
         """Runs the command."""
         prompts = self._prompts()
         model, tokenizer = self.source.load(quantization=self.quantization)
-        if (tuned := self.source.adapter_tokenizer()) is not None:
-            tokenizer.chat_template = tuned.chat_template
         chat = self.chat and bool(tokenizer.chat_template)
         if self.system and not chat:
             raise InputError(
@@ -69,7 +67,7 @@ class Generate:
                 + "; expected a conversation to put it in"
             )
         if self.chat and not chat:
-            whose = self.source.adapter if tuned is not None else self.source.base
+            whose = self.source.adapter or self.source.base
             _log.info("%s: has no chat template, so prompts are texts to continue", whose)
         session = _Session(self, model, tokenizer, chat=chat)
         if prompts is None:

@@ -49,7 +49,7 @@ class Merge:
     def _write_gguf(self) -> None:
         from flax import nnx
 
-        from loft_jax.hub import load_model_config, load_tokenizer
+        from loft_jax.hub import load_model_config
         from loft_jax.hub.gguf_save import check_gguf, save_gguf
 
         assert self.gguf != "none"
@@ -63,7 +63,7 @@ class Merge:
         family, config = load_model_config(base)
         make = family.model("causal-lm")
         check_gguf(
-            nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0))), load_tokenizer(base)
+            nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0))), self.source.processor
         )  # before the weights are read
         model, tokenizer = self._merged("float32")
         save_gguf(self.output, model, tokenizer, kind=self.gguf, name=Path(base).stem)

@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from loft_jax.errors import InputError, shown
@@ -36,13 +35,13 @@ class Source:
 
         return head_of(self.adapter, *load_model_config(self.base)) if self.adapter else None
 
-    def adapter_tokenizer(self) -> Any:
-        """Loads the tokenizer that the adapter's folder holds; None if it holds none."""
-        from loft_jax.hub.tokenizer_folder import folder_tokenizer
+    @functools.cached_property
+    def processor(self) -> Any:
+        """The base's tokenizer, with the chat template of the adapter's, or its image processor."""
+        from loft_jax.hub import load_processor
+        from loft_jax.hub.tokenizer_folder import with_template_of
 
-        if not self.adapter or not (Path(self.adapter) / "tokenizer_config.json").exists():
-            return None
-        return folder_tokenizer(Path(self.adapter))
+        return with_template_of(load_processor(self.base), self.adapter)
 
     def load(
         self,
@@ -61,13 +60,14 @@ class Source:
             quantization: Storage of the base model's kernels.
 
         Returns:
-            The model in evaluation mode, and its tokenizer or image processor.
+            The model in evaluation mode, and its tokenizer or image processor; a tokenizer has the
+            chat template of the adapter's, if the adapter's folder holds one.
 
         Raises:
             InputError: One of them cannot be read, they do not fit, or the adapter was replaced
                 meanwhile by one for another base model.
         """
-        from loft_jax.hub import load_peft_adapter, load_pretrained, load_processor
+        from loft_jax.hub import load_peft_adapter, load_pretrained
         from loft_jax.hub.peft_base import base_model_of
 
         base = self.base
@@ -91,4 +91,4 @@ class Source:
                 f"expected a model that was trained for {head}"
             )
         model.eval()
-        return model, load_processor(base)
+        return model, self.processor

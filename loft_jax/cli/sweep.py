@@ -14,7 +14,7 @@ from loft_jax.cli.compilation_cache import keep_compiled_programs
 from loft_jax.cli.finetune import INTERRUPTED, Finetune, finetune_default
 from loft_jax.cli.method_flags import METHOD_FLAGS
 from loft_jax.cli.unknown_flags import parser_of, refuse_unknown
-from loft_jax.errors import InputError, cut
+from loft_jax.errors import InputError, cut, shown
 from loft_jax.training.distributed import DistributedConfig
 
 if TYPE_CHECKING:
@@ -97,6 +97,12 @@ class Sweep:
             command = _parsed([*words, f"--output={folder / name}"])
             if command.distributed != DistributedConfig():
                 raise InputError("a sweep runs in one process; expected no --coordinator-address")
+            if repository := command.run.export.push_to_hub:
+                raise InputError(
+                    f"push_to_hub is {shown(repository)}, to which each run of the sweep would be "
+                    "uploaded over the one before; expected `loft-jax export ... --push-to-hub "
+                    f"{repository}` of the best run afterwards"
+                )
             made[name] = GridRun(settings, command.run)
         return folder, list(made.values())
 

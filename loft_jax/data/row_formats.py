@@ -33,6 +33,8 @@ _WITH_INPUT = (
     "Write a response that appropriately completes the request."
 )
 
+_MOST_TO_FIND_CHATS = 100
+
 _SIDES: tuple[Literal["prompt", "completion"], ...] = ("prompt", "completion")
 
 _Row = Mapping[str, Any]
@@ -138,6 +140,32 @@ class RowReader:
         if len(used) > 1:
             numbers = ", ".join(f"{self._count[one.name]} are {one.name}" for one in used)
             log_once(self._tokenizer, f"rows have several formats: {numbers}", logging.INFO)
+
+
+def are_chats(
+    rows: "Dataset | Sequence[Mapping[str, Any]]",
+    tokenizer: "PreTrainedTokenizerBase",
+    config: DataConfig,
+) -> bool:
+    """Whether the first row with something to learn is a conversation.
+
+    Args:
+        rows: Examples, of which the first 100 are read.
+        tokenizer: As for `RowReader`.
+        config: As for `RowReader`.
+
+    Returns:
+        False if none of them has something to learn.
+
+    Raises:
+        InputError: As from `RowReader`.
+    """
+    reader = RowReader(column_names(rows), tokenizer, config)
+    for index in range(min(len(rows), _MOST_TO_FIND_CHATS)):
+        read = reader.read(index, rows[index])
+        if read.completion if isinstance(read, Pair) else read:
+            return isinstance(read, Chat)
+    return False
 
 
 def column_names(rows: "Dataset | Sequence[Mapping[str, Any]]") -> list[str]:

@@ -1,5 +1,6 @@
 """Loads the tokenizer of a folder with transformers, after checks of its files."""
 
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,8 @@ from loft_jax.files import MOST_CONFIG, inside, read_json, regular_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
 
 _MOST_BYTES = 2**27  # largest size of a file; the largest vocabularies have a quarter
 _MOST_GROWTH = 1000  # largest factor by which normalizers and special tokens may lengthen a text
@@ -76,6 +79,32 @@ def folder_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     if not isinstance(length := tokenizer.model_max_length, (int, float)):
         raise InputError(f"{folder}: model_max_length is {shown(length)}, expected a number")
     return tokenizer
+
+
+def with_template_of(processor: Any, adapter: str) -> Any:
+    """Gives a base's tokenizer the chat template of an adapter, by which that was trained.
+
+    Args:
+        processor: Tokenizer of the base, which is changed, or an image processor.
+        adapter: Folder of the adapter; empty for none.
+
+    Returns:
+        The same; as it was if the adapter's folder holds no tokenizer.
+
+    Raises:
+        InputError: The adapter's tokenizer cannot be read.
+    """
+    held = adapter and (Path(adapter) / "tokenizer_config.json").exists()
+    if held and hasattr(processor, "chat_template"):
+        template = folder_tokenizer(Path(adapter)).chat_template
+        if processor.chat_template and not template:
+            _log.info(
+                "%s: its tokenizer has no chat template, so that of the base is not used; it would "
+                "be if the folder held no tokenizer",
+                adapter,
+            )
+        processor.chat_template = template
+    return processor
 
 
 def _check_class(folder: Path, contents: Mapping[str, Mapping[str, Any]]) -> None:

@@ -121,8 +121,8 @@ def export_trained(
         folder: Where `adapter/` or `model/` goes.
         step: The step that the model is of.
         run: Folder of the run, whose `metrics.jsonl` has the figures for the model card.
-        chats: Whether it was trained on conversations. The tokenizer of an adapter that was not has
-            no chat template, so that nobody is led to ask it by one.
+        chats: Whether it was trained on conversations. Beside an adapter or a generating model that
+            was not, the tokenizer has no chat template, so that nobody is led to ask it by one.
 
     Returns:
         The folder that was written.
@@ -134,15 +134,15 @@ def export_trained(
     card = ""
     if is_main():
         card = model_card(config, task, step, read_metrics(Path(run) / "metrics.jsonl"))
+    if isinstance(task, CausalLM) and not chats and processor is not None:
+        processor = copy.copy(processor)
+        processor.chat_template = None
     if config.method.adapts:
         if is_main():  # before the adapter, which is complete when its configuration is there
             with explained(f"{target}: cannot write the adapter"):
                 target.mkdir(parents=True, exist_ok=True)
                 if processor is not None:
-                    own = copy.copy(processor)
-                    if isinstance(task, CausalLM) and not chats:
-                        own.chat_template = None
-                    own.save_pretrained(str(target))
+                    processor.save_pretrained(str(target))
             _write_card(target, card)
         save_peft_adapter(
             target,

@@ -118,8 +118,6 @@ def finetune(
     config = objects.settled(config)
     folder = Path(config.output)
     check_wandb(config.logging.wandb)
-    if config.export.push_to_hub and is_main():
-        open_repository(config.export.push_to_hub)
     mesh = make_mesh(config.mesh)
     check_batch(config.schedule.batch_size, config.schedule.accumulation_steps, mesh)
     with (
@@ -131,6 +129,8 @@ def finetune(
             Run(config, mesh, objects, callbacks, progress=progress and is_main())
         ) as run,
     ):
+        if config.export.push_to_hub and is_main():
+            open_repository(config.export.push_to_hub)
         restored = bool(checkpoints.steps())
         state, plain = run.begin(checkpoints)
         view = Progress(

@@ -13,7 +13,11 @@ from loft_jax.tasks.task import Task
 from loft_jax.training.config import ExportConfig, FinetuneConfig
 from loft_jax.training.config_io import config_to_dict
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_FILES = (
+    *(".arrow", ".bz2", ".csv", ".gz", ".json", ".jsonl", ".parquet", ".tsv", ".txt", ".xz"),
+    *(".bin", ".gguf", ".pt", ".safetensors", ".zip", ".zst"),
+)
 _PIPELINES = {
     "CAUSAL_LM": "text-generation",
     "SEQ_CLS": "text-classification",
@@ -33,8 +37,10 @@ def model_card(
         history: Rows of the run's `metrics.jsonl`.
 
     Returns:
-        Markdown after the hub's metadata in YAML, which are those that PEFT writes.
+        Markdown after the hub's metadata in YAML, which are those that PEFT writes. Of an absolute
+        path it has the last name alone, and nothing of `config.logging`.
     """
+    config = _without_places(config)
     base = config.export.base_model_name or config.model.path
     schedule, evaluation = config.schedule, config.evaluation
     kind = "An adapter for" if config.method.adapts else "A fine-tuning of"
@@ -52,7 +58,8 @@ def model_card(
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value)
     # Trained again, it is another adapter, which must not replace this one on the hub.
     here = dataclasses.replace(config, export=ExportConfig(config.export.base_model_name))
-    settings = yaml.safe_dump(config_to_dict(here), sort_keys=False, allow_unicode=True)
+    fields = {name: value for name, value in config_to_dict(here).items() if name != "logging"}
+    settings = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
     return f"""---
 {yaml.safe_dump(_metadata(config, task, base), sort_keys=False, allow_unicode=True)}---
 
@@ -93,7 +100,24 @@ def _metadata(config: FinetuneConfig, task: Task, base: str) -> dict[str, Any]:
 
 
 def _is_hub_id(name: str) -> bool:
-    return bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
+    is_file = name.lower().endswith(_FILES)
+    return bool(_HUB_ID.fullmatch(name)) and not is_file and not Path(name).exists()
+
+
+def _without_places(config: FinetuneConfig) -> FinetuneConfig:
+    """Gives a configuration whose absolute paths are their last names."""
+
+    def named(path: str) -> str:
+        return Path(path).name if Path(path).is_absolute() else path
+
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, path=named(config.model.path)),
+        data=dataclasses.replace(config.data, path=named(config.data.path)),
+        evaluation=dataclasses.replace(config.evaluation, path=named(config.evaluation.path)),
+        lora=dataclasses.replace(config.lora, adapter=named(config.lora.adapter)),
+        output=named(config.output),
+    )
 
 
 def _figures(step: int, history: Sequence[Mapping[str, float]]) -> str:

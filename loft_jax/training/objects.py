@@ -14,6 +14,7 @@ from loft_jax.data import DataConfig, load_examples
 from loft_jax.data.source import given_examples
 from loft_jax.errors import InputError, shown
 from loft_jax.hub import load_model_config, load_processor
+from loft_jax.hub.tokenizer_folder import with_template_of
 from loft_jax.lora import lora_layers
 from loft_jax.models.family import Family, PretrainedConfig, PretrainedModel, flat_parameters
 from loft_jax.models.registry import FAMILIES
@@ -144,7 +145,11 @@ class Objects:
         )
 
     def processor(self, config: FinetuneConfig) -> Any:
-        """Gives the tokenizer or image processor; None with a loss of one's own."""
+        """Gives the tokenizer or image processor; None with a loss of one's own.
+
+        A tokenizer that is not given has the chat template of the adapter that the run goes on
+        from, if the adapter's folder holds a tokenizer.
+        """
         if isinstance(self.tokenizer, str | os.PathLike):
             raise InputError(
                 f"tokenizer is {shown(self.tokenizer)}, expected an object: "
@@ -152,7 +157,7 @@ class Objects:
             )
         if self.loss is not None or self.tokenizer is not None:
             return self.tokenizer
-        return load_processor(config.model.path)
+        return with_template_of(load_processor(config.model.path), config.lora.adapter)
 
     def examples(self, config: FinetuneConfig, data: DataConfig) -> tuple[Any, Any]:
         """Reads the training examples and the held-out examples.

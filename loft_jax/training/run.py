@@ -12,8 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from loft_jax.data import Batch, train_stream
 from loft_jax.data.presets import find_preset
-from loft_jax.data.row_formats import RowReader, column_names
-from loft_jax.data.templates import Chat
+from loft_jax.data.row_formats import are_chats
 from loft_jax.errors import InputError, NotFiniteError, explained, shown, size_of
 from loft_jax.hub.host_arrays import gather_to_host
 from loft_jax.models.family import Family, PretrainedConfig, PretrainedModel
@@ -147,8 +146,7 @@ class Run:
             )
         self.chats = False
         if isinstance(self.task, CausalLM):
-            first = RowReader(column_names(rows), self.processor, data).read(0, rows[0])
-            self.chats = isinstance(first, Chat)
+            self.chats = are_chats(rows, self.processor, data)
         own = _callbacks_of(evaluation, self.task, chats=self.chats)
         self.callbacks = Callbacks([*own, *callbacks])
         base = objects.base(config, self.task, mesh)

@@ -1,5 +1,6 @@
 """The adapter that a run goes on from: its settings, its labels, its factors."""
 
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from loft_jax.errors import InputError, shown
-from loft_jax.hub import load_peft_adapter
+from loft_jax.hub import load_model_config, load_peft_adapter
 from loft_jax.hub.peft_base import check_folder, read_labels
 from loft_jax.hub.peft_config import PeftConfig
 from loft_jax.hub.peft_names import CONFIG_NAME
@@ -44,7 +45,10 @@ def check_start(config: FinetuneConfig) -> None:
     found = PeftConfig.read(folder / CONFIG_NAME)
     for name, own in _settings(found).items():
         given = getattr(config.lora, name)
-        if given != getattr(AdapterConfig(), name) and _comparable(given) != _comparable(own):
+        if given == getattr(AdapterConfig(), name):
+            continue
+        same = functools.partial(_layers, config) if name == "layers" else _comparable
+        if same(given) != same(own):
             raise InputError(
                 f"lora.{name} is {shown(given)}, but {folder / CONFIG_NAME} has {shown(own)}; "
                 "expected one of the two"
@@ -92,6 +96,16 @@ def _settings(found: PeftConfig) -> dict[str, Any]:
 def _comparable(value: Any) -> Any:
     """Gives names in one order, since an adapter may have them in any."""
     return sorted(value) if isinstance(value, tuple) else value
+
+
+def _layers(config: FinetuneConfig, text: str) -> list[int]:
+    """Gives the numbers of layers, all of them for an empty text, as far as the model is named."""
+    count: Any = 0
+    if config.model.path:
+        _, sizes = load_model_config(config.model.path)
+        count = getattr(sizes, "num_hidden_layers", None) or getattr(sizes, "n_layer", 0)
+    numbers = AdapterConfig(layers=text).layer_numbers() or range(count)
+    return sorted({number + count if number < 0 else number for number in numbers})
 
 
 def known_labels(config: FinetuneConfig) -> tuple[str, ...]:

@@ -41,7 +41,8 @@ class GridResult:
 
     Attributes:
         run: The run.
-        step: Step of that checkpoint; None for a run whose loss was not finite.
+        step: Step of that checkpoint; None for a run whose loss was not finite, or whose score
+            never was a number.
         score: Score of its evaluation; lower is better.
         decides: Names of the metrics that the score is of.
         metrics: The evaluation, by name.
@@ -61,7 +62,8 @@ def run_sweep(
 
     After every run, `sweep.md` in the folder holds the table of `sweep_table`, and `sweep.png`
     (with matplotlib) a plot. Called again, it goes on: finished runs are not trained again, and
-    one that was stopped or killed is resumed. A run whose loss does not stay finite comes last.
+    one that was stopped or killed is resumed. A run whose loss does not stay finite, or
+    that has no score, comes last.
 
     Args:
         runs: With output folders below `folder`.
@@ -114,8 +116,8 @@ def _result(run: GridRun) -> GridResult:
     """Reads the best evaluation of a finished run."""
     folder = Path(run.config.output)
     with contextlib.closing(Checkpoints(folder / "checkpoints", read_only=True)) as checkpoints:
-        if (step := checkpoints.best_step()) is None:
-            raise InputError(f"{folder}: no checkpoint has the score of an evaluation")
+        if (step := checkpoints.best_step()) is None:  # every score was NaN
+            return GridResult(run, None)
         saved = checkpoints.run_of(step)
     metrics = {
         name.removeprefix("eval_"): value
@@ -158,6 +160,6 @@ def sweep_table(results: Sequence[GridResult]) -> str:
         values = [
             f"{v:.4f}" if (v := (result.metrics or {}).get(n)) is not None else "" for n in names
         ]
-        step = "loss not finite" if result.step is None else str(result.step)
+        step = "not finite" if result.step is None else str(result.step)
         lines.append([*result.run.settings.values(), step, *values])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

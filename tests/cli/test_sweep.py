@@ -60,6 +60,10 @@ def test_a_grid_of_options(flags):
         (("--rank", "4", "8", "--output", "x"), "--output has several values"),
         (("--rank", "4", "8", "--resume"), "--resume is given, but the same command"),
         (("--rank", "4", "8", "--eval-path="), "compares its runs by held-out examples"),
+        (
+            ("--rank", "4", "8", "--push-to-hub", "me/x"),
+            r"push_to_hub is 'me/x', .*; expected `loft-jax export \.\.\. --push-to-hub me/x`",
+        ),
         (("--epochs", "1", "0"), r"schedule\.epochs is 0\.0"),
     ],
 )
@@ -103,7 +107,7 @@ def test_a_sweep_goes_on_and_names_the_best(flags, tmp_path, capsys, monkeypatch
     assert lines[0] == "| learning-rate | best step | loss |"
     assert lines[2].startswith(f"| {best.partition('=')[2]} | ")
     assert lines[2].endswith(f" | {rows[best]:.4f} |")
-    assert lines[-1] == "| 1.0 | loss not finite |  |"
+    assert lines[-1] == "| 1.0 | not finite |  |"
     assert f"best: {folder / best}, at step " in out
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
@@ -116,3 +120,30 @@ def test_a_sweep_goes_on_and_names_the_best(flags, tmp_path, capsys, monkeypatch
     capsys.readouterr()
     assert main([*command, "--seed", "1"]) == 2
     assert "cannot resume with another seed" in capsys.readouterr().err
+
+
+def test_a_run_whose_scores_are_not_numbers_comes_last(flags, tmp_path, monkeypatch):
+    runs = Sweep((*flags, "--rank", "2", "4")).runs()[1]
+    (tmp_path / "sweep").mkdir()
+    scores = {"rank=2": None, "rank=4": 1.5}
+
+    class Scored:
+        def __init__(self, folder, *, read_only):
+            self._score = scores[folder.parent.name]
+
+        def close(self):
+            pass
+
+        def best_step(self):
+            return self._score and 2
+
+        def run_of(self, step):
+            return {"score": self._score, "best_metrics": ["loss"]}
+
+    monkeypatch.setattr(sweep, "Checkpoints", Scored)
+    monkeypatch.setattr(sweep, "_is_finished", lambda config: True)
+    monkeypatch.setattr(sweep, "read_metrics", lambda file: [{"step": 2, "eval_loss": 1.5}])
+    results = sweep.run_sweep(runs, tmp_path / "sweep")
+    assert [result.step for result in results] == [2, None]
+    table = (tmp_path / "sweep" / "sweep.md").read_text().splitlines()
+    assert table[2:] == ["| 4 | 2 | 1.5000 |", "| 2 | not finite |  |"]

@@ -7,6 +7,7 @@ import datasets
 import pytest
 
 from loft_jax.data import DataConfig, tokenize
+from loft_jax.data.row_formats import are_chats
 from loft_jax.errors import InputError
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
@@ -267,3 +268,16 @@ def test_long_texts_are_tokenized_in_parts_and_are_the_same(monkeypatch):
     monkeypatch.setattr("loft_jax.data.encode._MOST_OF_PAIR", 100)
     with pytest.raises(InputError, match=r"a prompt has \d+ characters; expected at most 100"):
         tokenize([{"prompt": text, "completion": "a"}], TOKENIZER, data)
+
+
+@pytest.mark.parametrize(
+    ("rows", "chats"),
+    [
+        ([{"instruction": "a", "output": ""}, {"instruction": "a", "output": "b"}], True),
+        ([{"text": ""}, {"text": "a"}], False),
+        ([{"prompt": "a", "completion": ""}], False),
+        ([{"prompt": "a", "completion": ""}] * 100 + [{"messages": [USER, ASSISTANT]}], False),
+    ],
+)
+def test_rows_are_what_the_first_with_something_to_learn_is(rows, chats):
+    assert are_chats(rows, TOKENIZER, DataConfig()) is chats

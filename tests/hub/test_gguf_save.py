@@ -245,6 +245,16 @@ def test_the_command_turns_a_file_into_a_folder(llama, tmp_path, capsys):
     assert tokenizer.chat_template == tiny_tokenizer().chat_template
 
 
+def test_the_command_writes_the_chat_template_of_the_adapter(folders, adapter, tmp_path):
+    tiny_tokenizer(chat_template=None).save_pretrained(tmp_path / "adapter")
+    merge = ["merge", "--adapter", str(tmp_path / "adapter"), "--output"]
+    assert main([*merge, str(tmp_path / "x.gguf"), "--gguf", "f32"]) == 0
+    assert main([*merge, str(tmp_path / "folder")]) == 0
+    assert load_tokenizer(folders / "llama").chat_template
+    for written in ("x.gguf", "folder"):
+        assert load_tokenizer(tmp_path / written).chat_template is None
+
+
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_llama_cpp_gives_the_same_probabilities(folders, tmp_path, architecture):
     """Its cache of keys and values is float16."""

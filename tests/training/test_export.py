@@ -1,6 +1,7 @@
 """What stands beside the weights of a finished run."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -9,7 +10,7 @@ from safetensors.numpy import load
 from transformers import AutoTokenizer
 
 from loft_jax.cli import main
-from loft_jax.training.config_io import config_from_dict
+from loft_jax.training import model_card
 from tests.hub.hub_server import hub_server
 
 
@@ -59,7 +60,7 @@ def test_the_model_card_has_the_metadata_of_peft_and_the_figures(pushed, workspa
     (later,) = (row["eval_loss"] for row in after if "eval_loss" in row)
     assert f"| loss | {loss:.4f} | {later:.4f} |" in card.text
     assert f"| train_loss | | {after[0]['train_loss']:.4f} |" in card.text
-    for said in ("| method | loft |", f"`{workspace / 'train.jsonl'}`", "2, of 4 rows each"):
+    for said in ("| method | loft |", "| data | `train.jsonl` |", "2, of 4 rows each"):
         assert said in card.text
 
 
@@ -69,8 +70,31 @@ def test_the_model_card_has_the_settings_to_train_it_again(pushed):
     assert "$ loft-jax finetune --config config.yaml --output runs/again" in text
     settings = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
     saved = yaml.safe_load((run / "config.yaml").read_text())
-    assert saved["export"].pop("push_to_hub") == "me/first"  # by this run alone
-    assert config_from_dict(settings) == config_from_dict(saved)
+    assert saved["export"]["push_to_hub"] == "me/first"
+    saved["export"]["push_to_hub"] = ""  # by this run alone
+    for path in (saved["model"], saved["data"], saved["evaluation"]):
+        path["path"] = Path(path["path"]).name
+    saved["output"] = "first"
+    del saved["logging"]
+    assert settings == saved
+    assert str(run.parent) not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "is_id"),
+    [
+        ("org/name", True),
+        ("org/Model-1.5", True),
+        ("data/train.jsonl", False),
+        ("models/x.Q4_1.GGUF", False),
+        ("./model", False),
+        ("../model", False),
+        ("/model/x", False),
+        ("tests/training", False),
+    ],
+)
+def test_a_path_is_no_name_of_the_hub(name, is_id):
+    assert model_card._is_hub_id(name) is is_id
 
 
 def test_the_hub_has_the_folder(pushed):

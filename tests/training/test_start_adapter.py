@@ -12,9 +12,12 @@ from flax import nnx
 from loft_jax import LoRAConfig, add_lora, load_pretrained, lora_layers, save_peft_adapter
 from loft_jax.cli import main
 from loft_jax.cli.finetune import finetune_default
+from loft_jax.cli.source import Source
 from loft_jax.errors import InputError
 from loft_jax.training.loop import finetune
+from loft_jax.training.objects import Objects
 from loft_jax.training.start_adapter import check_start
+from tests.tiny import tiny_tokenizer
 from tests.training.processes import adapter
 
 
@@ -104,6 +107,8 @@ def test_settings_that_say_otherwise_are_refused(going_on, changes, told):
 
 def test_the_same_settings_are_no_conflict(going_on):
     check_start(going_on(rank=2, alpha=4.0, target_modules=("q_proj", "down_proj")))
+    for layers in ("0-1", "-1,0"):  # all that the model has
+        check_start(going_on(layers=layers))
 
 
 @pytest.mark.parametrize(
@@ -147,3 +152,13 @@ def test_the_base_is_by_default_that_of_the_adapter(start, workspace, tmp_path):
     file.write_text(f"lora: {{adapter: {start}}}")
     found = finetune_default(["--config", str(file)]).run.model.path
     assert found == str(workspace / "model")
+
+
+def test_the_chat_template_is_that_of_the_adapter(going_on, start, workspace, tmp_path):
+    folder = tmp_path / "plain"
+    shutil.copytree(start, folder)
+    assert Objects().processor(going_on(adapter=str(folder))).chat_template
+    tiny_tokenizer(chat_template=None).save_pretrained(folder)
+    assert Objects().processor(going_on(adapter=str(folder))).chat_template is None
+    assert Source(adapter=str(folder)).processor.chat_template is None
+    assert Source(model=str(workspace / "model")).processor.chat_template

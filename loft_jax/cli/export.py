@@ -59,7 +59,7 @@ class Export:
             export=ExportConfig(names, self.push_to_hub),
         )
         model, task = restore_model(config, checkpoints, step)
-        processor = with_template_of(load_processor(base), start)
+        processor = with_template_of(load_processor(base), start, training=True)
         Path(self.output).mkdir(parents=True, exist_ok=True)
         written = export_trained(
             model,

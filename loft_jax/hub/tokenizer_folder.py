@@ -81,12 +81,14 @@ def folder_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def with_template_of(processor: Any, adapter: str) -> Any:
+def with_template_of(processor: Any, adapter: str, *, training: bool = False) -> Any:
     """Gives a base's tokenizer the chat template of an adapter, by which that was trained.
 
     Args:
         processor: Tokenizer of the base, which is changed, or an image processor.
         adapter: Folder of the adapter; empty for none.
+        training: Whether the adapter is to be trained on: without a template of its own it then
+            has the base's, since the examples decide how it will be asked.
 
     Returns:
         The same; as it was if the adapter's folder holds no tokenizer.
@@ -98,6 +100,8 @@ def with_template_of(processor: Any, adapter: str) -> Any:
     if held and hasattr(processor, "chat_template"):
         template = folder_tokenizer(Path(adapter)).chat_template
         if processor.chat_template and not template:
+            if training:
+                return processor
             _log.info(
                 "%s: its tokenizer has no chat template, so that of the base is not used; it would "
                 "be if the folder held no tokenizer",

@@ -148,7 +148,7 @@ class Objects:
         """Gives the tokenizer or image processor; None with a loss of one's own.
 
         A tokenizer that is not given has the chat template of the adapter that the run goes on
-        from, if the adapter's folder holds a tokenizer.
+        from, if the adapter has one.
         """
         if isinstance(self.tokenizer, str | os.PathLike):
             raise InputError(
@@ -157,7 +157,8 @@ class Objects:
             )
         if self.loss is not None or self.tokenizer is not None:
             return self.tokenizer
-        return with_template_of(load_processor(config.model.path), config.lora.adapter)
+        processor = load_processor(config.model.path)
+        return with_template_of(processor, config.lora.adapter, training=True)
 
     def examples(self, config: FinetuneConfig, data: DataConfig) -> tuple[Any, Any]:
         """Reads the training examples and the held-out examples.

@@ -292,3 +292,19 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def cache_folder(name: str) -> Path:
+    """Gives a folder for files that can be made again, in that of the user's caches.
+
+    Args:
+        name: Of what is kept there.
+
+    Returns:
+        The folder, which need not be there; `XDG_CACHE_HOME` moves it.
+
+    Raises:
+        RuntimeError: The user has no home.
+    """
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return caches.expanduser() / "loft_jax" / name

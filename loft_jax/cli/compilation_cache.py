@@ -8,6 +8,8 @@ from pathlib import Path
 
 import jax
 
+from loft_jax.files import cache_folder
+
 _MOST_BYTES = 2 * 2**30  # beyond, JAX removes what was used longest ago; a program takes megabytes
 
 
@@ -30,8 +32,7 @@ def keep_compiled_programs() -> Path | None:
     if jax.distributed.is_initialized():
         return None
     try:
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        folder = caches / "loft_jax" / "programs" / _this_cpu()
+        folder = cache_folder("programs") / _this_cpu()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not _is_private(folder):
             return None

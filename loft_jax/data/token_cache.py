@@ -15,7 +15,7 @@ import numpy as np
 
 from loft_jax.data.log_once import Logged, log_again, recorded
 from loft_jax.errors import reason
-from loft_jax.files import replacing
+from loft_jax.files import cache_folder, replacing
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,12 +28,6 @@ _DAYS = 30  # that a file is kept without being read
 _RECORD = "logged"  # key of what was logged while tokenizing
 
 Arrays = dict[str, np.ndarray]
-
-
-def cache_folder() -> Path:
-    """Gives the folder of tokenized examples: `loft_jax/tokens` in that of the user's caches."""
-    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(caches).expanduser() / "loft_jax" / "tokens"
 
 
 def cached(
@@ -57,7 +51,7 @@ def cached(
         The arrays, by name.
     """
     key = _key(rows, tokenizer, settings, Path(inspect.getfile(make)))
-    file = None if key is None else cache_folder() / f"{key}.safetensors"
+    file = None if key is None else cache_folder("tokens") / f"{key}.safetensors"
     if file is not None and (found := _read(file)) is not None:
         arrays, record = found
         log_again(tokenizer, record)

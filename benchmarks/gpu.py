@@ -29,7 +29,7 @@ from flax import nnx
 from benchmarks.history import RESULTS, History, Row, table
 from benchmarks.optimizer.contestants import Contestant, make_optimizer
 from benchmarks.optimizer.shapes import llama_shapes, pair_shapes, random_like
-from benchmarks.optimizer.train import random_batch
+from benchmarks.optimizer.train import TINY, random_batch
 from benchmarks.optimizer.turns import Turn, take_turns, timing
 from loft_jax import LoRAConfig, add_lora
 from loft_jax.methods import Full
@@ -53,16 +53,6 @@ LLAMA_1B = LlamaConfig(
     num_attention_heads=32,
     num_key_value_heads=8,
     head_dim=64,
-    tie_word_embeddings=True,
-)
-TINY = LlamaConfig(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
     tie_word_embeddings=True,
 )
 

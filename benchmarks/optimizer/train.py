@@ -100,17 +100,7 @@ def load_model(bench: Bench) -> tuple[LanguageModel, str]:
     """
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     if bench.quick:
-        config = dataclasses.replace(
-            SMOLLM2_135M,
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-        )
-        return Llama(config, rngs=nnx.Rngs(0)), "a tiny Llama of random weights"
+        return Llama(TINY, rngs=nnx.Rngs(0)), "a tiny Llama of random weights"
     if Path(bench.model).exists():
         model = load_pretrained(bench.model, dtype=dtype, param_dtype=dtype)
         return model, Path(bench.model).name
@@ -130,6 +120,17 @@ SMOLLM2_135M = LlamaConfig(
     rms_norm_eps=1e-5,
     rope_theta=100_000.0,
     tie_word_embeddings=True,
+)
+
+TINY = dataclasses.replace(
+    SMOLLM2_135M,
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
 )
 
 

@@ -3,7 +3,6 @@
 Each is a chain with AdamW's arguments, and is AdamW for the leaves that belong to no pair.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,7 +19,14 @@ from loft_jax.optim.linear_algebra import batched, matmul, transpose
 from loft_jax.optim.links import Role, project_gradients
 from loft_jax.optim.loft_optimizers import loft
 from loft_jax.optim.paired_updates import PairedUpdates
-from loft_jax.optim.pairs import DEFAULT_SPEC, FactorNames, FactorSpec, Scaling, find_pairs
+from loft_jax.optim.pairs import (
+    DEFAULT_SPEC,
+    FactorNames,
+    FactorSpec,
+    Scaling,
+    StackAxis,
+    find_pairs,
+)
 
 
 def lora_plus(
@@ -32,7 +38,7 @@ def lora_plus(
     *,
     ratio: Number = 16.0,
     factors: FactorNames | None = None,
-    stack_axes: Sequence[int] | None = None,
+    stack_axis: StackAxis = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""LoRA+: AdamW with a larger learning rate for B than for A.
 
@@ -47,7 +53,7 @@ def lora_plus(
       weight_decay: Decoupled, multiplied by the learning rate of the leaf.
       ratio: B's learning rate over A's.
       factors: Endings of the paths of the factors. See `FactorSpec` for this and the next one.
-      stack_axes: Positions of the axes that stack layers; by default leading ones.
+      stack_axis: The axis that stacks layers, or several; by default leading ones.
 
     Returns:
       `optax.adamw`, with the updates of factors B multiplied by the ratio.
@@ -71,7 +77,7 @@ def lora_plus(
     """
     check_adam(b1, b2, eps, weight_decay)
     check_positive_finite(ratio, "ratio")
-    spec = FactorSpec(factors, stack_axes=stack_axes)
+    spec = FactorSpec(factors, stack_axis=stack_axis)
     return optax.chain(
         optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay),
         optax.masked(optax.scale(ratio), lambda params: _has_role(params, spec, "b")),
@@ -88,7 +94,7 @@ def lora_fa(
     max_grad_norm: Number | None = None,
     factors: FactorNames | None = None,
     scaling: Scaling = 1.0,
-    stack_axes: Sequence[int] | None = None,
+    stack_axis: StackAxis = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""LoRA-FA: A is frozen, and B follows AdamW on the projected full gradient.
 
@@ -109,7 +115,7 @@ def lora_fa(
         A clip before this transformation would count them.
       factors: Endings of the paths of the factors. See `FactorSpec` for this and the next two.
       scaling: The s of `W = s A B`, or a function of the pair's path.
-      stack_axes: Positions of the axes that stack layers; by default leading ones.
+      stack_axis: The axis that stacks layers, or several; by default leading ones.
 
     Returns:
       A chain of `project_gradients` and `optax.adamw` on all leaves but the factors A, whose
@@ -134,7 +140,7 @@ def lora_fa(
     """
     check_adam(b1, b2, eps, weight_decay)
     check_positive(max_grad_norm, "max_grad_norm")
-    spec = FactorSpec(factors, scaling, stack_axes)
+    spec = FactorSpec(factors, scaling, stack_axis)
 
     def labels(params: optax.Params) -> Any:
         frozen = _has_role(params, spec, "a")
@@ -226,7 +232,7 @@ def riemannian_lora(
     *,
     damping: Number = 1e-6,
     factors: FactorNames | None = None,
-    stack_axes: Sequence[int] | None = None,
+    stack_axis: StackAxis = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Riemannian preconditioned LoRA, also called scaled AdamW.
 
@@ -241,7 +247,7 @@ def riemannian_lora(
       weight_decay: As in `optax.adamw`: decoupled, multiplied by the learning rate.
       damping: The δ; 1e-6 in the authors' code, 1e-2 in PEFT's.
       factors: Endings of the paths of the factors. See `FactorSpec` for this and the next one.
-      stack_axes: Positions of the axes that stack layers; by default leading ones.
+      stack_axis: The axis that stacks layers, or several; by default leading ones.
 
     Returns:
       A chain of `precondition_by_gram` and `optax.adamw`. It needs the parameters.
@@ -264,7 +270,7 @@ def riemannian_lora(
     """
     check_adam(b1, b2, eps, weight_decay)
     return optax.chain(
-        precondition_by_gram(damping, spec=FactorSpec(factors, stack_axes=stack_axes)),
+        precondition_by_gram(damping, spec=FactorSpec(factors, stack_axis=stack_axis)),
         optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay),
     )
 
@@ -278,7 +284,7 @@ def alt_lora_plus(
     *,
     factors: FactorNames | None = None,
     scaling: Scaling = 1.0,
-    stack_axes: Sequence[int] | None = None,
+    stack_axis: StackAxis = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AltLoRA+: one factor a step, with aligned momentum and Adam's second moment of the factor.
 
@@ -309,7 +315,7 @@ def alt_lora_plus(
       weight_decay: Decoupled, multiplied by the learning rate. The factor that moves shrinks.
       factors: Endings of the paths of the factors. See `FactorSpec` for this and the next two.
       scaling: The s of `W = s A B`, or a function of the pair's path.
-      stack_axes: Positions of the axes that stack layers; by default leading ones.
+      stack_axis: The axis that stacks layers, or several; by default leading ones.
 
     Returns:
       The chain that `loft` is. It needs the parameters.
@@ -340,7 +346,7 @@ def alt_lora_plus(
         move="alternate",
         factors=factors,
         scaling=scaling,
-        stack_axes=stack_axes,
+        stack_axis=stack_axis,
     )
 
 

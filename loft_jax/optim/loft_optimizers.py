@@ -42,6 +42,7 @@ from loft_jax.optim.pairs import (
     FactorNames,
     FactorSpec,
     Scaling,
+    StackAxis,
     find_pairs,
     paired_leaves,
 )
@@ -65,7 +66,7 @@ def loft(
     first: Role = "b",
     factors: FactorNames | None = None,
     scaling: Scaling = 1.0,
-    stack_axes: Sequence[int] | None = None,
+    stack_axis: StackAxis = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""LoFT: low-rank adaptation that behaves like full fine-tuning with AdamW.
 
@@ -126,7 +127,7 @@ def loft(
         with `lora_B`, also after an underscore. See `FactorSpec` for this and the next two.
       scaling: The s of `W = s A B` that the forward pass uses (alpha / rank in LoRA), or a
         function from a pair's path (`"layers/q_proj"`) to it.
-      stack_axes: Positions of the axes that stack layers; by default leading ones.
+      stack_axis: The axis that stacks layers, or several; by default leading ones.
 
     Returns:
       An `optax.GradientTransformation`. Its `update` needs the parameters.
@@ -163,7 +164,7 @@ def loft(
     check_not_negative(weight_decay, "weight_decay")
     check_positive(max_grad_norm, "max_grad_norm")
     check_move(move)
-    spec = FactorSpec(factors, scaling, stack_axes)
+    spec = FactorSpec(factors, scaling, stack_axis)
     chain = optax.chain(
         project_gradients(spec=spec),
         *_clip(max_grad_norm, move, first, spec),
@@ -324,7 +325,7 @@ def loft_muon(
     first: Role = "b",
     factors: FactorNames | None = None,
     scaling: Scaling = 1.0,
-    stack_axes: Sequence[int] | None = None,
+    stack_axis: StackAxis = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""LoFT with Muon: the factors move so that W moves as Muon on W would, projected.
 
@@ -378,7 +379,7 @@ def loft_muon(
     check_not_negative(weight_decay, "weight_decay")
     check_positive(max_grad_norm, "max_grad_norm")
     check_move(move)
-    spec = FactorSpec(factors, scaling, stack_axes)
+    spec = FactorSpec(factors, scaling, stack_axis)
 
     def labels(params: optax.Params) -> Any:
         return jax.tree.map(

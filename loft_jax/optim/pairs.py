@@ -11,6 +11,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -24,6 +25,12 @@ FactorNames = Sequence[tuple[str, str]]
 
 Scaling = Number | Callable[[str], float]
 """The s of `W = s A B`: one number, or a function of the pair's path."""
+
+StackAxes = int | Sequence[int] | None
+"""Positions of stacked axes in both factors: one, several, `()` for none; None: leading ones."""
+
+StackAxis = StackAxes | Callable[[str], StackAxes]
+"""Which axes stack layers: the same ones in all pairs, or a function of the pair's path."""
 
 _DEFAULT_NAMES = (("lora_a", "lora_b"), ("lora_A", "lora_B"))
 
@@ -42,13 +49,14 @@ class FactorSpec:
         no pairs.
       scaling: The s of `W = s A B` that the forward pass uses (alpha / rank in LoRA), or a function
         from a pair's path (`"layers/q_proj"`) to it.
-      stack_axes: Positions, in A and in B alike, of the axes that stack layers: `(1,)` where
-        Linen's `nn.scan` and MaxText put them, `A (in, layers, r)`, `B (r, layers, out)`. None, the
-        default, means as many leading axes as the shapes allow.
+      stack_axis: Position, in A and in B alike, of the axis that stacks layers: 1 where MaxText
+        puts it, `A (in, layers, r)`, `B (r, layers, out)`. A tuple for several axes, `()` for no
+        stack, or a function from a pair's path to any of these. None, the default, means as many
+        leading axes as the shapes allow.
 
     Raises:
       ValueError: `factors` that are not pairs of endings, a scaling that is zero or not finite, or
-        `stack_axes` that are negative or repeated.
+        a `stack_axis` that is negative or repeated.
 
     Example:
       >>> spec = FactorSpec(factors=[["down/kernel", "up/kernel"]], scaling=2.0)
@@ -58,7 +66,7 @@ class FactorSpec:
 
     factors: FactorNames | None = None
     scaling: Scaling = 1.0
-    stack_axes: Sequence[int] | None = None
+    stack_axis: StackAxis = None
 
     def __post_init__(self) -> None:
         for endings in self.names:
@@ -70,13 +78,8 @@ class FactorSpec:
             object.__setattr__(self, "factors", tuple((a, b) for a, b in self.factors))
         if not callable(self.scaling):
             check_scaling(self.scaling)
-        if self.stack_axes is not None:
-            axes = tuple(sorted(self.stack_axes))
-            if len(set(axes)) < len(axes) or any(axis < 0 for axis in axes):
-                raise ValueError(
-                    f"stack_axes is {self.stack_axes!r}, expected different positions >= 0"
-                )
-            object.__setattr__(self, "stack_axes", axes)
+        if self.stack_axis is not None and not callable(self.stack_axis):
+            object.__setattr__(self, "stack_axis", _positions(self.stack_axis, "stack_axis"))
 
     @property
     def names(self) -> FactorNames:
@@ -92,6 +95,15 @@ class FactorSpec:
         scaling = self.scaling(pair.path) if callable(self.scaling) else self.scaling
         check_scaling(scaling, f"scaling of {pair.path!r}")
         return scaling
+
+    def stack_axes_of(self, path: str) -> tuple[int, ...] | None:
+        """The positions of the stacked axes of the pair with this path; None for leading ones.
+
+        Raises:
+          ValueError: They are negative, repeated or no whole numbers; the message names the pair.
+        """
+        axes = self.stack_axis(path) if callable(self.stack_axis) else self.stack_axis
+        return None if axes is None else _positions(axes, f"stack_axis of {path!r}")
 
 
 DEFAULT_SPEC = FactorSpec()
@@ -290,7 +302,7 @@ def find_pairs(params: Any, spec: FactorSpec = DEFAULT_SPEC) -> list[Pair]:
             if jnp.issubdtype(getattr(leaf, "dtype", jnp.float32), jnp.complexfloating):
                 raise ValueError(f"{name!r} is {leaf.dtype}, expected real factors")
         a, b = ((i, name, tuple(leaf.shape)) for i, name, leaf in both_leaves)
-        pairs.append(_pair(path, a, b, spec.stack_axes))
+        pairs.append(_pair(path, a, b, spec.stack_axes_of(path)))
 
     # An empty tree is no mistake: Optax initializes with one to find out which parts of a state
     # are like parameters (`optax.tree.map_params`).
@@ -329,16 +341,16 @@ def _pair(
     path: str,
     a_leaf: tuple[int, str, tuple[int, ...]],
     b_leaf: tuple[int, str, tuple[int, ...]],
-    stack_axes: Sequence[int] | None,
+    stack_axes: tuple[int, ...] | None,
 ) -> Pair:
     (a_index, a_path, a), (b_index, b_path, b) = a_leaf, b_leaf
     if stack_axes is None:  # the most leading axes first
         candidates = [tuple(range(k)) for k in reversed(range(min(len(a), len(b))))]
     else:
-        candidates = [tuple(stack_axes)]
+        candidates = [stack_axes]
     axes = next((axes for axes in candidates if _fit(a, b, axes)), None)
     if axes is None:
-        where = "" if stack_axes is None else f", with the stack at axes {tuple(stack_axes)}"
+        where = "" if stack_axes is None else f", with the stack at axes {stack_axes}"
         raise ValueError(
             f"factors of {path!r} do not fit: A has shape {a} and B {b}, expected "
             f"A (*stack, *in, rank) and B (*stack, rank, *out){where}"
@@ -358,6 +370,19 @@ def _pair(
             f"of shape ({m}, {n})"
         )
     return pair
+
+
+def _positions(axes: int | Sequence[int], name: str) -> tuple[int, ...]:
+    if isinstance(axes, jax.Array):
+        raise ValueError(
+            f"{name} is an array, expected positions: with optax.inject_hyperparams, name "
+            "stack_axis in static_args"
+        )
+    several = axes if isinstance(axes, Sequence) else (axes,)
+    whole = all(isinstance(x, Integral) and not isinstance(x, bool) and x >= 0 for x in several)
+    if not whole or len(set(several)) < len(several):
+        raise ValueError(f"{name} is {axes!r}, expected different positions >= 0")
+    return tuple(sorted(map(int, several)))
 
 
 def _fit(a: tuple[int, ...], b: tuple[int, ...], stack_axes: tuple[int, ...]) -> bool:

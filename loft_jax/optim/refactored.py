@@ -32,7 +32,7 @@ import optax
 from loft_jax.optim.arguments import Number, check_adam, check_steps
 from loft_jax.optim.linear_algebra import batched, matmul, transpose
 from loft_jax.optim.paired_updates import PairedUpdates, compute_dtype
-from loft_jax.optim.pairs import DEFAULT_SPEC, FactorNames, FactorSpec, find_pairs
+from loft_jax.optim.pairs import DEFAULT_SPEC, FactorNames, FactorSpec, StackAxis, find_pairs
 
 # An eigenvalue counts as zero below this many rounding units of the largest one.
 _ZERO_UNITS = 16
@@ -159,7 +159,7 @@ def reflora(
     warmup_steps: Number = 100,
     interval: Number = 1,
     factors: FactorNames | None = None,
-    stack_axes: Sequence[int] | None = None,
+    stack_axis: StackAxis = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""RefLoRA: AdamW on the gradients of the balanced factorization.
 
@@ -177,7 +177,7 @@ def reflora(
       warmup_steps: Steps of plain LoRA before the first change.
       interval: Steps that an S is used for.
       factors: Endings of the paths of the factors. See `FactorSpec` for this and the next one.
-      stack_axes: Positions of the axes that stack layers; by default leading ones.
+      stack_axis: The axis that stacks layers, or several; by default leading ones.
 
     Returns:
       An Optax transformation; its update needs the parameters. Leaves that belong to no pair take
@@ -201,7 +201,7 @@ def reflora(
     check_adam(b1, b2, eps, weight_decay)
     return optax.chain(
         precondition_by_reflora(
-            warmup_steps, interval=interval, spec=FactorSpec(factors, stack_axes=stack_axes)
+            warmup_steps, interval=interval, spec=FactorSpec(factors, stack_axis=stack_axis)
         ),
         optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay),
     )
@@ -307,7 +307,7 @@ def reflora_s(
     *,
     warmup_steps: Number = 100,
     factors: FactorNames | None = None,
-    stack_axes: Sequence[int] | None = None,
+    stack_axis: StackAxis = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""RefLoRA-S: AdamW on factors that are kept at equal norms.
 
@@ -325,7 +325,7 @@ def reflora_s(
       weight_decay: As in `optax.adamw`: decoupled, multiplied by the learning rate.
       warmup_steps: Steps of plain LoRA before the first change.
       factors: Endings of the paths of the factors. See `FactorSpec` for this and the next one.
-      stack_axes: Positions of the axes that stack layers; by default leading ones.
+      stack_axis: The axis that stacks layers, or several; by default leading ones.
 
     Returns:
       An Optax transformation; its update needs the parameters. Leaves that belong to no pair take
@@ -349,7 +349,7 @@ def reflora_s(
     """
     check_adam(b1, b2, eps, weight_decay)
     adamw = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay)
-    return balance_norms(adamw, warmup_steps, spec=FactorSpec(factors, stack_axes=stack_axes))
+    return balance_norms(adamw, warmup_steps, spec=FactorSpec(factors, stack_axis=stack_axis))
 
 
 def _metrics_of_all(

@@ -142,10 +142,10 @@ def test_complex_factors_are_refused():
         ((7, 8, 5, 2), (7, 2, 5, 6), (2, 0), (7, 5), (8,), (6,)),
     ],
 )
-def test_stack_axes_that_are_named(a, b, axes, stack, ins, outs):
+def test_stack_axis_that_are_named(a, b, axes, stack, ins, outs):
     rng = np.random.default_rng(0)
     tree = {"lora_a": rng.normal(size=a), "lora_b": rng.normal(size=b)}
-    [pair] = find_pairs(tree, FactorSpec(stack_axes=axes))
+    [pair] = find_pairs(tree, FactorSpec(stack_axis=axes))
     assert (pair.a.stack, pair.a.features, pair.b.features) == (stack, ins, outs)
     for factor, x in ((pair.a, tree["lora_a"]), (pair.b, tree["lora_b"])):
         folded = factor.fold(jnp.asarray(x))
@@ -155,12 +155,12 @@ def test_stack_axes_that_are_named(a, b, axes, stack, ins, outs):
         assert factor.shape(pair.rank) == x.shape
 
 
-def test_stack_axes_that_do_not_fit():
+def test_stack_axis_that_do_not_fit():
     tree = {"q": factors(8, 6, 2, stack=(5,))}
     with pytest.raises(ValueError, match=r"'q' do not fit.*stack at axes \(1,\)"):
-        find_pairs(tree, FactorSpec(stack_axes=(1,)))
-    with pytest.raises(ValueError, match=r"stack_axes is \(-1,\), expected different positions"):
-        FactorSpec(stack_axes=(-1,))
+        find_pairs(tree, FactorSpec(stack_axis=1))
+    with pytest.raises(ValueError, match=r"stack_axis is -1, expected different positions"):
+        FactorSpec(stack_axis=-1)
 
 
 def test_a_spec_is_a_value():

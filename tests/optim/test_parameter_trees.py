@@ -137,7 +137,7 @@ def test_axes(name):
 
 
 @pytest.mark.parametrize("name", ["loft", "loft, full", "loft_muon", "reflora", "reflora_s"])
-def test_stack_axes(name):
+def test_stack_axis(name):
     """Layers stacked on an axis that is named, as Linen's scan has it, move as leading ones do."""
 
     def second(tree):
@@ -145,7 +145,7 @@ def test_stack_axes(name):
 
     leading = {"q": pair(0, m=6, n=4, stack=(3,))}
     factory, numbers, others = TRANSFORMS[name]
-    tx = factory(**numbers, **others, stack_axes=(1,))
+    tx = factory(**numbers, **others, stack_axis=1)
     assert_stable(tx, second(leading))
     expected = follow(make(name), leading, 2)
     assert_close(follow(tx, second(leading), 2), [second(p) for p in expected])

@@ -112,7 +112,7 @@ def train(config: Any) -> dict[str, Any]:
 
     from loft_jax.tasks.causal_lm import CausalLM
     from loft_jax.training.mesh import make_mesh
-    from loft_jax.training.model import abstract_model, scaling_of, trained_variables
+    from loft_jax.training.model import abstract_model, scaling_of, stack_axis_of, trained_variables
     from loft_jax.training.optimizer import make_optimizer, make_schedule
     from loft_jax.training.partition import split_model
     from loft_jax.training.plan import plan_model
@@ -122,7 +122,9 @@ def train(config: Any) -> dict[str, Any]:
     task = CausalLM()
     model = abstract_model(*plan_model(config.model.path), config, task)
     parts = split_model(model, trained_variables(config.method))
-    tx = make_optimizer(config, make_schedule(config.schedule, 1000), scaling_of(model))
+    tx = make_optimizer(
+        config, make_schedule(config.schedule, 1000), scaling_of(model), stack_axis_of(model)
+    )
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     shardings = step_shardings(parts, tx, model.table, mesh)
     step: Any = make_step(parts, task.loss, tx, 1, shardings)

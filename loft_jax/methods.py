@@ -25,7 +25,7 @@ from loft_jax.optim import (
     reflora_s,
     riemannian_lora,
 )
-from loft_jax.optim.pairs import Scaling
+from loft_jax.optim.pairs import Scaling, StackAxis
 from loft_jax.settings import check_settings
 
 # Gives Muon's updates the size of AdamW's (Liu et al., arXiv 2502.16982): the same learning rate
@@ -58,12 +58,14 @@ class Common(NamedTuple):
         adam: Learning rate and AdamW's settings.
         max_grad_norm: Norm that gradients are clipped to; None does not clip.
         scaling: The s of `W = s A B` by the path of a pair.
+        stack_axis: The stacked axes by the path of a pair.
         init: How the factors start.
     """
 
     adam: AdamW
     max_grad_norm: float | None
     scaling: Scaling
+    stack_axis: StackAxis
     init: str
 
     def clipped(self, tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -160,6 +162,7 @@ class LoFT(Method):
             state_dtype=self.state_dtype,
             balance=self.balance,
             scaling=common.scaling,
+            stack_axis=common.stack_axis,
         )
 
 
@@ -187,6 +190,7 @@ class LoFTMuon(Method):
             max_grad_norm=common.max_grad_norm,
             move=self.move,
             scaling=common.scaling,
+            stack_axis=common.stack_axis,
         )
 
 
@@ -213,7 +217,9 @@ class LoRAPlus(Method):
 
     def optimizer(self, common: Common) -> optax.GradientTransformation:
         """Makes `lora_plus`."""
-        return common.clipped(lora_plus(*common.adam, ratio=self.ratio))
+        return common.clipped(
+            lora_plus(*common.adam, ratio=self.ratio, stack_axis=common.stack_axis)
+        )
 
 
 @dataclass(frozen=True)
@@ -240,7 +246,12 @@ class LoRAFA(Method):
 
     def optimizer(self, common: Common) -> optax.GradientTransformation:
         """Makes `lora_fa`, which clips by itself."""
-        return lora_fa(*common.adam, max_grad_norm=common.max_grad_norm, scaling=common.scaling)
+        return lora_fa(
+            *common.adam,
+            max_grad_norm=common.max_grad_norm,
+            scaling=common.scaling,
+            stack_axis=common.stack_axis,
+        )
 
     def check_layers(self, layers: Mapping[str, nnx.Module]) -> None:
         """Refuses embeddings: their A starts at zero, so that training only B has no effect."""
@@ -276,7 +287,9 @@ class Riemannian(Method):
 
     def optimizer(self, common: Common) -> optax.GradientTransformation:
         """Makes `riemannian_lora`."""
-        return common.clipped(riemannian_lora(*common.adam, damping=self.damping))
+        return common.clipped(
+            riemannian_lora(*common.adam, damping=self.damping, stack_axis=common.stack_axis)
+        )
 
 
 @dataclass(frozen=True)
@@ -287,7 +300,9 @@ class AltLoRAPlus(Method):
 
     def optimizer(self, common: Common) -> optax.GradientTransformation:
         """Makes `alt_lora_plus`."""
-        return common.clipped(alt_lora_plus(*common.adam, scaling=common.scaling))
+        return common.clipped(
+            alt_lora_plus(*common.adam, scaling=common.scaling, stack_axis=common.stack_axis)
+        )
 
 
 @dataclass(frozen=True)
@@ -307,7 +322,11 @@ class RefLoRA(Method):
 
     def optimizer(self, common: Common) -> optax.GradientTransformation:
         """Makes `reflora`."""
-        return common.clipped(reflora(*common.adam, warmup_steps=self.warmup(common.init)))
+        return common.clipped(
+            reflora(
+                *common.adam, warmup_steps=self.warmup(common.init), stack_axis=common.stack_axis
+            )
+        )
 
     def check_steps(self, steps: int, init: str) -> None:
         """Refuses a run that ends before the factors are balanced."""
@@ -336,7 +355,11 @@ class RefLoRAS(RefLoRA):
 
     def optimizer(self, common: Common) -> optax.GradientTransformation:
         """Makes `reflora_s`."""
-        return common.clipped(reflora_s(*common.adam, warmup_steps=self.warmup(common.init)))
+        return common.clipped(
+            reflora_s(
+                *common.adam, warmup_steps=self.warmup(common.init), stack_axis=common.stack_axis
+            )
+        )
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ to one.
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -256,7 +257,12 @@ def find_pairs(params: Any, spec: FactorSpec = DEFAULT_SPEC) -> list[Pair]:
 
     Both factors share their stacked axes; without them A is `(*in, r)` and B `(r, *out)`, each with
     at least one feature axis. Where the spec does not name the stacked axes, they are the longest
-    sequence of leading axes for which the shapes fit.
+    sequence of leading axes for which the shapes fit. Shapes that fit as well with as many stacked
+    axes or more in other places are refused: `(8, 3, 4)` with `(4, 3, 12)` are three layers on axis
+    1, or one weight with the axes (8, 3, 3, 12).
+
+    Factors as torch has them, A `(r, in)` and B `(out, r)`, do not fit and are refused, but for
+    square ones, r = in = out, which no shape tells apart.
 
     Args:
       params: A tree of arrays or of anything with a `shape`: nested dicts, `nnx.State`,
@@ -267,8 +273,9 @@ def find_pairs(params: Any, spec: FactorSpec = DEFAULT_SPEC) -> list[Pair]:
       The pairs, in the order of their A leaves.
 
     Raises:
-      ValueError: A factor without its other half, complex factors, shapes that do not fit, a rank
-        above the smaller side of the weight, or no pair at all where the spec has names.
+      ValueError: A factor without its other half, complex factors, shapes that fit in no way or in
+        several, a rank above the smaller side of the weight, or no pair at all where the spec has
+        names.
 
     Example:
       >>> import jax.numpy as jnp
@@ -344,16 +351,12 @@ def _pair(
     stack_axes: tuple[int, ...] | None,
 ) -> Pair:
     (a_index, a_path, a), (b_index, b_path, b) = a_leaf, b_leaf
-    if stack_axes is None:  # the most leading axes first
-        candidates = [tuple(range(k)) for k in reversed(range(min(len(a), len(b))))]
-    else:
-        candidates = [stack_axes]
-    axes = next((axes for axes in candidates if _fit(a, b, axes)), None)
-    if axes is None:
+    axes = _leading_stack(path, a, b) if stack_axes is None else stack_axes
+    if axes is None or not _fits(a, b, axes):
         where = "" if stack_axes is None else f", with the stack at axes {stack_axes}"
         raise ValueError(
             f"factors of {path!r} do not fit: A has shape {a} and B {b}, expected "
-            f"A (*stack, *in, rank) and B (*stack, rank, *out){where}"
+            f"A (*stack, *in, rank) and B (*stack, rank, *out){where}{_hint(a, b, stack_axes)}"
         )
     stack = tuple(a[axis] for axis in axes)
     (*ins, rank), (_, *outs) = _without(a, axes), _without(b, axes)
@@ -363,11 +366,11 @@ def _pair(
         a=Factor(a_index, a_path, stack, axes, tuple(ins), rank_last=True),
         b=Factor(b_index, b_path, stack, axes, tuple(outs), rank_last=False),
     )
-    m, n = math.prod(ins), math.prod(outs)
+    m, n = _sides(a, b, axes)
     if rank > min(m, n):
         raise ValueError(
             f"rank of {path!r} is {rank}, above min(in, out) = {min(m, n)} of a weight "
-            f"of shape ({m}, {n})"
+            f"of shape ({m}, {n}){_hint(a, b, stack_axes)}"
         )
     return pair
 
@@ -385,12 +388,107 @@ def _positions(axes: int | Sequence[int], name: str) -> tuple[int, ...]:
     return tuple(sorted(map(int, several)))
 
 
-def _fit(a: tuple[int, ...], b: tuple[int, ...], stack_axes: tuple[int, ...]) -> bool:
+class _Readings(NamedTuple):
+    """The stacked axes with which shapes of A and B are those of a pair.
+
+    Attributes:
+      leading: Those that are leading axes, the most axes first.
+      others: Those that are not, with a rank that the weight can have.
+      torch: Those with which the shapes are torch's, (*stack, rank, in) and (*stack, out, rank).
+    """
+
+    leading: list[tuple[int, ...]]
+    others: list[tuple[int, ...]]
+    torch: list[tuple[int, ...]]
+
+
+@functools.lru_cache(maxsize=65536)
+def _readings(a: tuple[int, ...], b: tuple[int, ...]) -> _Readings:
+    shared = [axis for axis, sizes in enumerate(zip(a, b, strict=False)) if len(set(sizes)) == 1]
+    found = _Readings([], [], [])
+    for k in reversed(range(len(shared) + 1)):
+        for axes in itertools.combinations(shared, k):
+            if _fits(a, b, axes):
+                if axes == tuple(range(k)):
+                    found.leading.append(axes)
+                elif _without(a, axes)[-1] <= min(_sides(a, b, axes)):
+                    found.others.append(axes)
+            if _fits_torch(a, b, axes):
+                found.torch.append(axes)
+    return found
+
+
+def _leading_stack(path: str, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The most leading axes that can be a stack, or None; refuses shapes that may mean others."""
+    found = _readings(a, b)
+    if not found.leading:
+        return None
+    # A stacked axis is the reason for a size that both factors have. A reading with fewer such axes
+    # takes the same shapes for a coincidence of more sizes, and is not what someone has.
+    axes = found.leading[0]
+    others = [
+        other
+        for other in found.others
+        if len(other) >= len(axes) and (not axes or _is_axis_1(other))
+    ]
+    torch = any(len(other) > len(axes) for other in found.torch)
+    if others or torch:
+        ways = ", or ".join(_described(a, b, way) for way in (*others, *found.leading))
+        raise ValueError(
+            f"factors of {path!r} can be read in several ways: A has shape {a} and B {b}; pass "
+            f"{ways}{_TRANSPOSE if torch else ''}"
+        )
+    return axes
+
+
+def _is_axis_1(axes: tuple[int, ...]) -> bool:
+    """Whether, after the leading ones, axis 1 of a layer and those that follow it are stacked."""
+    k = sum(axis == i for i, axis in enumerate(axes))
+    return axes[k:] == tuple(range(k + 1, len(axes) + 1))
+
+
+_TRANSPOSE = (
+    "; or transpose both, if they are torch's: A (*stack, rank, in) and B (*stack, out, rank)"
+)
+
+
+def _described(a: tuple[int, ...], b: tuple[int, ...], axes: tuple[int, ...]) -> str:
+    """What to pass for a reading, and what it means: `stack_axis=1 for 3 weights (8, 12)`."""
+    argument = axes[0] if len(axes) == 1 else axes
+    weight = (*_without(a, axes)[:-1], *_without(b, axes)[1:])
+    count = math.prod(a[axis] for axis in axes) if axes else "one"
+    return f"stack_axis={argument} for {count} weight{'s' if axes else ''} of shape {weight}"
+
+
+def _hint(a: tuple[int, ...], b: tuple[int, ...], stack_axes: tuple[int, ...] | None) -> str:
+    """The end of a message about shapes that do not fit: what they may be."""
+    found = _readings(a, b)
+    if any(stack_axes in (None, axes) for axes in found.torch):
+        return _TRANSPOSE
+    if stack_axes is None and found.others:
+        return f"; pass {_described(a, b, found.others[0])}"
+    return ""
+
+
+def _fits(a: tuple[int, ...], b: tuple[int, ...], stack_axes: tuple[int, ...]) -> bool:
     """Whether shapes of A and B are those of a pair with these stacked axes."""
     if any(axis >= min(len(a), len(b)) or a[axis] != b[axis] for axis in stack_axes):
         return False
     a, b = _without(a, stack_axes), _without(b, stack_axes)
     return len(a) > 1 and len(b) > 1 and a[-1] == b[0] > 0
+
+
+def _fits_torch(a: tuple[int, ...], b: tuple[int, ...], stack_axes: tuple[int, ...]) -> bool:
+    """Whether they are A (rank, in) and B (out, rank), the stack before these or between them."""
+    if len(a) != len(stack_axes) + 2 or len(a) != len(b) or len(a) - 1 in stack_axes:
+        return False
+    (rank, m), (n, other) = _without(a, stack_axes), _without(b, stack_axes)
+    return 0 < rank == other <= min(m, n)
+
+
+def _sides(a: tuple[int, ...], b: tuple[int, ...], stack_axes: tuple[int, ...]) -> tuple[int, int]:
+    """The sizes (in, out) of the weight as a matrix."""
+    return math.prod(_without(a, stack_axes)[:-1]), math.prod(_without(b, stack_axes)[1:])
 
 
 def _without(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 import optax
 
 from loft_jax.methods import AdamW, Common
-from loft_jax.optim.pairs import Scaling
+from loft_jax.optim.pairs import Scaling, StackAxis
 from loft_jax.training.config import FinetuneConfig, ScheduleConfig
 
 
@@ -35,7 +35,10 @@ def make_schedule(config: ScheduleConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: FinetuneConfig, schedule: optax.Schedule, scaling: Scaling
+    config: FinetuneConfig,
+    schedule: optax.Schedule,
+    scaling: Scaling,
+    stack_axis: StackAxis = None,
 ) -> optax.GradientTransformation:
     """Makes the optimizer of a run; every method clips by max_grad_norm.
 
@@ -44,6 +47,7 @@ def make_optimizer(
         schedule: Learning rate by step.
         scaling: The s of `W = s A B` by the path of a pair, for methods that project on the spans
             of A and B.
+        stack_axis: The stacked axes by the path of a pair; None takes leading ones.
 
     Returns:
         A gradient transformation over the trained parameters.
@@ -56,5 +60,5 @@ def make_optimizer(
     """
     given = config.optimizer
     adam = AdamW(schedule, given.b1, given.b2, given.eps, given.weight_decay)
-    common = Common(adam, given.max_grad_norm or None, scaling, config.lora.init)
+    common = Common(adam, given.max_grad_norm or None, scaling, stack_axis, config.lora.init)
     return config.method.optimizer(common)

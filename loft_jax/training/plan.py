@@ -28,7 +28,13 @@ from loft_jax.tasks.task import Given, Task
 from loft_jax.training.collectives import Collective, find_collectives
 from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.mesh import check_batch, make_mesh
-from loft_jax.training.model import abstract_model, scaling_of, trained_variables, with_precision
+from loft_jax.training.model import (
+    abstract_model,
+    scaling_of,
+    stack_axis_of,
+    trained_variables,
+    with_precision,
+)
 from loft_jax.training.optimizer import make_optimizer, make_schedule
 from loft_jax.training.partition import ModelPartition, split_model
 from loft_jax.training.shardings import step_shardings
@@ -236,7 +242,7 @@ def _prepare(config: FinetuneConfig, topology: str, slices: int) -> _Prepared:
     check_batch(rows, accumulation_steps, mesh)
     parts = split_model(model, trained_variables(config.method, task.head_modules(model)))
     schedule = make_schedule(config.schedule, config.schedule.steps or 1000)
-    tx = make_optimizer(config, schedule, scaling_of(model))
+    tx = make_optimizer(config, schedule, scaling_of(model), stack_axis_of(model))
     offload = config.optimizer.offload
     shardings = step_shardings(parts, tx, model.table, mesh, offload_optimizer=offload)
     length = config.data.max_length

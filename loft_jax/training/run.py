@@ -36,6 +36,7 @@ from loft_jax.training.model import (
     base_fingerprint,
     check_fingerprints,
     scaling_of,
+    stack_axis_of,
     trained_variables,
 )
 from loft_jax.training.monitor import Speedometer, largest_condition, memory_in_use
@@ -160,7 +161,7 @@ class Run:
         start = start_fingerprint(model) if config.lora.adapter else ""
         self._fingerprints["lora.adapter"] = start
         self.schedule = make_schedule(schedule, self.steps)
-        tx = make_optimizer(config, self.schedule, scaling_of(model))
+        tx = make_optimizer(config, self.schedule, scaling_of(model), stack_axis_of(model))
         heads = self.task.head_modules(model)
         parts = split_model(model, trained_variables(config.method, heads))
         if objects.model is not None:  # its arrays are not to be donated

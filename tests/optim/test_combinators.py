@@ -36,6 +36,35 @@ def test_inject_hyperparams(name):
     assert_close(follow(tx, PARAMS, 2), path_of(name), *ROUNDING.get(name, (1e-5, 1e-5)))
 
 
+@every_alias
+def test_injected_numbers_and_decays_that_are_static(name):
+    """After Optax's own test, with default decays: of all numbers float32 changes `1 - b2` alone.
+
+    With static decays all of it is the same to the bit. With traced ones the updates are those
+    within rtol 1e-5 of their norm, as AdamW's of Optax are; single elements may be small
+    differences of larger terms.
+    """
+    factory, numbers, others = TRANSFORMS[name]
+    decays = {"b1", "b2", "beta", "adam_b1", "adam_b2"} & set(inspect.signature(factory).parameters)
+    numbers = {key: x for key, x in numbers.items() if key not in decays | {"eps"}}
+    static = {"ns_steps"} & set(inspect.signature(factory).parameters)
+
+    def first_update(tx):
+        return tx.update(gradients(PARAMS), tx.init(PARAMS), PARAMS)
+
+    with jax.disable_jit():
+        updates, state = first_update(factory(**numbers, **others))
+        found, inner = first_update(
+            optax.inject_hyperparams(factory, static | decays)(**numbers, **others)
+        )
+        assert_close((found, inner.inner_state), (updates, state), 0, 0)
+        found, inner = first_update(optax.inject_hyperparams(factory, static)(**numbers, **others))
+    for x, expected in zip(jax.tree.leaves(found), jax.tree.leaves(updates), strict=True):
+        assert jnp.linalg.norm(x - expected) <= 1e-5 * jnp.linalg.norm(expected)
+    # 1 - float32(0.999) is 9.99987e-4.
+    assert_close(inner.inner_state, state, *ROUNDING.get(name, (1.4e-5, 1e-7)))
+
+
 @every_transform
 def test_multi_steps(name):
     """Two half gradients are one."""

@@ -1,7 +1,10 @@
+import ast
 import functools
 
 import flax.core
 import flax.struct
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +12,7 @@ import optax
 import pytest
 from flax import nnx
 
+from loft_jax.optim import loft
 from loft_jax.optim.pairs import FactorSpec, find_pairs
 
 
@@ -161,6 +165,113 @@ def test_stack_axis_that_do_not_fit():
         find_pairs(tree, FactorSpec(stack_axis=1))
     with pytest.raises(ValueError, match=r"stack_axis is -1, expected different positions"):
         FactorSpec(stack_axis=-1)
+
+
+def shapes(a, b):
+    return {
+        "q": {
+            "lora_a": jax.ShapeDtypeStruct(a, "float32"),
+            "lora_b": jax.ShapeDtypeStruct(b, "float32"),
+        }
+    }
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "ways"),
+    [
+        # (in, layers, rank) and (rank, layers, out), or one weight of an einsum.
+        (
+            (8, 3, 4),
+            (4, 3, 12),
+            ["1 for 3 weights of shape (8, 12)", "() for one weight of shape (8, 3, 3, 12)"],
+        ),
+        ((5, 5, 2), (2, 5, 6), ["1 for 5 weights", "() for one weight"]),  # as many layers as in
+        ((8, 4, 4), (4, 4, 12), ["1 for 4 weights", "() for one weight"]),  # as many as ranks
+        ((4, 4, 4), (4, 4, 12), ["1 for 4 weights", "0 for 4 weights", "() for one weight"]),
+        # Heads: of the queries, of the output, of an output whose layers may lead too.
+        ((16, 3, 4), (4, 3, 2, 8), ["1 for 3 weights of shape (16, 2, 8)", "() for one weight"]),
+        ((2, 3, 8, 4), (4, 3, 16), ["1 for 3 weights of shape (2, 8, 16)", "() for one weight"]),
+        (
+            (4, 4, 8, 4),
+            (4, 4, 16),
+            ["1 for 4 weights of shape (4, 8, 16)", "0 for 4 weights", "() for"],
+        ),
+        # Stages before, or two scans on axis 1.
+        ((6, 8, 5, 2), (6, 2, 5, 9), ["(0, 2) for 30 weights of shape (8, 9)", "0 for 6 weights"]),
+        ((8, 3, 5, 2), (2, 3, 5, 9), ["(1, 2) for 15 weights", "1 for 3 weights", "2 for 5", "()"]),
+        ((8, 2, 2), (2, 6, 2), ["2 for 2 weights of shape (8, 6)", "() for one weight"]),
+    ],
+)
+def test_shapes_that_can_be_read_in_several_ways(a, b, ways):
+    with pytest.raises(ValueError, match="can be read in several ways") as error:
+        find_pairs(shapes(a, b))
+    told = str(error.value)
+    assert told.startswith(f"factors of 'q' can be read in several ways: A has shape {a} and B {b}")
+    assert [
+        part.split("stack_axis=")[1].startswith(way)
+        for part, way in zip(told.split(", or "), ways, strict=True)
+    ] == [True] * len(ways)
+    for way in ways:  # and each of them is read as it says
+        axis = ast.literal_eval(way.split(" for")[0])
+        [pair] = find_pairs(shapes(a, b), FactorSpec(stack_axis=axis))
+        assert pair.a.stack_axes == (axis if isinstance(axis, tuple) else (axis,))
+
+
+sizes = st.integers(1, 5)
+
+
+@hypothesis.given(
+    layers=st.lists(sizes, max_size=2),
+    ins=sizes,
+    rank=sizes,
+    outs=st.lists(sizes, min_size=1, max_size=2),
+)
+def test_leading_stacks_and_heads_are_read(layers, ins, rank, outs):
+    """But for square factors (r = in), whatever sizes are equal."""
+    hypothesis.assume(rank < ins and rank <= np.prod(outs))
+    [pair] = find_pairs(shapes((*layers, ins, rank), (*layers, rank, *outs)))
+    assert (pair.rank, pair.a.stack, pair.b.features) == (rank, tuple(layers), tuple(outs))
+
+
+@hypothesis.given(layers=sizes, ins=st.lists(sizes, min_size=1, max_size=2), rank=sizes, outs=sizes)
+def test_no_stack_on_axis_1_is_read_as_another(layers, ins, rank, outs):
+    hypothesis.assume(rank <= min(np.prod(ins), outs))
+    params = shapes((ins[0], layers, *ins[1:], rank), (rank, layers, outs))
+    with pytest.raises(ValueError, match="pass stack_axis=1 for"):
+        find_pairs(params)
+    [pair] = find_pairs(params, FactorSpec(stack_axis=lambda path: {"q": 1}[path]))
+    assert (pair.rank, pair.a.stack, pair.a.features) == (rank, (layers,), tuple(ins))
+    assert pair.b.shape(rank) == params["q"]["lora_b"].shape
+
+
+@hypothesis.given(
+    layers=st.lists(sizes, max_size=2),
+    ins=sizes,
+    rank=sizes,
+    outs=sizes,
+    axis=st.none() | st.just(1),
+)
+def test_factors_as_torch_has_them_are_refused(layers, ins, rank, outs, axis):
+    """But for square ones (r = in = out), which no shape tells apart."""
+    hypothesis.assume(rank <= min(ins, outs) and not rank == ins == outs)
+    a, b = (*layers, rank, ins), (*layers, outs, rank)
+    if axis == 1:
+        hypothesis.assume(len(layers) == 1)
+        a, b = (rank, *layers, ins), (outs, *layers, rank)
+    with pytest.raises(ValueError, match=r"transpose both, if they are torch's"):
+        find_pairs(shapes(a, b), FactorSpec(stack_axis=axis))
+
+
+def test_stack_axis_by_path():
+    params = {"k": factors(8, 6, 2, stack=(3,)), **shapes((8, 3, 2), (2, 3, 6))}
+    found = find_pairs(params, FactorSpec(stack_axis={"k": None, "q": 1}.__getitem__))
+    assert [(pair.path, pair.a.stack_axes) for pair in found] == [("k", (0,)), ("q", (1,))]
+    with pytest.raises(
+        ValueError, match=r"stack_axis of 'k' is True, expected different positions"
+    ):
+        find_pairs(params, FactorSpec(stack_axis=lambda path: True))
+    with pytest.raises(ValueError, match=r"stack_axis is an array.*static_args"):
+        optax.inject_hyperparams(loft)(1e-3, stack_axis=1).init(factors(8, 6, 2))
 
 
 def test_a_spec_is_a_value():

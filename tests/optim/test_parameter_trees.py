@@ -6,6 +6,7 @@ import functools
 import flax.struct
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from flax import nnx
 from flax.core import FrozenDict
@@ -128,24 +129,51 @@ def test_axes(name):
             "lora_b": params["q"]["lora_b"].reshape(2, 2, 2),
         },
     }
+    factory, numbers, others = TRANSFORMS[name]
     expected = follow(make(name), params, 2)
-    path = follow(make(name), shaped, 2)
+    path = follow(factory(**numbers, **others, stack_axis=()), shaped, 2)
     assert_close(
         [[x.ravel() for x in jax.tree.leaves(p)] for p in path],
         [[x.ravel() for x in jax.tree.leaves(p)] for p in expected],
     )
 
 
-@pytest.mark.parametrize("name", ["loft", "loft, full", "loft_muon", "reflora", "reflora_s"])
+def second(tree):
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), tree)
+
+
+@every_alias
 def test_stack_axis(name):
-    """Layers stacked on an axis that is named, as Linen's scan has it, move as leading ones do."""
-
-    def second(tree):
-        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), tree)
-
-    leading = {"q": pair(0, m=6, n=4, stack=(3,))}
+    """Layers stacked on an axis that is named, as MaxText has them, move as leading ones do."""
+    leading = {"k": pair(2, m=6, n=4, stack=(3,)), "q": pair(0, m=6, n=4, stack=(3,))}
+    mixed = leading | {"k": second(leading["k"])}
     factory, numbers, others = TRANSFORMS[name]
-    tx = factory(**numbers, **others, stack_axis=1)
-    assert_stable(tx, second(leading))
+    tx = factory(**numbers, **others, stack_axis={"k": 1, "q": 0}.__getitem__)
+    assert_stable(tx, mixed)
     expected = follow(make(name), leading, 2)
-    assert_close(follow(tx, second(leading), 2), [second(p) for p in expected])
+    assert_close(follow(tx, mixed, 2), [p | {"k": second(p["k"])} for p in expected])
+
+
+def test_seeds_and_steps_of_a_stack_on_axis_1():
+    """Under `vmap` over seeds and `scan` over steps, with as many layers as input features."""
+
+    def train(tx, params):
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(gradients(params), state, params)
+            params = optax.apply_updates(params, updates)
+            return (params, state), params
+
+        return jax.lax.scan(step, (params, tx.init(params)), length=3)[1]
+
+    seeds = [{"q": pair(seed, m=5, n=4, stack=(5,))} for seed in (0, 2)]
+    leading = jax.tree.map(lambda *x: jnp.stack(x), *seeds)
+    found, expected = (
+        jax.jit(jax.vmap(lambda p, tx=tx: train(tx, p)))(params)
+        for tx, params in (
+            (loft_jax.loft(**ADAMW, stack_axis=1), jax.vmap(second)(leading)),
+            (loft_jax.loft(**ADAMW), leading),
+        )
+    )
+    assert found["q"]["lora_a"].shape == (2, 3, 5, 5, 2)
+    assert_close(found, jax.vmap(jax.vmap(second))(expected))

@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import loft_jax
 from loft_jax.data import DataConfig
 from loft_jax.methods import METHODS
 from loft_jax.training.config import ScheduleConfig
+from loft_jax.training.model import scaling_of, stack_axis_of
 from loft_jax.training.optimizer import make_optimizer, make_schedule
 from tests.flat_config import flat_config
 
@@ -128,3 +130,24 @@ def test_balance_is_passed_on():
         updates, _ = tx.update(zeros, tx.init(params), params)
         moved = optax.apply_updates(params, updates)
         np.testing.assert_allclose(jnp.linalg.norm(moved["lora_a"], 2), size, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", EXPECTED)
+def test_adapters_know_their_stack(method):
+    """Also where shapes cannot tell: as many layers as ranks and as input features."""
+    stack = nnx.Linear(4, 12, rngs=nnx.Rngs(0))
+    stack.kernel, stack.bias = nnx.Param(jnp.zeros((4, 4, 12))), nnx.Param(jnp.zeros((4, 12)))
+    heads = nnx.LinearGeneral(5, (2, 3), rngs=nnx.Rngs(0))
+    batched = nnx.LinearGeneral(5, 6, batch_axis={0: 7}, rngs=nnx.Rngs(0))
+    model = nnx.Sequential(stack, heads, batched)
+    model = loft_jax.add_lora(model, loft_jax.LoRAConfig(rank=4), rngs=nnx.Rngs(1))
+    params = nnx.state(model, nnx.LoRAParam)
+    stack_axis = stack_axis_of(model)
+    assert [stack_axis(f"layers/{i}") for i in range(3)] == [(0,), (), (0,)]
+    tx = make_optimizer(
+        config(method=method), optax.constant_schedule(RATE), scaling_of(model), stack_axis
+    )
+    moments = optax.tree.get_all_with_path(jax.eval_shape(tx.init, params), "mu")
+    assert moments
+    with pytest.raises(ValueError, match=r"'layers/0' can be read in several ways"):
+        loft_jax.find_pairs(params)

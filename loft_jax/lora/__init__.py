@@ -5,7 +5,7 @@ from loft_jax.lora.config import LoRAConfig
 from loft_jax.lora.inject import add_lora, merge_lora, remove_lora
 from loft_jax.lora.layers import LoRALayer, LoRAStart
 from loft_jax.lora.stacks import with_full_stacks
-from loft_jax.lora.targets import lora_layers
+from loft_jax.lora.targets import lora_layers, stack_axis_of
 
 __all__ = [
     "LoRAConfig",
@@ -16,6 +16,7 @@ __all__ = [
     "lora_layers",
     "merge_lora",
     "remove_lora",
+    "stack_axis_of",
     "sum_adapters",
     "with_full_stacks",
 ]

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -47,6 +47,34 @@ def lora_layers(model: nnx.Module) -> dict[str, Any]:
         if isinstance(module, LoRALayer):
             first.setdefault(id(module), (path, module))
     return dict(first.values())
+
+
+def stack_axis_of(model: nnx.Module) -> Callable[[str], tuple[int, ...]]:
+    """Gives the stacked axes of each adapter of a model, as optimizers take them.
+
+    They are needed where the shapes of two factors can be read in several ways, which
+    `loft_jax.find_pairs` refuses: an adapter knows its axes.
+
+    Args:
+        model: With its adapters.
+
+    Returns:
+        A function from the path of a pair to the positions of the axes of its stack, and of its
+        batch, in both factors: the `stack_axis` of `loft_jax.loft` and of other optimizers.
+
+    Example:
+        >>> from loft_jax.lora import LoRAConfig, add_lora
+        >>> heads = nnx.LinearGeneral((2, 3), (3, 4), axis=(-2, -1), rngs=nnx.Rngs(0))
+        >>> model = add_lora(nnx.Sequential(heads), LoRAConfig(rank=2), rngs=nnx.Rngs(1))
+        >>> stack_axis_of(model)("layers/0")
+        ()
+    """
+    counts = {}
+    for path, layer in lora_layers(model).items():
+        axes = layer.lora_axes(layer)
+        # A pair at the root of a tree has the path of its factor A.
+        counts[path.replace(".", "/") or "lora_a"] = len(axes.stack) + len(axes.batch)
+    return lambda path: tuple(range(counts[path]))
 
 
 def select(model: nnx.Module, config: LoRAConfig) -> dict[str, nnx.Module]:

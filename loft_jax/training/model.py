@@ -285,20 +285,3 @@ def scaling_of(model: nnx.Module) -> Callable[[str], float]:
         path.replace(".", "/"): layer.lora_scaling for path, layer in lora_layers(model).items()
     }
     return scalings.__getitem__
-
-
-def stack_axis_of(model: nnx.Module) -> Callable[[str], tuple[int, ...]]:
-    """Gives the stacked axes of each adapter of a model.
-
-    Args:
-        model: With its adapters.
-
-    Returns:
-        A function from the path of a pair to the positions of the axes of its stack, and of its
-        batch, in both factors.
-    """
-    counts = {}
-    for path, layer in lora_layers(model).items():
-        axes = layer.lora_axes(layer)
-        counts[path.replace(".", "/")] = len(axes.stack) + len(axes.batch)
-    return lambda path: tuple(range(counts[path]))

@@ -20,6 +20,7 @@ import optax
 
 from loft_jax.errors import InputError
 from loft_jax.hub import load_model_config
+from loft_jax.lora import stack_axis_of
 from loft_jax.methods import Method, settings_of
 from loft_jax.models.family import Family, PretrainedConfig
 from loft_jax.models.registry import WELL_KNOWN
@@ -31,7 +32,6 @@ from loft_jax.training.mesh import check_batch, make_mesh
 from loft_jax.training.model import (
     abstract_model,
     scaling_of,
-    stack_axis_of,
     trained_variables,
     with_precision,
 )

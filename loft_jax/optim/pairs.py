@@ -11,13 +11,16 @@ import functools
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from loft_jax.optim.arguments import Number, check_scaling
 from loft_jax.optim.linear_algebra import FactorMatrix
+
+Array = TypeVar("Array", jax.Array, np.ndarray)
 
 FactorNames = Sequence[tuple[str, str]]
 """Endings of the paths of the two factors of a pair, as `(("lora_a", "lora_b"), ...)`."""
@@ -118,20 +121,24 @@ class Factor:
     features: tuple[int, ...]
     rank_last: bool
 
-    def fold(self, x: jax.Array) -> jax.Array:
-        """Folds a leaf to (stack, features, k), for a factor B to (stack, k, features)."""
-        x = jnp.moveaxis(x, self.stack_axes, range(len(self.stack)))
+    def fold(self, x: Array) -> Array:
+        """Folds a leaf to (stack, features, k), for a factor B to (stack, k, features).
+
+        An array of NumPy stays one, and so keeps float64.
+        """
+        x = _library(x).moveaxis(x, self.stack_axes, range(len(self.stack)))
         k = x.shape[-1 if self.rank_last else len(self.stack)]
         features = math.prod(self.features)
         return x.reshape(
             math.prod(self.stack), *((features, k) if self.rank_last else (k, features))
         )
 
-    def unfold(self, x: jax.Array) -> jax.Array:
+    def unfold(self, x: Array) -> Array:
         """Undoes `fold`, with any k."""
         k = x.shape[2 if self.rank_last else 1]
         layer = (*self.features, k) if self.rank_last else (k, *self.features)
-        return jnp.moveaxis(x.reshape(*self.stack, *layer), range(len(self.stack)), self.stack_axes)
+        x = x.reshape(*self.stack, *layer)
+        return _library(x).moveaxis(x, range(len(self.stack)), self.stack_axes)
 
     def shape(self, k: int) -> tuple[int, ...]:
         """The shape of a leaf with k in the place of the rank."""
@@ -366,6 +373,10 @@ def _fit(a: tuple[int, ...], b: tuple[int, ...], stack_axes: tuple[int, ...]) ->
         return False
     a, b = _without(a, stack_axes), _without(b, stack_axes)
     return len(a) > 1 and len(b) > 1 and a[-1] == b[0] > 0
+
+
+def _library(x: Any) -> Any:
+    return np if isinstance(x, np.ndarray) else jnp
 
 
 def _without(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:

@@ -163,13 +163,15 @@ def factor_strengths(
             )
         check_alpha(f"alpha of {path}", value)
         scaling = value / pair.rank
-        known = 1.0 if unscaled else float(spec.scaling_of(pair))
-        if (unscaled or callable(spec.scaling) or known != 1) and not _close(known, scaling):
-            whose = "Flax's nnx.LoRA scales" if unscaled else "spec scales"
-            raise InputError(
-                f"{path}: alpha {value:g} at rank {pair.rank} scales by {scaling:g}, and {whose} "
-                f"by {known:g}"
-            )
+        known = {"Flax's nnx.LoRA": 1.0} if unscaled else {}
+        if callable(spec.scaling) or spec.scaling != 1:
+            known["spec"] = float(spec.scaling_of(pair))
+        for whose, other in known.items():
+            if not _close(scaling, other):
+                raise InputError(
+                    f"{path}: alpha {value:g} at rank {pair.rank} scales by {scaling:g}, and "
+                    f"{whose} scales by {other:g}"
+                )
         strengths[module.name] = Strength(pair.rank, float(value))
     return strengths
 
@@ -403,7 +405,7 @@ def _module_path(pair: Pair) -> tuple[str, str]:
     owner, _, last = pair.path.rpartition("/")
     if pair.a.path[len(pair.path)] == "_" and last in _WEIGHTS:
         return owner.replace("/", "."), last
-    if owner and last == _INNER:
+    if last == _INNER:
         return owner.replace("/", "."), ""
     return pair.path.replace("/", "."), ""
 

@@ -239,7 +239,8 @@ def _check_no_others(model: nnx.Module, **given: Any) -> None:
             )
     for path, kind in foreign_lora(model).items():
         raise InputError(
-            f"{path}: is {kind}, beside LoRA layers of add_lora; expected one of the two"
+            f"{path or 'the model'}: is {kind}, beside LoRA layers of add_lora; expected one of "
+            "the two"
         )
 
 

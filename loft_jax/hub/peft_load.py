@@ -35,6 +35,7 @@ from loft_jax.hub.peft_names import (
 from loft_jax.lora import LoRAConfig, lora_layers
 from loft_jax.lora.axes import WeightAxes
 from loft_jax.lora.config import product_scaling
+from loft_jax.lora.foreign import foreign_lora
 from loft_jax.lora.inject import insert_lora
 from loft_jax.lora.layers import weight_axes
 from loft_jax.lora.targets import is_adaptable, named_modules
@@ -100,6 +101,8 @@ def load_peft_adapter(
     folder = Path(folder)
     check_folder(folder)
     rule = name_rule(hf_name)
+    for path, kind in foreign_lora(model).items():
+        raise InputError(f"{path or 'the model'}: is {kind}; load_peft_factors reads into it")
     with _retied_on_error(model):
         config, file, filled, whole = read_unchanged(folder, lambda: _read(folder, model, rule))
         existing = lora_layers(model)

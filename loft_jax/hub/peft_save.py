@@ -100,8 +100,9 @@ def save_peft_adapter(
 
     Raises:
         InputError: The model has no LoRA layer, or one that PEFT's format cannot hold (a stack
-            without `hf_name`, a batch axis); only some of its LoRA layers have DoRA or rsLoRA; or
-            the folder cannot be written.
+            without `hf_name`, a batch axis); only some of its LoRA layers have DoRA or rsLoRA; rank
+            or alpha are not those of the factors; or the folder cannot be written. The message
+            names the path.
         ValueError: Half a pair, or shapes that are not those of a pair, as for `find_pairs`.
 
     Example:

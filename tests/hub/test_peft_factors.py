@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.numpy import load_file, save_file
 
 from loft_jax.errors import InputError
-from loft_jax.hub import load_peft_factors, save_peft_adapter
+from loft_jax.hub import load_peft_adapter, load_peft_factors, save_peft_adapter
 from loft_jax.lora import LoRAConfig, add_lora, lora_layers, merge_lora, remove_lora
 from loft_jax.optim import FactorSpec
 from tests.hub.peft_adapters import (
@@ -426,6 +426,8 @@ def test_a_model_with_lora_of_two_libraries(tmp_path):
         add_lora(Stranger(nnx.Rngs(0)), config, rngs=nnx.Rngs(1))
     with pytest.raises(InputError, match="fc: has LoRA factors already, since it is Flax's"):
         add_lora(Stranger(nnx.Rngs(0)), LoRAConfig(1, target_modules="fc"), rngs=nnx.Rngs(1))
+    with pytest.raises(InputError, match=r"fc: is Flax's .*; load_peft_factors reads into it"):
+        load_peft_adapter(tmp_path, Stranger(nnx.Rngs(0)))
     ours = nnx.Dict(a=nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
     add_lora(ours, LoRAConfig(1), rngs=nnx.Rngs(1))
     with pytest.raises(InputError, match="alpha: is for factors that add_lora did not make"):

@@ -11,7 +11,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,6 @@ import numpy as np
 
 from loft_jax.optim.arguments import Number, check_scaling
 from loft_jax.optim.linear_algebra import FactorMatrix
-
-Array = TypeVar("Array", jax.Array, np.ndarray)
 
 FactorNames = Sequence[tuple[str, str]]
 """Endings of the paths of the two factors of a pair, as `(("lora_a", "lora_b"), ...)`."""
@@ -121,7 +119,7 @@ class Factor:
     features: tuple[int, ...]
     rank_last: bool
 
-    def fold(self, x: Array) -> Array:
+    def fold(self, x: jax.Array | np.ndarray) -> Any:
         """Folds a leaf to (stack, features, k), for a factor B to (stack, k, features).
 
         An array of NumPy stays one, and so keeps float64.
@@ -133,7 +131,7 @@ class Factor:
             math.prod(self.stack), *((features, k) if self.rank_last else (k, features))
         )
 
-    def unfold(self, x: Array) -> Array:
+    def unfold(self, x: jax.Array | np.ndarray) -> Any:
         """Undoes `fold`, with any k."""
         k = x.shape[2 if self.rank_last else 1]
         layer = (*self.features, k) if self.rank_last else (k, *self.features)
@@ -375,10 +373,6 @@ def _fit(a: tuple[int, ...], b: tuple[int, ...], stack_axes: tuple[int, ...]) ->
     return len(a) > 1 and len(b) > 1 and a[-1] == b[0] > 0
 
 
-def _library(x: Any) -> Any:
-    return np if isinstance(x, np.ndarray) else jnp
-
-
 def _without(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(size for axis, size in enumerate(shape) if axis not in axes)
 
@@ -401,3 +395,7 @@ def _strip_ending(path: str, ending: str) -> str | None:
     if path.endswith(("/" + ending, "_" + ending)):
         return path[: -len(ending)]
     return None
+
+
+def _library(x: Any) -> Any:
+    return np if isinstance(x, np.ndarray) else jnp

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from loft_jax.data import DataConfig
     from loft_jax.hub import (
         load_peft_adapter,
+        load_peft_factors,
         load_pretrained,
         load_tokenizer,
         save_peft_adapter,
@@ -101,6 +102,7 @@ __all__ = [
     "find_pairs",
     "finetune",
     "load_peft_adapter",
+    "load_peft_factors",
     "load_pretrained",
     "load_tokenizer",
     "loft",
@@ -132,6 +134,7 @@ _MODULES = {
     **dict.fromkeys(
         (
             "load_peft_adapter",
+            "load_peft_factors",
             "load_pretrained",
             "load_tokenizer",
             "save_peft_adapter",

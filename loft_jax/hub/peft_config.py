@@ -249,7 +249,7 @@ class PeftConfig:
 
 def peft_settings(
     modules: Mapping[str, Strength],
-    others: Collection[str],
+    others: Collection[str] | None,
     *,
     base_model: str | None,
     task_type: str | None,
@@ -264,7 +264,7 @@ def peft_settings(
 
     Args:
         modules: Rank and alpha of every adapted module, by name.
-        others: Names of the modules without an adapter.
+        others: Names of the modules without an adapter; None if they are not known.
         base_model: Name or path of the base model.
         task_type: PEFT's task.
         dropout: Dropout rate of training.
@@ -279,7 +279,10 @@ def peft_settings(
     """
     rank = Counter(strength.rank for strength in modules.values()).most_common(1)[0][0]
     alpha = Counter(strength.alpha for strength in modules.values()).most_common(1)[0][0]
-    targets, numbers = _targets(list(modules), others)
+    targets: list[str] | str = sorted(modules)
+    numbers = None
+    if others is not None:
+        targets, numbers = _targets(list(modules), others)
     return {
         "alpha_pattern": _pattern(modules, "alpha", alpha),
         "auto_mapping": None,

@@ -1,14 +1,19 @@
-"""The weights of an adapter, under the names that PEFT gives them."""
+"""Reads the files of an adapter: its weights by PEFT's names, and both files as one adapter."""
 
 import logging
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from loft_jax.errors import InputError, shown
-from loft_jax.hub.peft_names import PREFIX
+from loft_jax.hub.peft_names import CONFIG_NAME, PREFIX, WEIGHTS_NAME
 from loft_jax.hub.safetensors_io import Safetensors
+
+Contents = TypeVar("Contents")
 
 _log = logging.getLogger(__name__)
 
@@ -75,6 +80,59 @@ class AdapterFile:
                 shown(first),
                 _plain(first)[0],
             )
+
+
+def read_unchanged(folder: Path, read: Callable[[], Contents]) -> Contents:
+    """Reads one adapter consistently, even if another is written to the folder meanwhile.
+
+    A writer removes the configuration, replaces the weights, and then writes its configuration. So
+    if both files are the same before and after reading, everything that was read belongs to one
+    adapter.
+
+    Args:
+        folder: Of the adapter.
+        read: Reads both files; called again if they were replaced.
+
+    Returns:
+        What `read` returns.
+
+    Raises:
+        InputError: Raised by `read`; or the adapter is a pickle, or never at rest.
+    """
+    if not (folder / WEIGHTS_NAME).exists() and (folder / "adapter_model.bin").exists():
+        raise InputError(
+            f"{folder}: holds adapter_model.bin, a pickle, which can run any code when it is "
+            f"opened; expected {WEIGHTS_NAME}, which PEFT's save_pretrained writes"
+        )
+    deadline = time.monotonic() + _SECONDS_OF_WRITING
+    while True:
+        before = _identity(folder)
+        try:
+            contents = read()
+        except InputError:
+            if _identity(folder) == before:
+                raise
+        else:
+            if _identity(folder) == before:
+                return contents
+        if time.monotonic() > deadline:
+            raise InputError(f"{folder}: is written to all the time, expected an adapter at rest")
+        time.sleep(0.05)
+
+
+_SECONDS_OF_WRITING = 10.0
+
+
+def _identity(folder: Path) -> list[tuple[int, int, int] | None]:
+    """Identifies the files of an adapter, to notice if they are replaced."""
+    found: list[tuple[int, int, int] | None] = []
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        try:
+            status = (folder / name).stat()
+            found.append((status.st_ino, status.st_mtime_ns, status.st_size))
+        except OSError:
+            found.append(None)
+    return found
 
 
 def _plain(stored: str) -> tuple[str, bool]:

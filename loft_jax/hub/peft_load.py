@@ -4,7 +4,6 @@ import contextlib
 import functools
 import os
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -19,7 +18,7 @@ from loft_jax.errors import InputError, shown
 from loft_jax.files import inside
 from loft_jax.hub.peft_base import check_folder
 from loft_jax.hub.peft_config import PeftConfig, Strength
-from loft_jax.hub.peft_file import AdapterFile
+from loft_jax.hub.peft_file import AdapterFile, read_unchanged
 from loft_jax.hub.peft_names import (
     CONFIG_NAME,
     FACTOR,
@@ -29,12 +28,14 @@ from loft_jax.hub.peft_names import (
     Place,
     listed,
     module_names,
+    name_rule,
     tensor_name,
     tensor_places,
 )
 from loft_jax.lora import LoRAConfig, lora_layers
 from loft_jax.lora.axes import WeightAxes
 from loft_jax.lora.config import product_scaling
+from loft_jax.lora.foreign import foreign_lora
 from loft_jax.lora.inject import insert_lora
 from loft_jax.lora.layers import weight_axes
 from loft_jax.lora.targets import is_adaptable, named_modules
@@ -47,7 +48,7 @@ def load_peft_adapter(
     folder: str | os.PathLike[str],
     model: Model,
     *,
-    hf_name: NameRule | None = None,
+    hf_name: NameRule | str | None = None,
     dtype: DTypeLike | None = None,
     dropout: float = 0.0,
     rngs: nnx.Rngs | None = None,
@@ -99,13 +100,11 @@ def load_peft_adapter(
     """
     folder = Path(folder)
     check_folder(folder)
-    if not (folder / WEIGHTS_NAME).exists() and (folder / "adapter_model.bin").exists():
-        raise InputError(
-            f"{folder}: holds adapter_model.bin, a pickle, which can run any code when it is "
-            f"opened; expected {WEIGHTS_NAME}, which PEFT's save_pretrained writes"
-        )
+    rule = name_rule(hf_name)
+    for path, kind in foreign_lora(model).items():
+        raise InputError(f"{path or 'the model'}: is {kind}; load_peft_factors reads into it")
     with _retied_on_error(model):
-        config, file, filled, whole = _read_unchanged(folder, model, hf_name)
+        config, file, filled, whole = read_unchanged(folder, lambda: _read(folder, model, rule))
         existing = lora_layers(model)
         if existing:
             _check_same_layers(file, config, existing, filled)
@@ -182,51 +181,18 @@ def _untie_if_changed(model: nnx.Module, config: PeftConfig, file: AdapterFile) 
             model.untie()
 
 
-def _read_unchanged(
+def _read(
     folder: Path, model: nnx.Module, hf_name: NameRule | None
 ) -> tuple[PeftConfig, AdapterFile, dict[str, _Filled], _Whole]:
-    """Reads one adapter consistently, even if another is written to the folder meanwhile.
-
-    A writer removes the configuration, replaces the weights, and then writes its configuration. So
-    if both files are the same before and after reading, everything that was read belongs to one
-    adapter.
-    """
-    deadline = time.monotonic() + _SECONDS_OF_WRITING
-    while True:
-        before = _identity(folder)
-        try:
-            config = PeftConfig.read(inside(folder, CONFIG_NAME))
-            file = AdapterFile(folder / WEIGHTS_NAME)
-            _untie_if_changed(model, config, file)
-            slots, places = _slots(model, hf_name), tensor_places(model)
-            contents = _contents(file, config, model, slots, places)
-            _check_complete(file, config, model, slots, contents)
-            filled = _filled(file, config, slots, contents.factors)
-            whole = _whole(file, config, model, places, contents.whole)
-        except InputError:
-            if _identity(folder) == before:
-                raise
-        else:
-            if _identity(folder) == before:
-                return config, file, filled, whole
-        if time.monotonic() > deadline:
-            raise InputError(f"{folder}: is written to all the time, expected an adapter at rest")
-        time.sleep(0.05)
-
-
-_SECONDS_OF_WRITING = 10.0
-
-
-def _identity(folder: Path) -> list[tuple[int, int, int] | None]:
-    """Identifies the files of an adapter, to notice if they are replaced."""
-    found: list[tuple[int, int, int] | None] = []
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        try:
-            status = (folder / name).stat()
-            found.append((status.st_ino, status.st_mtime_ns, status.st_size))
-        except OSError:
-            found.append(None)
-    return found
+    config = PeftConfig.read(inside(folder, CONFIG_NAME))
+    file = AdapterFile(folder / WEIGHTS_NAME)
+    _untie_if_changed(model, config, file)
+    slots, places = _slots(model, hf_name), tensor_places(model)
+    contents = _contents(file, config, model, slots, places)
+    _check_complete(file, config, model, slots, contents)
+    filled = _filled(file, config, slots, contents.factors)
+    whole = _whole(file, config, model, places, contents.whole)
+    return config, file, filled, whole
 
 
 def _slots(model: nnx.Module, hf_name: NameRule | None) -> dict[str, _Slot]:
@@ -381,7 +347,8 @@ def _check_complete(
     wanted = {"A", "B", "magnitude"} if config.use_dora else {"A", "B"}
     for module, tensors in contents.factors.items():
         for factor in sorted(wanted - set(tensors)):
-            name = tensor_name(module, factor, slots[module].layer)
+            embedding = isinstance(slots[module].layer, nnx.Embed)
+            name = tensor_name(module, factor, embedding=embedding)
             raise InputError(f"{file.path}: tensor {name!r} is missing")
         for factor in sorted(set(tensors) - wanted):
             raise InputError(

@@ -4,9 +4,9 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -16,6 +16,7 @@ from loft_jax.errors import InputError, explained, shown
 from loft_jax.files import locked, replacing
 from loft_jax.hub.host_arrays import gather_to_host
 from loft_jax.hub.peft_config import Strength, peft_settings
+from loft_jax.hub.peft_factors import Alpha, factor_modules, factor_strengths, factor_tensors
 from loft_jax.hub.peft_names import (
     CONFIG_NAME,
     LABELS_NAME,
@@ -25,28 +26,35 @@ from loft_jax.hub.peft_names import (
     Place,
     listed,
     module_names,
+    name_rule,
     tensor_name,
     tensor_places,
 )
 from loft_jax.hub.safetensors_io import write_safetensors
 from loft_jax.lora import lora_layers
+from loft_jax.lora.foreign import foreign_lora
 from loft_jax.lora.layers import weight_axes
 from loft_jax.lora.targets import is_adaptable, named_modules
 from loft_jax.models.family import flat_parameters
+from loft_jax.optim.pairs import DEFAULT_SPEC, FactorSpec
 
 
 def save_peft_adapter(
     folder: str | os.PathLike[str],
-    model: nnx.Module,
+    model: Any,
     *,
     base_model: str | None = None,
-    hf_name: NameRule | None = None,
+    hf_name: NameRule | str | None = None,
     task_type: str | None = "CAUSAL_LM",
     modules_to_save: Sequence[str] = (),
     bias: Literal["none", "all", "lora_only"] = "none",
     labels: Sequence[str] = (),
+    rank: int | None = None,
+    alpha: Alpha | None = None,
+    embeddings: Sequence[str] = (),
+    spec: FactorSpec = DEFAULT_SPEC,
 ) -> None:
-    """Writes the LoRA factors of a model as an adapter that PEFT loads.
+    """Writes LoRA factors as an adapter that PEFT loads: those of a model, or a tree of factors.
 
     The adapted layers of a stack are written one by one, and weights of more than two axes as
     matrices: A as `lora_A.weight (rank, in)` and B as `lora_B.weight (out, rank)`, in their dtype,
@@ -59,22 +67,43 @@ def save_peft_adapter(
     So any reader computes the same from the unchanged base weights. Such an adapter is loaded as
     plain LoRA.
 
+    Factors that `add_lora` did not make are found by their names, as the optimizers find them
+    (`find_pairs`): Flax's `nnx.LoRA`, Qwix's, those of hand-written dicts. A tree holds them at
+    any depth, beside other leaves, which are ignored. Their values are written as they are: where
+    the base weights of the tree differ from PyTorch's by the order or the scale of features, so do
+    its factors, and both have to be converted.
+
     Args:
         folder: Folder to write to; made if missing. An existing adapter is replaced.
-        model: A model with LoRA layers.
+        model: A model with LoRA layers; or a tree of factors, such as nested dicts, an `nnx.State`
+            or the parameters of a Linen model.
         base_model: Name or path of the base model, for PEFT to find it.
         hf_name: Maps the dotted path of a module and its number in a stack, or None, to its name in
-            PyTorch. By default `model.hf_name` if the model has it, and else the path itself.
+            PyTorch; or the `model_type` of a family, if the paths are those of its model in this
+            library. By default `model.hf_name` if the model has it, and else the path itself.
+            In a tree, the path of `"a/q/lora_a"` is `"a.q"`, and so are those of
+            `"a/q/kernel_lora_a"` (also for `w`, `weight` and `embedding`) and `"a/q/lora/lora_a"`.
         task_type: PEFT's task; None for a base model that is not a transformer.
         modules_to_save: Paths of modules without LoRA that are written whole, such as a new head.
         bias: Which biases of the model are written too, for a model whose biases are not those of
             its base: `"all"`, or those of the layers with LoRA.
         labels: Names of the labels of a classifier, for a file that only this library reads.
+        rank: For factors that `add_lora` did not make: the rank that all of them should have. By
+            default they have the ranks of their shapes.
+        alpha: For these factors, required: the forward pass scales by `alpha / rank`. A number, or
+            a function of the dotted path. Flax's `nnx.LoRA` does not scale, so that for it alone
+            alpha is known: the rank.
+        embeddings: For these factors: the modules, by name in PyTorch, that are embeddings. Those
+            of a family are known, and so are factors beside a weight `embedding`.
+        spec: For these factors: their names and the axes of stacks; a scaling other than 1 has to
+            be `alpha / rank`.
 
     Raises:
         InputError: The model has no LoRA layer, or one that PEFT's format cannot hold (a stack
-            without `hf_name`, a batch axis); only some of its LoRA layers have DoRA or rsLoRA; or
-            the folder cannot be written.
+            without `hf_name`, a batch axis); only some of its LoRA layers have DoRA or rsLoRA; rank
+            or alpha are not those of the factors; or the folder cannot be written. The message
+            names the path.
+        ValueError: Half a pair, or shapes that are not those of a pair, as for `find_pairs`.
 
     Example:
         >>> import tempfile
@@ -85,13 +114,62 @@ def save_peft_adapter(
         >>> save_peft_adapter(folder, model, base_model="my/base")
         >>> sorted(path.name for path in folder.iterdir())
         ['adapter_config.json', 'adapter_model.safetensors']
+        >>> pair = {"lora_a": np.ones((3, 4, 2)), "lora_b": np.ones((3, 2, 8))}
+        >>> save_peft_adapter(
+        ...     folder, {"up": pair}, alpha=4, hf_name=lambda path, layer: f"layers.{layer}.{path}"
+        ... )
 
     Source:
         PEFT's checkpoint format, https://huggingface.co/docs/peft/developer_guides/checkpoint.
     """
-    layers = lora_layers(model)
-    if not layers:
-        raise InputError("the model has no LoRA layer to save")
+    layers = lora_layers(model) if isinstance(model, nnx.Module) else {}
+    rule = name_rule(hf_name)
+    if layers:
+        _check_no_others(model, rank=rank, alpha=alpha, embeddings=embeddings, spec=spec)
+        adapter = _of_layers(model, layers, rule)
+    else:
+        adapter = _of_factors(model, rank, alpha, rule, embeddings, spec)
+    tensors, modules = adapter.tensors, adapter.modules
+    heads: dict[str, None] = {}  # in order
+    if modules_to_save or bias != "none":
+        if not isinstance(model, nnx.Module):
+            raise InputError("modules_to_save and bias need the model, and this is a tree")
+        whole, heads = _whole(model, modules, modules_to_save, bias)
+        tensors |= whole
+    settings = peft_settings(
+        modules,
+        adapter.others,
+        base_model=base_model,
+        task_type=task_type,
+        dropout=adapter.dropout,
+        use_rslora=adapter.use_rslora,
+        use_dora=adapter.use_dora,
+        modules_to_save=list(heads),
+        bias=bias,
+        fan_in_fan_out=_fan_in_fan_out(model, adapter.linear),
+    )
+    if jax.process_index() == 0:
+        write_adapter(Path(folder), settings, tensors, labels)
+
+
+class _Adapter(NamedTuple):
+    """The factors of an adapter, named as PEFT does.
+
+    `others` are the modules without an adapter, None if they are not known, and `linear` the paths
+    of those with one that are not embeddings.
+    """
+
+    tensors: dict[str, np.ndarray]
+    modules: dict[str, Strength]
+    others: list[str] | None
+    linear: list[str]
+    dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+
+
+def _of_layers(model: nnx.Module, layers: dict[str, Any], hf_name: NameRule | None) -> _Adapter:
+    """Names the factors of the layers that `add_lora` made."""
     use_dora = _on_all(layers, "DoRA", lambda layer: layer.lora_magnitude is not None)
     use_rslora = _on_all(layers, "rsLoRA", lambda layer: layer.lora_rslora)
     tensors: dict[str, np.ndarray] = {}
@@ -105,6 +183,7 @@ def save_peft_adapter(
         strength = _strength(layer, factors[0].shape[-1])
         a = gather_to_host(factors[0]).reshape(len(names), axes.fan_in, strength.rank)
         b = gather_to_host(factors[1]).reshape(len(names), strength.rank, axes.fan_out)
+        embedding = isinstance(layer, nnx.Embed)
         if use_dora:
             magnitude = gather_to_host(layer.lora_magnitude[...]).reshape(len(names), axes.fan_out)
         for index, name in enumerate(names):
@@ -112,10 +191,66 @@ def save_peft_adapter(
                 raise InputError(f"{path}: its name {name!r} is another layer's too")
             modules[name] = strength
             for factor, matrix in (("A", a[index].T), ("B", b[index].T)):
-                tensors[tensor_name(name, factor, layer)] = np.ascontiguousarray(matrix)
+                tensor = tensor_name(name, factor, embedding=embedding)
+                tensors[tensor] = np.ascontiguousarray(matrix)
             if use_dora:
-                tensors[tensor_name(name, "magnitude", layer)] = magnitude[index]
-    heads: dict[str, None] = {}  # in order
+                tensor = tensor_name(name, "magnitude", embedding=embedding)
+                tensors[tensor] = magnitude[index]
+    adapted = {id(layer) for layer in layers.values() if layer.lora_numbers is None}
+    others = [
+        name
+        for path, module in named_modules(model).items()
+        if id(module) not in adapted
+        for name in _names_or_path(model, path, module, hf_name)
+        if name not in modules
+    ]
+    linear = [path for path, layer in layers.items() if not isinstance(layer, nnx.Embed)]
+    dropout = max(_dropout_rate(layer) for layer in layers.values())
+    return _Adapter(tensors, modules, others, linear, dropout, use_rslora, use_dora)
+
+
+def _of_factors(
+    model: Any,
+    rank: int | None,
+    alpha: Alpha | None,
+    hf_name: NameRule | None,
+    embeddings: Sequence[str],
+    spec: FactorSpec,
+) -> _Adapter:
+    """Names the factors of a tree, or of a model that has them of another library."""
+    tree = model
+    if isinstance(model, nnx.Module):
+        if spec == DEFAULT_SPEC and not foreign_lora(model):
+            raise InputError("the model has no LoRA layer to save")
+        tree = nnx.state(model)
+    modules = factor_modules(tree, hf_name or getattr(model, "hf_name", None), spec, embeddings)
+    strengths = factor_strengths(model, modules, rank, alpha, spec)
+    linear = [module.path for module in modules if not module.embedding]
+    return _Adapter(factor_tensors(tree, modules), strengths, None, linear)
+
+
+def _check_no_others(model: nnx.Module, **given: Any) -> None:
+    """Refuses settings and factors that are not of the layers that `add_lora` made."""
+    defaults = {"rank": None, "alpha": None, "embeddings": (), "spec": DEFAULT_SPEC}
+    for name, value in given.items():
+        if value != defaults[name]:
+            raise InputError(
+                f"{name}: is for factors that add_lora did not make; the LoRA layers of this model "
+                "have their own"
+            )
+    for path, kind in foreign_lora(model).items():
+        raise InputError(
+            f"{path or 'the model'}: is {kind}, beside LoRA layers of add_lora; expected one of "
+            "the two"
+        )
+
+
+def _whole(
+    model: nnx.Module, modules: Collection[str], modules_to_save: Sequence[str], bias: str
+) -> tuple[dict[str, np.ndarray], dict[str, None]]:
+    """Gives the tensors that are written whole, and the names of the modules to save."""
+    tensors: dict[str, np.ndarray] = {}
+    heads: dict[str, None] = {}
     places, parameters = tensor_places(model), flat_parameters(model, nnx.Param)
     for module in modules_to_save:
         inside = [name for name, place in places.items() if place.path.startswith(f"{module}.")]
@@ -131,28 +266,7 @@ def save_peft_adapter(
         if bias != "none" and last == "bias" and held and PREFIX + name not in tensors:
             layer_name = f"{module}.base_layer" if module in modules else module
             tensors[f"{PREFIX}{layer_name}.bias"] = _value(parameters, place)
-    adapted = {id(layer) for layer in layers.values() if layer.lora_numbers is None}
-    others = [
-        name
-        for path, module in named_modules(model).items()
-        if id(module) not in adapted
-        for name in _names_or_path(model, path, module, hf_name)
-        if name not in modules
-    ]
-    settings = peft_settings(
-        modules,
-        others,
-        base_model=base_model,
-        task_type=task_type,
-        dropout=max(_dropout_rate(layer) for layer in layers.values()),
-        use_rslora=use_rslora,
-        use_dora=use_dora,
-        modules_to_save=list(heads),
-        bias=bias,
-        fan_in_fan_out=_fan_in_fan_out(model, layers),
-    )
-    if jax.process_index() == 0:
-        write_adapter(Path(folder), settings, tensors, labels)
+    return tensors, heads
 
 
 def _value(parameters: dict[str, Any], place: Place) -> np.ndarray:
@@ -162,10 +276,9 @@ def _value(parameters: dict[str, Any], place: Place) -> np.ndarray:
     return np.ascontiguousarray(value.T if place.transposed else value)
 
 
-def _fan_in_fan_out(model: nnx.Module, layers: dict[str, Any]) -> bool:
+def _fan_in_fan_out(model: Any, linear: Sequence[str]) -> bool:
     """Whether the adapted weights have the shape `(in, out)` in PyTorch, a setting of PEFT."""
     table = getattr(model, "table", None)
-    linear = [path for path, layer in layers.items() if not isinstance(layer, nnx.Embed)]
     if table is None or not linear:
         return False
     return not any(table.tensor(table.weight(path)).transposed for path in linear)

@@ -180,7 +180,7 @@ def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
 def _plain_layers(model: nnx.Module, place: int) -> dict[str, Any]:
     layers: dict[str, Any] = lora_layers(model)
     if not layers:
-        raise InputError(f"model {place} has no LoRA layer")
+        raise InputError(f"model {place} has no LoRA layer of add_lora")
     for path, layer in layers.items():
         if layer.lora_magnitude is not None:
             raise InputError(

@@ -94,7 +94,7 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         _check_rank("rank", self.rank)
         if self.alpha is not None:
-            _check_alpha("alpha", self.alpha)
+            check_alpha("alpha", self.alpha)
         _check_modules("target_modules", self.target_modules)
         if not self.target_modules:
             raise InputError("target_modules is empty: expected a name, names or a pattern")
@@ -116,7 +116,7 @@ class LoRAConfig:
             _check_rank(f"rank_pattern[{shown(key)}]", rank)
         for key, alpha in self.alpha_pattern.items():
             Patterns("alpha_pattern").check(key)
-            _check_alpha(f"alpha_pattern[{shown(key)}]", alpha)
+            check_alpha(f"alpha_pattern[{shown(key)}]", alpha)
 
     @functools.cached_property
     def patterns(self) -> Patterns:
@@ -157,7 +157,12 @@ def _check_rank(name: str, rank: object) -> None:
         raise InputError(f"{name} is {shown(rank)}, expected an integer of at least 1")
 
 
-def _check_alpha(name: str, alpha: Any) -> None:
+def check_alpha(name: str, alpha: Any) -> None:
+    """Checks that an alpha is a finite number above 0.
+
+    Raises:
+        InputError: It is not; the message has the name.
+    """
     if not _is_number(alpha) or not 0 < alpha <= _MOST_ALPHA:
         raise InputError(f"{name} is {shown(alpha)}, expected a finite number above 0")
 

@@ -13,6 +13,7 @@ from loft_jax.errors import InputError
 from loft_jax.lora.axes import WeightAxes
 from loft_jax.lora.config import Initializer, LoRAConfig, product_scaling
 from loft_jax.lora.dora import magnitude_scale, weight_norms
+from loft_jax.lora.foreign import foreign_lora
 from loft_jax.lora.layers import LoRALayer, LoRAMask, LoRAStart, lora_class
 from loft_jax.lora.stacks import numbered_layers
 from loft_jax.lora.targets import lora_layers, named_modules, select
@@ -131,6 +132,9 @@ def merge_lora(model: Model) -> Model:
     attribute. A head that is tied to an embedding with LoRA, whose factors leave it alone, gets a
     weight of its own first.
 
+    Flax's own `nnx.LoRALinear` becomes an `nnx.Linear`. Factors of other libraries stay apart, and
+    are refused: `save_peft_adapter` writes them.
+
     Args:
         model: A model with LoRA layers.
 
@@ -138,8 +142,8 @@ def merge_lora(model: Model) -> Model:
         The same model.
 
     Raises:
-        InputError: The model has no LoRA layer, or a weight with LoRA is shared with another layer,
-            which merging would change; the message names both.
+        InputError: The model has no LoRA layer, or one of another library; or a weight with LoRA is
+            shared with another layer, which merging would change. The message names them.
 
     Example:
         >>> linear = add_lora(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), LoRAConfig(2), rngs=nnx.Rngs(1))
@@ -151,6 +155,7 @@ def merge_lora(model: Model) -> Model:
     if any(path in layers for path in getattr(model, "tied_modules", ())):
         cast(Any, model).untie()
     for layer in layers.values():
+        _adopt(layer)
         axes = layer.lora_axes(layer)
         weight = getattr(layer, layer.lora_weight)
         magnitude = layer.lora_magnitude
@@ -178,7 +183,7 @@ def remove_lora(model: Model) -> Model:
         The same model.
 
     Raises:
-        InputError: The model has no LoRA layer.
+        InputError: The model has no LoRA layer, or one of another library.
 
     Example:
         >>> linear = add_lora(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), LoRAConfig(2), rngs=nnx.Rngs(1))
@@ -186,6 +191,7 @@ def remove_lora(model: Model) -> Model:
         'Linear'
     """
     for layer in _required_layers(model).values():
+        _adopt(layer)
         _detach(layer)
     return model
 
@@ -206,7 +212,9 @@ class _Plan(NamedTuple):
 
 
 def _planned(model: nnx.Module, config: LoRAConfig) -> list[_Plan]:
-    plans = [_plan(path, layer, config) for path, layer in select(model, config).items()]
+    foreign = foreign_lora(model)
+    selected = select(model, config).items()
+    plans = [_plan(path, layer, config, foreign.get(path)) for path, layer in selected]
     if config.layers is None:
         return plans
     numbers = numbered_layers({plan.name: plan.axes for plan in plans}, model, config)
@@ -214,10 +222,14 @@ def _planned(model: nnx.Module, config: LoRAConfig) -> list[_Plan]:
     return [plan for plan in chosen if plan.numbers != ()]
 
 
-def _plan(path: str, layer: nnx.Module, config: LoRAConfig) -> _Plan:
+def _plan(path: str, layer: nnx.Module, config: LoRAConfig, foreign: str | None) -> _Plan:
     name = path or type(layer).__name__  # the model may be the layer
-    if isinstance(layer, LoRALayer | nnx.LoRALinear):
+    if isinstance(layer, LoRALayer):
         raise InputError(f"{name}: has LoRA factors already; merge or remove them first")
+    if foreign is not None:
+        raise InputError(
+            f"{name}: has LoRA factors already, since it is {foreign}; train these, or exclude it"
+        )
     try:
         cls = lora_class(type(layer))
         axes = cls.lora_axes(layer)
@@ -359,15 +371,42 @@ def _stream(rngs: nnx.Rngs, name: str) -> nnx.RngStream:
 
 
 def _required_layers(model: nnx.Module) -> dict[str, Any]:
+    """Gives the LoRA layers by path, Flax's own `LoRALinear` among them."""
     layers = lora_layers(model)
+    known = {id(layer) for layer in layers.values()}
+    for path, module in named_modules(model).items():
+        if type(module) is nnx.LoRALinear and id(module) not in known:
+            layers[path] = module
+            known |= {id(module), id(module.lora)}
+    modules = named_modules(model)
+    for path, kind in foreign_lora(model).items():
+        if id(modules[path]) not in known:
+            raise InputError(
+                f"{path or 'the model'}: is {kind}, which keeps its factors; save_peft_adapter "
+                "writes them"
+            )
     if not layers:
         raise InputError("the model has no LoRA layer")
     return layers
 
 
+def _adopt(layer: Any) -> None:
+    """Makes Flax's `LoRALinear` a layer as `add_lora` makes it, in place."""
+    if isinstance(layer, LoRALayer):
+        return
+    a, b = layer.lora.lora_a, layer.lora.lora_b
+    del layer.lora
+    _set_class(layer, lora_class(nnx.Linear))
+    layer.lora_a, layer.lora_b = a, b
+    layer.lora_rank, layer.lora_alpha = a.shape[-1], float(a.shape[-1])  # it does not scale
+
+
 def _check_not_shared(model: nnx.Module, layers: dict[str, Any]) -> None:
     """Refuses to merge into a weight that another layer shares."""
-    adapted = {id(getattr(layer, layer.lora_weight)): path for path, layer in layers.items()}
+    adapted = {
+        id(getattr(layer, getattr(layer, "lora_weight", "kernel"))): path
+        for path, layer in layers.items()
+    }
     modules = {id(module): (path, module) for path, module in named_modules(model).items()}
     for path, module in modules.values():
         for name, value in vars(module).items():

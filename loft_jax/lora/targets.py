@@ -31,6 +31,8 @@ def is_adaptable(module: nnx.Module) -> bool:
 def lora_layers(model: nnx.Module) -> dict[str, Any]:
     """Gives the LoRA layers of a model by dotted path; a shared layer has its first path.
 
+    They are those of `add_lora`, not Flax's own `nnx.LoRA` or layers of other libraries.
+
     Args:
         model: Any NNX model.
 

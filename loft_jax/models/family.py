@@ -197,6 +197,11 @@ class ParameterTable:
             axes = weight.axes
         return ("layers", *axes) if weight.stacked else axes
 
+    @property
+    def modules(self) -> frozenset[str]:
+        """Paths of the modules that have parameters."""
+        return frozenset(path.rpartition(".")[0] for path in self.tensors)
+
     def weight(self, module: str) -> str:
         """Gives the path of a module's weight: its kernel, its embedding, or its scale.
 

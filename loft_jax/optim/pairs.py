@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from loft_jax.optim.arguments import Number, check_scaling
 from loft_jax.optim.linear_algebra import FactorMatrix
@@ -131,20 +132,24 @@ class Factor:
     features: tuple[int, ...]
     rank_last: bool
 
-    def fold(self, x: jax.Array) -> jax.Array:
-        """Folds a leaf to (stack, features, k), for a factor B to (stack, k, features)."""
-        x = jnp.moveaxis(x, self.stack_axes, range(len(self.stack)))
+    def fold(self, x: jax.Array | np.ndarray) -> Any:
+        """Folds a leaf to (stack, features, k), for a factor B to (stack, k, features).
+
+        An array of NumPy stays one, and so keeps float64.
+        """
+        x = _library(x).moveaxis(x, self.stack_axes, range(len(self.stack)))
         k = x.shape[-1 if self.rank_last else len(self.stack)]
         features = math.prod(self.features)
         return x.reshape(
             math.prod(self.stack), *((features, k) if self.rank_last else (k, features))
         )
 
-    def unfold(self, x: jax.Array) -> jax.Array:
+    def unfold(self, x: jax.Array | np.ndarray) -> Any:
         """Undoes `fold`, with any k."""
         k = x.shape[2 if self.rank_last else 1]
         layer = (*self.features, k) if self.rank_last else (k, *self.features)
-        return jnp.moveaxis(x.reshape(*self.stack, *layer), range(len(self.stack)), self.stack_axes)
+        x = x.reshape(*self.stack, *layer)
+        return _library(x).moveaxis(x, range(len(self.stack)), self.stack_axes)
 
     def shape(self, k: int) -> tuple[int, ...]:
         """The shape of a leaf with k in the place of the rank."""
@@ -513,3 +518,7 @@ def _strip_ending(path: str, ending: str) -> str | None:
     if path.endswith(("/" + ending, "_" + ending)):
         return path[: -len(ending)]
     return None
+
+
+def _library(x: Any) -> Any:
+    return np if isinstance(x, np.ndarray) else jnp

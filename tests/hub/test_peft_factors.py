@@ -40,7 +40,7 @@ TREE = {
     "side": [{"lora_A": (8, RANK), "lora_B": (RANK, 5)}],
 }
 TREE_AT_1 = {"blocks": {"lora_a": (8, 2, RANK), "lora_b": (RANK, 2, 8)}}
-AT_1 = FactorSpec(stack_axes=(1,))
+AT_1 = FactorSpec(stack_axis=1)
 TREES = [(TREE, FactorSpec()), (TREE_AT_1, AT_1)]
 
 

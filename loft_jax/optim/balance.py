@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import optax
 
 from loft_jax.optim.linear_algebra import FactorMatrix, batched, matmul, transpose
+from loft_jax.optim.meshes import on_explicit_axes, whole_on_explicit_axes
 from loft_jax.optim.paired_updates import PairedUpdates, compute_dtype
 from loft_jax.optim.pairs import DEFAULT_SPEC, FactorSpec, find_pairs
 
@@ -36,6 +37,7 @@ from loft_jax.optim.pairs import DEFAULT_SPEC, FactorSpec, find_pairs
 _MOST_STEPS = 20
 
 
+@on_explicit_axes
 def balance_factors(*, spec: FactorSpec = DEFAULT_SPEC) -> optax.GradientTransformation:
     r"""Moves factors to the balanced factorization of the product that the updates lead to.
 
@@ -94,6 +96,7 @@ def balance_factors(*, spec: FactorSpec = DEFAULT_SPEC) -> optax.GradientTransfo
     return optax.GradientTransformation(init, update)
 
 
+@whole_on_explicit_axes
 def factor_grams(params: optax.Params, *, spec: FactorSpec = DEFAULT_SPEC) -> dict[str, jax.Array]:
     """Computes the Gram matrix of each factor: `AᵀA` of a factor A, `B Bᵀ` of a factor B.
 

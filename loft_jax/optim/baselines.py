@@ -18,6 +18,7 @@ from loft_jax.optim.arguments import (
 from loft_jax.optim.linear_algebra import batched, matmul, transpose
 from loft_jax.optim.links import Role, project_gradients
 from loft_jax.optim.loft_optimizers import loft
+from loft_jax.optim.meshes import on_explicit_axes
 from loft_jax.optim.paired_updates import PairedUpdates
 from loft_jax.optim.pairs import (
     DEFAULT_SPEC,
@@ -159,6 +160,7 @@ def lora_fa(
     )
 
 
+@on_explicit_axes
 def precondition_by_gram(
     damping: Number = 1e-6, *, spec: FactorSpec = DEFAULT_SPEC
 ) -> optax.GradientTransformation:

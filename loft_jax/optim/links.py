@@ -18,6 +18,7 @@ import optax
 
 from loft_jax.optim.arguments import Number, check_positive
 from loft_jax.optim.linear_algebra import Basis, FactorMatrix
+from loft_jax.optim.meshes import on_explicit_axes
 from loft_jax.optim.paired_updates import PairedUpdates, absolute_square, compute_dtype
 from loft_jax.optim.pairs import DEFAULT_SPEC, FactorGroup, FactorSpec, PairGroup, find_pairs
 
@@ -47,6 +48,7 @@ class ClipState(NamedTuple):
     projected_norm: jax.Array
 
 
+@on_explicit_axes
 def project_gradients(*, spec: FactorSpec = DEFAULT_SPEC) -> optax.GradientTransformation:
     r"""Rescales factor gradients so that they stand for the projected full gradient.
 
@@ -102,6 +104,7 @@ def project_gradients(*, spec: FactorSpec = DEFAULT_SPEC) -> optax.GradientTrans
     return optax.GradientTransformation(init, update)
 
 
+@on_explicit_axes
 def clip_by_projected_norm(
     max_norm: Number,
     *,
@@ -187,6 +190,7 @@ def clip_by_projected_norm(
     return optax.GradientTransformation(init, update)
 
 
+@on_explicit_axes
 def assign_overlap(
     first: Role = "b", *, spec: FactorSpec = DEFAULT_SPEC
 ) -> optax.GradientTransformation:
@@ -303,6 +307,7 @@ def _share_of_other(
     return jnp.where(product > moved, moved / jnp.where(product > 0, product, 1.0), 1.0)
 
 
+@on_explicit_axes
 def alternate_factors(
     first: Role = "b", *, spec: FactorSpec = DEFAULT_SPEC
 ) -> optax.GradientTransformation:

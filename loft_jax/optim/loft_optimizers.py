@@ -30,6 +30,7 @@ from loft_jax.optim.links import (
     clip_by_projected_norm,
     project_gradients,
 )
+from loft_jax.optim.meshes import on_explicit_axes
 from loft_jax.optim.moments import (
     SecondMoment,
     calibrate_first_moment,
@@ -50,6 +51,7 @@ from loft_jax.optim.pairs import (
 _NS_COEFFS = (3.4445, -4.7750, 2.0315)  # of Jordan's Muon, and of Optax's
 
 
+@on_explicit_axes
 def loft(
     learning_rate: optax.ScalarOrSchedule,
     b1: Number = 0.9,
@@ -199,6 +201,7 @@ class OrthogonalizeState(NamedTuple):
     basis: Any
 
 
+@on_explicit_axes
 def orthogonalize_momentum(
     beta: Number = 0.95,
     *,
@@ -307,6 +310,7 @@ def orthogonalize_momentum(
     return optax.GradientTransformation(init, update)
 
 
+@on_explicit_axes
 def loft_muon(
     learning_rate: optax.ScalarOrSchedule,
     beta: Number = 0.95,

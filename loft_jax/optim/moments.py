@@ -17,6 +17,7 @@ from loft_jax.optim.arguments import Number, check_decay, check_not_negative
 from loft_jax.optim.full_moment import FullMoment
 from loft_jax.optim.linear_algebra import Basis, FactorMatrix
 from loft_jax.optim.links import Move, Role, StepState, check_move, check_role, has_turn
+from loft_jax.optim.meshes import on_explicit_axes
 from loft_jax.optim.paired_updates import PairedUpdates, absolute_square, compute_dtype
 from loft_jax.optim.pairs import DEFAULT_SPEC, FactorGroup, FactorSpec, PairGroup, find_pairs
 from loft_jax.optim.second_moments import (
@@ -28,6 +29,7 @@ from loft_jax.optim.second_moments import (
     SecondMomentState,
     stochastic_round,
 )
+from loft_jax.optim.state import unboxed_structure
 
 SecondMoment = Literal["full", "factored", "diagonal"]
 
@@ -148,6 +150,7 @@ def calibrate_first_moment(
     return CalibratedMoment(m, now, ProjectedGradient(x, c, change))
 
 
+@on_explicit_axes
 def calibrate_moments(
     b1: Number = 0.9,
     b2: Number = 0.999,
@@ -232,9 +235,10 @@ def calibrate_moments(
                 basis[i] = jnp.zeros_like(leaves[i], dtypes[i])
                 if rule.has_gram:
                     gram[i] = jnp.zeros((*factor.stack, r, r), dtypes[i])
+        mu_tree, nu_tree, basis_tree = (jax.tree.unflatten(treedef, x) for x in (mu, nu, basis))
+        gram_tree = jax.tree.unflatten(unboxed_structure(params), gram)
         return CalibratedMomentsState(
-            jnp.zeros([], jnp.int32),
-            *(jax.tree.unflatten(treedef, x) for x in (mu, nu, gram, basis)),
+            jnp.zeros([], jnp.int32), mu_tree, nu_tree, gram_tree, basis_tree
         )
 
     def update(
@@ -299,6 +303,7 @@ def calibrate_moments(
     return optax.GradientTransformation(init, update)
 
 
+@on_explicit_axes
 def project_updates(
     eps: Number = 1e-8,
     *,

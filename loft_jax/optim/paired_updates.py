@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from loft_jax.optim.linear_algebra import Basis, FactorMatrix, orthonormal_basis
+from loft_jax.optim.meshes import explicit_mesh, in_context
 from loft_jax.optim.pairs import (
     DEFAULT_SPEC,
     FactorGroup,
@@ -100,7 +101,8 @@ class PairedUpdates:
     def scalings(self, group: PairGroup) -> jax.Array:
         """The s of each pair of a group, (group, 1, 1, 1)."""
         dtype = compute_dtype(self._params[group.pairs[0].a.index])
-        scalings = [jnp.asarray(self._spec.scaling_of(pair), dtype) for pair in group.pairs]
+        given = [in_context(self._spec.scaling_of(pair)) for pair in group.pairs]
+        scalings = [jnp.asarray(scaling, dtype) for scaling in given]
         return jnp.stack(scalings)[:, None, None, None]
 
     def put(self, factor: FactorGroup, x: FactorMatrix) -> None:
@@ -135,7 +137,7 @@ def share_bases(
     Without it each link computes them for itself, with the same result. A link takes a shared basis
     only if it is given the very arrays that the basis was computed from, and the same scaling: what
     changes the parameters on their way to a link, or traces them anew, makes the link compute its
-    own.
+    own. On a mesh with explicit axes it does so too, unless the chain is `loft` or `loft_muon`.
 
     Args:
       inner: A chain of this package's links and of others.
@@ -160,6 +162,8 @@ def share_bases(
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, Any]:
+        if explicit_mesh((updates, state, params)):  # inner may close over arrays there
+            return inner.update(updates, state, params, **extra)
         tree = PairedUpdates(updates, params, spec)
         bases = {
             tree.basis_key(group, partner): tree.basis(group, partner)

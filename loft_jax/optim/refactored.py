@@ -31,8 +31,10 @@ import optax
 
 from loft_jax.optim.arguments import Number, check_adam, check_steps
 from loft_jax.optim.linear_algebra import batched, matmul, transpose
+from loft_jax.optim.meshes import on_explicit_axes, whole_on_explicit_axes
 from loft_jax.optim.paired_updates import PairedUpdates, compute_dtype
 from loft_jax.optim.pairs import DEFAULT_SPEC, FactorNames, FactorSpec, StackAxis, find_pairs
+from loft_jax.optim.state import unboxed_structure
 
 # An eigenvalue counts as zero below this many rounding units of the largest one.
 _ZERO_UNITS = 16
@@ -63,6 +65,7 @@ class BalanceNormsState(NamedTuple):
     inner_state: Any
 
 
+@on_explicit_axes
 def precondition_by_reflora(
     warmup_steps: Number = 100, *, interval: Number = 1, spec: FactorSpec = DEFAULT_SPEC
 ) -> optax.GradientTransformation:
@@ -107,12 +110,13 @@ def precondition_by_reflora(
     check_steps(interval, "interval", 1)
 
     def init(params: optax.Params) -> RefLoRAState:
-        leaves, treedef = jax.tree.flatten(params)
+        leaves = jax.tree.leaves(params)
         metrics: list[Any] = [optax.MaskedNode() for _ in leaves]
         for pair in find_pairs(params, spec):
             for factor in (pair.a, pair.b):
                 eye = jnp.eye(pair.rank, dtype=compute_dtype(leaves[factor.index]))
                 metrics[factor.index] = jnp.tile(eye, (*factor.stack, 1, 1))
+        treedef = unboxed_structure(params)
         return RefLoRAState(jnp.zeros([], jnp.int32), jax.tree.unflatten(treedef, metrics))
 
     def update(
@@ -272,7 +276,9 @@ def balance_norms(
         **extra: Any,
     ) -> tuple[optax.Updates, BalanceNormsState]:
         PairedUpdates(updates, params, spec)  # refuses what does not fit
-        scales = _norm_scales(params, spec, state.count >= warmup_steps)
+        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        found = _norm_scales(params, spec, state.count >= warmup_steps)
+        scales = {paths[i]: scale for i, scale in found.items()}
 
         def follow(x: Any) -> Any:
             if not _is_adam(x):
@@ -403,14 +409,13 @@ def _diagonal(x: jax.Array) -> jax.Array:
     return jnp.diagonal(x, axis1=-2, axis2=-1)
 
 
-def _norm_scales(
-    params: Any, spec: FactorSpec, begun: jax.Array
-) -> dict[tuple[Any, ...], jax.Array]:
-    """What each factor is multiplied by, (*stack, 1, ...), by the path of its leaf."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
+@whole_on_explicit_axes
+def _norm_scales(params: Any, spec: FactorSpec, begun: jax.Array) -> dict[int, jax.Array]:
+    """What each factor is multiplied by, (*stack, 1, ...), by the position of its leaf."""
+    leaves = jax.tree.leaves(params)
     scales = {}
     for pair in find_pairs(params, spec):
-        (a_path, a), (b_path, b) = (leaves[factor.index] for factor in (pair.a, pair.b))
+        a, b = leaves[pair.a.index], leaves[pair.b.index]
         axes_a, axes_b = (
             tuple(axis for axis in range(x.ndim) if axis not in pair.a.stack_axes) for x in (a, b)
         )
@@ -420,8 +425,8 @@ def _norm_scales(
         )
         usable = begun & (norm_a > 0) & (norm_b > 0) & jnp.isfinite(norm_a) & jnp.isfinite(norm_b)
         c = jnp.sqrt(jnp.where(usable, norm_b, 1)) / jnp.sqrt(jnp.where(usable, norm_a, 1))
-        scales[a_path] = jnp.expand_dims(c, axes_a)
-        scales[b_path] = jnp.expand_dims(1 / c, axes_b)
+        scales[pair.a.index] = jnp.expand_dims(c, axes_a)
+        scales[pair.b.index] = jnp.expand_dims(1 / c, axes_b)
     return scales
 
 

@@ -74,16 +74,12 @@ def state_shardings(
             raise ValueError(f"{name!r} has sharding {leaf!r}, expected a NamedSharding")
     whole = NamedSharding(leaves[0][1].mesh, PartitionSpec()) if leaves else None
 
-    def like(leaf: Any, sharding: NamedSharding, param: Any) -> Any:
+    def like(leaf: Any, sharding: Any, param: Any) -> Any:
         if isinstance(leaf, optax.MaskedNode):
             return leaf
-        spec = (*sharding.spec, *[None] * (len(param.shape) - len(sharding.spec)))
-        shared = [size == own for size, own in zip(leaf.shape, param.shape, strict=False)]
-        if len(leaf.shape) != len(param.shape):
-            # An (r, r) matrix of each layer of a stack: only leading axes can be the same ones.
-            shared = list(itertools.takewhile(bool, shared))
-        axes = [axis if same else None for axis, same in zip(spec, shared, strict=False)]
-        return NamedSharding(sharding.mesh, PartitionSpec(*axes))
+        # Where the state has an array, the parameters may have Flax's box of one.
+        [sharding], [param] = jax.tree.leaves(sharding), jax.tree.leaves(param)
+        return shared_sharding(leaf, sharding, param)
 
     return optax.tree.map_params(
         tx,
@@ -94,3 +90,37 @@ def state_shardings(
         transform_non_params=lambda _: whole,
         is_leaf=lambda x: isinstance(x, optax.MaskedNode),
     )
+
+
+def shared_sharding(leaf: Any, sharding: NamedSharding, param: Any) -> NamedSharding:
+    """How what is kept for a parameter lies: split along the axes that it shares with it.
+
+    Args:
+      leaf: An array, or anything with a `shape`.
+      sharding: Of the parameter.
+      param: The parameter.
+
+    Returns:
+      A sharding on the same mesh.
+    """
+    spec = (*sharding.spec, *[None] * (len(param.shape) - len(sharding.spec)))
+    shared = [size == own for size, own in zip(leaf.shape, param.shape, strict=False)]
+    if len(leaf.shape) != len(param.shape):
+        # An (r, r) matrix of each layer of a stack: only leading axes can be the same ones.
+        shared = list(itertools.takewhile(bool, shared))
+    axes = [axis if same else None for axis, same in zip(spec, shared, strict=False)]
+    return NamedSharding(sharding.mesh, PartitionSpec(*axes))
+
+
+def unboxed_structure(params: Any) -> Any:
+    """The structure of parameters without the boxes that Flax puts around them.
+
+    A box (`nnx.Variable`, `nn.Partitioned`) names the mesh axes of its parameter. In the place of
+    the whole box goes what has other axes, for which those names would be wrong.
+    """
+
+    def is_box(x: Any) -> bool:
+        return hasattr(x, "get_metadata") or hasattr(x, "replace_boxed")
+
+    # A masked parameter is a box of nothing, and no leaf.
+    return jax.tree.structure(params, is_leaf=lambda x: is_box(x) and len(jax.tree.leaves(x)) == 1)

@@ -1,0 +1,58 @@
+"""LoFT in Tunix's PeftTrainer: Qwix puts the adapters on, `loft` takes the place of the optimizer.
+
+A tiny Llama with random weights learns to count. The trainer keeps its checkpoints in a folder,
+and goes on from the last one if it is started again with that folder: FOLDER on the command line.
+"""
+
+import sys
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+import qwix
+from flax import nnx
+from tunix.models.llama3.model import Llama3, ModelConfig
+from tunix.sft import utils
+from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig, TrainingInput
+
+from loft_jax.optim import loft
+
+RANK, ALPHA = 2, 4.0
+CONFIG = ModelConfig(2, 32, 16, 32, 4, 8, 4, rope_theta=10_000, norm_eps=1e-5)
+
+
+def adapted(layers: str = ".*_proj") -> nnx.Module:
+    """A model with factors `w_lora_a`, `w_lora_b` beside the weights of the layers."""
+    model = Llama3(CONFIG, rngs=nnx.Rngs(0))
+    rule = qwix.LoraProvider(module_path=layers, rank=RANK, alpha=ALPHA)
+    return qwix.apply_lora_to_model(model, rule, **model.get_model_input(), rngs=nnx.Rngs(1))
+
+
+def model_input(batch: TrainingInput) -> dict[str, jax.Array]:
+    """What the trainer's loss takes."""
+    return {
+        "input_tokens": batch.input_tokens,
+        "input_mask": batch.input_mask,
+        "positions": utils.build_positions_from_mask(batch.input_mask),
+        "attention_mask": utils.make_causal_attn_mask(batch.input_mask),
+    }
+
+
+def batches(count: int, rows: int = 8) -> Iterator[TrainingInput]:
+    """Numbers that follow each other, from a random one on."""
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        tokens = (rng.integers(32, size=(rows, 1)) + np.arange(16)) % 32
+        yield TrainingInput(input_tokens=tokens, input_mask=np.ones_like(tokens, bool))
+
+
+def trainer(model: nnx.Module, **config: object) -> PeftTrainer:
+    """Tunix's trainer, with LoFT; alpha over rank is the scaling of Qwix's forward pass."""
+    tx = loft(3e-3, scaling=ALPHA / RANK, max_grad_norm=1.0)
+    config = TrainingConfig(eval_every_n_steps=1000, **config)
+    return PeftTrainer(model, tx, config).with_gen_model_input_fn(model_input)
+
+
+if __name__ == "__main__":
+    folder = sys.argv[1] if len(sys.argv) > 1 else None
+    trainer(adapted(), max_steps=20, checkpoint_root_directory=folder).train(batches(20))

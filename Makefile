@@ -7,13 +7,17 @@ BIN := .venv/bin
 # Modules are compiled when they are imported first: most never are, and all take a minute.
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
 
-.PHONY: test demo assets clean
+.PHONY: test test-tunix demo assets clean
 
 test: .venv/.test assets
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+# Tunix has ceilings of its own on what it needs, so it gets an environment of its own.
+test-tunix: .venv-tunix/.test
+	XLA_FLAGS=--xla_force_host_platform_device_count=8 .venv-tunix/bin/python -m pytest -q tests/tunix
 
 demo: .venv/.demo
 	$(BIN)/python scripts/demo.py
@@ -24,7 +28,7 @@ assets: | $(BIN)/python
 
 # All that make itself has put here; runs/ stays.
 clean:
-	rm -rf .venv assets build dist *.egg-info
+	rm -rf .venv .venv-tunix assets build dist *.egg-info
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find loft_jax benchmarks examples experiments scripts tests \
 	  -name __pycache__ -prune -exec rm -rf {} +
@@ -39,6 +43,12 @@ $(BIN)/python:
 .venv/.test: pyproject.toml | $(BIN)/python
 	$(PIP_INSTALL) torch==2.13.0
 	$(PIP_INSTALL) --editable '.[test]'
+	touch $@
+
+.venv-tunix/.test: pyproject.toml
+	$(PYTHON) -m venv .venv-tunix
+	.venv-tunix/bin/python -m pip install -qq --disable-pip-version-check --no-compile \
+	  --editable . 'google-tunix>=0.1.7' pytest
 	touch $@
 
 .venv/.demo: pyproject.toml | $(BIN)/python

@@ -17,7 +17,7 @@ from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig, TrainingInput
 
 from loft_jax.optim import loft
 
-RANK, ALPHA = 2, 4.0
+RANK, ALPHA, LEARNING_RATE = 2, 4.0, 1e-2
 CONFIG = ModelConfig(2, 32, 16, 32, 4, 8, 4, rope_theta=10_000, norm_eps=1e-5)
 
 
@@ -48,7 +48,7 @@ def batches(count: int, rows: int = 8) -> Iterator[TrainingInput]:
 
 def trainer(model: nnx.Module, **config: object) -> PeftTrainer:
     """Tunix's trainer, with LoFT; alpha over rank is the scaling of Qwix's forward pass."""
-    tx = loft(3e-3, scaling=ALPHA / RANK, max_grad_norm=1.0)
+    tx = loft(LEARNING_RATE, scaling=ALPHA / RANK, max_grad_norm=1.0)
     config = TrainingConfig(eval_every_n_steps=1000, **config)
     return PeftTrainer(model, tx, config).with_gen_model_input_fn(model_input)
 

@@ -11,7 +11,8 @@ This package needs jax and optax only. Everything public is here; where to read 
 - `paired_updates`: updates with their pairs, as every link sees them, and bases computed once.
 - `pairs`: which leaves of a tree are the two factors of one adapter, and their matrix form.
 - `linear_algebra`: products, orthonormal bases, many small matrices at once.
-- `state`: what the state of an optimizer costs, and how it lies on a mesh.
+- `state`: what the state of an optimizer costs, and how it lies on a mesh; `meshes`: meshes with
+  explicit axes.
 - `arguments`: numbers out of range.
 
 No module has the name of a function: `loft_jax.optim.loft` is the optimizer.

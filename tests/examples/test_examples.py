@@ -37,7 +37,8 @@ def numbers(text):
 
 
 def test_every_example_is_tested():
-    assert {file.stem for file in FOLDER.glob("*.py")} == NAMES
+    elsewhere = {"tunix_peft_trainer"}  # tests/tunix, where Tunix is
+    assert {file.stem for file in FOLDER.glob("*.py")} == NAMES | elsewhere
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))

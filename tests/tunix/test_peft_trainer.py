@@ -1,0 +1,109 @@
+"""LoFT in Tunix's PeftTrainer, on one device and on a mesh of eight: `make test-tunix`."""
+
+import jax
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from jax.sharding import AxisType
+from tunix.rl.reshard import reshard_model_to_mesh
+from tunix.sft.peft_trainer import TrainingInput
+
+from examples.tunix_peft_trainer import (
+    ALPHA,
+    LEARNING_RATE,
+    RANK,
+    adapted,
+    batches,
+    model_input,
+    trainer,
+)
+from loft_jax.optim import loft
+
+STEPS = 4
+# Two projections, to have few programs to compile.
+LAYERS = ".*(q|o)_proj"
+
+
+def factors(model):
+    return jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, nnx.LoRAParam)))
+
+
+def train(data, steps=STEPS, mesh=None, **config):
+    model = adapted(LAYERS)
+    if mesh is not None:
+        model = reshard_model_to_mesh(model, mesh)
+    run = trainer(model, max_steps=steps, **config)
+    run.train(data)
+    return run
+
+
+@pytest.fixture(scope="module")
+def unbroken():
+    return train(batches(STEPS))
+
+
+def assert_close(x, y, rtol=1e-5, atol=1e-6):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), x, y)
+
+
+def test_the_loss_falls(unbroken):
+    loss = nnx.jit(unbroken.loss_fn)
+    inputs = model_input(next(batches(1)))
+    before, after = (loss(model, **inputs) for model in (adapted(LAYERS), unbroken.model))
+    assert after < before
+
+
+def test_it_is_a_loop_of_optax(unbroken):
+    graph, params, rest = nnx.split(adapted(LAYERS), nnx.LoRAParam, ...)
+    tx = loft(LEARNING_RATE, scaling=ALPHA / RANK, max_grad_norm=1.0)
+
+    @jax.jit
+    def step(params, state, inputs):
+        def loss(params):
+            return unbroken.loss_fn(nnx.merge(graph, params, rest), **inputs)
+
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for batch in batches(STEPS):
+        params, state = step(params, state, model_input(batch))
+    assert_close(jax.tree.map(np.asarray, nnx.to_pure_dict(params)), factors(unbroken.model))
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(unbroken, tmp_path):
+    options = ocp.CheckpointManagerOptions(save_interval_steps=1, enable_async_checkpointing=False)
+    config = {"checkpoint_root_directory": str(tmp_path), "checkpointing_options": options}
+
+    def killed():
+        yield from batches(2)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(killed(), **config)
+    run = train(batches(STEPS), **config)
+    assert run.train_steps == STEPS
+    jax.tree.map(np.testing.assert_array_equal, factors(run.model), factors(unbroken.model))
+
+
+def test_accumulated_gradients_are_those_of_the_large_batch(unbroken):
+    def halves():
+        for batch in batches(STEPS):
+            for rows in (slice(4), slice(4, None)):
+                yield TrainingInput(
+                    input_tokens=batch.input_tokens[rows], input_mask=batch.input_mask[rows]
+                )
+
+    run = train(halves(), gradient_accumulation_steps=2)
+    assert_close(factors(run.model), factors(unbroken.model), rtol=1e-3, atol=1e-5)
+
+
+def test_a_mesh_gives_the_same_factors(unbroken):
+    mesh = jax.make_mesh((2, 4), ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2)
+    with mesh:
+        run = train(batches(STEPS), mesh=mesh)
+    assert_close(factors(run.model), factors(unbroken.model), rtol=1e-3, atol=1e-5)
+    split = nnx.state(run.model, nnx.LoRAParam).flat_state()
+    assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(split))

@@ -4,6 +4,7 @@ Jax fixes its number of devices when it starts, so the meshes live in a process 
 module, run as a script, prints what it finds as JSON, and the tests judge it.
 """
 
+import inspect
 import json
 import os
 import subprocess
@@ -45,12 +46,18 @@ def on_mesh(name):
     """How far a mesh is from one device, and whether all lies there as it does with AdamW."""
     mesh = jax.make_mesh((2, 4), ("fsdp", "tp"))
     layout = jax.tree.map(lambda spec: NamedSharding(mesh, spec), LAYOUT)
-    given, tx = jax.device_put(PARAMS, layout), make(name)
-    reached, state = steps(tx, given)
+    given = jax.device_put(PARAMS, layout)
+    factory, numbers, others = TRANSFORMS[name]
+    with jax.set_mesh(mesh):
+        # The numbers are arrays of the mesh too, which the transformation closes over.
+        static = {"ns_steps"} & set(inspect.signature(factory).parameters)
+        tx = optax.inject_hyperparams(factory, static)(**numbers, **others)
+        reached, state = steps(tx, given)
+        shardings = loft_jax.state_shardings(tx, given)
     return {
-        "distance": distance(reached, steps(tx, PARAMS)[0]),
+        "distance": distance(reached, steps(make(name), PARAMS)[0]),
         "parameters": laid_out(reached, layout),
-        "state": laid_out(state, loft_jax.state_shardings(tx, given)),
+        "state": laid_out(state, shardings),
     }
 
 

@@ -1,7 +1,9 @@
 """LoRA on Linen models: every layer, stacks at both axes, training, merging, what is refused."""
 
 import dataclasses
+import re
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from flax import nnx
 from flax.core import freeze, meta
 from flax.training.train_state import TrainState
 
@@ -325,19 +328,32 @@ def test_a_layer_equals_its_merged_weight(layer, shape):
     assert float(jnp.abs(found - layer.apply({"params": params}, x)).max()) > 1e-2
 
 
+class Boxed(nn.Module):
+    """A layer whose parameter has names of axes, to which a scan adds its own."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        init = nn.with_partitioning(nn.initializers.lecun_normal(), ("embed", "mlp"))
+        return nn.Dense(4, kernel_init=init, name="up")(x), None
+
+
 def test_partitioned_parameters_keep_their_boxes():
-    layer = nn.Dense(5, kernel_init=nn.with_partitioning(nn.initializers.ones, ("embed", "mlp")))
-    x = jnp.ones((2, 4))
-    params = layer.init(jax.random.key(0), x)["params"]
-    lora = add_lora(layer, LoRAConfig(rank=2), x)
+    model = nn.scan(
+        Boxed,
+        variable_axes={"params": 1},
+        split_rngs={"params": True},
+        length=3,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )()
+    params = jax.jit(model.init)(jax.random.key(0), X, None)["params"]
+    assert params["up"]["kernel"].names == ("embed", "layers", "mlp")
+    lora = add_lora(model, LoRAConfig(rank=2), X, None)
     factors = randomized(lora.init(key()))
     merged = lora.merge(params, factors)
-    assert isinstance(merged["kernel"], meta.Partitioned)
-    np.testing.assert_allclose(
-        lora.apply({"params": params, "lora": factors}, x),
-        layer.apply({"params": merged}, x),
-        rtol=1e-5,
-    )
+    assert isinstance(merged["up"]["kernel"], meta.Partitioned)
+    found, _ = lora.apply({"params": params, "lora": factors}, X, None)
+    expected, _ = model.apply({"params": merged}, X, None)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_dropout_is_active_where_there_is_a_stream(layers):
@@ -385,6 +401,22 @@ class Replaced(nn.Dense):
         return x * self.param("kernel", nn.initializers.ones, (x.shape[-1],))
 
 
+class Attention(nnx.Module):
+    """An NNX module inside of a Linen model, as MaxText has them."""
+
+    def __init__(self, rngs):
+        self.query = nnx.Linear(4, 4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.query(x)
+
+
+class Bridged(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4, name="up")(nnx.bridge.ToLinen(Attention, name="attention")(x))
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -417,6 +449,8 @@ def test_models_that_cannot_be_adapted_are_refused():
         add_lora(
             nn.Einsum((4,), "bta,a->bta", kernel_init=nn.initializers.ones), LoRAConfig(rank=1), X
         )
+    with pytest.raises(InputError, match=r"'attention.query': ToLinen is not supported"):
+        add_lora(Bridged(), LoRAConfig(rank=1, target_modules="query"), X)
     with pytest.raises(InputError, match=r"expected a Linen module; loft_jax\.add_lora"):
         add_lora(object(), LoRAConfig(), X)
 
@@ -463,3 +497,11 @@ def test_a_context_around_another_model_is_told(model, lora, params):
 
 def test_a_spec_is_hashable(lora):
     assert len({lora.spec, lora.spec, dataclasses.replace(lora.spec)}) == 1
+
+
+def test_the_page_runs():
+    page = (Path(__file__).parents[2] / "docs/linen.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    names = {}
+    exec("\n".join(blocks), names)
+    assert set(names["factors"]) == {"layers_0", "layers_2"}

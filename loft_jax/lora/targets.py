@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import Any
 
 import jax
-from flax import nnx
+from flax import linen, nnx
 
 from loft_jax.errors import InputError, cut, shown
 from loft_jax.lora.config import ALL_LINEAR, LoRAConfig
@@ -20,7 +20,27 @@ _SHOWN = 8
 
 def named_modules(model: nnx.Module) -> dict[str, nnx.Module]:
     """Gives every module of a model by dotted path; a shared one under each of its paths."""
+    refuse_linen(model)
     return dict(_walk(model, "", ()))
+
+
+def refuse_linen(model: object) -> None:
+    """Refuses a Linen model where an NNX model is expected.
+
+    Args:
+        model: Anything.
+
+    Raises:
+        InputError: It is a Linen model.
+
+    Example:
+        >>> refuse_linen(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
+    """
+    if isinstance(model, linen.Module):
+        raise InputError(
+            f"{type(model).__name__}: this is a Linen model, expected an nnx.Module; use "
+            "loft_jax.lora.linen, and its tree of factors where an adapter is written"
+        )
 
 
 def is_adaptable(module: nnx.Module) -> bool:

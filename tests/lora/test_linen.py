@@ -15,6 +15,7 @@ from flax import nnx
 from flax.core import freeze, meta
 from flax.training.train_state import TrainState
 
+import loft_jax
 from loft_jax import find_pairs, loft, paired_leaves
 from loft_jax.errors import InputError
 from loft_jax.lora import LoRAConfig
@@ -453,6 +454,23 @@ def test_models_that_cannot_be_adapted_are_refused():
         add_lora(Bridged(), LoRAConfig(rank=1, target_modules="query"), X)
     with pytest.raises(InputError, match=r"expected a Linen module; loft_jax\.add_lora"):
         add_lora(object(), LoRAConfig(), X)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model: loft_jax.add_lora(model, LoRAConfig(), rngs=nnx.Rngs(0)),
+        loft_jax.lora_layers,
+        loft_jax.merge_lora,
+        lambda model: loft_jax.average_adapters([model]),
+        lambda model: loft_jax.save_peft_adapter("adapter", model, alpha=1),
+    ],
+)
+def test_functions_for_nnx_say_that_it_is_a_linen_model(use):
+    with pytest.raises(
+        InputError, match=r"Mixed: this is a Linen model, .* use loft_jax\.lora\.linen"
+    ):
+        use(Mixed())
 
 
 def test_a_scan_without_the_stream_of_dropout_is_refused():

@@ -34,7 +34,7 @@ from loft_jax.hub.safetensors_io import write_safetensors
 from loft_jax.lora import lora_layers
 from loft_jax.lora.foreign import foreign_lora
 from loft_jax.lora.layers import weight_axes
-from loft_jax.lora.targets import is_adaptable, named_modules
+from loft_jax.lora.targets import is_adaptable, named_modules, refuse_linen
 from loft_jax.models.family import flat_parameters
 from loft_jax.optim.pairs import DEFAULT_SPEC, FactorSpec
 
@@ -122,6 +122,7 @@ def save_peft_adapter(
     Source:
         PEFT's checkpoint format, https://huggingface.co/docs/peft/developer_guides/checkpoint.
     """
+    refuse_linen(model)
     layers = lora_layers(model) if isinstance(model, nnx.Module) else {}
     rule = name_rule(hf_name)
     if layers:

@@ -1,4 +1,7 @@
-"""LoRA on Flax NNX models: low-rank factors beside frozen weights, added and merged in place."""
+"""LoRA on Flax NNX models: low-rank factors beside frozen weights, added and merged in place.
+
+`loft_jax.lora.linen` is for Linen models.
+"""
 
 from loft_jax.lora.average import average_adapters, sum_adapters
 from loft_jax.lora.config import LoRAConfig

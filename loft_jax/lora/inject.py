@@ -160,7 +160,7 @@ def merge_lora(model: Model) -> Model:
         weight = getattr(layer, layer.lora_weight)
         magnitude = layer.lora_magnitude
         whole, numbers = weight[...], layer.lora_numbers
-        folded = _fold(
+        folded = merge_weight(
             whole if numbers is None else whole[jnp.array(numbers)],
             *layer.lora_factors(),
             None if magnitude is None else magnitude[...],
@@ -291,17 +291,36 @@ def _factors(plan: _Plan, config: LoRAConfig, rngs: nnx.Rngs) -> tuple[jax.Array
     a_shape, b_shape = axes.a_shape(rank), axes.b_shape(rank)
     if isinstance(plan.layer, nnx.Embed):
         return jnp.zeros(a_shape, config.dtype), jax.random.normal(key, b_shape, config.dtype)
-    draw = _initializer(config, rank)
-
-    def drawn(key: jax.Array, side: int) -> jax.Array:
-        # One key for each matrix: initializers get (side, r), so that they scale by its true size.
-        keys = jax.random.split(key, (*axes.stack, *axes.batch)).reshape(-1)
-        return jax.vmap(lambda key: draw(key, (side, rank), config.dtype))(keys)
-
-    a = drawn(key, axes.fan_in).reshape(a_shape)
+    a = draw_matrices(key, axes, axes.fan_in, config, rank).reshape(a_shape)
     if config.init != "balanced":
         return a, jnp.zeros(b_shape, config.dtype)
-    return a, drawn(stream(), axes.fan_out).swapaxes(1, 2).reshape(b_shape)
+    b = draw_matrices(stream(), axes, axes.fan_out, config, rank)
+    return a, b.swapaxes(1, 2).reshape(b_shape)
+
+
+def draw_matrices(
+    key: jax.Array, axes: WeightAxes, side: int, config: LoRAConfig, rank: int
+) -> jax.Array:
+    """Draws one factor of every layer of a stack, each with a key of its own.
+
+    Args:
+        key: A PRNG key.
+        axes: The stack and batch axes of the weight.
+        side: The number of rows, so that initializers scale by their true size.
+        config: Its initialization and dtype.
+        rank: The number of columns.
+
+    Returns:
+        `(stack * batch, side, rank)`.
+
+    Example:
+        >>> axes = WeightAxes((3,), (), (4,), (8,), "ir,ro->io")
+        >>> draw_matrices(jax.random.key(0), axes, axes.fan_in, LoRAConfig(), 2).shape
+        (3, 4, 2)
+    """
+    draw = _initializer(config, rank)
+    keys = jax.random.split(key, (*axes.stack, *axes.batch)).reshape(-1)
+    return jax.vmap(lambda key: draw(key, (side, rank), config.dtype))(keys)
 
 
 def _principal(plan: _Plan, config: LoRAConfig) -> tuple[jax.Array, jax.Array]:
@@ -416,7 +435,7 @@ def _check_not_shared(model: nnx.Module, layers: dict[str, Any]) -> None:
 
 
 @functools.partial(jax.jit, static_argnames=("product", "stacked"))
-def _fold(
+def merge_weight(
     weight: jax.Array,
     a: jax.Array,
     b: jax.Array,
@@ -426,7 +445,20 @@ def _fold(
     product: str,
     stacked: int,
 ) -> jax.Array:
-    """Computes the merged weight layer by layer, so that one update at a time is in memory."""
+    """Computes the merged weight layer by layer, so that one update at a time is in memory.
+
+    Args:
+        weight: `(*stack, ...)`.
+        a: `(*stack, *batch, *in, r)`.
+        b: `(*stack, *batch, r, *out)`.
+        magnitude: DoRA's, or None.
+        scaling: The s of `W + s A B`.
+        product: Einsum of A and B of one layer to the shape of its weight.
+        stacked: The number of axes of the stack.
+
+    Returns:
+        The shape and dtype of `weight`.
+    """
     dtype = jnp.promote_types(weight.dtype, jnp.float32)
 
     def fold(layer: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]) -> jax.Array:

@@ -2,11 +2,11 @@
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-from flax import nnx
+from flax import linen, nnx
 
 from loft_jax.errors import InputError, cut, shown
 from loft_jax.lora.config import ALL_LINEAR, LoRAConfig
@@ -20,7 +20,27 @@ _SHOWN = 8
 
 def named_modules(model: nnx.Module) -> dict[str, nnx.Module]:
     """Gives every module of a model by dotted path; a shared one under each of its paths."""
+    refuse_linen(model)
     return dict(_walk(model, "", ()))
+
+
+def refuse_linen(model: object) -> None:
+    """Refuses a Linen model where an NNX model is expected.
+
+    Args:
+        model: Anything.
+
+    Raises:
+        InputError: It is a Linen model.
+
+    Example:
+        >>> refuse_linen(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
+    """
+    if isinstance(model, linen.Module):
+        raise InputError(
+            f"{type(model).__name__}: this is a Linen model, expected an nnx.Module; use "
+            "loft_jax.lora.linen, and its tree of factors where an adapter is written"
+        )
 
 
 def is_adaptable(module: nnx.Module) -> bool:
@@ -233,3 +253,84 @@ def _numerically(item: tuple[str, object]) -> tuple[int, str]:
 
 def _is_module(value: object) -> bool:
     return isinstance(value, nnx.Module)
+
+
+def select_paths(
+    modules: Iterable[str],
+    layers: Collection[str],
+    config: LoRAConfig,
+    *,
+    linear: Collection[str],
+    heads: Sequence[str],
+    unsupported: Mapping[str, str],
+    supported: str,
+) -> list[str]:
+    """Selects the layers that a configuration targets among dotted paths, as `select` does.
+
+    Args:
+        modules: Paths of all modules.
+        layers: Those of layers that take factors.
+        config: Targets, exclusions, and the rank and alpha patterns.
+        linear: The layers that `"all-linear"` names, unless they are heads.
+        heads: Paths of output heads.
+        unsupported: What is at paths that hold parameters and take no factors.
+        supported: The layers that take factors, for the message.
+
+    Returns:
+        Paths of layers, in the order of `layers`.
+
+    Raises:
+        InputError: As for `select`.
+
+    Example:
+        >>> paths = ["mlp", "mlp.up", "mlp.norm"]
+        >>> select_paths(paths, ["mlp.up"], LoRAConfig(target_modules="up"), linear=["mlp.up"],
+        ...              heads=(), unsupported={"mlp.norm": "nn.LayerNorm"}, supported="nn.Dense")
+        ['mlp.up']
+    """
+    paths = dict.fromkeys((*modules, *layers, *unsupported))
+
+    def matching(field: str, targets: str | Sequence[str]) -> set[str]:
+        chosen: set[str] = set()
+        for pattern in _patterns(targets):
+            matched = [path for path in paths if config.patterns.fullmatch(pattern, path)]
+            named = [path for path in matched if path in layers]
+            for path in matched:
+                around = any(layer.startswith(f"{path}.") for layer in layers)
+                if field == "target_modules" and path in unsupported and not around:
+                    raise InputError(
+                        f"{field}: {path!r}: {unsupported[path]} is not supported; expected "
+                        f"{supported}"
+                    )
+            if not named:
+                given = cut(pattern.removeprefix(r"(.*\.)?").replace("\\", ""))
+                inside = f" ({matched[0]!r} is a module, name the layers in it)" if matched else ""
+                raise InputError(
+                    f"{field}: {given!r} matches no layer of the model{inside}; "
+                    f"{_near(given, list(layers))}"
+                )
+            chosen.update(named)
+        return chosen
+
+    if config.target_modules == ALL_LINEAR:
+        outputs = tuple(f"{path}." for path in heads)
+        targets = {path for path in linear if not f"{path}.".startswith(outputs)}
+        if not targets:
+            kinds = ", ".join(sorted(set(unsupported.values()))[:_SHOWN])
+            found = f"; {kinds}: not supported, expected {supported}" if kinds else ""
+            raise InputError(
+                f"target_modules: {ALL_LINEAR!r}, but the model has no linear layer{found}"
+            )
+    else:
+        targets = matching("target_modules", config.target_modules)
+    excluded = matching("exclude_modules", config.exclude_modules)
+    selected = [path for path in layers if path in targets - excluded]
+    if not selected:
+        raise InputError("exclude_modules leaves no layer of target_modules")
+    for name in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, name):
+            if not any(config.key_of({key: None}, path) for path in selected):
+                raise InputError(
+                    f"{name}: {shown(key)} matches no target layer; {_near(cut(key), selected)}"
+                )
+    return selected

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from examples import (
     export_peft,
     federated,
+    linen_train_state,
     nnx_optimizer,
     optax_loop,
     own_model_and_loss,
@@ -25,6 +26,7 @@ FOLDER = Path(__file__).parents[2] / "examples"
 NAMES = {
     "optax_loop",
     "nnx_optimizer",
+    "linen_train_state",
     "own_model_and_loss",
     "resume_orbax",
     "export_peft",
@@ -56,8 +58,9 @@ def test_loft_goes_one_way_from_two_splits_of_one_product(capsys):
     assert abs(adam - adam_split) > 10 * abs(loft - loft_split)
 
 
-def test_a_model_of_your_own_learns(capsys):
-    nnx_optimizer.main()
+@pytest.mark.parametrize("example", [nnx_optimizer, linen_train_state])
+def test_a_model_of_your_own_learns(example, capsys):
+    example.main()
     before, after, merged = numbers(capsys.readouterr().out)
     assert before < 0.5
     assert after > 0.95

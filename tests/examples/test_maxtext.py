@@ -1,0 +1,118 @@
+"""The recipe for MaxText: its numbers by the scan at axis 0, its adapter by PEFT."""
+
+import math
+import re
+import textwrap
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from examples.maxtext import finetune, llama
+from loft_jax.lora.linen import add_lora
+
+ROOT = Path(__file__).parents[2]
+
+
+def moved(tree):
+    """A tree with the layers at axis 0 in place of 1."""
+    decoder = tree["decoder"]
+    layers = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), decoder["layers"])
+    return {**tree, "decoder": {**decoder, "layers": layers}}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Runs the recipe: its folder, what it trained with, and what came of it."""
+    seen, train = [], finetune.train
+
+    def recorded(*args, **kwargs):
+        seen.append((*args, train(*args, **kwargs)))
+        return seen[0][-1]
+
+    folder = tmp_path_factory.mktemp("maxtext")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune, "train", recorded)
+        finetune.main(str(folder))
+    return folder, *seen[0]
+
+
+def test_training_is_that_of_a_scan_at_axis_0(run):
+    _, lora, params, factors, tokens, (trained, losses) = run
+    kernels = params["decoder"]["layers"]["self_attention"]
+    assert kernels["query"]["kernel"].shape == (16, 2, 2, 8)
+    assert kernels["out"]["kernel"].shape == (2, 2, 8, 16)
+    assert losses[-1] < losses[0] - 0.1
+    at_zero = add_lora(llama.Transformer(param_scan_axis=0), lora.config, tokens)
+    found, their_losses = finetune.train(
+        at_zero, moved(params), moved(factors), tokens, steps=len(losses)
+    )
+    np.testing.assert_allclose(losses, their_losses, rtol=1e-4)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), found, moved(trained))
+
+
+def torch_llama(params):
+    """Weights in torch's Llama, by MaxText's own conversion."""
+    config = LlamaConfig(
+        vocab_size=llama.VOCAB,
+        hidden_size=llama.EMBED,
+        intermediate_size=llama.MLP,
+        num_hidden_layers=llama.LAYERS,
+        num_attention_heads=llama.HEADS,
+        num_key_value_heads=llama.KV_HEADS,
+        head_dim=llama.HEAD_DIM,
+        rms_norm_eps=1e-5,
+    )
+    decoder = params["decoder"]
+    weights = {
+        "model.embed_tokens.weight": params["token_embedder"]["embedding"],
+        "model.norm.weight": decoder["decoder_norm"]["scale"],
+        "lm_head.weight": decoder["logits_dense"]["kernel"].T,
+    }
+    layers = decoder["layers"]
+    for number in range(llama.LAYERS):
+        for ours, theirs in {
+            "pre_self_attention_layer_norm": "input_layernorm",
+            "post_self_attention_layer_norm": "post_attention_layernorm",
+        }.items():
+            scale = layers[ours]["scale"][:, number]
+            weights[f"model.layers.{number}.{theirs}.weight"] = scale
+        for ours in finetune.PROJECTIONS:
+            module, name = ours.split(".")
+            kernel = layers[module][name]["kernel"][:, number]
+            matrix = kernel.reshape(-1, llama.EMBED) if name in ("out", "wo") else kernel
+            matrix = matrix.reshape(matrix.shape[0], -1).T
+            if name == "query":
+                matrix = matrix * math.sqrt(llama.HEAD_DIM)
+            weights[finetune.hf_name(f"decoder.layers.{ours}", number) + ".weight"] = matrix
+    model = LlamaForCausalLM(config)
+    model.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in weights.items()})
+    return model.eval()
+
+
+def test_peft_computes_the_same_logits(run):
+    folder, lora, params, factors, tokens, (trained, _) = run
+    base = torch_llama(params)
+    with torch.no_grad():
+        theirs = base(torch.from_numpy(np.array(tokens))).logits.numpy()
+        ours = lora.apply({"params": params, "lora": factors}, tokens)  # B is zero
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+        adapted = PeftModel.from_pretrained(base, str(folder))
+        theirs = adapted(torch.from_numpy(np.array(tokens))).logits.numpy()
+    found = lora.apply({"params": params, "lora": trained}, tokens)
+    np.testing.assert_allclose(found, theirs, atol=1e-4)
+    assert np.abs(found - ours).max() > 0.1
+
+
+def test_the_page_shows_the_code_that_runs():
+    page = (ROOT / "docs/maxtext.md").read_text()
+    code = (ROOT / "examples/maxtext/finetune.py").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 3
+    for block in blocks:
+        assert any(textwrap.indent(block, " " * depth) in code for depth in (0, 4, 8))

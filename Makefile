@@ -42,5 +42,5 @@ $(BIN)/python:
 	touch $@
 
 .venv/.demo: pyproject.toml | $(BIN)/python
-	$(PIP_INSTALL) --editable '.[train,plot]'
+	$(PIP_INSTALL) --editable '.[plot]'
 	touch $@

@@ -1,4 +1,5 @@
 # make test: everything checked, from nothing but Python 3.11+ and make. make demo: the main job.
+# make test-versions: the fast tests at the oldest and the newest versions of what this depends on.
 #
 # PYTHON names the interpreter for .venv.
 
@@ -7,13 +8,16 @@ BIN := .venv/bin
 # Modules are compiled when they are imported first: most never are, and all take a minute.
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
 
-.PHONY: test demo assets clean
+.PHONY: test test-versions demo assets clean
 
 test: .venv/.test assets
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+test-versions: .venvs/uv/.made
+	.venvs/uv/bin/python scripts/test_versions.py
 
 demo: .venv/.demo
 	$(BIN)/python scripts/demo.py
@@ -24,7 +28,7 @@ assets: | $(BIN)/python
 
 # All that make itself has put here; runs/ stays.
 clean:
-	rm -rf .venv assets build dist *.egg-info
+	rm -rf .venv .venvs assets build dist *.egg-info
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find loft_jax benchmarks examples experiments scripts tests \
 	  -name __pycache__ -prune -exec rm -rf {} +
@@ -39,6 +43,11 @@ $(BIN)/python:
 .venv/.test: pyproject.toml | $(BIN)/python
 	$(PIP_INSTALL) torch==2.13.0
 	$(PIP_INSTALL) --editable '.[test]'
+	touch $@
+
+.venvs/uv/.made:
+	$(PYTHON) -m venv .venvs/uv
+	.venvs/uv/bin/python -m pip install -qq --disable-pip-version-check uv
 	touch $@
 
 .venv/.demo: pyproject.toml | $(BIN)/python

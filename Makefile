@@ -1,4 +1,5 @@
 # make test: everything checked, from nothing but Python 3.11+ and make. make demo: the main job.
+# make test-versions: the fast tests at the oldest and the newest versions of what this depends on.
 #
 # PYTHON names the interpreter for .venv.
 
@@ -7,7 +8,7 @@ BIN := .venv/bin
 # Modules are compiled when they are imported first: most never are, and all take a minute.
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
 
-.PHONY: test test-tunix demo assets clean
+.PHONY: test test-tunix test-versions demo assets clean
 
 test: .venv/.test assets
 	$(BIN)/ruff check
@@ -16,8 +17,11 @@ test: .venv/.test assets
 	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # Tunix has ceilings of its own on what it needs, so it gets an environment of its own.
-test-tunix: .venv-tunix/.test
-	XLA_FLAGS=--xla_force_host_platform_device_count=8 .venv-tunix/bin/python -m pytest -q tests/tunix
+test-tunix: .venvs/tunix/.test
+	XLA_FLAGS=--xla_force_host_platform_device_count=8 .venvs/tunix/bin/python -m pytest -q tests/tunix
+
+test-versions: .venvs/uv/.made
+	.venvs/uv/bin/python scripts/test_versions.py
 
 demo: .venv/.demo
 	$(BIN)/python scripts/demo.py
@@ -28,7 +32,7 @@ assets: | $(BIN)/python
 
 # All that make itself has put here; runs/ stays.
 clean:
-	rm -rf .venv .venv-tunix assets build dist *.egg-info
+	rm -rf .venv .venvs assets build dist *.egg-info
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find loft_jax benchmarks examples experiments scripts tests \
 	  -name __pycache__ -prune -exec rm -rf {} +
@@ -45,12 +49,17 @@ $(BIN)/python:
 	$(PIP_INSTALL) --editable '.[test]'
 	touch $@
 
-.venv-tunix/.test: pyproject.toml
-	$(PYTHON) -m venv .venv-tunix
-	.venv-tunix/bin/python -m pip install -qq --disable-pip-version-check --no-compile \
+.venvs/tunix/.test: pyproject.toml
+	$(PYTHON) -m venv .venvs/tunix
+	.venvs/tunix/bin/python -m pip install -qq --disable-pip-version-check --no-compile \
 	  --editable . 'google-tunix>=0.1.7' pytest
 	touch $@
 
+.venvs/uv/.made:
+	$(PYTHON) -m venv .venvs/uv
+	.venvs/uv/bin/python -m pip install -qq --disable-pip-version-check uv
+	touch $@
+
 .venv/.demo: pyproject.toml | $(BIN)/python
-	$(PIP_INSTALL) --editable '.[train,plot]'
+	$(PIP_INSTALL) --editable '.[plot]'
 	touch $@

@@ -1,7 +1,7 @@
 """LoFT in JAX: low-rank adaptation that behaves like full fine-tuning.
 
-Names are imported when they are first used: the optimizers need only jax and optax; LoRA layers,
-models and files need what the extra `train` installs.
+Names are imported when they are first used: the optimizers need only jax and optax, the LoRA
+layers flax beside them.
 """
 
 import importlib
@@ -129,7 +129,7 @@ __all__ = [
     "sum_adapters",
 ]
 
-# Modules of the names that are not in `loft_jax.optim`; they need the extra `train`.
+# Modules of the names that are not in `loft_jax.optim`.
 _MODULES = {
     **dict.fromkeys(
         (
@@ -184,11 +184,9 @@ if not TYPE_CHECKING:
         try:
             module = importlib.import_module(_MODULES.get(name, "loft_jax.optim"))
         except ModuleNotFoundError as error:
-            if name not in _MODULES:
-                raise
             raise ModuleNotFoundError(
                 f"loft_jax.{name} needs {error.name!r}, which is not installed: "
-                "pip install 'loft-jax[train]'",
+                "pip install loft-jax",
                 name=error.name,
             ) from error
         value = globals()[name] = getattr(module, name)

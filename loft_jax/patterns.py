@@ -4,8 +4,12 @@ import math
 import re
 import time
 from collections.abc import Callable
+from typing import Any
 
-import regex
+try:
+    import regex
+except ModuleNotFoundError:  # beside jax and flax alone, where all patterns are the caller's own
+    regex = None  # type: ignore[assignment]
 
 from loft_jax.errors import InputError, explained, shown
 
@@ -22,7 +26,8 @@ class Patterns:
     """Matches the patterns of one source, as Python's `re` does, within four seconds in all.
 
     A pattern such as `(a|aa)*!` takes time exponential in the length of the text, and Python's `re`
-    cannot be interrupted.
+    cannot be interrupted. Where the package `regex` is missing, it matches, without that limit;
+    what reads files needs the package.
 
     Args:
         source: Where the patterns come from, for messages.
@@ -35,9 +40,9 @@ class Patterns:
     def __init__(self, source: str) -> None:
         self._source = source
         self._left = _SECONDS
-        self._compiled: dict[str, regex.Pattern[str]] = {}
+        self._compiled: dict[str, Any] = {}
 
-    def check(self, pattern: str) -> "regex.Pattern[str]":
+    def check(self, pattern: str) -> Any:
         """Compiles a pattern, once.
 
         Args:
@@ -60,15 +65,15 @@ class Patterns:
                 counts = (int(n or 1) for found in _COUNT.findall(pattern) for n in found)
                 if math.prod(max(n, 1) for n in counts) > _MOST_COPIES:
                     raise ValueError(f"it repeats more than {_MOST_COPIES} times")
-                self._compiled[pattern] = regex.compile(pattern)
+                self._compiled[pattern] = (regex or re).compile(pattern)
             self._spend(before)
         return self._compiled[pattern]
 
-    def fullmatch(self, pattern: str, text: str) -> "regex.Match[str] | None":
+    def fullmatch(self, pattern: str, text: str) -> Any:
         """Matches a pattern with a whole text; see `match`."""
         return self._matched(self.check(pattern).fullmatch, text)
 
-    def match(self, pattern: str, text: str) -> "regex.Match[str] | None":
+    def match(self, pattern: str, text: str) -> Any:
         """Matches a pattern at the start of a text.
 
         Raises:
@@ -76,9 +81,9 @@ class Patterns:
         """
         return self._matched(self.check(pattern).match, text)
 
-    def _matched(
-        self, function: Callable[..., "regex.Match[str] | None"], text: str
-    ) -> "regex.Match[str] | None":
+    def _matched(self, function: Callable[..., Any], text: str) -> Any:
+        if regex is None:
+            return function(text)
         before = time.monotonic()
         try:
             # The limit is of the processor's time, and comes at twice what is given.

@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if str(error.name).startswith("loft_jax"):
             raise
-        needed = "pip install 'loft-jax[train]'"
-        print(f"loft-jax needs {error.name}, which is not installed: {needed}", file=sys.stderr)
+        needed = f"loft-jax needs {error.name}, which is not installed: pip install loft-jax"
+        print(needed, file=sys.stderr)
         return 2
     return run(arguments)

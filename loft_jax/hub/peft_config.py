@@ -9,6 +9,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple
 
+import regex  # noqa: F401 - without it, nothing limits what the patterns of a stranger take
+
 from loft_jax.errors import InputError, cut, explained, shown
 from loft_jax.files import MOST_CONFIG, read_json
 from loft_jax.lora.config import ALL_LINEAR

@@ -1,4 +1,7 @@
-"""The optimizers need jax and optax alone; names of the package are imported when they are used."""
+"""The optimizers need jax and optax alone, LoRA layers flax beside them; what is missing is named.
+
+Names of the package are imported when they are used.
+"""
 
 import os
 import pkgutil
@@ -10,8 +13,8 @@ import pytest
 import loft_jax
 import loft_jax.optim
 
-# What the extra `train` installs, and the rest of this package.
-REFUSED = (
+# What else the package installs, and the rest of it.
+REFUSED = {
     "flax",
     "transformers",
     "tokenizers",
@@ -31,28 +34,27 @@ REFUSED = (
         for module in pkgutil.iter_modules(loft_jax.__path__)
         if module.name != "optim"
     ),
-)
+}
+# Flax brings two of them.
+WITH_FLAX = {"flax", "orbax", "yaml", "loft_jax.lora", "loft_jax.errors", "loft_jax.patterns"}
 
-HOOK = f"""
+HOOK = """
 import sys
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.startswith("loft_jax."):
-            refused = ".".join(name.split(".")[:2]) in {REFUSED!r}
-        else:
-            refused = name.split(".")[0] in {REFUSED!r}
-        if refused:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+        top = ".".join(name.split(".")[: 2 if name.startswith("loft_jax.") else 1])
+        if top in refused:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Refuse())
 """
 
 
-def run(program):
+def run(program, refused=REFUSED):
     """What a program prints in which nothing but jax, optax and the optimizers can be imported."""
     found = subprocess.run(
-        [sys.executable, "-c", HOOK + program],
+        [sys.executable, "-c", f"refused = {refused!r}\n{HOOK}{program}"],
         env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
         capture_output=True,
         text=True,
@@ -90,6 +92,29 @@ for name in loft_jax.optim.__all__:
     }
 
 
+def test_lora_layers_run_with_flax_beside_them():
+    out = run(
+        """
+import jax, jax.numpy as jnp
+from flax import nnx
+import loft_jax, loft_jax.lora
+
+assert loft_jax.add_lora is loft_jax.lora.add_lora
+model = nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), nnx.Linear(3, 2, rngs=nnx.Rngs(1)))
+for targets in (["0"], r"layers\\.[01]"):
+    config = loft_jax.LoRAConfig(rank=2, target_modules=targets)
+    model = loft_jax.add_lora(model, config, rngs=nnx.Rngs(2))
+    print(*loft_jax.lora_layers(model))
+    loft_jax.merge_lora(model)
+tree = nnx.state(loft_jax.add_lora(model, config, rngs=nnx.Rngs(2)), nnx.LoRAParam)
+tx = loft_jax.loft(0.1)
+tx.update(tree, tx.init(tree), tree)
+""",
+        REFUSED - WITH_FLAX,
+    )
+    assert out.splitlines() == ["layers.0", "layers.0 layers.1"]
+
+
 def test_the_top_level_imports_nothing_by_itself():
     out = run("""
 import loft_jax
@@ -101,7 +126,7 @@ assert "jax" not in sys.modules
 
 
 @pytest.mark.parametrize("name", ["add_lora", "LoRAConfig", "load_pretrained"])
-def test_what_is_not_installed_names_its_extra(name):
+def test_what_is_not_installed_is_named_with_its_command(name):
     out = run(f"""
 import loft_jax
 try:
@@ -116,7 +141,7 @@ except ImportError as error:
     first, second = out.splitlines()
     assert first == second
     assert first.startswith(f"loft_jax.{name} needs ")
-    assert first.endswith("which is not installed: pip install 'loft-jax[train]'")
+    assert first.endswith("which is not installed: pip install loft-jax")
 
 
 def test_all_of_the_optimizers_names_are_at_the_top():

@@ -210,7 +210,7 @@ def _check_is_nnx(model: object) -> None:
     if isinstance(model, linen.Module):
         raise InputError(
             f"{type(model).__name__}: this is a Linen model, expected an nnx.Module; use "
-            f"loft_jax.lora.linen"
+            f"loft_jax.lora.linen.add_lora"
         )
     if not isinstance(model, nnx.Module):
         raise InputError(f"model is a {type(model).__name__}, expected an nnx.Module")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         average_adapters,
         lora_layers,
         merge_lora,
+        register_lora_layer,
         remove_lora,
         sum_adapters,
     )
@@ -119,6 +120,7 @@ __all__ = [
     "project_updates",
     "reflora",
     "reflora_s",
+    "register_lora_layer",
     "remove_lora",
     "riemannian_lora",
     "save_peft_adapter",
@@ -149,6 +151,7 @@ _MODULES = {
             "average_adapters",
             "lora_layers",
             "merge_lora",
+            "register_lora_layer",
             "remove_lora",
             "sum_adapters",
         ),

@@ -6,6 +6,8 @@ import string
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from loft_jax.errors import InputError
@@ -16,11 +18,13 @@ class WeightAxes:
     """Sizes of a weight's axes by role, and the product of two factors in its shape.
 
     Args:
-        stack: Leading axes of scanned layers.
+        stack: Axes of scanned layers; in front, unless `stack_axes` says otherwise.
         batch: Axes along which every index has its own matrix, as in `batch_axis`.
         ins: Axes contracted with the input.
         outs: Axes of the output.
         product: Einsum of A and B of one layer of the stack to the shape of its weight.
+        stack_axes: Where the axes of the stack are in the weight; None if they are in front. In the
+            factors they always are.
     """
 
     stack: tuple[int, ...]
@@ -28,6 +32,7 @@ class WeightAxes:
     ins: tuple[int, ...]
     outs: tuple[int, ...]
     product: str
+    stack_axes: tuple[int, ...] | None = None
 
     @property
     def fan_in(self) -> int:
@@ -49,6 +54,16 @@ class WeightAxes:
     def of_layers(self, numbers: tuple[int, ...] | None) -> "WeightAxes":
         """Gives the axes of some layers of a stack; None is all of them."""
         return self if numbers is None else dataclasses.replace(self, stack=(len(numbers),))
+
+    def stack_in_front(self, weight: jax.Array) -> jax.Array:
+        """Gives a weight with the axes of the stack in front."""
+        axes = self.stack_axes
+        return weight if axes is None else jnp.moveaxis(weight, axes, range(len(axes)))
+
+    def stack_in_place(self, weight: jax.Array) -> jax.Array:
+        """Gives a weight with the axes of the stack in front the order that its layer has."""
+        axes = self.stack_axes
+        return weight if axes is None else jnp.moveaxis(weight, range(len(axes)), axes)
 
     def a_shape(self, rank: int) -> tuple[int, ...]:
         """Gives the shape of factor A."""
@@ -123,6 +138,8 @@ def einsum_parts(equation: str) -> EinsumParts:
         ('nta,aA->ntA', 'ntA,Ahb->nthb')
     """
     equation = equation.replace(" ", "")
+    if equation.count("->") != 1 or equation.partition("->")[0].count(",") != 1:
+        raise InputError(f"einsum {equation!r} is not of the form 'input,kernel->output'")
     operands, output = equation.split("->")
     inputs, kernel = operands.split(",")
 

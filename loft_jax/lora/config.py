@@ -34,8 +34,9 @@ class LoRAConfig:
         alpha: Numerator of the scaling. None uses the rank of each layer, for a scaling of 1, or of
             sqrt(rank) with `use_rslora`.
         target_modules: A name, a sequence of names, one regular expression, or `"all-linear"`:
-            every linear layer (`nnx.Linear`, `LinearGeneral`, `Einsum`) except the output head,
-            which is the module `lm_head` at the top of the model. Embeddings must be named.
+            every linear layer (`nnx.Linear`, `LinearGeneral`, `Einsum`, and classes given to
+            `register_lora_layer`) except the output head, which is the module `lm_head` at the top
+            of the model. Embeddings must be named.
         exclude_modules: Name, names or regular expression of layers to exclude.
         layers: Numbers of the layers of the model that get factors, PEFT's `layers_to_transform`;
             negative ones count from the last. None is all of them. A module inside of no numbered

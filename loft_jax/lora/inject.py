@@ -14,7 +14,8 @@ from loft_jax.lora.axes import WeightAxes
 from loft_jax.lora.config import Initializer, LoRAConfig, product_scaling
 from loft_jax.lora.dora import magnitude_scale, weight_norms
 from loft_jax.lora.foreign import foreign_lora
-from loft_jax.lora.layers import LoRALayer, LoRAMask, LoRAStart, lora_class
+from loft_jax.lora.layers import LoRALayer, LoRALinear, LoRAMask, LoRAStart, lora_class
+from loft_jax.lora.register import LoRAWeight
 from loft_jax.lora.stacks import numbered_layers
 from loft_jax.lora.targets import lora_layers, named_modules, select
 
@@ -42,6 +43,9 @@ def add_lora(model: Model, config: LoRAConfig, *, rngs: nnx.Rngs) -> Model:
     found from the shape of its weight. Every layer of the stack gets its own random A and, with
     dropout, its own stream. Dropout is active initially and after `model.train()`, and inactive
     after `model.eval()`. Without dropout no random state is added to the model.
+
+    Layers are `nnx.Linear`, `LinearGeneral`, `Einsum`, `Embed`, their subclasses, and modules of
+    classes given to `register_lora_layer`.
 
     Args:
         model: Any NNX model, or one layer.
@@ -157,9 +161,9 @@ def merge_lora(model: Model) -> Model:
     for layer in layers.values():
         _adopt(layer)
         axes = layer.lora_axes(layer)
-        weight = getattr(layer, layer.lora_weight)
+        weight = vars(layer)[layer.lora_weight]
         magnitude = layer.lora_magnitude
-        whole, numbers = weight[...], layer.lora_numbers
+        whole, numbers = axes.stack_in_front(weight[...]), layer.lora_numbers
         folded = merge_weight(
             whole if numbers is None else whole[jnp.array(numbers)],
             *layer.lora_factors(),
@@ -168,7 +172,8 @@ def merge_lora(model: Model) -> Model:
             product=axes.product,
             stacked=len(axes.stack),
         )
-        weight.set_value(folded if numbers is None else whole.at[jnp.array(numbers)].set(folded))
+        merged = folded if numbers is None else whole.at[jnp.array(numbers)].set(folded)
+        weight.set_value(axes.stack_in_place(merged))
         _detach(layer)
     return model
 
@@ -235,9 +240,14 @@ def _plan(path: str, layer: nnx.Module, config: LoRAConfig, foreign: str | None)
         axes = cls.lora_axes(layer)
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
-    if config.use_dora and not isinstance(layer, nnx.Linear):
+    if config.use_dora and not issubclass(cls, LoRALinear):
         raise InputError(
             f"{name}: use_dora is for nnx.Linear, and this is a {type(layer).__name__}"
+        )
+    if config.dropout and issubclass(cls, LoRAWeight):
+        raise InputError(
+            f"{name}: dropout is {config.dropout}, but what the weight of a "
+            f"{type(layer).__name__} multiplies is not known; register the class with its equation"
         )
     if config.init in _PRODUCTS_NOT_ZERO and isinstance(layer, nnx.Embed):
         raise InputError(
@@ -354,7 +364,12 @@ def _each_weight(plan: _Plan, of: Callable[[jax.Array], Any]) -> Any:
     """Maps a function over the weights of a stack, so that only one is dequantized at a time."""
     weight = getattr(plan.layer, plan.lora_class.lora_weight)
     stacked = len(plan.axes.stack)
-    layers = jax.tree.map(lambda x: x.reshape(-1, *x.shape[stacked:]), weight.get_value())
+
+    def one_axis(whole: jax.Array) -> jax.Array:  # of the stack
+        whole = plan.axes.stack_in_front(whole)
+        return whole.reshape(-1, *whole.shape[stacked:])
+
+    layers = jax.tree.map(one_axis, weight.get_value())
     if plan.numbers is None:
         return lax.map(lambda value: of(weight.replace(value)[...]), layers)
 
@@ -423,7 +438,7 @@ def _adopt(layer: Any) -> None:
 def _check_not_shared(model: nnx.Module, layers: dict[str, Any]) -> None:
     """Refuses to merge into a weight that another layer shares."""
     adapted = {
-        id(getattr(layer, getattr(layer, "lora_weight", "kernel"))): path
+        id(vars(layer)[getattr(layer, "lora_weight", "kernel")]): path
         for path, layer in layers.items()
     }
     modules = {id(module): (path, module) for path, module in named_modules(model).items()}

@@ -285,20 +285,19 @@ class LoRAEmbed(LoRALayer, nnx.Embed):
         return y + _sharded(branch, out_sharding)(query, *self._factors(query.dtype))
 
 
-_LORA_CLASSES: dict[type[nnx.Module], type[LoRALayer]] = {
+# By the class without LoRA. `register_lora_layer` adds to it.
+LORA_CLASSES: dict[type[nnx.Module], type[LoRALayer]] = {
     nnx.Linear: LoRALinear,
     nnx.LinearGeneral: LoRALinearGeneral,
     nnx.Einsum: LoRAEinsum,
     nnx.Embed: LoRAEmbed,
 }
-SUPPORTED = tuple(_LORA_CLASSES)
 
 
-class _CombinedMeta(type(nnx.Linear)):  # type: ignore[misc]
-    """Metaclass of the classes made by `lora_class`, with which pickle makes them again."""
+class CombinedMeta(type(nnx.Linear)):  # type: ignore[misc]
+    """Metaclass of the classes made from a layer's class, with which pickle makes them again."""
 
 
-@functools.cache
 def lora_class(base: type[nnx.Module]) -> type[LoRALayer]:
     """Gives the LoRA class of a layer's class.
 
@@ -306,36 +305,47 @@ def lora_class(base: type[nnx.Module]) -> type[LoRALayer]:
     layer, so that its changes to inputs and outputs apply to the adapted layer.
 
     Args:
-        base: `nnx.Linear`, `LinearGeneral`, `Einsum`, `Embed` or a subclass of one.
+        base: `nnx.Linear`, `LinearGeneral`, `Einsum`, `Embed`, a class given to
+            `register_lora_layer`, or a subclass of one.
 
     Returns:
         A subclass of `base` and of `LoRALayer`.
 
     Raises:
-        InputError: The subclass computes its output without `super()`, so that factors would have
-            no effect.
+        InputError: It is none of these; or the subclass computes its output without `super()`, so
+            that factors would have no effect.
 
     Example:
         >>> lora_class(nnx.Linear).__name__
         'LoRALinear'
     """
-    if base in _LORA_CLASSES:
-        return _LORA_CLASSES[base]
-    flax_base, with_lora = next(
-        (ours, lora) for ours, lora in _LORA_CLASSES.items() if issubclass(base, ours)
-    )
-    for cls in base.__mro__[: base.__mro__.index(flax_base)]:
-        for method in {"__call__", "attend"} & set(vars(cls)):
+    return LORA_CLASSES[base] if base in LORA_CLASSES else _class_of_subclass(base)
+
+
+@functools.cache
+def _class_of_subclass(base: type[nnx.Module]) -> type[LoRALayer]:
+    parent = next((cls for cls in base.__mro__ if cls in LORA_CLASSES), None)
+    if parent is None:
+        raise InputError(f"{base.__qualname__} is not supported, or not registered yet")
+    with_lora = LORA_CLASSES[parent]
+    ours = [vars(cls) for cls in with_lora.__mro__ if issubclass(cls, LoRALayer)]
+    for cls in base.__mro__[: base.__mro__.index(parent)]:
+        for method in {"__call__", "attend"} & set(vars(cls)) & set().union(*ours):
             code = getattr(inspect.unwrap(vars(cls)[method]), "__code__", None)
             if code is None or "super" not in code.co_names:
                 raise InputError(
-                    f"{cls.__qualname__}.{method} replaces {flax_base.__name__}'s without calling "
+                    f"{cls.__qualname__}.{method} replaces {parent.__name__}'s without calling "
                     f"super().{method}, so LoRA factors would have no effect; exclude the layer"
                 )
-    namespace = {"lora_base": base, "__module__": base.__module__, "__doc__": with_lora.__doc__}
-    return cast(
-        "type[LoRALayer]", _CombinedMeta(f"LoRA{base.__name__}", (base, with_lora), namespace)
-    )
+    return combined_class(base, base, with_lora, __doc__=with_lora.__doc__)
+
+
+def combined_class(
+    base: type[nnx.Module], *parents: type[nnx.Module], **namespace: Any
+) -> type[LoRALayer]:
+    """Makes the LoRA class of a class, which pickle finds by the class without LoRA."""
+    namespace = {"lora_base": base, "__module__": base.__module__, **namespace}
+    return cast("type[LoRALayer]", CombinedMeta(f"LoRA{base.__name__}", parents, namespace))
 
 
 def weight_axes(layer: nnx.Module) -> WeightAxes:
@@ -363,7 +373,7 @@ def _pickled(cls: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     return lora_class, (cls.lora_base,)
 
 
-copyreg.pickle(_CombinedMeta, _pickled)
+copyreg.pickle(CombinedMeta, _pickled)
 
 
 def _computed(layer: Any, inputs: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ from flax import linen, nnx
 
 from loft_jax.errors import InputError, cut, shown
 from loft_jax.lora.config import ALL_LINEAR, LoRAConfig
-from loft_jax.lora.layers import SUPPORTED, LoRALayer
+from loft_jax.lora.layers import LORA_CLASSES, LoRALayer
 from loft_jax.patterns import Patterns
 
 # Usual name of the head; models of a family have their own list.
@@ -45,7 +45,7 @@ def refuse_linen(model: object) -> None:
 
 def is_adaptable(module: nnx.Module) -> bool:
     """Whether a module is a layer that LoRA factors can be added to."""
-    return isinstance(module, SUPPORTED)
+    return isinstance(module, tuple(LORA_CLASSES))
 
 
 def lora_layers(model: nnx.Module) -> dict[str, Any]:
@@ -111,19 +111,20 @@ def select(model: nnx.Module, config: LoRAConfig) -> dict[str, nnx.Module]:
 
     Raises:
         InputError: A name or pattern matches no layer (similar names are listed), or a module with
-            parameters that LoRA does not support; or no layer is left.
+            parameters that LoRA does not support; no layer is left; or it is no NNX model.
 
     Example:
         >>> model = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), nnx.relu)
         >>> list(select(model, LoRAConfig(rank=1)))
         ['layers.0']
     """
+    _check_is_nnx(model)
     modules = named_modules(model)
     layers = {path: module for path, module in modules.items() if is_adaptable(module)}
     excluded = {
         id(layers[path])
         for pattern in _patterns(config.exclude_modules)
-        for path in _matching("exclude_modules", pattern, layers, layers, config.patterns)
+        for path in _matching("exclude_modules", pattern, layers, config.patterns)
     }
     if config.target_modules == ALL_LINEAR:
         outputs = getattr(model, "output_modules", _HEADS)  # left out, as PEFT does
@@ -134,13 +135,19 @@ def select(model: nnx.Module, config: LoRAConfig) -> dict[str, nnx.Module]:
             if not f"{path}.".startswith(heads) and not isinstance(layer, nnx.Embed)
         ]
         if not chosen:
-            raise InputError(f"target_modules: {ALL_LINEAR!r}, but the model has no linear layer")
+            others = {
+                _name(type(module)) for module in modules.values() if _holds_parameters(module)
+            }
+            unsupported = f"; {', '.join(sorted(others)[:_SHOWN])}: not supported" if others else ""
+            raise InputError(
+                f"target_modules: {ALL_LINEAR!r}, but the model has no linear layer{unsupported}"
+            )
     else:
         _check_not_tied(model, config.target_modules, modules)
         chosen = [
             path
             for pattern in _patterns(config.target_modules)
-            for path in _matching("target_modules", pattern, modules, layers, config.patterns)
+            for path in _matching("target_modules", pattern, modules, config.patterns)
         ]
     selected: dict[int, str] = {}  # by identity: a shared layer is adapted once
     for path in chosen:
@@ -150,10 +157,7 @@ def select(model: nnx.Module, config: LoRAConfig) -> dict[str, nnx.Module]:
         if is_adaptable(module):
             selected.setdefault(id(module), path)
         elif _holds_parameters(module):
-            raise InputError(
-                f"target_modules: {path!r} is a {type(module).__name__}, which takes no LoRA "
-                f"factors; expected {', '.join(cls.__name__ for cls in SUPPORTED)}"
-            )
+            raise _unsupported("target_modules", path, module)
     if not selected:
         raise InputError("exclude_modules leaves no layer of target_modules")
     found = {path: modules[path] for path in modules if path in selected.values()}
@@ -192,21 +196,40 @@ def _ends_with(name: str) -> str:
 
 
 def _matching(
-    field: str,
-    pattern: str,
-    candidates: Iterable[str],
-    layers: dict[str, nnx.Module],
-    patterns: Patterns,
+    field: str, pattern: str, modules: Mapping[str, nnx.Module], patterns: Patterns
 ) -> list[str]:
-    """Gives the candidates that a pattern matches; at least one must be a layer."""
-    matched = [path for path in candidates if patterns.fullmatch(pattern, path)]
-    if any(path in layers for path in matched):
+    """Gives the modules that a pattern matches; at least one must be a layer."""
+    layers = [path for path, module in modules.items() if is_adaptable(module)]
+    matched = [path for path in modules if patterns.fullmatch(pattern, path)]
+    if not set(matched).isdisjoint(layers):
         return matched
+    for path in matched:
+        around = any(layer.startswith(f"{path}.") for layer in layers)
+        if _holds_parameters(modules[path]) and not around:
+            raise _unsupported(field, path, modules[path])
     given = cut(pattern.removeprefix(r"(.*\.)?").replace("\\", ""))
     inside = f" ({matched[0]!r} is a module, name the layers inside it)" if matched else ""
     raise InputError(
-        f"{field}: {given!r} matches no layer of the model{inside}; {_near(given, list(layers))}"
+        f"{field}: {given!r} matches no layer of the model{inside}; {_near(given, layers)}"
     )
+
+
+def _unsupported(field: str, path: str, module: nnx.Module) -> InputError:
+    expected = ", ".join(map(_name, LORA_CLASSES))
+    return InputError(
+        f"{field}: {path!r}: {_name(type(module))} is not supported; expected {expected} or a "
+        f"class given to register_lora_layer"
+    )
+
+
+def _name(cls: type[nnx.Module]) -> str:
+    return f"nnx.{cls.__name__}" if cls.__module__.startswith("flax.nnx.") else cls.__qualname__
+
+
+def _check_is_nnx(model: object) -> None:
+    refuse_linen(model)
+    if not isinstance(model, nnx.Module):
+        raise InputError(f"model is a {type(model).__name__}, expected an nnx.Module")
 
 
 def _near(pattern: str, paths: list[str]) -> str:

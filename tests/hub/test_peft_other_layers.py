@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from loft_jax.errors import InputError
 from loft_jax.hub import load_peft_adapter, save_peft_adapter
-from loft_jax.lora import LoRAConfig, add_lora
+from loft_jax.lora import LoRAConfig, add_lora, register_lora_layer
 from tests.hub.peft_adapters import CONFIG, CPU, WEIGHTS, our_logits, randomize, torch_logits
 from tests.hub.twin import TorchTwin, Twin
 
@@ -63,6 +63,38 @@ def test_we_read_back_the_same_model(tmp_path, fields):
         nnx.to_pure_dict(nnx.state(model)),
     )
     assert nnx.split(again)[0] == nnx.split(model)[0]
+
+
+class OwnEinsum(nnx.Module):
+    def __init__(self, einsum_str, kernel):
+        self.einsum_str = einsum_str
+        self.w = nnx.Param(kernel)
+
+    def __call__(self, x):
+        return jnp.einsum(self.einsum_str, x, self.w[...])
+
+
+class OwnWeight(nnx.Module):
+    def __init__(self, kernel):
+        self.weight = nnx.Param(kernel)
+
+    def __call__(self, x):
+        return jnp.tensordot(x, self.weight[...], 2)
+
+
+def test_peft_reads_adapters_of_registered_modules_and_so_do_we(tmp_path):
+    register_lora_layer(OwnEinsum, weight="w", equation="einsum_str")
+    register_lora_layer(OwnWeight, weight="weight", ins=(0, 1), outs=2)
+    base = Twin(nnx.Rngs(0))
+    twin = TorchTwin(base).eval()
+    base.heads = OwnEinsum("...d,dhe->...he", base.heads.kernel[...])
+    base.out = OwnWeight(base.out.kernel[...])
+    model = randomize(add_lora(nnx.clone(base), LoRAConfig(2), rngs=nnx.Rngs(1)))
+    save_peft_adapter(tmp_path, model, task_type=None)
+    theirs = PeftModel.from_pretrained(twin, tmp_path, **CPU)
+    np.testing.assert_allclose(our_logits(model), torch_logits(theirs), atol=1e-5)
+    again = load_peft_adapter(tmp_path, base)
+    np.testing.assert_array_equal(our_logits(again), our_logits(model))
 
 
 def adapted(model):

@@ -1,5 +1,5 @@
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 from loft_jax.errors import InputError
 from loft_jax.lora import LoRAConfig
@@ -88,8 +88,8 @@ def test_matches_what_peft_matches(model, target):
         ({"target_modules": r"layers\.\d+\.up_proj"}, "matches no layer.*up_proj"),
         ({"target_modules": ["zzz"]}, "'zzz' matches no layer.*down_proj, embed, lm_head"),
         ({"target_modules": ["blocks"]}, "'blocks' is a module, name the layers inside"),
-        ({"target_modules": ["up_proj", "norm"]}, "'norm' matches no layer"),
-        ({"target_modules": r".*(norm|up_proj)"}, "'norm' is a RMSNorm, which takes no LoRA"),
+        ({"target_modules": ["up_proj", "norm"]}, "'norm': nnx.RMSNorm is not supported"),
+        ({"target_modules": r".*(norm|up_proj)"}, "'norm': nnx.RMSNorm is not supported"),
         ({"exclude_modules": ["side", "sidee"]}, "exclude_modules: 'sidee'.*near names: side"),
         ({"target_modules": "side", "exclude_modules": "side"}, "exclude_modules leaves no layer"),
         ({"rank_pattern": {"up_prj": 1}}, "rank_pattern: 'up_prj'.*near names: up_proj"),
@@ -102,8 +102,18 @@ def test_what_matches_nothing_is_refused_with_near_names(model, fields, message)
 
 
 def test_a_model_without_linear_layers():
-    with pytest.raises(InputError, match="no linear layer"):
+    with pytest.raises(InputError, match=r"no linear layer; nnx\.RMSNorm: not supported"):
         select(nnx.RMSNorm(4, rngs=nnx.Rngs(0)), LoRAConfig(2))
+
+
+def test_a_layer_that_is_not_supported_and_what_is_no_nnx_model():
+    conv = nnx.Sequential(nnx.Conv(1, 2, 3, rngs=nnx.Rngs(0)))
+    with pytest.raises(InputError, match=r"nnx\.Conv is not supported; .*register_lora_layer"):
+        select(conv, LoRAConfig(2, target_modules=["layers.0"]))
+    with pytest.raises(InputError, match=r"Dense: this is a Linen model.*loft_jax\.lora\.linen"):
+        select(linen.Dense(4), LoRAConfig(2))
+    with pytest.raises(InputError, match=r"model is a dict, expected an nnx\.Module"):
+        select({}, LoRAConfig(2))
 
 
 def test_a_shared_layer_is_selected_once_by_any_of_its_paths():

@@ -84,8 +84,7 @@ def check_mesh(folder, task):
         cwd=Path(__file__).parents[2],
         env={
             **os.environ,
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8"
-            " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
         },
         stdout=subprocess.PIPE,
         text=True,

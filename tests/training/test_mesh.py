@@ -31,11 +31,7 @@ TABLE = Llama.parameter_table(LlamaConfig(400, 32, 48, 3, 4, 2, 8))
 @pytest.fixture(scope="module")
 def runs():
     """What tests/training/eight_devices.py prints: all meshes in one process."""
-    # Programs this small compile longer than they run.
-    flags = (
-        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-        " --xla_llvm_disable_expensive_passes=true"
-    )
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     done = subprocess.run(
         [sys.executable, "-m", "tests.training.eight_devices", json.dumps(MESHES)],
         cwd=Path(__file__).parents[2],

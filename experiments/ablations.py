@@ -21,7 +21,7 @@ from loft_jax import (
     project_gradients,
     project_updates,
 )
-from loft_jax.optim.full_moment import congruent, packed_size, symmetric_squares
+from loft_jax.optim.full_moment import congruence, packed_size, symmetric_squares
 from loft_jax.optim.linear_algebra import (
     FactorMatrix,
     batched,
@@ -109,7 +109,7 @@ def keep_moments(
                     own.unfold(m),
                     own.unfold(p),
                     own.unfold(basis.coordinates(m)),
-                    own.unfold(congruent(p, transpose(basis.s))),
+                    own.unfold(congruence(transpose(basis.s))(p)),
                     strict=True,
                 )
                 for i, m_, p_, m_seen, p_seen in new:

@@ -15,16 +15,21 @@ packed matrices p `(m, q)`:
 
 - the outer products `g_i g_iᵀ`, packed: `symmetric_squares(g)`;
 - all of `⟨p_i, Q_j Q_jᵀ⟩ = Q_jᵀ p_i Q_j`: `p · symmetric_squares(Q)ᵀ`, `(m, q) x (q, n)`;
-- all of `Cᵀ p_i C`: `congruent(p, C)`, for small r a product with one matrix too, (m, q) x (q, q).
+- all of `Cᵀ p_i C`: `congruence(C)(p)`, for small r a product with one matrix, (m, q) x (q, q).
 
-**Tiles.** Neither the (m, n) matrix nor a second copy of the state is ever in memory: both products
-are made in tiles. Of m rows in k tiles, tile t is rows t, t + k, t + 2k, ..., and so it is
-with the layers of a stack: rows or layers that are sharded over devices are in every tile alike, so
-that taking a tile moves nothing between devices.
+**Tiles.** Neither the (m, n) matrix nor a second copy of the state is ever in memory. The loops go
+over the layers one at a time. Inside, the direction loops over columns of D, all rows at once, so
+that the squares of Q are made once; the update loops over rows, with the matrix of the change of
+basis made once before. A tile of rows or columns is spread over the whole axis (`Tiling`): where
+the axis is sharded over devices, each of them has its share of every tile, and taking one moves
+nothing. Layers of a stack may be sharded too: a program for several devices takes up to 8 layers,
+spread over the stack, at a time. The states of separate pairs of one shape are joined for it, a
+copy of at most 128 MiB in float32, or of one pair.
 """
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -47,8 +52,14 @@ T = TypeVar("T")
 _TILE_ELEMENTS = 1 << 18
 _MOST_TILES_OF_STATE = 32
 _MOST_TILES_OF_WEIGHT = 128
-# Most layers of a tile. A stack that is sharded over as many devices has a layer of each in it.
+# Products with fewer columns than this are slow.
+_FEWEST_COLUMNS = 32
+# Rows of a tile that follow one another, a line of a cache.
+_BLOCK = 16
+# Most layers of a tile.
 _MOST_LAYERS = 8
+# Separate pairs of one shape are joined to one array, a copy of at most this many elements.
+_MOST_JOINED = 1 << 25
 # From this rank on, two products of (r, r) matrices a row take less time than one with (q, q).
 _MANY = 48
 
@@ -71,27 +82,12 @@ class FullMoment:
         key: jax.Array,
     ) -> SecondMomentState:
         """`p_i ← β₂ Cᵀ p_i C + (1 - β₂) c_i c_iᵀ`, in place where the state is donated."""
-        c = gradient.c
-        count, stack = c.array.shape[:2]
-        layers = part_count(stack, _MOST_LAYERS)
-        matrices, q = count * stack // layers, packed_size(c.rank)
-        elements = max(_TILE_ELEMENTS, count * stack * c.length * q / _MOST_TILES_OF_STATE)
-        rows = part_count(c.length, elements / (matrices * q))
-        tiles = LeafTiles(factor, Tiling(layers, rows, c.rank_last))
-        by_layers = Tiling(layers, 1, True)
-        c_split, change_split = tiles.tiling.split(c.array), by_layers.split(gradient.change)
-
-        def body(t: jax.Array | int, split: list[jax.Array]) -> list[jax.Array]:
-            p = tiles.take(split, t)  # (group, stack, rows, q)
-            square = symmetric_squares(c.like(tiles.tiling.take(c_split, t)))
-            change = by_layers.take(change_split, t // rows)  # (group, stack, r, r)
-            moved = congruent(p.like(p.array.astype(c.array.dtype)), change)
-            new = (b2 * moved.array + (1 - b2) * square.array).astype(c.array.dtype)
-            new = stochastic_round(new, p.array.dtype, jax.random.fold_in(key, t))
-            return tiles.put(split, t, p.like(new))
-
-        split = for_each(tiles.tiling.total, body, tiles.split(state.rows))
-        return state._replace(rows=tiles.join(split))
+        rows = []
+        for part, some in _parts(factor, state):
+            c, p = gradient.c.like(gradient.c.array[part]), some.fold(state.rows[part])
+            new = _updated(p, c, gradient.change[part], b2, jax.random.fold_in(key, part.start))
+            rows += some.unfold(new)
+        return state._replace(rows=rows)
 
     def direction(
         self, factor: FactorGroup, state: SecondMomentState, step: AdamStep
@@ -106,36 +102,78 @@ class FullMoment:
         for the true values, so it is enforced on the computed ones.
         """
         mu, q = step.mu, step.basis.q
-        count, stack = mu.array.shape[:2]
-        layers = part_count(stack, _MOST_LAYERS)
-        weight = count * stack * mu.length * q.length
-        elements = max(_TILE_ELEMENTS, weight / _MOST_TILES_OF_WEIGHT) * layers / (count * stack)
-        rows = part_count(mu.length, max(elements**0.5, elements / q.length))
-        columns = part_count(q.length, elements * rows / mu.length)
-        tiles = LeafTiles(factor, Tiling(layers, rows, mu.rank_last))
-        q_tiling = Tiling(layers, columns, q.rank_last)
-        nu_split = tiles.split(state.rows)
-        mu_split, q_split = tiles.tiling.split(mu.array), q_tiling.split(q.array)
+        coordinates = [
+            _direction(
+                some.fold(state.rows[part]), mu.like(mu.array[part]), q.like(q.array[part]), step
+            )
+            for part, some in _parts(factor, state)
+        ]
+        return step.basis.from_coordinates(mu.like(jnp.concatenate(coordinates)))
 
-        def row_tile(t: jax.Array | int, out: jax.Array) -> jax.Array:
-            p = tiles.take(nu_split, t)  # (group, stack, rows, q)
-            p = p.like(p.array.astype(q.array.dtype))
-            m = mu.like(tiles.tiling.take(mu_split, t))
 
-            def column_tile(u: jax.Array | int, x: jax.Array) -> jax.Array:
-                q_ = q.like(q_tiling.take(q_split, t // rows * columns + u))
-                v = jnp.maximum(_outer(p, symmetric_squares(q_)), 0.0) / step.correction
-                root = jnp.sqrt(v) + step.eps
-                d = _outer(m, q_) / jnp.where(root > 0, root, 1.0)
-                d = jnp.clip(d, -step.limit, step.limit)
-                # In the orientation of W, whichever factor m is of: (..., rows of A, rows of Bᵀ).
-                return x + (matmul(d, q_.tall()) if m.rank_last else matmul(q_.wide(), d))
+def _parts(factor: FactorGroup, state: SecondMomentState) -> Iterator[tuple[slice, FactorGroup]]:
+    """Parts of a group of pairs whose states, joined to one array, are not too large a copy."""
+    most = max(1, _MOST_JOINED // state.rows[0].size)
+    for start in range(0, len(factor.factors), most):
+        part = slice(start, start + most)
+        yield part, FactorGroup(factor.factors[part])
 
-            x = for_each(columns, column_tile, jnp.zeros_like(m.array))
-            return tiles.tiling.put(out, t, x)
 
-        out = for_each(tiles.tiling.total, row_tile, jnp.zeros_like(mu_split))
-        return step.basis.from_coordinates(mu.like(tiles.tiling.join(out)))
+def _updated(
+    p: FactorMatrix, c: FactorMatrix, change: jax.Array, b2: Number, key: jax.Array
+) -> FactorMatrix:
+    """The new state (group, stack, m, q) of the layers of some pairs."""
+    layers = _layer_parts(p)
+    numbers = p.array[0].size // layers
+    elements = max(_TILE_ELEMENTS, p.array.size / _MOST_TILES_OF_STATE)
+    rows = part_count(p.length, elements * p.length / numbers)
+    tiling, whole = Tiling(layers, rows, p.rank_last), Tiling(layers, 1, True)
+    c_split, change_split = tiling.split(c.array), whole.split(change)
+
+    def layer(i: jax.Array | int, split: jax.Array) -> jax.Array:
+        carried = congruence(whole.take(change_split, i, 0))
+
+        def tile(t: jax.Array | int, split: jax.Array) -> jax.Array:
+            old = tiling.take(split, i, t)  # (layers, rows, q)
+            square = symmetric_squares(c.like(tiling.take(c_split, i, t))).array
+            moved = carried(p.like(old.astype(square.dtype))).array
+            new = (b2 * moved + (1 - b2) * square).astype(square.dtype)
+            noise = jax.random.fold_in(key, i * rows + t)
+            return tiling.put(split, i, t, stochastic_round(new, old.dtype, noise))
+
+        return for_each(rows, tile, split)
+
+    split = for_each(len(p.array) * layers, layer, tiling.split(p.array))
+    return p.like(tiling.join(split))
+
+
+def _direction(p: FactorMatrix, mu: FactorMatrix, q: FactorMatrix, step: AdamStep) -> jax.Array:
+    """The coordinates `D Q` (group, stack, m, r) of the layers of some pairs."""
+    layers = _layer_parts(p)
+    elements = max(_TILE_ELEMENTS, p.array.size // p.rank * q.length / _MOST_TILES_OF_WEIGHT)
+    per_column = p.array[0].size // p.rank // layers
+    columns = part_count(q.length, max(_FEWEST_COLUMNS, elements / per_column))
+    rows, tiling = Tiling(layers, 1, p.rank_last), Tiling(layers, columns, q.rank_last)
+    p_split, mu_split = rows.split(p.array), rows.split(mu.array)
+    q_split = tiling.split(q.array)
+
+    def layer(i: jax.Array | int, out: jax.Array) -> jax.Array:
+        m = mu.like(rows.take(mu_split, i, 0))  # (layers, m, r)
+        p_i = p.like(rows.take(p_split, i, 0).astype(m.array.dtype))  # (layers, m, q)
+
+        def tile(t: jax.Array | int, x: jax.Array) -> jax.Array:
+            q_ = q.like(tiling.take(q_split, i, t))  # (layers, columns, r)
+            squares = symmetric_squares(q_)
+            v = _outer(p_i, squares.like(squares.array / step.correction))
+            root = jnp.sqrt(jnp.maximum(v, 0.0)) + step.eps
+            d = _outer(m, q_) / jnp.where(root > 0, root, 1.0)
+            d = jnp.clip(d, -step.limit, step.limit)
+            # In the orientation of W, whichever factor m is of: (..., rows of A, rows of Bᵀ).
+            return x + (matmul(d, q_.tall()) if m.rank_last else matmul(q_.wide(), d))
+
+        return rows.put(out, i, 0, for_each(columns, tile, jnp.zeros_like(m.array)))
+
+    return rows.join(for_each(len(p.array) * layers, layer, jnp.zeros_like(mu_split)))
 
 
 def _outer(x: FactorMatrix, y: FactorMatrix) -> jax.Array:
@@ -174,8 +212,19 @@ def part_count(size: int, most: float) -> int:
     return max(fitting, key=lambda k: (size // k & -(size // k), -k), default=larger)
 
 
+def _layer_parts(x: FactorMatrix) -> int:
+    """Parts of the stack of (group, stack, n, k): single layers, unless devices may share them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = jax.device_count() if mesh.empty else mesh.size
+    return part_count(x.array.shape[1], min(devices, _MOST_LAYERS))
+
+
 class Tiling(NamedTuple):
-    """How an array (..., stack, rows, k), or (..., stack, k, rows), falls into tiles.
+    """How arrays (group, stack, rows, k), or (group, stack, k, rows), fall into tiles.
+
+    Of a stack in L parts, part l is the layers l, l + L, l + 2 L, ...; and so it is with blocks of
+    rows that follow one another. Of an axis that is sharded over devices, each part has some of
+    every device.
 
     Attributes:
       layers: Parts of the stack.
@@ -187,66 +236,56 @@ class Tiling(NamedTuple):
     rows: int
     rank_last: bool
 
-    @property
-    def total(self) -> int:
-        """Number of tiles."""
-        return self.layers * self.rows
-
     def split(self, x: jax.Array) -> jax.Array:
-        """(..., stack, layers, rows, parts, k) or (..., stack, layers, k, rows, parts)."""
-        *front, stack, a, b = x.shape
-        if self.rank_last:
-            return x.reshape(*front, stack // self.layers, self.layers, -1, self.rows, b)
-        return x.reshape(*front, stack // self.layers, self.layers, a, -1, self.rows)
+        """(group, stack / layers, layers, ..., k), or k before the blocks of rows.
+
+        The axis of the rows becomes (blocks, rows, block). If there is one part it stays: axes of
+        size 1 inside an array can make XLA copy it.
+        """
+        group, stack, a, b = x.shape
+        matrix = [a, b]
+        if self.rows > 1:
+            size = (a if self.rank_last else b) // self.rows
+            block = min(size & -size, _BLOCK)  # a power of two that divides the size
+            place = 0 if self.rank_last else 1
+            matrix[place : place + 1] = [size // block, self.rows, block]
+        return x.reshape(group, stack // self.layers, self.layers, *matrix)
 
     def join(self, split: jax.Array) -> jax.Array:
         """Undoes `split`."""
-        *front, stack, layers, a, b, c = split.shape
-        last = (a * b, c) if self.rank_last else (a, b * c)
-        return split.reshape(*front, stack * layers, *last)
+        group, stack, layers, a, *_, b = split.shape
+        return split.reshape(group, stack * layers, *self._matrix(a, b))
 
-    def take(self, split: jax.Array, t: jax.Array | int) -> jax.Array:
-        """Tile t of what `split` gives, (..., stack, rows, k) or (..., stack, k, rows)."""
-        x = jax.lax.dynamic_index_in_dim(split, t // self.rows, split.ndim - 4, keepdims=False)
-        axis = x.ndim - (2 if self.rank_last else 1)
-        return jax.lax.dynamic_index_in_dim(x, t % self.rows, axis, keepdims=False)
-
-    def put(self, split: jax.Array, t: jax.Array | int, tile: jax.Array) -> jax.Array:
-        """What `split` gives, with another tile t."""
-        layer, part = split.ndim - 4, split.ndim - (2 if self.rank_last else 1)
-        start: list[jax.Array | int] = [0] * split.ndim
-        start[layer], start[part] = t // self.rows, t % self.rows
-        return jax.lax.dynamic_update_slice(split, jnp.expand_dims(tile, (layer, part)), start)
-
-
-class LeafTiles(NamedTuple):
-    """A tiling of the leaves of a group of factors, which are never joined to one array."""
-
-    factor: FactorGroup
-    tiling: Tiling
-
-    def split(self, leaves: Sequence[jax.Array]) -> list[jax.Array]:
-        """The leaves, split each for itself."""
-        pairs = zip(self.factor.factors, leaves, strict=True)
-        return [self.tiling.split(factor.fold(leaf)) for factor, leaf in pairs]
-
-    def take(self, split: Sequence[jax.Array], t: jax.Array | int) -> FactorMatrix:
-        """Tile t of all leaves, (group, stack, rows, k)."""
-        return FactorMatrix(
-            jnp.stack([self.tiling.take(x, t) for x in split]), self.tiling.rank_last
-        )
+    def take(self, split: jax.Array, i: jax.Array | int, t: jax.Array | int) -> jax.Array:
+        """Tile t of layer part i of the group, (layers, rows, k) or (layers, k, rows)."""
+        starts, sizes = self._window(split, i, t)
+        _, layers, _, a, *_, b = sizes
+        tile = jax.lax.dynamic_slice(split, starts, sizes)
+        return tile.reshape(layers, *self._matrix(a, b))
 
     def put(
-        self, split: Sequence[jax.Array], t: jax.Array | int, x: FactorMatrix
-    ) -> list[jax.Array]:
-        """The leaves with another tile t."""
-        tiles = zip(split, x.array, strict=True)
-        return [self.tiling.put(leaf, t, tile) for leaf, tile in tiles]
+        self, split: jax.Array, i: jax.Array | int, t: jax.Array | int, tile: jax.Array
+    ) -> jax.Array:
+        """What `split` gives, with another tile."""
+        starts, sizes = self._window(split, i, t)
+        return jax.lax.dynamic_update_slice(split, tile.reshape(sizes), starts)
 
-    def join(self, split: Sequence[jax.Array]) -> list[jax.Array]:
-        """Undoes `split`."""
-        pairs = zip(self.factor.factors, split, strict=True)
-        return [factor.unfold(self.tiling.join(x)) for factor, x in pairs]
+    def _matrix(self, a: int, b: int) -> tuple[int, int]:
+        """The shape of rows and k, given the outermost and the innermost axis of what is split."""
+        return (-1, b) if self.rank_last else (a, -1)
+
+    def _window(
+        self, split: jax.Array, i: jax.Array | int, t: jax.Array | int
+    ) -> tuple[list[jax.Array | int], list[int]]:
+        """Where a tile starts, and its sizes."""
+        starts: list[jax.Array | int] = [0] * split.ndim
+        sizes = list(split.shape)
+        places = {0: i // self.layers, 2: i % self.layers}
+        if self.rows > 1:
+            places[4 if self.rank_last else 5] = t
+        for axis, start in places.items():
+            starts[axis], sizes[axis] = start, 1
+        return starts, sizes
 
 
 def packed_size(rank: int) -> int:
@@ -286,25 +325,34 @@ def symmetric_squares(x: FactorMatrix) -> FactorMatrix:
     return x.like(symmetric_product(x.array, x.array, x.rank_axis))
 
 
-def congruent(p: FactorMatrix, c: jax.Array) -> FactorMatrix:
-    """Packs `Cᵀ p_i C` of every row.
+def congruence(c: jax.Array) -> Callable[[FactorMatrix], FactorMatrix]:
+    """Gives the map from packed symmetric matrices p_i to those of `Cᵀ p_i C`.
 
     Args:
-      p: (..., n, q), packed symmetric matrices.
       c: (..., r, r).
 
     Returns:
-      (..., n, q).
+      A function of (..., n, q).
 
     Example:
       >>> squares = symmetric_squares(FactorMatrix(jnp.array([[1.0, 2.0]]), rank_last=True))
-      >>> found = congruent(squares, jnp.diag(jnp.array([2.0, 3.0]))).array[0]
+      >>> found = congruence(jnp.diag(jnp.array([2.0, 3.0])))(squares).array[0]
       >>> [round(value.item(), 3) for value in found]  # the square of (2, 6)
       [4.0, 16.971, 36.0]
     """
+    rank = c.shape[-1]
+    if rank >= _MANY:
+        return functools.partial(_congruent, c=c)
+    # Row (a, b) is the packed image of the packed basis matrix (a, b).
+    rows, columns = _upper_half(rank)
+    weight = jnp.where(rows == columns, 1.0, math.sqrt(2.0)).astype(c.dtype)
+    matrix = weight[:, None] * symmetric_product(c[..., rows, :], c[..., columns, :])
+    return lambda p: p.times(matrix)
+
+
+def _congruent(p: FactorMatrix, c: jax.Array) -> FactorMatrix:
+    """`Cᵀ p_i C` by two products of whole matrices."""
     r = c.shape[-1]
-    if r < _MANY:
-        return p.times(_congruence(c))
     rows, columns = _upper_half(r)
     axis, last = p.rank_axis, p.rank_last
     places = jnp.arange(len(rows), dtype=jnp.int32)
@@ -322,16 +370,6 @@ def congruent(p: FactorMatrix, c: jax.Array) -> FactorMatrix:
             x = jnp.swapaxes(x.reshape(*front, r, r, z), -3, -2)
             x = matmul(transpose(c), x.reshape(*front, r, r * z)).reshape(*front, y, z)
     return p.like(jnp.take(x, rows * r + columns, axis=axis) * weight)
-
-
-def _congruence(c: jax.Array) -> jax.Array:
-    """The matrix M (..., q, q) with `pack(P) M = pack(Cᵀ P C)` for every symmetric P.
-
-    Row (a, b) is the packed image of the packed basis matrix (a, b).
-    """
-    rows, columns = _upper_half(c.shape[-1])
-    weight = jnp.where(rows == columns, 1.0, math.sqrt(2.0)).astype(c.dtype)
-    return weight[:, None] * symmetric_product(c[..., rows, :], c[..., columns, :])
 
 
 def _upper_half(r: int) -> tuple[jax.Array, jax.Array]:

@@ -8,7 +8,7 @@ import pytest
 from loft_jax.optim import full_moment
 from loft_jax.optim.full_moment import (
     FullMoment,
-    congruent,
+    congruence,
     symmetric_product,
     symmetric_squares,
 )
@@ -37,9 +37,9 @@ def test_packed_algebra(r):
         product = np.asarray(symmetric_product(jnp.asarray(x), jnp.asarray(y)))
         features = np.asarray(symmetric_squares(FactorMatrix(jnp.asarray(z))).array)
         wide = symmetric_squares(FactorMatrix(jnp.asarray(z.T), rank_last=False)).array
-        moved = congruent(FactorMatrix(jnp.asarray(whole)), jnp.asarray(c)).array
+        moved = congruence(jnp.asarray(c))(FactorMatrix(jnp.asarray(whole))).array
         columns = jnp.asarray(whole.transpose(0, 2, 1))
-        moved_columns = congruent(FactorMatrix(columns, rank_last=False), jnp.asarray(c)).array
+        moved_columns = congruence(jnp.asarray(c))(FactorMatrix(columns, rank_last=False)).array
     np.testing.assert_allclose(product, whole)
     np.testing.assert_array_equal(wide.T, features)
     np.testing.assert_allclose(whole @ features.T, np.einsum("ja,siab,jb->sij", z, half, z))
@@ -73,6 +73,7 @@ def test_is_the_dense_one_in_any_tiles(batch, stack, m, n, tile, role, monkeypat
     monkeypatch.setattr(full_moment, "_TILE_ELEMENTS", tile)
     monkeypatch.setattr(full_moment, "_MOST_TILES_OF_STATE", 1000)
     monkeypatch.setattr(full_moment, "_MOST_TILES_OF_WEIGHT", 1000)
+    monkeypatch.setattr(full_moment, "_FEWEST_COLUMNS", 1)
     r, eps, limit, b2, correction = 3, 1e-3, 0.3, 0.7, 0.5
     rng = np.random.default_rng(1)
     with jax.enable_x64(True):

@@ -54,8 +54,10 @@ _MOST_TILES_OF_STATE = 32
 _MOST_TILES_OF_WEIGHT = 128
 # Products with fewer columns than this are slow.
 _FEWEST_COLUMNS = 32
-# Rows of a tile that follow one another, a line of a cache.
+# Rows of a tile that follow one another are at most a line of a cache, and so few that as many
+# devices as this can share the blocks evenly, where the sizes allow.
 _BLOCK = 16
+_MOST_SHARDS = 64
 # Most layers of a tile.
 _MOST_LAYERS = 8
 # Separate pairs of one shape are joined to one array, a copy of at most this many elements.
@@ -239,16 +241,17 @@ class Tiling(NamedTuple):
     def split(self, x: jax.Array) -> jax.Array:
         """(group, stack / layers, layers, ..., k), or k before the blocks of rows.
 
-        The axis of the rows becomes (blocks, rows, block). If there is one part it stays: axes of
-        size 1 inside an array can make XLA copy it.
+        The axis of the rows becomes (blocks, rows, block), without what has size 1: such axes can
+        make XLA copy an array.
         """
         group, stack, a, b = x.shape
         matrix = [a, b]
         if self.rows > 1:
             size = (a if self.rank_last else b) // self.rows
-            block = min(size & -size, _BLOCK)  # a power of two that divides the size
+            power = size & -size  # the largest power of two that divides the size
+            block = min(max(power // _MOST_SHARDS, 1), _BLOCK)
             place = 0 if self.rank_last else 1
-            matrix[place : place + 1] = [size // block, self.rows, block]
+            matrix[place : place + 1] = [size // block, self.rows, *([block] if block > 1 else [])]
         return x.reshape(group, stack // self.layers, self.layers, *matrix)
 
     def join(self, split: jax.Array) -> jax.Array:

@@ -158,6 +158,7 @@ def _direction(p: FactorMatrix, mu: FactorMatrix, q: FactorMatrix, step: AdamSte
     rows, tiling = Tiling(layers, 1, p.rank_last), Tiling(layers, columns, q.rank_last)
     p_split, mu_split = rows.split(p.array), rows.split(mu.array)
     q_split = tiling.split(q.array)
+    scale = 1 / step.correction**0.5  # of the root of v; once, not for each element
 
     def layer(i: jax.Array | int, out: jax.Array) -> jax.Array:
         m = mu.like(rows.take(mu_split, i, 0))  # (layers, m, r)
@@ -165,9 +166,8 @@ def _direction(p: FactorMatrix, mu: FactorMatrix, q: FactorMatrix, step: AdamSte
 
         def tile(t: jax.Array | int, x: jax.Array) -> jax.Array:
             q_ = q.like(tiling.take(q_split, i, t))  # (layers, columns, r)
-            squares = symmetric_squares(q_)
-            v = _outer(p_i, squares.like(squares.array / step.correction))
-            root = jnp.sqrt(jnp.maximum(v, 0.0)) + step.eps
+            v = jnp.maximum(_outer(p_i, symmetric_squares(q_)), 0.0)
+            root = jnp.sqrt(v) * scale + step.eps
             d = _outer(m, q_) / jnp.where(root > 0, root, 1.0)
             d = jnp.clip(d, -step.limit, step.limit)
             # In the orientation of W, whichever factor m is of: (..., rows of A, rows of Bᵀ).

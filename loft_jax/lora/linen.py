@@ -25,7 +25,7 @@ from loft_jax.errors import InputError
 from loft_jax.lora.axes import WeightAxes, einsum_parts
 from loft_jax.lora.config import LoRAConfig, product_scaling
 from loft_jax.lora.inject import draw_matrices, merge_weight
-from loft_jax.lora.targets import select_paths
+from loft_jax.lora.targets import HEADS, select_paths
 from loft_jax.optim.pairs import FactorSpec
 
 Tree = Mapping[str, Any]
@@ -358,10 +358,10 @@ def add_lora(model: nn.Module, config: LoRAConfig, *args: Any, **kwargs: Any) ->
     linear = [path for path, layer in found.layers.items() if layer.weight == "kernel"]
     chosen = select_paths(
         found.modules,
-        found.layers,
+        {path: path for path in found.layers},
         config,
         linear=linear,
-        heads=getattr(model, "output_modules", ("lm_head",)),
+        heads=getattr(model, "output_modules", HEADS),
         unsupported=found.unsupported,
         supported="nn.Dense, nn.DenseGeneral, nn.Einsum or nn.Embed",
     )

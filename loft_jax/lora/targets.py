@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,10 +11,9 @@ from flax import linen, nnx
 from loft_jax.errors import InputError, cut, shown
 from loft_jax.lora.config import ALL_LINEAR, LoRAConfig
 from loft_jax.lora.layers import LORA_CLASSES, LoRALayer
-from loft_jax.patterns import Patterns
 
 # Usual name of the head; models of a family have their own list.
-_HEADS = ("lm_head",)
+HEADS = ("lm_head",)
 _SHOWN = 8
 
 
@@ -91,12 +90,21 @@ def stack_axis_of(model: nnx.Module) -> Callable[[str], tuple[int, ...]]:
         >>> stack_axis_of(model)("layers/0")
         ()
     """
-    counts = {}
+    counts: dict[str, int] = {}
     for path, layer in lora_layers(model).items():
         axes = layer.lora_axes(layer)
         # A pair at the root of a tree has the path of its factor A.
         counts[path.replace(".", "/") or "lora_a"] = len(axes.stack) + len(axes.batch)
-    return lambda path: tuple(range(counts[path]))
+
+    def stack_axis(path: str) -> tuple[int, ...]:
+        if path not in counts:
+            raise InputError(
+                f"stack_axis of {path!r}: no adapter of the model has this path, expected one of "
+                f"{', '.join(map(repr, list(counts)[:_SHOWN])) or 'none, it has no LoRA layer'}"
+            )
+        return tuple(range(counts[path]))
+
+    return stack_axis
 
 
 def select(model: nnx.Module, config: LoRAConfig) -> dict[str, nnx.Module]:
@@ -120,54 +128,116 @@ def select(model: nnx.Module, config: LoRAConfig) -> dict[str, nnx.Module]:
     """
     _check_is_nnx(model)
     modules = named_modules(model)
+    if config.target_modules != ALL_LINEAR:
+        _check_not_tied(model, config.target_modules, modules)
     layers = {path: module for path, module in modules.items() if is_adaptable(module)}
-    excluded = {
-        id(layers[path])
-        for pattern in _patterns(config.exclude_modules)
-        for path in _matching("exclude_modules", pattern, layers, config.patterns)
-    }
+    selected = select_paths(
+        modules,
+        {path: id(layer) for path, layer in layers.items()},
+        config,
+        linear=[path for path, layer in layers.items() if not isinstance(layer, nnx.Embed)],
+        heads=getattr(model, "output_modules", HEADS),
+        unsupported={
+            path: _name(type(module))
+            for path, module in modules.items()
+            if path not in layers and _holds_parameters(module)
+        },
+        supported=f"{', '.join(map(_name, LORA_CLASSES))} or a class given to register_lora_layer",
+    )
+    return {path: layers[path] for path in selected}
+
+
+def select_paths(
+    modules: Iterable[str],
+    layers: Mapping[str, Hashable],
+    config: LoRAConfig,
+    *,
+    linear: Collection[str],
+    heads: Sequence[str],
+    unsupported: Mapping[str, str],
+    supported: str,
+) -> list[str]:
+    """Selects the layers that a configuration targets, among dotted paths.
+
+    Args:
+        modules: Paths of all modules.
+        layers: Those of layers that take factors, with what tells a layer from others: a shared
+            layer has several paths, is selected once, and is excluded by any of them.
+        config: Targets, exclusions, and the rank and alpha patterns.
+        linear: The layers that `"all-linear"` names, unless they are heads.
+        heads: Paths of output heads; a head may be several layers.
+        unsupported: What is at paths that hold parameters and take no factors.
+        supported: The layers that take factors, for the message.
+
+    Returns:
+        Paths of layers, in the order of `layers`.
+
+    Raises:
+        InputError: As for `select`.
+
+    Example:
+        >>> paths = ["mlp", "mlp.up", "mlp.norm"]
+        >>> select_paths(paths, {"mlp.up": 0}, LoRAConfig(target_modules="up"), linear=["mlp.up"],
+        ...              heads=(), unsupported={"mlp.norm": "nn.LayerNorm"}, supported="nn.Dense")
+        ['mlp.up']
+    """
+    paths = dict.fromkeys((*modules, *layers, *unsupported))
+
+    def has_layers(path: str) -> bool:
+        return any(not path or layer.startswith(f"{path}.") for layer in layers)
+
+    def matching(field: str, targets: str | Sequence[str]) -> set[str]:
+        chosen: set[str] = set()
+        for pattern in _patterns(targets):
+            matched = [path for path in paths if config.patterns.fullmatch(pattern, path)]
+            for path in matched:
+                if field == "target_modules" and path in unsupported and not has_layers(path):
+                    raise InputError(
+                        f"{field}: {path!r}: {unsupported[path]} is not supported; expected "
+                        f"{supported}"
+                    )
+            named = [path for path in matched if path in layers]
+            if not named:
+                given = cut(pattern.removeprefix(r"(.*\.)?").replace("\\", ""))
+                around = next((path for path in matched if has_layers(path)), None)
+                inside = (
+                    ""
+                    if around is None
+                    else f" ({around!r} is a module, name the layers inside it)"
+                )
+                raise InputError(
+                    f"{field}: {given!r} matches no layer of the model{inside}; "
+                    f"{_near(given, list(layers))}"
+                )
+            chosen.update(named)
+        return chosen
+
     if config.target_modules == ALL_LINEAR:
-        outputs = getattr(model, "output_modules", _HEADS)  # left out, as PEFT does
-        heads = tuple(f"{path}." for path in outputs)  # a head may be several layers
-        chosen = [
-            path
-            for path, layer in layers.items()
-            if not f"{path}.".startswith(heads) and not isinstance(layer, nnx.Embed)
-        ]
-        if not chosen:
-            others = {
-                _name(type(module)) for module in modules.values() if _holds_parameters(module)
-            }
-            unsupported = f"; {', '.join(sorted(others)[:_SHOWN])}: not supported" if others else ""
+        outputs = tuple(f"{path}." for path in heads)  # left out, as PEFT does
+        targets = {path for path in linear if not f"{path}.".startswith(outputs)}
+        if not targets:
+            kinds = ", ".join(sorted(set(unsupported.values()))[:_SHOWN])
+            found = f"; {kinds}: not supported, expected {supported}" if kinds else ""
             raise InputError(
-                f"target_modules: {ALL_LINEAR!r}, but the model has no linear layer{unsupported}"
+                f"target_modules: {ALL_LINEAR!r}, but the model has no linear layer{found}"
             )
     else:
-        _check_not_tied(model, config.target_modules, modules)
-        chosen = [
-            path
-            for pattern in _patterns(config.target_modules)
-            for path in _matching("target_modules", pattern, modules, config.patterns)
-        ]
-    selected: dict[int, str] = {}  # by identity: a shared layer is adapted once
-    for path in chosen:
-        module = modules[path]
-        if id(module) in excluded:
-            continue
-        if is_adaptable(module):
-            selected.setdefault(id(module), path)
-        elif _holds_parameters(module):
-            raise _unsupported("target_modules", path, module)
+        targets = matching("target_modules", config.target_modules)
+    excluded = {layers[path] for path in matching("exclude_modules", config.exclude_modules)}
+    first: dict[Hashable, str] = {}
+    for path, layer in layers.items():
+        if path in targets and layer not in excluded:
+            first.setdefault(layer, path)
+    selected = list(first.values())
     if not selected:
         raise InputError("exclude_modules leaves no layer of target_modules")
-    found = {path: modules[path] for path in modules if path in selected.values()}
     for name in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, name):
-            if not any(config.key_of({key: None}, path) for path in found):
+            if not any(config.key_of({key: None}, path) for path in selected):
                 raise InputError(
-                    f"{name}: {shown(key)} matches no target layer; {_near(cut(key), list(found))}"
+                    f"{name}: {shown(key)} matches no target layer; {_near(cut(key), selected)}"
                 )
-    return found
+    return selected
 
 
 def _check_not_tied(
@@ -193,33 +263,6 @@ def _patterns(modules: str | Sequence[str]) -> list[str]:
 
 def _ends_with(name: str) -> str:
     return rf"(.*\.)?{re.escape(name)}"
-
-
-def _matching(
-    field: str, pattern: str, modules: Mapping[str, nnx.Module], patterns: Patterns
-) -> list[str]:
-    """Gives the modules that a pattern matches; at least one must be a layer."""
-    layers = [path for path, module in modules.items() if is_adaptable(module)]
-    matched = [path for path in modules if patterns.fullmatch(pattern, path)]
-    if not set(matched).isdisjoint(layers):
-        return matched
-    for path in matched:
-        around = any(layer.startswith(f"{path}.") for layer in layers)
-        if _holds_parameters(modules[path]) and not around:
-            raise _unsupported(field, path, modules[path])
-    given = cut(pattern.removeprefix(r"(.*\.)?").replace("\\", ""))
-    inside = f" ({matched[0]!r} is a module, name the layers inside it)" if matched else ""
-    raise InputError(
-        f"{field}: {given!r} matches no layer of the model{inside}; {_near(given, layers)}"
-    )
-
-
-def _unsupported(field: str, path: str, module: nnx.Module) -> InputError:
-    expected = ", ".join(map(_name, LORA_CLASSES))
-    return InputError(
-        f"{field}: {path!r}: {_name(type(module))} is not supported; expected {expected} or a "
-        f"class given to register_lora_layer"
-    )
 
 
 def _name(cls: type[nnx.Module]) -> str:
@@ -276,84 +319,3 @@ def _numerically(item: tuple[str, object]) -> tuple[int, str]:
 
 def _is_module(value: object) -> bool:
     return isinstance(value, nnx.Module)
-
-
-def select_paths(
-    modules: Iterable[str],
-    layers: Collection[str],
-    config: LoRAConfig,
-    *,
-    linear: Collection[str],
-    heads: Sequence[str],
-    unsupported: Mapping[str, str],
-    supported: str,
-) -> list[str]:
-    """Selects the layers that a configuration targets among dotted paths, as `select` does.
-
-    Args:
-        modules: Paths of all modules.
-        layers: Those of layers that take factors.
-        config: Targets, exclusions, and the rank and alpha patterns.
-        linear: The layers that `"all-linear"` names, unless they are heads.
-        heads: Paths of output heads.
-        unsupported: What is at paths that hold parameters and take no factors.
-        supported: The layers that take factors, for the message.
-
-    Returns:
-        Paths of layers, in the order of `layers`.
-
-    Raises:
-        InputError: As for `select`.
-
-    Example:
-        >>> paths = ["mlp", "mlp.up", "mlp.norm"]
-        >>> select_paths(paths, ["mlp.up"], LoRAConfig(target_modules="up"), linear=["mlp.up"],
-        ...              heads=(), unsupported={"mlp.norm": "nn.LayerNorm"}, supported="nn.Dense")
-        ['mlp.up']
-    """
-    paths = dict.fromkeys((*modules, *layers, *unsupported))
-
-    def matching(field: str, targets: str | Sequence[str]) -> set[str]:
-        chosen: set[str] = set()
-        for pattern in _patterns(targets):
-            matched = [path for path in paths if config.patterns.fullmatch(pattern, path)]
-            named = [path for path in matched if path in layers]
-            for path in matched:
-                around = any(layer.startswith(f"{path}.") for layer in layers)
-                if field == "target_modules" and path in unsupported and not around:
-                    raise InputError(
-                        f"{field}: {path!r}: {unsupported[path]} is not supported; expected "
-                        f"{supported}"
-                    )
-            if not named:
-                given = cut(pattern.removeprefix(r"(.*\.)?").replace("\\", ""))
-                inside = f" ({matched[0]!r} is a module, name the layers in it)" if matched else ""
-                raise InputError(
-                    f"{field}: {given!r} matches no layer of the model{inside}; "
-                    f"{_near(given, list(layers))}"
-                )
-            chosen.update(named)
-        return chosen
-
-    if config.target_modules == ALL_LINEAR:
-        outputs = tuple(f"{path}." for path in heads)
-        targets = {path for path in linear if not f"{path}.".startswith(outputs)}
-        if not targets:
-            kinds = ", ".join(sorted(set(unsupported.values()))[:_SHOWN])
-            found = f"; {kinds}: not supported, expected {supported}" if kinds else ""
-            raise InputError(
-                f"target_modules: {ALL_LINEAR!r}, but the model has no linear layer{found}"
-            )
-    else:
-        targets = matching("target_modules", config.target_modules)
-    excluded = matching("exclude_modules", config.exclude_modules)
-    selected = [path for path in layers if path in targets - excluded]
-    if not selected:
-        raise InputError("exclude_modules leaves no layer of target_modules")
-    for name in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, name):
-            if not any(config.key_of({key: None}, path) for path in selected):
-                raise InputError(
-                    f"{name}: {shown(key)} matches no target layer; {_near(cut(key), selected)}"
-                )
-    return selected

@@ -146,7 +146,7 @@ class LinenLoRA:
         rest = {name: value for name, value in variables.items() if name != "lora"}
         self._check(rest["params"], variables["lora"])
         rest["params"] = join_factors(rest["params"], variables["lora"])
-        with self.intercept():
+        with self._branches():
             return self.model.apply(rest, *args, **kwargs)
 
     @contextlib.contextmanager
@@ -161,6 +161,17 @@ class LinenLoRA:
             InputError: Parameters without factors, or with factors of other shapes; or calls of a
                 model that has none of the layers.
         """
+        with self._branches() as (called, modules):
+            yield
+        if modules and not called:
+            raise InputError(
+                f"none of the layers with factors was called, expected {_few(self.layers)}; found "
+                f"modules {_few(sorted(modules))}"
+            )
+
+    @contextlib.contextmanager
+    def _branches(self) -> Iterator[tuple[set[str], set[str]]]:
+        """Adds the branches, and gives the layers and the modules that are called, as they are."""
         called: set[str] = set()
         modules: set[str] = set()
 
@@ -180,12 +191,7 @@ class LinenLoRA:
             return self._adapted(path, method, context.module, y, args, kwargs)
 
         with nn.intercept_methods(interceptor):
-            yield
-        if modules and not called:
-            raise InputError(
-                f"none of the layers with factors was called, expected {_few(self.layers)}; found "
-                f"modules {_few(sorted(modules))}"
-            )
+            yield called, modules
 
     def merge(self, params: Tree, factors: Tree) -> dict[str, Any]:
         """Merges factors into parameters: `W + s A B`, for the model without this object.

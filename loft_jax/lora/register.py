@@ -46,15 +46,16 @@ def register_lora_layer(
     array of the attribute is an error while the layer has LoRA; `nnx.update` works.
 
     Axes are numbered as in the weight that the constructor makes; axes that `nnx.vmap` puts in
-    front of them are a stack. One weight of a class is adapted. Subclasses are registered with it.
-    Layers of registered classes are linear layers for `"all-linear"` and in PEFT's format.
+    front of them are a stack; a stack that it puts elsewhere is not supported, nor noticed. One
+    weight of a class is adapted. Subclasses are registered with it. Layers of registered classes
+    are linear layers for `"all-linear"` and in PEFT's format.
 
     Args:
         module_class: A subclass of `nnx.Module`.
         weight: Name of the attribute that holds the weight, an `nnx.Variable` of floating dtype.
         equation: `"input,weight->output"`, or the name of the attribute that holds it.
         ins: Axes of the weight that are contracted with the input: a number, numbers, or a function
-            of the module that gives them.
+            of the module that gives them, from other attributes than the weight.
         outs: Axes of the output.
         stack: Axes of layers; as in `nnx.vmap`'s stacks, each has factors and a name of its own.
         batch: Axes along which every index has factors of its own, such as that of experts.

@@ -513,6 +513,28 @@ def test_a_context_around_another_model_is_told(model, lora, params):
         pass
 
 
+class TwoParts(nn.Module):
+    """A model with a method that calls no layer with factors."""
+
+    def setup(self):
+        self.encoder, self.decoder = nn.Dense(4), nn.Dense(4)
+
+    def encode(self, x):
+        return self.encoder(x)
+
+    def __call__(self, x):
+        return self.decoder(self.encoder(x))
+
+
+def test_a_method_without_adapted_layers_runs():
+    model = TwoParts()
+    params = model.init(key(), X)["params"]
+    lora = add_lora(model, LoRAConfig(rank=2, target_modules="decoder"), X)
+    variables = {"params": params, "lora": lora.init(key())}
+    expected = model.apply({"params": params}, X, method="encode")
+    assert (lora.apply(variables, X, method="encode") == expected).all()
+
+
 def test_a_spec_is_hashable(lora):
     assert len({lora.spec, lora.spec, dataclasses.replace(lora.spec)}) == 1
 

@@ -2,7 +2,7 @@ import pytest
 from flax import linen, nnx
 
 from loft_jax.errors import InputError
-from loft_jax.lora import LoRAConfig
+from loft_jax.lora import LoRAConfig, add_lora, stack_axis_of
 from loft_jax.lora.targets import named_modules, select
 
 from .models import Block, Stacked
@@ -127,6 +127,14 @@ def test_a_shared_layer_is_selected_once_by_any_of_its_paths():
     assert paths(model, ["b.0"]) == ["b.0"]
     with pytest.raises(InputError, match="leaves no layer"):
         paths(model, "all-linear", ["b.0"])
+
+
+def test_the_stack_of_what_is_no_adapter_is_told():
+    linear = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+    stack_axis = stack_axis_of(add_lora(linear, LoRAConfig(2), rngs=nnx.Rngs(1)))
+    assert stack_axis("layers/0") == ()
+    with pytest.raises(InputError, match=r"'model/layers/0': no adapter .* of 'layers/0'"):
+        stack_axis("model/layers/0")
 
 
 def test_a_cycle_ends():

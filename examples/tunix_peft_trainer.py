@@ -1,11 +1,13 @@
 """LoFT in Tunix's PeftTrainer: Qwix puts the adapters on, `loft` takes the place of the optimizer.
 
 A tiny Llama with random weights learns to count. The trainer keeps its checkpoints in a folder,
-and goes on from the last one if it is started again with that folder: FOLDER on the command line.
+FOLDER on the command line, and goes on from the last one if it is started again with that folder.
+The adapter for PEFT is written there at the end.
 """
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,6 +17,7 @@ from tunix.models.llama3.model import Llama3, ModelConfig
 from tunix.sft import utils
 from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig, TrainingInput
 
+from loft_jax.hub import save_peft_adapter
 from loft_jax.optim import loft
 
 RANK, ALPHA, LEARNING_RATE = 2, 4.0, 1e-2
@@ -53,6 +56,18 @@ def trainer(model: nnx.Module, **config: object) -> PeftTrainer:
     return PeftTrainer(model, tx, config).with_gen_model_input_fn(model_input)
 
 
+def hf_name(path: str, number: int | None) -> str:
+    """Names a projection as Hugging Face does: `model.layers.0.self_attn.q_proj`."""
+    return "model." + path.replace(".attn.", ".self_attn.")
+
+
+def main(folder: str = "runs/counting") -> None:
+    """Trains, or goes on with the run in the folder, and writes the adapter."""
+    root = Path(folder).absolute()  # as Orbax needs it
+    run = trainer(adapted(), max_steps=20, checkpoint_root_directory=str(root / "checkpoints"))
+    run.train(batches(20))
+    save_peft_adapter(root / "adapter", run.model, alpha=ALPHA, hf_name=hf_name)
+
+
 if __name__ == "__main__":
-    folder = sys.argv[1] if len(sys.argv) > 1 else None
-    trainer(adapted(), max_steps=20, checkpoint_root_directory=folder).train(batches(20))
+    main(*sys.argv[1:])

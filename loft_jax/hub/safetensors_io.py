@@ -80,7 +80,8 @@ class Safetensors:
                     f"{file}: tensor {shown(name)} is stored as {stored}, "
                     f"expected one of {', '.join(_READABLE)}"
                 )
-            return tensor[region]
+            # Slices take no ellipsis before safetensors 0.8.
+            return opened.get_tensor(name) if region is ... else tensor[region]
 
     def _open_file(self, file: Path) -> None:
         regular_file(inside(file.parent, file.name), "safetensors")

@@ -7,6 +7,8 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from jax.sharding import AxisType
+from safetensors.numpy import load_file, save_file
+from tunix.models.safetensors_saver import save_lora_merged_model_as_safetensors
 from tunix.rl.reshard import reshard_model_to_mesh
 from tunix.sft.peft_trainer import TrainingInput
 
@@ -16,9 +18,11 @@ from examples.tunix_peft_trainer import (
     RANK,
     adapted,
     batches,
+    hf_name,
     model_input,
     trainer,
 )
+from loft_jax.hub import load_peft_factors, save_peft_adapter
 from loft_jax.optim import loft
 
 STEPS = 4
@@ -107,3 +111,31 @@ def test_a_mesh_gives_the_same_factors(unbroken):
     assert_close(factors(run.model), factors(unbroken.model), rtol=1e-3, atol=1e-5)
     split = nnx.state(run.model, nnx.LoRAParam).flat_state()
     assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(split))
+
+
+def test_the_adapter_is_what_tunix_merges(unbroken, tmp_path):
+    base, merged, folder = tmp_path / "base", tmp_path / "merged", tmp_path / "adapter"
+    save_peft_adapter(folder, unbroken.model, alpha=ALPHA, hf_name=hf_name)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    products = {
+        name.removeprefix("base_model.model.").replace("lora_A.", ""): ALPHA
+        / RANK
+        * (tensors[name.replace("lora_A", "lora_B")] @ a)
+        for name, a in tensors.items()
+        if "lora_A" in name
+    }
+    assert len(products) == 4
+    base.mkdir()
+    save_file({name: np.zeros_like(x) for name, x in products.items()}, base / "model.safetensors")
+    save_lora_merged_model_as_safetensors(
+        str(base),
+        str(merged),
+        unbroken.model,
+        RANK,
+        ALPHA,
+        lambda path: f"{hf_name(path, None)}.weight",
+        transpose_rules={"weight": (1, 0)},
+    )
+    assert_close(load_file(merged / "model.safetensors"), products)
+    again = load_peft_factors(folder, adapted(LAYERS), alpha=ALPHA, hf_name=hf_name)
+    jax.tree.map(np.testing.assert_array_equal, factors(again), factors(unbroken.model))

@@ -21,16 +21,22 @@ PYTHONS = ("3.11", "3.12", "3.13")
 RESOLUTIONS = {"oldest": "lowest-direct", "newest": "highest"}
 SHOWN = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "datasets")
 TESTS = (
-    "tests/optim",
-    "tests/lora",
-    "tests/data",
     "tests/test_patterns.py",
+    "tests/optim/test_imports.py",
+    "tests/optim/test_pairs.py",
+    "tests/optim/test_state.py",
+    "tests/lora/test_config.py",
+    "tests/lora/test_inject.py",
+    "tests/lora/test_targets.py",
+    "tests/data/test_templates.py",
+    "tests/data/test_chat.py",
+    "tests/data/test_stream.py",
     "tests/cli/test_help.py",
     "tests/cli/test_unknown_flags.py",
     "tests/training/test_checkpoint.py",
     "tests/training/test_config.py",
 )
-WITHOUT_TORCH = ("--ignore=tests/lora/test_dora.py", "-k", "not peft")
+WITHOUT_TORCH = ("-k", "not peft")
 
 
 def main() -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from loft_jax.data.log_once import log_once
-from loft_jax.data.templates import Chat, Message, Rendered, Start, render_chats
+from loft_jax.data.templates import REASONING, Chat, Message, Rendered, Start, render_chats
 from loft_jax.data.text import decoded, encode_continuations, encode_plain
 from loft_jax.errors import InputError, shown
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 _ROWS = 64  # number of rows that are tokenized at once, unless they exceed this many characters:
 _CHUNK = 2**20
 _THINK_MARK = re.compile(r"</?think>")
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers uses the first found
 
 _Piece = tuple[str, Message | None]  # rendered text; the learned message in it, or None
 
@@ -204,7 +203,7 @@ class Seen:
         """Counts a turn that a template wrote as `text`."""
         self.turns += 1
         self.closed += closed
-        thought = next((message[key] for key in _REASONING if message.get(key) is not None), "")
+        thought = next((message[key] for key in REASONING if message.get(key) is not None), "")
         parts = [*_THINK_MARK.split(message["content"]), str(thought)]
         if lost := [part for part in map(str.strip, parts) if part not in text]:
             self.partial += 1
@@ -235,7 +234,7 @@ class Seen:
                 f"learned: the first such text is {shown(self.lost)}",
             )
         template = str(tokenizer.chat_template)
-        fields = sorted(self.fields.difference(_REASONING))
+        fields = sorted(self.fields.difference(REASONING))
         if unread := [name for name in fields if name not in template]:
             log_once(
                 tokenizer, f"the chat template does not use {shown(unread)} of the conversations"

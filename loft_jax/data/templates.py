@@ -22,6 +22,8 @@ _CHARACTERS = 2**24  # largest number of characters of a rendered row
 _ROWS = 64  # number of rows sent at once, unless they exceed this many characters:
 _CHUNK = 2**20
 
+REASONING = ("reasoning_content", "thinking", "reasoning")  # the first found is used
+
 _WORKER = Path(__file__).with_name("template_worker.py")
 
 Message = dict[str, Any]
@@ -138,11 +140,7 @@ def _chunks(
         template = _template(tokenizer, chat)
         row = {
             "template": templates.setdefault(template, len(templates)),
-            # As in transformers, null fields are left out.
-            "messages": [
-                {key: value for key, value in message.items() if value is not None}
-                for message in chat.messages
-            ],
+            "messages": [_uniform(message) for message in chat.messages],
             "tools": chat.tools,
             "starts": starts,
         }
@@ -154,6 +152,15 @@ def _chunks(
             held, rows = [], []
     if held:
         yield held, text()
+
+
+def _uniform(message: Message) -> Message:
+    """Gives the fields that transformers 5.23 and newer give a template; older ones do not."""
+    kept = {key: value for key, value in message.items() if value is not None}
+    for key in REASONING:
+        if key in kept:
+            return {"thinking": kept[key], **kept, "reasoning_content": kept[key]}
+    return kept
 
 
 def _placeholder(value: Any) -> str:

@@ -10,10 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import loft_jax
 from examples.maxtext import finetune, llama
+from loft_jax import LoRAConfig, merge_lora, register_lora_layer
 from loft_jax.lora.linen import add_lora
 
 ROOT = Path(__file__).parents[2]
@@ -109,10 +112,37 @@ def test_peft_computes_the_same_logits(run):
     assert np.abs(found - ours).max() > 0.1
 
 
-def test_the_page_shows_the_code_that_runs():
+def page_blocks():
     page = (ROOT / "docs/maxtext.md").read_text()
+    return re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_the_page_shows_the_code_that_runs():
     code = (ROOT / "examples/maxtext/finetune.py").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    blocks = [block for block in page_blocks() if "register_lora_layer" not in block]
     assert len(blocks) >= 3
     for block in blocks:
         assert any(textwrap.indent(block, " " * depth) in code for depth in (0, 4, 8))
+
+
+def test_a_class_of_maxtexts_form_is_registered_as_the_page_says():
+    class DenseGeneral(nnx.Module):
+        def __init__(self, rngs):
+            self.in_features_shape, self.out_features_shape = (6,), (2, 4)
+            self.kernel = nnx.Param(jax.random.normal(rngs.params(), (6, 2, 4)))
+
+        def __call__(self, x):
+            return jnp.tensordot(x, self.kernel[...], 1)
+
+    [block] = [block for block in page_blocks() if "register_lora_layer" in block]
+    exec(block, {"register_lora_layer": register_lora_layer, "DenseGeneral": DenseGeneral})
+    model = loft_jax.add_lora(
+        nnx.Sequential(DenseGeneral(nnx.Rngs(0))), LoRAConfig(rank=2), rngs=nnx.Rngs(1)
+    )
+    layer = model.layers[0]
+    assert (layer.lora_a.shape, layer.lora_b.shape) == ((6, 2), (2, 2, 4))
+    layer.lora_b.set_value(jnp.ones((2, 2, 4)))
+    x = jnp.ones((3, 6))
+    found = model(x)
+    np.testing.assert_allclose(found, merge_lora(model)(x), rtol=1e-5)
+    assert found.shape == (3, 2, 4)

@@ -399,14 +399,17 @@ def join_factors(params: Tree, factors: Tree) -> dict[str, Any]:
     Returns:
         A nested dict with the leaves of both.
 
+    Raises:
+        InputError: A path is in both; the message names it.
+
     Example:
         >>> join_factors({"up": {"kernel": 1}}, {"up": {"kernel_lora_a": 2, "kernel_lora_b": 3}})
         {'up': {'kernel': 1, 'kernel_lora_a': 2, 'kernel_lora_b': 3}}
     """
-    both = (traverse_util.flatten_dict(_plain(tree)) for tree in (params, factors))
-    return traverse_util.unflatten_dict(
-        {key: value for tree in both for key, value in tree.items()}
-    )
+    base, added = (traverse_util.flatten_dict(_plain(tree)) for tree in (params, factors))
+    if twice := sorted(".".join(map(str, key)) for key in base.keys() & added.keys()):
+        raise InputError(f"params has {_few(twice)} already, expected parameters without factors")
+    return traverse_util.unflatten_dict({**base, **added})
 
 
 def split_factors(params: Tree) -> tuple[dict[str, Any], dict[str, Any]]:

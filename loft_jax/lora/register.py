@@ -4,6 +4,7 @@ An einsum of the input and the weight gets the low-rank branch beside it. Of any
 weight is replaced, wherever it is read, by `W + s A B`.
 """
 
+import contextvars
 import functools
 import inspect
 import string
@@ -55,7 +56,7 @@ def register_lora_layer(
         weight: Name of the attribute that holds the weight, an `nnx.Variable` of floating dtype.
         equation: `"input,weight->output"`, or the name of the attribute that holds it.
         ins: Axes of the weight that are contracted with the input: a number, numbers, or a function
-            of the module that gives them, from other attributes than the weight.
+            of the module that gives them.
         outs: Axes of the output.
         stack: Axes of layers; as in `nnx.vmap`'s stacks, each has factors and a name of its own.
         batch: Axes along which every index has factors of its own, such as that of experts.
@@ -163,6 +164,10 @@ class LoRAWeight(LoRALayer):
         return (weight.astype(dtype) + axes.stack_in_place(update)).astype(weight.dtype)
 
 
+# Whether a module is being asked for its axes: it may look at W for them, and W + s A B needs them.
+_ASKED = contextvars.ContextVar("asked", default=False)
+
+
 class _Adapted:
     """The attribute of a `LoRAWeight`: set and stored as W, and read as `W + s A B`.
 
@@ -178,7 +183,7 @@ class _Adapted:
         if self.name not in vars(layer):
             raise AttributeError(f"{type(layer).__name__!r} object has no attribute {self.name!r}")
         weight = vars(layer)[self.name]
-        if "lora_a" not in vars(layer) or not isinstance(weight, nnx.Variable):
+        if _ASKED.get() or "lora_a" not in vars(layer) or not isinstance(weight, nnx.Variable):
             return weight
         if isinstance(weight.get_value(), jax.ShapeDtypeStruct):
             return weight
@@ -275,7 +280,11 @@ def _numbers(layer: Any, roles: dict[str, AxisNumbers]) -> dict[str, tuple[int, 
     """Gives the axes of one module by role."""
     numbers = {}
     for role, given in roles.items():
-        found = given(layer) if callable(given) else given
+        asked = _ASKED.set(True)
+        try:
+            found = given(layer) if callable(given) else given
+        finally:
+            _ASKED.reset(asked)
         numbers[role] = (found,) if isinstance(found, int) else tuple(found)
     every = [number for axes in numbers.values() for number in axes]
     if sorted(every) != list(range(len(every))):

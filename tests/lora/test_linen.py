@@ -545,3 +545,9 @@ def test_the_page_runs():
     names = {}
     exec("\n".join(blocks), names)
     assert set(names["factors"]) == {"layers_0", "layers_2"}
+
+
+def test_factors_do_not_replace_parameters():
+    params, factors = {"up": {"kernel": 1}}, {"up": {"kernel_lora_a": 2, "kernel_lora_b": 3}}
+    with pytest.raises(InputError, match=r"up\.kernel_lora_a.*expected parameters without"):
+        join_factors(join_factors(params, factors), factors)

@@ -361,3 +361,17 @@ def test_an_output_other_than_the_equations_is_noticed():
         Turned("bd,de->be", (4, 6), rngs=nnx.Rngs(0)), LoRAConfig(2), rngs=nnx.Rngs(1)
     )
     assert turned(jnp.ones((3, 4))).shape == (6, 3)
+
+
+def test_axes_may_be_found_by_looking_at_the_weight():
+    class Raw(nnx.Module):
+        def __init__(self):
+            self.w = nnx.Param(jnp.ones((4, 2, 3)))
+
+        def __call__(self, x):
+            return jnp.tensordot(x, self.w[...], 1)
+
+    register_lora_layer(Raw, weight="w", ins=0, outs=lambda layer: range(1, layer.w.ndim))
+    model = add_lora(nnx.Sequential(Raw()), LoRAConfig(rank=2), rngs=nnx.Rngs(0))
+    model.layers[0].lora_b.set_value(jnp.ones((2, 2, 3)))
+    assert model(jnp.ones((5, 4))).shape == (5, 2, 3)

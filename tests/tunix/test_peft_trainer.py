@@ -1,6 +1,9 @@
 """LoFT in Tunix's PeftTrainer, on one device and on a mesh of eight: `make test-tunix`."""
 
+import json
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
@@ -14,15 +17,17 @@ from tunix.sft.peft_trainer import TrainingInput
 
 from examples.tunix_peft_trainer import (
     ALPHA,
+    CONFIG,
     LEARNING_RATE,
     RANK,
     adapted,
     batches,
     hf_name,
+    main,
     model_input,
     trainer,
 )
-from loft_jax.hub import load_peft_factors, save_peft_adapter
+from loft_jax.hub import load_peft_adapter, load_peft_factors, load_pretrained, save_peft_adapter
 from loft_jax.optim import loft
 
 STEPS = 4
@@ -139,3 +144,61 @@ def test_the_adapter_is_what_tunix_merges(unbroken, tmp_path):
     assert_close(load_file(merged / "model.safetensors"), products)
     again = load_peft_factors(folder, adapted(LAYERS), alpha=ALPHA, hf_name=hf_name)
     jax.tree.map(np.testing.assert_array_equal, factors(again), factors(unbroken.model))
+
+
+def test_the_adapter_gives_the_same_logits_in_transformers_layout(unbroken, tmp_path):
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    config = {
+        "model_type": "llama",
+        "vocab_size": CONFIG.vocab_size,
+        "hidden_size": CONFIG.embed_dim,
+        "intermediate_size": CONFIG.hidden_dim,
+        "num_hidden_layers": CONFIG.num_layers,
+        "num_attention_heads": CONFIG.num_heads,
+        "num_key_value_heads": CONFIG.num_kv_heads,
+        "head_dim": CONFIG.head_dim,
+        "rms_norm_eps": CONFIG.norm_eps,
+        "rope_theta": 1_000_000.0,  # Tunix 0.1.7 does not read that of its configuration
+        "tie_word_embeddings": False,
+    }
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps(config))
+    save_file(transformers_tensors(adapted(LAYERS)), base / "model.safetensors")
+    save_peft_adapter(folder, unbroken.model, alpha=ALPHA, hf_name=hf_name)
+    batch = next(batches(1))
+    inputs = model_input(batch)
+    expected, _ = unbroken.model(
+        inputs["input_tokens"], inputs["positions"], None, inputs["attention_mask"]
+    )
+    model = load_peft_adapter(folder, load_pretrained(base))
+    logits = model(jnp.asarray(batch.input_tokens))
+    assert_close(logits, expected, rtol=0, atol=1e-6)
+
+
+def transformers_tensors(model):
+    """The weights of Tunix's Llama under transformers' names, (out, in)."""
+    tensors = {}
+    for path, variable in nnx.state(model, nnx.Param).flat_state():
+        name = ".".join(map(str, path))
+        w = np.asarray(variable[...])
+        if "lora" in name:
+            continue
+        if name.endswith("_proj.w"):
+            w = w.reshape(-1, w.shape[-1]) if "o_proj" in name else w.reshape(w.shape[0], -1)
+        if name == "embedder.input_embedding":
+            name = "model.embed_tokens.w"
+        elif w.ndim == 2:
+            w = w.T
+        prefix = "" if name.startswith(("model.", "lm_head")) else "model."
+        module = name.rpartition(".")[0].replace(".attn.", ".self_attn.")
+        module = module.replace("final_norm", "norm")
+        tensors[f"{prefix}{module}.weight"] = np.ascontiguousarray(w)
+    return tensors
+
+
+def test_the_example_goes_on_where_it_was(tmp_path):
+    main(tmp_path)
+    adapter = tmp_path / "adapter" / "adapter_model.safetensors"
+    first = load_file(adapter)
+    main(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, load_file(adapter), first)

@@ -128,7 +128,7 @@ def positions_from(visible: jax.Array) -> jax.Array:
     return jnp.maximum(visible.sum(-1, dtype=jnp.int32) - 1, 0)
 
 
-def windowed(visible: jax.Array, window: int) -> jax.Array:
+def windowed(visible: jax.Array, window: int | None) -> jax.Array:
     """Restricts a mask to the last `window` keys that each query sees, its own included.
 
     Keys are counted as `positions_from` counts them, so this rule too holds for packed examples,
@@ -137,7 +137,7 @@ def windowed(visible: jax.Array, window: int) -> jax.Array:
 
     Args:
         visible: Mask `(b, t, s)`, from `visibility`.
-        window: Number of keys, 1 or more.
+        window: Number of keys, 1 or more; None restricts nothing.
 
     Returns:
         Mask `(b, t, s)`.
@@ -150,7 +150,7 @@ def windowed(visible: jax.Array, window: int) -> jax.Array:
     Source:
         Beltagy et al., Longformer, https://arxiv.org/abs/2004.05150, section 3.1.
     """
-    if visible.shape[-1] <= window:
+    if window is None or visible.shape[-1] <= window:
         return visible
     back = lax.cumsum(visible.astype(jnp.int32), axis=2, reverse=True)  # (b, t, s), 1: the query's
     return visible & (back <= window)

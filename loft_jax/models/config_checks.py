@@ -15,6 +15,8 @@ MOST_HEADS = 2**14
 MOST_POSITIONS = 2**31
 MOST_PIXELS = 2**14  # of a side of an image
 
+FULL, SLIDING = LAYER_TYPES = ("full_attention", "sliding_attention")
+
 _MOST_NUMBER = 3e38  # of float32, in which it is computed
 
 
@@ -138,6 +140,33 @@ def check_one_of(config: Any, name: str, known: Collection[str]) -> None:
         raise InputError(
             f"config: {name} is {shown(value)}, expected one of {', '.join(map(repr, known))}"
         )
+
+
+def layer_types(types: Any, count: int) -> tuple[str, ...]:
+    """Checks the types of the layers of a model in which some have a window.
+
+    Args:
+        types: `layer_types` of a configuration.
+        count: Number of layers.
+
+    Returns:
+        The types, each one of `LAYER_TYPES`.
+
+    Raises:
+        InputError: They are not a list of that many, or one is another type.
+    """
+    if not isinstance(types, (list, tuple)) or len(types) != count:
+        raise InputError(
+            f"config: layer_types is {shown(types)}, expected a list of {count}, the number of "
+            "layers"
+        )
+    for layer, kind in enumerate(types):
+        if kind not in LAYER_TYPES:
+            raise InputError(
+                f"config: layer_types has {shown(kind)} for layer {layer}, only "
+                f"{' and '.join(map(repr, LAYER_TYPES))} are supported"
+            )
+    return tuple(types)
 
 
 def labels(config: Mapping[str, Any]) -> tuple[str, ...]:

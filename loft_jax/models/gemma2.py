@@ -14,14 +14,12 @@ from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 
-from loft_jax.errors import InputError, shown
 from loft_jax.models import config_checks, llama
 from loft_jax.models.attention import KVCache, softcapped, windowed
+from loft_jax.models.config_checks import LAYER_TYPES
 from loft_jax.models.family import Family, ParameterTable, Remat, norm
 from loft_jax.models.llama import DecoderConfig, Llama
 from loft_jax.models.stack import PerLayer
-
-LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,17 +79,7 @@ class Gemma2Config(DecoderConfig):
                 *(name for name in caps if getattr(self, name) is not None),
             ),
         )
-        if len(self.layer_types) != self.num_hidden_layers:
-            raise InputError(
-                f"config: layer_types has {len(self.layer_types)} entries, expected "
-                f"{self.num_hidden_layers}, the number of layers"
-            )
-        for layer, kind in enumerate(self.layer_types):
-            if kind not in LAYER_TYPES:
-                raise InputError(
-                    f"config: layer_types has {shown(kind)} for layer {layer}, only "
-                    f"{' and '.join(map(repr, LAYER_TYPES))} are supported"
-                )
+        config_checks.layer_types(self.layer_types, self.num_hidden_layers)
 
     @property
     def qkv_bias(self) -> bool:
@@ -114,9 +102,10 @@ class Gemma2Config(DecoderConfig):
         types = config.get("layer_types")
         if types is None:
             types = alternating(config, period=2)
-        elif not isinstance(types, (list, tuple)):
-            raise InputError(f"config: layer_types is {shown(types)}, expected a list")
-        return super().from_hf({**cls.defaults, **config, "layer_types": tuple(types)})
+        else:
+            count = config_checks.required(config, "num_hidden_layers")
+            types = config_checks.layer_types(types, count)
+        return super().from_hf({**cls.defaults, **config, "layer_types": types})
 
     def to_hf(self) -> dict[str, Any]:
         """Gives the contents of a `config.json` that transformers loads."""

@@ -74,8 +74,7 @@ class Mistral(Llama):
 
     def masks(self, visible: jax.Array) -> jax.Array:
         """Restricts the mask `(b, t, s)` of all layers to the window."""
-        window = self.config.sliding_window
-        return visible if window is None else windowed(visible, window)
+        return windowed(visible, self.config.sliding_window)
 
 
 def _mistral_7b(**later: Any) -> MistralConfig:

@@ -198,8 +198,7 @@ class Phi3(Llama):
 
     def masks(self, visible: jax.Array) -> jax.Array:
         """Restricts the mask `(b, t, s)` of all layers to the window."""
-        window = self.config.sliding_window
-        return visible if window is None else windowed(visible, window)
+        return windowed(visible, self.config.sliding_window)
 
     @staticmethod
     def parameter_table(config: DecoderConfig) -> ParameterTable:

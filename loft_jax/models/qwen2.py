@@ -12,12 +12,11 @@ import jax
 from loft_jax.errors import InputError, shown
 from loft_jax.models import config_checks
 from loft_jax.models.attention import windowed
+from loft_jax.models.config_checks import FULL, SLIDING
 from loft_jax.models.family import Family
 from loft_jax.models.llama import FAMILY as LLAMA
 from loft_jax.models.llama import DecoderConfig, DecoderGGUF, Llama
 from loft_jax.models.stack import PerLayer
-
-_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Qwen2Config(DecoderConfig):
             "use_sliding_window": True,
             "layer_types": list(layer_types),
             # for releases that do not know layer_types; right where the last layers have the window
-            "max_window_layers": layer_types.index(_SLIDING),
+            "max_window_layers": layer_types.index(SLIDING),
         }
 
 
@@ -93,23 +92,14 @@ def _window(config: Mapping[str, Any]) -> dict[str, Any]:
                 f"config: max_window_layers is {shown(first)}, expected an integer of 0 or more"
             )
         layers = range(min(count, config_checks.MOST_LAYERS))
-        types = [_SLIDING if window is not None and i >= first else _FULL for i in layers]
-    elif not isinstance(types, (list, tuple)) or len(types) != count:
-        raise InputError(
-            f"config: layer_types is {shown(types)}, expected a list of {count}, the number of "
-            "layers"
-        )
-    for layer, kind in enumerate(types):
-        if kind not in (_FULL, _SLIDING):
-            raise InputError(
-                f"config: layer_types has {shown(kind)} for layer {layer}, only {_FULL!r} and "
-                f"{_SLIDING!r} are supported"
-            )
-    if _SLIDING not in types:
+        types = [SLIDING if window is not None and i >= first else FULL for i in layers]
+    else:
+        types = config_checks.layer_types(types, count)
+    if SLIDING not in types:
         return {"sliding_window": None, "layer_types": None}
     if window is None:
         raise InputError(
-            f"config: layer_types has {_SLIDING!r}, expected use_sliding_window and sliding_window"
+            f"config: layer_types has {SLIDING!r}, expected use_sliding_window and sliding_window"
         )
     return {"sliding_window": window, "layer_types": tuple(types)}
 
@@ -145,7 +135,7 @@ class Qwen2(Llama):
         window, types = self.config.sliding_window, self.config.layer_types
         if window is None:
             return visible
-        kinds = [int(kind == _SLIDING) for kind in types]
+        kinds = [int(kind == SLIDING) for kind in types]
         return PerLayer.of(kinds, visible, windowed(visible, window))
 
 

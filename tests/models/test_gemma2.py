@@ -195,7 +195,11 @@ def test_known_sizes_are_those_of_the_published_models():
         ("attention_dropout", 0.1, "attention_dropout is 0.1"),
         ("num_key_value_heads", 3, "num_key_value_heads is 3, expected a divisor"),
         ("head_dim", 15, "head_dim is 15, expected an even number"),
-        ("layer_types", ["full_attention"], "layer_types has 1 entries, expected 3, the number of"),
+        (
+            "layer_types",
+            ["full_attention"],
+            "layer_types is ['full_attention'], expected a list of 3",
+        ),
         ("layer_types", "full_attention", "layer_types is 'full_attention', expected a list"),
         ("layer_types", ["chunked_attention"] * 3, "layer_types has 'chunked_attention' for layer"),
         ("layer_types", [["full_attention"]] * 3, "layer_types has ['full_attention'] for layer 0"),

@@ -56,7 +56,8 @@ _CLASSES = {
     for kind in ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor")
 }
 _OFF = ("do_pad", "do_flip_channel_order", "do_reduce_labels")  # what is not implemented
-_MOST_PIXELS = 2**14  # of a side
+_MOST_PIXELS = 2**12  # of a side that a file asks for
+_MOST_LONGER = 2**14  # of the longer side, where a file asks for the shorter one
 _FILTERS = range(6)  # Pillow's
 
 
@@ -113,7 +114,7 @@ class ImageProcessor:
             (32, 32)
         """
         name = settings.get("image_processor_type") or settings.get("feature_extractor_type")
-        if name is not None and name not in _CLASSES:
+        if name is not None and (not isinstance(name, str) or name not in _CLASSES):
             raise InputError(
                 f"image_processor_type is {shown(name)}, expected one of {', '.join(_CLASSES)}"
             )
@@ -194,6 +195,11 @@ class ImageProcessor:
         assert self.resize is not None
         short, long = sorted(size)
         longer = int(self.resize * long / short)
+        if longer > _MOST_LONGER:
+            raise InputError(
+                f"an image is {size[0]} x {size[1]}, {longer} pixels long where its shorter side "
+                f"is {self.resize}, expected {_MOST_LONGER} at most"
+            )
         width, height = size
         return (self.resize, longer) if width <= height else (longer, self.resize)
 

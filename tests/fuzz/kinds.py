@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 
 from loft_jax.data import DataConfig, eval_batches, load_examples, tokenize
@@ -18,8 +19,11 @@ from loft_jax.hub import (
     load_tokenizer,
     save_peft_adapter,
 )
+from loft_jax.hub.image_processor import ImageProcessor
+from loft_jax.hub.peft_base import read_labels
 from loft_jax.hub.pretrained import stored_dtype
 from loft_jax.lora import LoRAConfig, add_lora
+from loft_jax.tasks import ImageClassification
 from loft_jax.tasks.task import Given
 from loft_jax.training.checkpoint import Checkpoints
 from loft_jax.training.config import AdapterConfig, FinetuneConfig, ModelConfig
@@ -42,6 +46,8 @@ CHATS = [
     for i in range(3)
 ]
 
+IMAGES = ("png", "jpeg", "gif", "bmp", "tiff", "webp")
+
 
 class Kind(NamedTuple):
     """Files below the folder of good ones, one of which is spoilt, and what reads them there."""
@@ -55,6 +61,7 @@ def make_good(folder: Path) -> None:
     import gguf
     import pyarrow as pa
     import pyarrow.parquet as pq
+    from PIL import Image
     from transformers import AutoModelForCausalLM
 
     tokenizer = tiny_tokenizer()
@@ -65,6 +72,7 @@ def make_good(folder: Path) -> None:
 
     adapted = add_lora(_base(), LoRAConfig(rank=2, target_modules=["0", "1"]), rngs=nnx.Rngs(0))
     save_peft_adapter(folder / "adapter", adapted, base_model="base")
+    (folder / "adapter" / "labels.json").write_text('["negative", "positive"]')
 
     data = folder / "data"
     data.mkdir()
@@ -78,6 +86,16 @@ def make_good(folder: Path) -> None:
         (data / name).write_text(text)
     (data / "rows.txt").write_text("One.\nTwo.\n")
     pq.write_table(pa.Table.from_pylist(ROWS), data / "rows.parquet")
+    (data / "sst2").mkdir()
+    (data / "sst2" / "train.tsv").write_text("sentence\tlabel\na fine film\t1\nno\t0\n")
+
+    pixels = np.arange(4 * 12 * 10 * 3, dtype=np.uint8).reshape(4, 12, 10, 3)
+    np.savez_compressed(data / "images.npz", image=pixels, label=[0, 1, 1, 0])
+    for form in IMAGES:
+        Image.fromarray(pixels[0]).save(data / f"image.{form}")
+    size = {"shortest_edge": 8}
+    settings = {"image_processor_type": "BitImageProcessor", "size": size, "crop_size": 6}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
 
     lora = AdapterConfig(rank_pattern={"q_proj": 2})
     config = FinetuneConfig(ModelConfig("model"), DataConfig("rows.jsonl"), "out", lora=lora)
@@ -181,6 +199,34 @@ def _checkpoint(folder: Path) -> None:
             kept.restore(step, _state())
 
 
+def _labels(folder: Path) -> None:
+    read_labels(folder / "adapter")
+
+
+def _preset(folder: Path) -> None:
+    file = str(folder / "data" / "sst2" / "train.tsv")
+    load_examples(DataConfig(file, preset="sst2"))
+
+
+def _processed(rows: object, folder: Path, labels: list[str]) -> None:
+    processor = ImageProcessor.read(folder / "preprocessor_config.json")
+    config = DataConfig("images", random_resized_crop=True)
+    data = ImageClassification(labels).tokenize(rows, processor, config)
+    data.example(0)
+    data.augmented(0, np.random.default_rng(0))
+
+
+def _arrays(folder: Path) -> None:
+    rows = load_examples(DataConfig(str(folder / "data" / "images.npz")))
+    _processed(rows, folder, ["0", "1"])
+
+
+def _images(folder: Path) -> None:
+    for form in IMAGES:
+        rows = [{"image": folder / "data" / f"image.{form}", "label": "cat"}]
+        _processed(rows, folder, ["cat", "dog"])
+
+
 def _of_data(name: str) -> Kind:
     return Kind((f"data/{name}",), functools.partial(_data, name=name))
 
@@ -203,6 +249,11 @@ KINDS = {
     "tsv": _of_data("rows.tsv"),
     "txt": _of_data("rows.txt"),
     "parquet": _of_data("rows.parquet"),
+    "preset": Kind(("data/sst2/train.tsv",), _preset),
+    "arrays": Kind(("data/images.npz",), _arrays),
+    "images": Kind(tuple(f"data/image.{form}" for form in IMAGES), _images),
+    "processor": Kind(("preprocessor_config.json",), _images),
+    "labels": Kind(("adapter/labels.json",), _labels),
     "checkpoint": Kind((), _checkpoint),
 }
 """By name; of a checkpoint, any file of its folder."""

@@ -100,12 +100,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Report:
-    """Write the page and the plots from the logs."""
+    """Write the pages and the plots from the logs."""
 
     results: str = "experiments/results"
     """Folder of the logs."""
-    page: str = "docs/results.md"
-    """The page; its plots go into the folder of its name."""
+    page: str = "docs/evidence/results.md"
+    """The page; those of the tasks and the plots go into the folder of its name."""
 
     def __call__(self) -> None:
         """Runs the command."""

@@ -1,4 +1,4 @@
-"""The page of results, from the logs of the comparison: tables, plots, and what they answer."""
+"""The pages of results, from the logs of the comparison: tables, plots, and what they answer."""
 
 import itertools
 import textwrap
@@ -18,20 +18,20 @@ from experiments.tasks import BEFORE, WHOLE, Task
 _INTRODUCTION = """\
 # What the methods come to
 
-Made by `python -m experiments report` from the logs in
-[experiments/results](../experiments/results), one line a run. `python -m experiments run TASK`
-makes the runs that are missing, and with `--best` those at the best rates, after
-`python scripts/prepare_demo.py` and `python -m experiments.prepare`; one run again, as of a cell of
-a table, is `python -m experiments run stories --methods loft --ranks 4 --rates 1e-2 --seeds 0
---results runs/again`. The methods are described in [methods.md](methods.md).
+Made by `python -m experiments report` from the logs in `experiments/results`, one line a run.
+`python -m experiments run TASK` makes the runs that are missing, and with `--best` those at the
+best rates, after `python scripts/prepare_demo.py` and `python -m experiments.prepare`; one run
+again, as of a cell of a table, is `python -m experiments run stories --methods loft --ranks 4
+--rates 1e-2 --seeds 0 --results runs/again`. [Methods](../how-to/methods.md) describes the methods.
 
 | question | where the answer is |
 | --- | --- |
 | LoFT against LoRA, DoRA, rsLoRA, RefLoRA and its kin at equal rank | [claims](#claims) |
 | LoFT at rank 4 against LoRA at rank 16 | [claims](#claims) |
 | how far from full fine-tuning | [claims](#claims), and the tables by rank |
-| how much is speed, and how much stays after more steps | `stories-long`, `wikitext-long` |
-| GLUE with MiniLM | `sst2`, `cola`, `rte` |
+| how much is speed, and how much stays after more steps | [tasks](#tasks): `stories-long`, \
+`wikitext-long` |
+| GLUE with MiniLM | [tasks](#tasks): `sst2`, `cola`, `rte` |
 | how a method depends on the learning rate | [below](#at-the-learning-rate-of-full-fine-tuning), \
 and "Validation loss by learning rate" of each task |
 | on eps and on alpha | "By eps" and "By alpha" of each task |
@@ -69,7 +69,7 @@ of the same seed is at the end of its run; how hard each batch is, as LoRA's los
 off. Memory is the state of the optimizer, and what the compiler sets aside for a step. Times are
 those of a step over LoRA's in the same table, each the least disturbed one of its runs, on machines
 that were busy with other work too: a hint, no more, and left out for the runs on a GPU, which many
-shared; [optimizer.md](optimizer.md) has measured ones.
+shared; [Benchmarks](benchmarks.md) has measured ones.
 
 Left out: `altlora-plus`; on SmolLM2 most ranks but 8 and most methods; eps and alpha on most tasks.
 Rates are a factor of three apart: what a method would gain between them is not known. Models, data
@@ -124,16 +124,17 @@ _BORNE_OUT = ("better", "as good", "worse by less than 1 %")
 
 
 def write_report(results: Path, page: Path) -> None:
-    """Writes the page and its plots.
+    """Writes the page, a page for each task, and their plots.
 
     Args:
         results: Folder of the logs.
-        page: The page; its plots go into the folder of its name.
+        page: The page; those of the tasks and the plots go into the folder of its name.
 
     Raises:
         InputError: A log is damaged, or of another form of its task.
     """
-    plots = page.with_suffix("")
+    folder = page.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
     logs = {
         name: read_results(ResultLog(results / f"{name}.jsonl"), task)
         for name, task in TASKS.items()
@@ -147,12 +148,19 @@ def write_report(results: Path, page: Path) -> None:
     }
     if "stories" in summaries:
         usual = _usual(TASKS["stories"], summaries["stories"])
-        plot_headline(usual, 4, plots / "headline.png")
-        lines.append(_HEADLINE.replace("](results/", f"]({plots.name}/"))
+        plot_headline(usual, 4, folder / "headline.png")
+        lines.append(_HEADLINE.replace("](results/", f"]({folder.name}/"))
     lines += _claims({name: of_task for name, of_task in found.items() if of_task})
     lines += _at_rate_of_full(summaries)
+    lines += ["", "## Tasks", "", "Tables and plots of each:", ""]
+    lines += [f"- [{TASKS[name].title}]({folder.name}/{name}.md): `{name}`" for name in logs]
+    _write(page, lines)
     for name, of_task in logs.items():
-        lines += _task(TASKS[name], of_task, summaries[name], found[name], plots)
+        about = _task(TASKS[name], of_task, summaries[name], found[name], folder)
+        _write(folder / f"{name}.md", about)
+
+
+def _write(page: Path, lines: Sequence[str]) -> None:
     page.write_text("\n".join(lines).rstrip() + "\n", "utf-8")
 
 
@@ -226,7 +234,7 @@ def _task(
 ) -> list[str]:
     sizes = [r.made_with["batch_size"] for r in results if "batch_size" in r.made_with]
     length = f"{task.steps} steps{f' of {sizes[0]} rows' if sizes else ''}"
-    lines = ["", f"## {task.title}", ""]
+    lines = [f"# {task.title}", ""]
     text = f"`{task.name}`, {length}. {task.note} {_before(results)}{_left_out(task, results)}"
     lines += _wrapped(text)
     usual = _usual(task, summaries)
@@ -257,7 +265,7 @@ def _by_rank(task: Task, usual: Mapping[Setting, Summary], folder: Path) -> list
         "",
         *table,
         "",
-        f"![test {task.measure} by rank]({folder.name}/{plot})",
+        f"![test {task.measure} by rank]({plot})",
     ]
 
 
@@ -281,7 +289,7 @@ def _at_one_rank(
         "",
         *tables.at_rank(task, of_rank),
         "",
-        f"![loss curves, and loss by learning rate]({folder.name}/{task.name}.png)",
+        f"![loss curves, and loss by learning rate]({task.name}.png)",
         "",
         "Validation loss by learning rate; bold is the one that is reported:",
         "",

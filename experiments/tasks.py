@@ -279,7 +279,7 @@ LANGUAGE_TASKS = {
         ),
         LanguageTask(
             name="stories-long",
-            title="The same for five times the steps",
+            title="Stories to Shakespeare, five times the steps",
             note="As `stories`, with 500 steps: how much of a lead is speed, and how much stays.",
             model="experiments/stories260k",
             data="experiments/tinyshakespeare",
@@ -408,7 +408,7 @@ LANGUAGE_TASKS = {
         ),
         LanguageTask(
             name="wikitext-long",
-            title="The same for almost seven times the steps",
+            title="SmolLM2 on WikiText-2, almost seven times the steps",
             note=(
                 "As `wikitext`, with 400 steps, one seed and the model in bfloat16; each method at "
                 "the three rates that stand around its best of 60 steps."

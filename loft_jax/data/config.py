@@ -15,7 +15,8 @@ from loft_jax.settings import convert_settings
 class DataConfig:
     """Where examples are and how they become rows of tokens.
 
-    The fields of an example decide how it is read; docs/data.md lists the formats.
+    The fields of an example decide how it is read; docs/how-to/instruction-data.md lists the
+    formats.
 
     Args:
         path: A JSON, JSONL, CSV, TSV, Parquet or text file, a folder of such files, a folder
@@ -27,7 +28,8 @@ class DataConfig:
             `"train"`.
         name: The configuration of a hub dataset that has several.
         preset: The published data set that `path` holds, which says what its files and columns are,
-            its labels, its task, and the metric of the best checkpoint; docs/tasks.md lists them.
+            its labels, its task, and the metric of the best checkpoint;
+            docs/how-to/classification.md lists them.
         messages_field: Field with a list of `{"role", "content"}`; the loss is on assistant turns.
             The chat template also gets the field `tools`, if rows have it.
         prompt_field: Field with the text that the model is given.

@@ -422,7 +422,7 @@ class FinetuneConfig:
         output: Folder of the run: configuration, metrics, plot, checkpoints, adapter.
         task: What is learned.
         method: What is trained and how: one of `loft_jax.methods`, with its own settings.
-            docs/methods.md describes them all.
+            docs/how-to/methods.md describes them all.
         lora: The adapters.
         optimizer: Settings that all methods have in common.
         schedule: Number of steps, rows and learning rates.

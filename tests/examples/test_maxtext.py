@@ -113,7 +113,7 @@ def test_peft_computes_the_same_logits(run):
 
 
 def page_blocks():
-    page = (ROOT / "docs/maxtext.md").read_text()
+    page = (ROOT / "docs/how-to/maxtext.md").read_text()
     return re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
 
 

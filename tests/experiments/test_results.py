@@ -1,4 +1,4 @@
-"""The page of results comes out of the kept logs, and a run of the logs out of its command."""
+"""The pages of results come out of the kept logs, and a run of the logs out of its command."""
 
 from pathlib import Path
 
@@ -16,14 +16,17 @@ needs_experiments = pytest.mark.skipif(
 )
 
 
-def test_the_page_is_what_the_logs_come_to(tmp_path):
-    page = tmp_path / "results.md"
-    write_report(LOGS, page)
-    kept = (ROOT / "docs" / "results.md").read_text("utf-8")
-    assert page.read_text("utf-8") == kept
-    plots = {file.name for file in (tmp_path / "results").glob("*.png")}
-    assert plots == {file.name for file in (ROOT / "docs" / "results").glob("*.png")}
-    assert all(name in kept for name in plots)
+def test_the_pages_are_what_the_logs_come_to(tmp_path):
+    write_report(LOGS, tmp_path / "results.md")
+    made, kept = (
+        {file.relative_to(folder): file for file in folder.glob("results*/**/*.*")}
+        | {Path("results.md"): folder / "results.md"}
+        for folder in (tmp_path, ROOT / "docs/evidence")
+    )
+    assert made.keys() == kept.keys()
+    texts = {name: file.read_text("utf-8") for name, file in kept.items() if name.suffix == ".md"}
+    assert {name: made[name].read_text("utf-8") for name in texts} == texts
+    assert all(any(name.name in text for text in texts.values()) for name in kept.keys() - texts)
 
 
 @pytest.mark.parametrize(

@@ -540,7 +540,7 @@ def test_a_spec_is_hashable(lora):
 
 
 def test_the_page_runs():
-    page = (Path(__file__).parents[2] / "docs/linen.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/how-to/linen-model.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
     names = {}
     exec("\n".join(blocks), names)

@@ -346,7 +346,7 @@ WORDS = ("plot", "acting", "film", "dull", "funny", "loud", "moving", "long", "h
 
 @pytest.mark.slow
 def test_the_command_trains_a_pretrained_model_and_torch_says_the_same(tmp_path, capsys):
-    """By the recipe in docs/tasks.md, from rows to an adapter that PEFT reads."""
+    """By the recipe in docs/how-to/classification.md, from rows to an adapter that PEFT reads."""
     save_deberta(tmp_path / "model", transformers.DebertaV2ForMaskedLM, **VERSION_3, **QUIET)
     special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
     pieces = [*((name, 0.0) for name in special), *((f"▁{word}", -3.0) for word in WORDS)]

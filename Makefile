@@ -1,5 +1,6 @@
 # make test: everything checked, from nothing but Python 3.11+ and make. make demo: the main job.
-# make test-versions: the fast tests at the oldest and the newest versions of what this depends on.
+# make docs: the site, in build/site. make test-versions: the fast tests at the oldest and the newest
+# versions of what this depends on.
 #
 # PYTHON names the interpreter for .venv.
 
@@ -7,13 +8,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Modules are compiled when they are imported first: most never are, and all take a minute.
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
+# Warnings are errors; Material's notice of its end of life is none.
+SITE := NO_MKDOCS_2_WARNING=1 JAX_PLATFORMS=cpu $(BIN)/mkdocs build
 
-.PHONY: test test-tunix test-versions demo assets clean
+.PHONY: test test-tunix test-versions docs demo assets clean
 
 test: .venv/.test assets
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(SITE)
 	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # Tunix has ceilings of its own on what it needs, so it gets an environment of its own.
@@ -22,6 +26,9 @@ test-tunix: .venvs/tunix/.test
 
 test-versions: .venvs/uv/.made
 	.venvs/uv/bin/python scripts/test_versions.py
+
+docs: .venv/.docs
+	$(SITE)
 
 demo: .venv/.demo
 	$(BIN)/python scripts/demo.py
@@ -58,6 +65,10 @@ $(BIN)/python:
 .venvs/uv/.made:
 	$(PYTHON) -m venv .venvs/uv
 	.venvs/uv/bin/python -m pip install -qq --disable-pip-version-check uv
+	touch $@
+
+.venv/.docs: pyproject.toml | $(BIN)/python
+	$(PIP_INSTALL) --editable '.[docs]'
 	touch $@
 
 .venv/.demo: pyproject.toml | $(BIN)/python

@@ -25,6 +25,8 @@ from loft_jax.optim import (
     reflora_s,
     riemannian_lora,
 )
+from loft_jax.optim.links import Move
+from loft_jax.optim.moments import SecondMoment
 from loft_jax.optim.pairs import Scaling, StackAxis
 from loft_jax.settings import check_settings
 
@@ -147,8 +149,8 @@ class LoFT(Method):
     """
 
     name: str = field(default="loft", init=False)
-    second_moment: Literal["full", "factored", "diagonal"] = "factored"
-    move: Literal["tangent", "alternate"] = "tangent"
+    second_moment: SecondMoment = "factored"
+    move: Move = "tangent"
     state_dtype: Literal["float32", "bfloat16"] = "float32"
     balance: bool = False
 
@@ -176,7 +178,7 @@ class LoFTMuon(Method):
     """
 
     name: str = field(default="loft-muon", init=False)
-    move: Literal["tangent", "alternate"] = "tangent"
+    move: Move = "tangent"
 
     def optimizer(self, common: Common) -> optax.GradientTransformation:
         """Makes `loft_muon`, which clips by the norm of the projected gradients."""

@@ -37,7 +37,7 @@ _Encoded = tuple[list[int], list[bool]]  # token ids; which of them carry the lo
 class Example(NamedTuple):
     """One example as tokens.
 
-    Args:
+    Attributes:
         tokens: (n,) int32.
         loss_mask: (n,) bool: whether a token is to be predicted from those before it.
     """
@@ -49,7 +49,7 @@ class Example(NamedTuple):
 class Labelled(NamedTuple):
     """Token types and labels of examples with a label.
 
-    Args:
+    Attributes:
         token_types: (total,) int32: 1 in the second text of a pair, else 0.
         labels: (n,), int32 indices of labels, or float32 numbers.
     """

@@ -43,7 +43,7 @@ def balance_factors(*, spec: FactorSpec = DEFAULT_SPEC) -> optax.GradientTransfo
 
     .. math::
       A + u_A = A' , \quad B + u_B = B' \quad\Rightarrow\quad
-      A'' B'' = A' B' , \quad A''^T A'' = B'' B''^T
+      A'' B'' = A' B' , \quad {A''}^T A'' = B'' {B''}^T
 
     Of the balanced factorizations it is one near the factors as they are. A direction in which W
     has nothing shrinks in the factors, to the root of rounding; nothing moves while one factor is

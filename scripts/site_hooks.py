@@ -85,9 +85,10 @@ def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
 
     def mathml(match: re.Match[str]) -> str:
         formula = html.unescape(match[2]).strip()
-        display = "block" if match[1] == "[" else "inline"
         try:
-            return f'<span class="formula {display}">{convert(formula, display=display)}</span>'
+            if match[1] == "(":
+                return convert(formula)
+            return f'<div class="formula">{convert(formula, display="block")}</div>'
         except Exception as error:
             raise PluginError(f"{page.file.src_uri}: {formula!r} is not read: {error!r}") from error
 

@@ -127,6 +127,13 @@ def test_an_nnx_model_is_adapted_trained_and_merged():
     assert type(run("how-to/nnx-model.md", 1)["model"].up) is nnx.Linear
 
 
+def test_factors_of_flax_are_written_and_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = run("how-to/other-libraries.md", 1)
+    written = jax.tree.map(jnp.copy, names["state"])
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(names["model"], nnx.LoRAParam), written)
+
+
 def test_runs_from_python_are_given_what_finetune_takes(monkeypatch):
     """Without training: that such runs train is what `tests/training/test_objects.py` is about."""
     taken, signature = [], inspect.signature(loft_jax.finetune)

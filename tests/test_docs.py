@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import yaml
 from flax import nnx
 
 import loft_jax
@@ -115,6 +116,11 @@ def test_commands_of_a_page_have_their_options(page, parsers):
                 name, *arguments = shlex.split(line, comments=True)[2:]
                 if "--help" not in arguments:
                     refuse_unknown(parsers(name), arguments)
+
+
+def test_the_configuration_of_a_page_is_one():
+    [block] = blocks("how-to/runs.md", "yaml")
+    assert config_from_dict(yaml.safe_load(block)).method.second_moment == "factored"
 
 
 @pytest.mark.parametrize("page", ["index.md", "how-to/optax.md"])

@@ -73,7 +73,8 @@ def build(kind, tree, out):
 
 
 def run(command, folder):
-    elsewhere = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    ours = ("PYTHONPATH", "XLA_FLAGS")  # flags are those that our jaxlib knows
+    elsewhere = {name: value for name, value in os.environ.items() if name not in ours}
     found = subprocess.run(
         command, cwd=folder, env=elsewhere, capture_output=True, text=True, check=False
     )

@@ -208,10 +208,10 @@ def measured(
         turns[job.name] = Turn(functools.partial(job.step, call), job.start())
     update = bool(jobs[0].bytes)
     rounds = 2 if options.quick else options.rounds if update else options.train_rounds
-    times = take_turns(turns, rounds, 30.0 if update else math.inf, repeat=update)  # type: ignore[arg-type]
+    times = take_turns(turns, rounds, 30.0 if update else math.inf, repeat=update)  # type: ignore[arg-type]  # names of a job
     for job in jobs:
         turns[job.name].check(f"{job.name} of {case}")
-        row = memory[job.name] | timing(times, job.name)  # type: ignore[arg-type]
+        row = memory[job.name] | timing(times, job.name)  # type: ignore[arg-type]  # as above
         if job.bytes:
             row |= {"bytes": job.bytes, "of_copy_rate": job.bytes / row["seconds"] / rate}
         yield job.name, row

@@ -92,7 +92,7 @@ def measure(case: Case) -> dict[str, Any]:
         }
         Path(folder, "config.json").write_text(json.dumps(sizes))
         config = FinetuneConfig(
-            ModelConfig(folder, case.dtype, case.dtype, remat=case.remat),  # type: ignore[arg-type]
+            ModelConfig(folder, case.dtype, case.dtype, remat=case.remat),  # type: ignore[arg-type]  # checked there
             DataConfig("", max_length=length),
             "",
             schedule=ScheduleConfig(batch_size=rows),

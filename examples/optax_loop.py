@@ -4,6 +4,8 @@ W = A B is fitted to data, twice: from (A, B) and from (10 A, B / 10), which is 
 the factors takes two ways, since its gradients depend on the split. LoFT moves W: one way.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -21,7 +23,7 @@ def fit(optimizer: optax.GradientTransformation, params: dict, x: jax.Array, y: 
         return jnp.mean((x @ pair["lora_a"] @ pair["lora_b"] - y) ** 2)
 
     @jax.jit
-    def step(params: dict, state: optax.OptState) -> tuple[dict, optax.OptState]:
+    def step(params: Any, state: optax.OptState) -> tuple[Any, optax.OptState]:
         updates, state = optimizer.update(jax.grad(loss)(params), state, params)
         return optax.apply_updates(params, updates), state
 

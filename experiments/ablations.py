@@ -30,6 +30,7 @@ from loft_jax.optim.linear_algebra import (
     transpose,
 )
 from loft_jax.optim.moments import Moments
+from loft_jax.optim.optax_types import next_count, transformation
 from loft_jax.optim.paired_updates import PairedUpdates, compute_dtype
 from loft_jax.optim.pairs import FactorSpec, Scaling, find_pairs
 from loft_jax.training.config import FinetuneConfig
@@ -119,13 +120,13 @@ def keep_moments(
                     # Adam's bound on an element is one of moments that belong together.
                     found[i] = _without_bound(dataclasses.replace(found[i], **changed))
         kept_state = KeptMomentsState(
-            optax.safe_increment(state[1].count),
+            next_count(state[1].count),
             jax.tree.unflatten(jax.tree.structure(state[1].mu), mu),
             jax.tree.unflatten(jax.tree.structure(state[1].nu), nu),
         )
         return jax.tree.unflatten(treedef, found), (calibrated_state, kept_state)
 
-    return optax.GradientTransformation(init, update)
+    return transformation(init, update)
 
 
 def _without_bound(moments: Moments) -> Moments:
@@ -229,11 +230,11 @@ def loft_with(
     # Plain clipping is that of the factors' own gradients, before they are scaled.
     start = [*clip, *project] if part == "clip" else [*project, *clip]
     if part in get_args(Kept):
-        moments = keep_moments(part, given.b1, given.b2, scaling)  # type: ignore[arg-type]
+        moments = keep_moments(part, given.b1, given.b2, scaling)  # type: ignore[arg-type]  # one of Kept
     else:
         moments = calibrate_moments(given.b1, given.b2, second_moment="full", spec=spec)
     if part in get_args(Overlap):
-        overlap = divide_overlap(part, scaling)  # type: ignore[arg-type]
+        overlap = divide_overlap(part, scaling)  # type: ignore[arg-type]  # one of Overlap
     else:
         overlap = assign_overlap(spec=spec)
     return optax.chain(

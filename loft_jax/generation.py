@@ -366,7 +366,7 @@ class _Generation:
 def _begin(
     graphdef: nnx.GraphDef[LanguageModel],
     room: int,
-    state: nnx.State,
+    state: nnx.State[Any, Any],
     tokens: jax.Array,
     real: jax.Array,
 ) -> _Progress:
@@ -393,7 +393,7 @@ def _begin(
 def _advance(
     graphdef: nnx.GraphDef[LanguageModel],
     sampled: bool,
-    state: nnx.State,
+    state: nnx.State[Any, Any],
     choice: _Choice,
     until: jax.Array,
     progress: _Progress,

@@ -108,8 +108,8 @@ class Method:
         Returns:
             A gradient transformation over the trained parameters, with clipping.
         """
-        *numbers, decay = common.adam
-        return common.clipped(optax.adamw(*numbers, weight_decay=decay))
+        learning_rate, b1, b2, eps, decay = common.adam
+        return common.clipped(optax.adamw(learning_rate, b1, b2, eps, weight_decay=decay))
 
     def check_layers(self, layers: Mapping[str, nnx.Module]) -> None:
         """Refuses adapters that the method cannot train.

@@ -9,7 +9,7 @@ from typing import Any
 try:
     import regex
 except ModuleNotFoundError:  # beside jax and flax alone, where all patterns are the caller's own
-    regex = None  # type: ignore[assignment]
+    regex = None  # type: ignore[assignment]  # a module, where there is one
 
 from loft_jax.errors import InputError, explained, shown
 

@@ -48,8 +48,8 @@ def main() -> int:
     tested = _digest()
     failed = 0
     for python in PYTHONS:
-        interpreter = _interpreter(python)
-        if interpreter is None:
+        found = interpreter(python)
+        if found is None:
             print(f"{python}: not installed", flush=True)
             continue
         for end, resolution in RESOLUTIONS.items():
@@ -59,7 +59,7 @@ def main() -> int:
                 print(f"{folder.name}: passed before", flush=True)
                 continue
             start = time.monotonic()
-            error = _made(folder, interpreter, resolution) or _tested(folder)
+            error = _made(folder, found, resolution) or _tested(folder)
             failed += bool(error)
             if not error:
                 passed.write_text(tested)
@@ -71,7 +71,7 @@ def main() -> int:
     return int(failed > 0)
 
 
-def _interpreter(python: str) -> str | None:
+def interpreter(python: str) -> str | None:
     """Finds an interpreter that runs: on PATH, or one of pyenv's, whose shims may not."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
     found = [f"python{python}", *sorted(pyenv.glob(f"versions/{python}.*/bin/python"))]
@@ -87,12 +87,12 @@ def _uv(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def _made(folder: Path, interpreter: str, resolution: str) -> str:
+def _made(folder: Path, python: str, resolution: str) -> str:
     """Makes an environment; gives the error, or nothing."""
     into = ("pip", "install", "--python", str(folder))
     only_wheels = ("--only-binary", ":all:", "--no-binary", "loft-jax")
     for arguments in (
-        ("venv", "--clear", "--python", interpreter, str(folder)),
+        ("venv", "--clear", "--python", python, str(folder)),
         (*into, "--resolution", resolution, *only_wheels, "--editable", ".[quantized]"),
         (*into, "pytest", "pytest-xdist", "hypothesis", "scikit-learn"),
     ):

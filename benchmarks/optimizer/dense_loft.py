@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from loft_jax.optim.optax_types import transformation
+
 Role = Literal["a", "b"]
 Side = list[jax.Array]  # one array a pair, for one of its two factors
 
@@ -166,7 +168,7 @@ def dense_loft(
         treedef = jax.tree.structure(updates, is_leaf=_is_pair)
         return jax.tree.unflatten(treedef, pairs), DenseLoFTState(steps, first, second, partner)
 
-    return optax.GradientTransformation(init, update)
+    return transformation(init, update)
 
 
 def _is_pair(x: Any) -> bool:

@@ -15,6 +15,7 @@ import optax
 from experiments.peers.shared import apart
 from loft_jax.optim.arguments import Number, check_adam
 from loft_jax.optim.linear_algebra import Basis, FactorMatrix, orthonormal_basis
+from loft_jax.optim.optax_types import next_count, transformation
 from loft_jax.optim.paired_updates import PairedUpdates, compute_dtype
 from loft_jax.optim.pairs import FactorNames, FactorSpec, Scaling, find_pairs
 
@@ -82,7 +83,7 @@ def scale_by_adapre_lora(
         tree = PairedUpdates(updates, params, spec)
         treedef = jax.tree.structure(state.mu)
         mu, nu = jax.tree.leaves(state.mu), jax.tree.leaves(state.nu)
-        count = optax.safe_increment(state.count)
+        count = next_count(state.count)
 
         def averaged(
             leaves: list[jax.Array], x: FactorMatrix, own: Any, beta: Number
@@ -121,7 +122,7 @@ def scale_by_adapre_lora(
         trees = (jax.tree.unflatten(treedef, x) for x in (mu, nu))
         return tree.rebuilt(), AdaPreLoRAState(count, *trees)
 
-    return optax.GradientTransformation(init, update)
+    return transformation(init, update)
 
 
 def adapre_lora(

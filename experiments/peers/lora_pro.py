@@ -12,6 +12,7 @@ import optax
 from experiments.peers.shared import finite
 from loft_jax.optim.arguments import Number, check_adam
 from loft_jax.optim.linear_algebra import batched, matmul, transpose
+from loft_jax.optim.optax_types import transformation
 from loft_jax.optim.paired_updates import PairedUpdates
 from loft_jax.optim.pairs import FactorNames, FactorSpec, Scaling, find_pairs
 
@@ -71,7 +72,7 @@ def adjust_gradients(
                     tree.leaves[i] = leaf.astype(tree.leaves[i].dtype)
         return tree.rebuilt(), state
 
-    return optax.GradientTransformation(init, update)
+    return transformation(init, update)
 
 
 def lora_pro(

@@ -15,6 +15,7 @@ import optax
 from experiments.peers.shared import apart, finite, small_matrices
 from loft_jax.optim.arguments import Number, check_adam
 from loft_jax.optim.linear_algebra import batched, matmul, transpose
+from loft_jax.optim.optax_types import next_count, transformation
 from loft_jax.optim.paired_updates import PairedUpdates, compute_dtype
 from loft_jax.optim.pairs import FactorNames, FactorSpec, Scaling, find_pairs
 
@@ -93,7 +94,7 @@ def scale_by_lora_rite(
         tree = PairedUpdates(updates, params, spec)
         treedef = jax.tree.structure(state.mu)
         mu, nu, escaped, basis = (jax.tree.leaves(x) for x in state[1:])
-        count = optax.safe_increment(state.count)
+        count = next_count(state.count)
         decay1, decay2 = (_corrected(beta, count) for beta in (b1, b2))
 
         preconditioners = functools.partial(_preconditioners, decay=decay2, eps=eps)
@@ -128,7 +129,7 @@ def scale_by_lora_rite(
         trees = (jax.tree.unflatten(treedef, x) for x in (mu, nu, escaped, basis))
         return tree.rebuilt(), LoRARiteState(count, *trees)
 
-    return optax.GradientTransformation(init, update)
+    return transformation(init, update)
 
 
 def lora_rite(

@@ -22,6 +22,7 @@ from loft_jax.optim.linear_algebra import (
     orthonormal_basis,
     transpose,
 )
+from loft_jax.optim.optax_types import next_count, transformation
 from loft_jax.optim.paired_updates import PairedUpdates, compute_dtype
 from loft_jax.optim.pairs import FactorNames, FactorSpec, Scaling, find_pairs
 
@@ -111,7 +112,7 @@ def riemannion(
         tree = PairedUpdates(updates, params, spec)
         treedef = jax.tree.structure(state.mu)
         mu, basis = jax.tree.leaves(state.mu), jax.tree.leaves(state.basis)
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        rate: Any = learning_rate(state.count) if callable(learning_rate) else learning_rate
 
         frames, cores = [], []
         for group in tree.groups:
@@ -159,10 +160,10 @@ def riemannion(
                 for i, leaf in zip(own.indices, own.unfold(new), strict=True):
                     tree.put_update(i, leaf)
         trees = (jax.tree.unflatten(treedef, x) for x in (mu, basis))
-        return tree.rebuilt(), RiemannionState(optax.safe_increment(state.count), *trees)
+        return tree.rebuilt(), RiemannionState(next_count(state.count), *trees)
 
     adamw = optax.adamw(learning_rate, adam_b1, adam_b2, eps, weight_decay=weight_decay)
-    return apart(optax.GradientTransformation(init, update), adamw, factors)
+    return apart(transformation(init, update), adamw, factors)
 
 
 def _plus(x: FactorMatrix, y: FactorMatrix) -> FactorMatrix:

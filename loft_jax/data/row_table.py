@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow as pa  # type: ignore[import-untyped]  # it has no types
 
 from loft_jax.errors import InputError, explained
 
@@ -75,7 +75,7 @@ def as_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-class _Json(datasets.Json):
+class _Json(datasets.Json):  # type: ignore[misc]  # which has no types
     """Stores values as JSON; the class of `datasets` rounds numbers and loses long ones."""
 
     def decode_example(self, value: str | None, token_per_repo_id: Any = None) -> Any:

@@ -207,7 +207,7 @@ def _build(builder: str, by_split: dict[str, list[Path]], split: str) -> "Datase
 
 def _same_columns(by_split: Mapping[str, Sequence[Path]]) -> bool:
     """Whether all Parquet files have the same columns."""
-    from pyarrow import parquet  # type: ignore[import-untyped]
+    from pyarrow import parquet  # type: ignore[import-untyped]  # it has no types
 
     files = itertools.chain.from_iterable(by_split.values())
     return len({frozenset(parquet.read_schema(file).names) for file in files}) == 1

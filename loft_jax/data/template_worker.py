@@ -39,7 +39,7 @@ def main(seconds: float, memory: int, characters: int) -> None:
         memory: Memory limit in bytes, beyond what the process uses at its start.
         characters: Largest number of characters of a rendered row.
     """
-    chat_template_utils.datetime = _OneDay  # type: ignore[misc]
+    chat_template_utils.datetime = _OneDay  # type: ignore[misc]  # a class, replaced
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, whatever it is doing
     _limit_memory(memory)
     for line in sys.stdin.buffer:

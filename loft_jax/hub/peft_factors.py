@@ -271,7 +271,7 @@ def load_peft_factors(
             if factor.index == index
         )
         leaves[index] = _like(leaves[index], array, path)
-    loaded = jax.tree.unflatten(treedef, leaves)
+    loaded: Factors = jax.tree.unflatten(treedef, leaves)
     if not isinstance(factors, nnx.Module):
         return loaded
     nnx.update(factors, loaded)

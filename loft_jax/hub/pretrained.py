@@ -253,7 +253,9 @@ def load_pretrained(
         config = with_labels(config, labels)
 
     def made() -> PretrainedModel:
-        return make(config, dtype=dtype, param_dtype=param_dtype, remat=remat, rngs=nnx.Rngs(seed))
+        computation = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat}
+        model: PretrainedModel = make(config, **computation, rngs=nnx.Rngs(seed))
+        return model
 
     def made_quantized() -> PretrainedModel:
         model = made()
@@ -316,7 +318,8 @@ def _drawn(make: Callable[[], PretrainedModel], paths: Sequence[str]) -> dict[st
         variables = flat_parameters(make())
         return {path: variables[path].get_value() for path in paths}
 
-    return jax.jit(draw)()
+    drawn: dict[str, jax.Array] = jax.jit(draw)()
+    return drawn
 
 
 def load_model_config(path_or_hub_id: str | os.PathLike[str]) -> tuple[Family, PretrainedConfig]:

@@ -81,7 +81,8 @@ class Safetensors:
                     f"expected one of {', '.join(_READABLE)}"
                 )
             # Slices take no ellipsis before safetensors 0.8.
-            return opened.get_tensor(name) if region is ... else tensor[region]
+            found: np.ndarray = opened.get_tensor(name) if region is ... else tensor[region]
+            return found
 
     def _open_file(self, file: Path) -> None:
         regular_file(inside(file.parent, file.name), "safetensors")

@@ -357,7 +357,8 @@ def _magnitude(plan: _Plan, config: LoRAConfig) -> jax.Array | None:
     # In half precision norms would be rounded, and the initial output would change.
     dtype = jnp.promote_types(config.dtype, jnp.float32)
     axes = plan.factor_axes
-    return norms.reshape(*axes.stack, axes.fan_out).astype(dtype)
+    magnitude: jax.Array = norms.reshape(*axes.stack, axes.fan_out).astype(dtype)
+    return magnitude
 
 
 def _each_weight(plan: _Plan, of: Callable[[jax.Array], Any]) -> Any:
@@ -399,14 +400,15 @@ def _dropout(plan: _Plan, config: LoRAConfig, rngs: nnx.Rngs) -> nnx.Dropout | N
 
 def _stream(rngs: nnx.Rngs, name: str) -> nnx.RngStream:
     try:
-        return rngs[name]
+        stream: nnx.RngStream = rngs[name]
     except KeyError as error:
         raise InputError(f"rngs has no stream {name!r} and no default one") from error
+    return stream
 
 
 def _required_layers(model: nnx.Module) -> dict[str, Any]:
     """Gives the LoRA layers by path, Flax's own `LoRALinear` among them."""
-    layers = lora_layers(model)
+    layers: dict[str, Any] = lora_layers(model)
     known = {id(layer) for layer in layers.values()}
     for path, module in named_modules(model).items():
         if type(module) is nnx.LoRALinear and id(module) not in known:
@@ -485,7 +487,8 @@ def merge_weight(
         return folded.astype(weight.dtype)
 
     layers = jax.tree.map(lambda x: x.reshape(-1, *x.shape[stacked:]), (weight, a, b, magnitude))
-    return lax.map(fold, layers).reshape(weight.shape)
+    folded: jax.Array = lax.map(fold, layers)
+    return folded.reshape(weight.shape)
 
 
 def _detach(layer: Any) -> None:

@@ -62,14 +62,14 @@ class LoRALayer(nnx.Module):
         lora_weight: Name of the parameter that the factors adapt.
     """
 
-    lora_a: nnx.LoRAParam
-    lora_b: nnx.LoRAParam
+    lora_a: nnx.LoRAParam[jax.Array]
+    lora_b: nnx.LoRAParam[jax.Array]
     lora_rank: int
     lora_alpha: float
     lora_rslora: bool = False
     lora_start_a: LoRAStart | None = None
     lora_start_b: LoRAStart | None = None
-    lora_magnitude: nnx.LoRAParam | None = None
+    lora_magnitude: nnx.LoRAParam[jax.Array] | None = None
     lora_dropout: nnx.Dropout | None = None
     lora_numbers: tuple[int, ...] | None = None
     lora_mask: LoRAMask | None = None
@@ -294,7 +294,7 @@ LORA_CLASSES: dict[type[nnx.Module], type[LoRALayer]] = {
 }
 
 
-class CombinedMeta(type(nnx.Linear)):  # type: ignore[misc]
+class CombinedMeta(type(nnx.Linear)):  # type: ignore[misc]  # Flax does not name its metaclass
     """Metaclass of the classes made from a layer's class, with which pickle makes them again."""
 
 
@@ -379,7 +379,9 @@ copyreg.pickle(CombinedMeta, _pickled)
 def _computed(layer: Any, inputs: jax.Array) -> jax.Array:
     """Casts inputs to the dtype of the base layer's computation."""
     bias = None if layer.bias is None else layer.bias[...]
-    return layer.promote_dtype((inputs, layer.kernel[...], bias), dtype=layer.dtype)[0]
+    cast_inputs: jax.Array
+    cast_inputs, *_ = layer.promote_dtype((inputs, layer.kernel[...], bias), dtype=layer.dtype)
+    return cast_inputs
 
 
 def _low_rank(

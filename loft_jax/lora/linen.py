@@ -122,7 +122,8 @@ class LinenLoRA:
                 b = jnp.zeros(b_shape, dtype)
             for name, factor in zip(layer.shapes, (a, b), strict=True):
                 factors[(*_steps(path), name)] = layer.to_tree(factor)
-        return traverse_util.unflatten_dict(factors)
+        tree: dict[str, Any] = traverse_util.unflatten_dict(factors)
+        return tree
 
     def apply(self, variables: Tree, *args: Any, **kwargs: Any) -> Any:
         """Runs the model with its factors, as `model.apply` does without.
@@ -223,7 +224,8 @@ class LinenLoRA:
             )
             folded = jnp.moveaxis(folded, stack, layer.weight_stack)
             merged[key] = meta.replace_boxed(merged[key], folded)
-        return traverse_util.unflatten_dict(merged)
+        tree: dict[str, Any] = traverse_util.unflatten_dict(merged)
+        return tree
 
     def _adapted(
         self,
@@ -409,7 +411,8 @@ def join_factors(params: Tree, factors: Tree) -> dict[str, Any]:
     base, added = (traverse_util.flatten_dict(_plain(tree)) for tree in (params, factors))
     if twice := sorted(".".join(map(str, key)) for key in base.keys() & added.keys()):
         raise InputError(f"params has {_few(twice)} already, expected parameters without factors")
-    return traverse_util.unflatten_dict({**base, **added})
+    joined: dict[str, Any] = traverse_util.unflatten_dict({**base, **added})
+    return joined
 
 
 def split_factors(params: Tree) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -17,7 +18,7 @@ _NUMBER = re.compile(r"(?P<list>.*?)\.(?P<number>\d+)\.")
 _OF_ADAPTED_LAYERS = ("lora_a", "lora_b", "lora_start_a", "lora_start_b", "lora_magnitude")
 
 
-def with_full_stacks(model: nnx.Module, state: nnx.State) -> nnx.State:
+def with_full_stacks(model: nnx.Module, state: nnx.State[Any, Any]) -> nnx.State[Any, Any]:
     """Gives the factors of every layer of each stack, for a scan over the stack.
 
     Layers without an adapter get zeros, which add nothing and whose gradients are dropped. A stack

@@ -3,7 +3,6 @@
 import difflib
 import re
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import jax
 from flax import linen, nnx
@@ -47,7 +46,7 @@ def is_adaptable(module: nnx.Module) -> bool:
     return isinstance(module, tuple(LORA_CLASSES))
 
 
-def lora_layers(model: nnx.Module) -> dict[str, Any]:
+def lora_layers(model: nnx.Module) -> dict[str, LoRALayer]:
     """Gives the LoRA layers of a model by dotted path; a shared layer has its first path.
 
     They are those of `add_lora`, not Flax's own `nnx.LoRA` or layers of other libraries.
@@ -63,7 +62,7 @@ def lora_layers(model: nnx.Module) -> dict[str, Any]:
         >>> lora_layers(nnx.Sequential(linear))
         {}
     """
-    first: dict[int, tuple[str, nnx.Module]] = {}
+    first: dict[int, tuple[str, LoRALayer]] = {}
     for path, module in named_modules(model).items():
         if isinstance(module, LoRALayer):
             first.setdefault(id(module), (path, module))

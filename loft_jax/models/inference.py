@@ -1,9 +1,11 @@
 """Splits models for jitted functions, in evaluation mode."""
 
+from typing import Any
+
 from flax import nnx
 
 
-def inference_state(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State]:
+def inference_state(model: nnx.Module) -> tuple[nnx.GraphDef[Any], nnx.State[Any, Any]]:
     """Splits a model in evaluation mode, without changing the model itself.
 
     Args:

@@ -37,7 +37,7 @@ _NF4 = (
 )  # fmt: skip
 
 
-class QuantizedParam(nnx.Param):
+class QuantizedParam(nnx.Param[Any]):
     """A parameter that holds a `qwix.QArray`; indexing gives its dequantized values."""
 
     def __getitem__(self, key: Any) -> jax.Array:

@@ -101,15 +101,15 @@ def run_layers(
 def _scan(
     graphdef: nnx.GraphDef[Any],
     remat: Remat,
-    params: nnx.State,
-    rest: nnx.State,
+    params: nnx.State[Any, Any],
+    rest: nnx.State[Any, Any],
     x: jax.Array,
     shared: tuple[Any, ...],
     cache: KVCache | None,
-) -> tuple[jax.Array, KVCache | None, nnx.State]:
+) -> tuple[jax.Array, KVCache | None, nnx.State[Any, Any]]:
     """Runs every layer; `rest` is all state but the parameters, and changed state is returned."""
 
-    def body(carry: Any, scanned: Any) -> tuple[Any, nnx.State]:
+    def body(carry: Any, scanned: Any) -> tuple[Any, nnx.State[Any, Any]]:
         x, cache = carry
         params, rest, index = scanned
         before = {path: variable.get_value() for path, variable in nnx.to_flat_state(rest)}

@@ -204,7 +204,7 @@ class Parts:
             rngs=self.rngs,
         )
 
-    def parameter(self, *shape: int) -> nnx.Param:
+    def parameter(self, *shape: int) -> nnx.Param[jax.Array]:
         """Makes a parameter of its own, such as a class token."""
         return nnx.Param(self.draw(self.rngs.params(), shape, self._dtypes["param_dtype"]))
 

@@ -13,7 +13,7 @@ This package needs jax and optax only. Everything public is here; where to read 
 - `linear_algebra`: products, orthonormal bases, many small matrices at once.
 - `state`: what the state of an optimizer costs, and how it lies on a mesh; `meshes`: meshes with
   explicit axes.
-- `arguments`: numbers out of range.
+- `arguments`: numbers out of range; `optax_types`: what Optax types widely, typed as it is here.
 
 No module has the name of a function: `loft_jax.optim.loft` is the optimizer.
 """

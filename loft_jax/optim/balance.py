@@ -29,6 +29,7 @@ import optax
 
 from loft_jax.optim.linear_algebra import FactorMatrix, batched, matmul, transpose
 from loft_jax.optim.meshes import on_explicit_axes, whole_on_explicit_axes
+from loft_jax.optim.optax_types import transformation
 from loft_jax.optim.paired_updates import PairedUpdates, compute_dtype
 from loft_jax.optim.pairs import DEFAULT_SPEC, FactorSpec, find_pairs
 
@@ -93,7 +94,7 @@ def balance_factors(*, spec: FactorSpec = DEFAULT_SPEC) -> optax.GradientTransfo
                 tree.put_updates(factor, now.like(moved))
         return tree.rebuilt(), state
 
-    return optax.GradientTransformation(init, update)
+    return transformation(init, update)
 
 
 @whole_on_explicit_axes

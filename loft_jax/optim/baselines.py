@@ -19,6 +19,7 @@ from loft_jax.optim.linear_algebra import batched, matmul, transpose
 from loft_jax.optim.links import Role, project_gradients
 from loft_jax.optim.loft_optimizers import loft
 from loft_jax.optim.meshes import on_explicit_axes
+from loft_jax.optim.optax_types import transformation
 from loft_jax.optim.paired_updates import PairedUpdates
 from loft_jax.optim.pairs import (
     DEFAULT_SPEC,
@@ -155,7 +156,8 @@ def lora_fa(
         optax.masked(optax.set_to_zero(), lambda params: _has_role(params, spec, "a")),
         *clip,
         project_gradients(spec=spec),
-        optax.stateless(optax.tree.cast_like),  # AdamW's state takes the dtype of its gradients
+        # AdamW's state takes the dtype of its gradients.
+        optax.stateless(optax.tree.cast_like),  # type: ignore[arg-type]  # None never gets here
         optax.partition({"trained": adamw, "frozen": optax.set_to_zero()}, labels),
     )
 
@@ -222,7 +224,7 @@ def precondition_by_gram(
             tree.put_gradients(factor, tree.folded(factor).times(metric))
         return tree.rebuilt(), state
 
-    return optax.GradientTransformation(init, update)
+    return transformation(init, update)
 
 
 def riemannian_lora(

@@ -58,20 +58,27 @@ def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
     """
     stacked = x.ndim > 3 and x.shape[-3] > 1
     if stacked and max(*x.shape[-2:], y.shape[-1]) >= _LONG:
-        return jax.lax.platform_dependent(x, y, tpu=_layer_by_layer, default=_matmul)
+        product: jax.Array = jax.lax.platform_dependent(x, y, tpu=_layer_by_layer, default=_matmul)
+        return product
     return _matmul(x, y)
 
 
-_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
+    product: jax.Array = jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
+    return product
 
 
 def _layer_by_layer(x: jax.Array, y: jax.Array) -> jax.Array:
     def body(t: jax.Array, out: jax.Array) -> jax.Array:
         layers = (jax.lax.dynamic_index_in_dim(z, t, z.ndim - 3, keepdims=False) for z in (x, y))
-        return jax.lax.dynamic_update_index_in_dim(out, _matmul(*layers), t, out.ndim - 3)
+        done: jax.Array = jax.lax.dynamic_update_index_in_dim(
+            out, _matmul(*layers), t, out.ndim - 3
+        )
+        return done
 
     out = jnp.zeros((*x.shape[:-1], y.shape[-1]), jnp.result_type(x, y))
-    return jax.lax.fori_loop(0, x.shape[-3], body, out)
+    product: jax.Array = jax.lax.fori_loop(0, x.shape[-3], body, out)
+    return product
 
 
 def transpose(x: jax.Array) -> jax.Array:

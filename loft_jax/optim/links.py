@@ -19,6 +19,7 @@ import optax
 from loft_jax.optim.arguments import Number, check_positive
 from loft_jax.optim.linear_algebra import Basis, FactorMatrix
 from loft_jax.optim.meshes import on_explicit_axes
+from loft_jax.optim.optax_types import next_count, transformation
 from loft_jax.optim.paired_updates import PairedUpdates, absolute_square, compute_dtype
 from loft_jax.optim.pairs import DEFAULT_SPEC, FactorGroup, FactorSpec, PairGroup, find_pairs
 
@@ -101,7 +102,7 @@ def project_gradients(*, spec: FactorSpec = DEFAULT_SPEC) -> optax.GradientTrans
                 tree.put(factor, basis.project(tree.folded(factor)))
         return tree.rebuilt(), state
 
-    return optax.GradientTransformation(init, update)
+    return transformation(init, update)
 
 
 @on_explicit_axes
@@ -184,10 +185,10 @@ def clip_by_projected_norm(
         norm = jnp.sqrt(total)
         scale = jnp.where(norm < max_norm, 1.0, max_norm / norm)
         tree.leaves = [leaf * scale.astype(leaf.dtype) for leaf in tree.leaves]
-        count = optax.safe_increment(state.count)
+        count = next_count(state.count)
         return tree.rebuilt(), ClipState(count, norm.astype(state.projected_norm.dtype))
 
-    return optax.GradientTransformation(init, update)
+    return transformation(init, update)
 
 
 @on_explicit_axes
@@ -267,9 +268,9 @@ def assign_overlap(
             for factor, keeps, x in moved:
                 x = x.like(x.array * jnp.where(keeps, 1.0, share).astype(x.array.dtype))
                 tree.put_updates(factor, x)
-        return tree.rebuilt(), StepState(optax.safe_increment(state.count))
+        return tree.rebuilt(), StepState(next_count(state.count))
 
-    return optax.GradientTransformation(init, update)
+    return transformation(init, update)
 
 
 def _without_overlap(x: FactorMatrix, own: Basis, keeps: jax.Array | bool) -> FactorMatrix:
@@ -355,9 +356,9 @@ def alternate_factors(
                     tree.leaves[index] = jnp.where(
                         has_turn(factor, state.count, first), leaf, jnp.zeros_like(leaf)
                     )
-        return tree.rebuilt(), StepState(optax.safe_increment(state.count))
+        return tree.rebuilt(), StepState(next_count(state.count))
 
-    return optax.GradientTransformation(init, update)
+    return transformation(init, update)
 
 
 def has_turn(factor: FactorGroup, count: jax.Array, first: Role) -> jax.Array:

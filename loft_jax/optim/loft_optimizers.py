@@ -37,6 +37,7 @@ from loft_jax.optim.moments import (
     calibrate_moments,
     project_updates,
 )
+from loft_jax.optim.optax_types import next_count, transformation
 from loft_jax.optim.paired_updates import PairedUpdates, compute_dtype, share_bases
 from loft_jax.optim.pairs import (
     DEFAULT_SPEC,
@@ -287,7 +288,7 @@ def orthogonalize_momentum(
         tree = PairedUpdates(updates, params, spec)
         treedef = jax.tree.structure(state.mu)
         mu, basis = (dict(enumerate(jax.tree.leaves(x))) for x in (state.mu, state.basis))
-        count = optax.safe_increment(state.count)
+        count = next_count(state.count)
         for group in tree.groups:
             shape = tree.param(group.a).length, tree.param(group.b).length
             for factor, partner in group.sides():
@@ -295,7 +296,7 @@ def orthogonalize_momentum(
                     tree, group, factor, partner, mu, basis, beta
                 )
                 if nesterov:
-                    ahead = beta * m.array / (1 - beta ** optax.safe_increment(count))
+                    ahead = beta * m.array / (1 - beta ** next_count(count))
                     corrected = ahead + (1 - beta) * gradient.c.array / (1 - beta**count)
                 else:
                     corrected = m.array / (1 - beta**count)
@@ -307,7 +308,7 @@ def orthogonalize_momentum(
         state = OrthogonalizeState(count, mu_tree, basis_tree)
         return tree.rebuilt(), state
 
-    return optax.GradientTransformation(init, update)
+    return transformation(init, update)
 
 
 @on_explicit_axes
@@ -447,5 +448,5 @@ def _scale(shape: tuple[int, int], consistent_rms: Number | None) -> Number:
     """Optax's factor for a weight of this shape (in, out)."""
     fan_in, fan_out = shape
     if consistent_rms is None:
-        return max(1.0, fan_out / fan_in) ** 0.5
-    return max(fan_in, fan_out) ** 0.5 * consistent_rms
+        return float(max(1.0, fan_out / fan_in) ** 0.5)
+    return float(max(fan_in, fan_out) ** 0.5) * consistent_rms

@@ -18,6 +18,7 @@ from loft_jax.optim.state import shared_sharding, state_shardings
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Tx = TypeVar("Tx", bound=optax.GradientTransformation)
 
 
 def explicit_mesh(tree: Any) -> Mesh | AbstractMesh | None:
@@ -35,12 +36,13 @@ def explicit_mesh(tree: Any) -> Mesh | AbstractMesh | None:
     for x in jax.tree.leaves(tree):
         if _is_explicit(x):
             if not isinstance(x, jax.core.Tracer):
-                return x.sharding.mesh  # a mesh of devices, which work outside jit needs
+                of_devices: Mesh = x.sharding.mesh  # which work outside jit needs
+                return of_devices
             found = jax.typeof(x).sharding.mesh
     return found
 
 
-def with_auto_axes(mesh: Mesh | AbstractMesh, work: Callable[P, Any]) -> Callable[P, Any]:
+def with_auto_axes(mesh: Mesh | AbstractMesh, work: Callable[P, T]) -> Callable[P, T]:
     """Calls a function with the explicit axes of a mesh made automatic.
 
     Args:
@@ -51,7 +53,7 @@ def with_auto_axes(mesh: Mesh | AbstractMesh, work: Callable[P, Any]) -> Callabl
       A function with the same results, whose types name no axis: `jax.sharding.reshard` them.
     """
 
-    def call(*args: P.args, **kwargs: P.kwargs) -> Any:
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
         abstract = mesh.abstract_mesh
         auto = abstract.update_axis_types(dict.fromkeys(mesh.explicit_axes, AxisType.Auto))
         with jax.sharding.use_abstract_mesh(auto):
@@ -67,8 +69,8 @@ def in_context(x: Any) -> Any:
 
 
 def on_explicit_axes(
-    factory: Callable[P, optax.GradientTransformation],
-) -> Callable[P, Any]:
+    factory: Callable[P, Tx],
+) -> Callable[P, Tx]:
     """Makes a transformation work on meshes with explicit axes; elsewhere nothing changes.
 
     Arguments that are arrays, as with `optax.inject_hyperparams`, lie on the mesh too, and the
@@ -83,7 +85,7 @@ def on_explicit_axes(
     """
 
     @functools.wraps(factory)
-    def make(*args: P.args, **kwargs: P.kwargs) -> optax.GradientTransformation:
+    def make(*args: P.args, **kwargs: P.kwargs) -> Tx:
         tx = factory(*args, **kwargs)
         given, treedef = jax.tree.flatten((args, kwargs))
 
@@ -131,7 +133,8 @@ def whole_on_explicit_axes(function: Callable[P, T]) -> Callable[P, T]:
         if mesh is None:
             return function(*args, **kwargs)
         results = with_auto_axes(mesh, function)(*args, **kwargs)
-        return jax.sharding.reshard(results, NamedSharding(mesh, PartitionSpec()))
+        whole: T = jax.sharding.reshard(results, NamedSharding(mesh, PartitionSpec()))
+        return whole
 
     return call
 

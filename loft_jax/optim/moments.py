@@ -18,6 +18,7 @@ from loft_jax.optim.full_moment import FullMoment
 from loft_jax.optim.linear_algebra import Basis, FactorMatrix
 from loft_jax.optim.links import Move, Role, StepState, check_move, check_role, has_turn
 from loft_jax.optim.meshes import on_explicit_axes
+from loft_jax.optim.optax_types import next_count, transformation
 from loft_jax.optim.paired_updates import PairedUpdates, absolute_square, compute_dtype
 from loft_jax.optim.pairs import DEFAULT_SPEC, FactorGroup, FactorSpec, PairGroup, find_pairs
 from loft_jax.optim.second_moments import (
@@ -251,7 +252,7 @@ def calibrate_moments(
         # By position, and not by the MaskedNodes: with `optax.masked` the parameters have some too.
         basis = dict(zip(tree.paired, jax.tree.leaves(state.basis), strict=True))
         gram = dict(zip(tree.paired, jax.tree.leaves(state.gram), strict=rule.has_gram))
-        count = optax.safe_increment(state.count)
+        count = next_count(state.count)
         key = jax.random.fold_in(jax.random.key(0), count)
         finish = functools.partial(
             Moments,
@@ -300,7 +301,7 @@ def calibrate_moments(
         )
         return tree.rebuilt(), new_state
 
-    return optax.GradientTransformation(init, update)
+    return transformation(init, update)
 
 
 @on_explicit_axes
@@ -404,9 +405,9 @@ def project_updates(
             real = jnp.finfo(x.mu.dtype).dtype
             root = jnp.sqrt(x.nu.astype(real) / x.correction2.astype(real))
             tree.put_update(i, x.mu / x.correction1.astype(real) / (root + eps))
-        return tree.rebuilt(), StepState(optax.safe_increment(state.count))
+        return tree.rebuilt(), StepState(next_count(state.count))
 
-    return optax.GradientTransformation(init, update)
+    return transformation(init, update)
 
 
 def _adam_limit(b1: Number, b2: Number, count: jax.Array) -> jax.Array:

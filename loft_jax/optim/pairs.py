@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from loft_jax.optim.arguments import Number, check_scaling
 from loft_jax.optim.linear_algebra import FactorMatrix
@@ -257,7 +258,7 @@ def group_pairs(pairs: Sequence[Pair], params: Sequence[Any]) -> list[PairGroup]
     return [PairGroup(tuple(group)) for group in groups.values()]
 
 
-def find_pairs(params: Any, spec: FactorSpec = DEFAULT_SPEC) -> list[Pair]:
+def find_pairs(params: optax.Params, spec: FactorSpec = DEFAULT_SPEC) -> list[Pair]:
     """Finds the factor pairs of a parameter tree by the paths of its leaves.
 
     Both factors share their stacked axes; without them A is `(*in, r)` and B `(r, *out)`, each with
@@ -328,7 +329,7 @@ def find_pairs(params: Any, spec: FactorSpec = DEFAULT_SPEC) -> list[Pair]:
     return sorted(pairs, key=lambda pair: pair.a.index)
 
 
-def paired_leaves(params: Any, spec: FactorSpec = DEFAULT_SPEC) -> Any:
+def paired_leaves(params: optax.Params, spec: FactorSpec = DEFAULT_SPEC) -> Any:
     """Marks the leaves that belong to a pair: a tree of booleans, as masks are.
 
     Args:

@@ -32,6 +32,7 @@ import optax
 from loft_jax.optim.arguments import Number, check_adam, check_steps
 from loft_jax.optim.linear_algebra import batched, matmul, transpose
 from loft_jax.optim.meshes import on_explicit_axes, whole_on_explicit_axes
+from loft_jax.optim.optax_types import next_count, transformation
 from loft_jax.optim.paired_updates import PairedUpdates, compute_dtype
 from loft_jax.optim.pairs import DEFAULT_SPEC, FactorNames, FactorSpec, StackAxis, find_pairs
 from loft_jax.optim.state import unboxed_structure
@@ -146,11 +147,11 @@ def precondition_by_reflora(
                 metric = metric.reshape(*grads.array.shape[:2], *metric.shape[-2:])
                 tree.put_gradients(factor, grads.times(metric))
         return tree.rebuilt(), RefLoRAState(
-            optax.safe_increment(state.count),
+            next_count(state.count),
             jax.tree.unflatten(treedef, [metrics[i] for i in tree.paired]),
         )
 
-    return optax.GradientTransformation(init, update)
+    return transformation(init, update)
 
 
 def reflora(
@@ -299,9 +300,9 @@ def balance_norms(
             return ((scale - 1) * param + update.astype(scale.dtype)).astype(param.dtype)
 
         updates = jax.tree_util.tree_map_with_path(whole, updates, params)
-        return updates, BalanceNormsState(optax.safe_increment(state.count), inner_state)
+        return updates, BalanceNormsState(next_count(state.count), inner_state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(*transformation(init, update))
 
 
 def reflora_s(
@@ -406,7 +407,8 @@ def _metrics(g: jax.Array, h: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _diagonal(x: jax.Array) -> jax.Array:
-    return jnp.diagonal(x, axis1=-2, axis2=-1)
+    diagonal: jax.Array = jnp.diagonal(x, axis1=-2, axis2=-1)
+    return diagonal
 
 
 @whole_on_explicit_axes

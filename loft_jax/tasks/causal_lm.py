@@ -168,6 +168,8 @@ def perplexity(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _sums(graphdef: nnx.GraphDef, state: nnx.State, inputs: Arrays) -> tuple[jax.Array, jax.Array]:
+def _sums(
+    graphdef: nnx.GraphDef[Any], state: nnx.State[Any, Any], inputs: Arrays
+) -> tuple[jax.Array, jax.Array]:
     loss, count = CausalLM().loss(nnx.merge(graphdef, state), inputs)
     return gathered(loss), gathered(count)

@@ -443,7 +443,9 @@ def _batches(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _answer_scores(graphdef: nnx.GraphDef, state: nnx.State, batch: Arrays) -> jax.Array:
+def _answer_scores(
+    graphdef: nnx.GraphDef[Any], state: nnx.State[Any, Any], batch: Arrays
+) -> jax.Array:
     """Computes the log-likelihoods of the answers of each row, (b, c)."""
     model = nnx.merge(graphdef, state)
     ids = {name: jnp.asarray(batch[name]) for name in ("segment_ids", "branch_ids")}

@@ -104,5 +104,7 @@ class OwnLoss(Task):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
-def _summed(graphdef: nnx.GraphDef, state: nnx.State, task: OwnLoss, inputs: Arrays) -> jax.Array:
+def _summed(
+    graphdef: nnx.GraphDef[Any], state: nnx.State[Any, Any], task: OwnLoss, inputs: Arrays
+) -> jax.Array:
     return gathered(task.loss(nnx.merge(graphdef, state), inputs)[0])

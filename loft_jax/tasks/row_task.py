@@ -163,7 +163,7 @@ def _by_row(right: Mapping[str, Sequence[bool]], order: np.ndarray) -> dict[str,
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _loss_and_logits(
-    graphdef: nnx.GraphDef, state: nnx.State, task: RowTask, inputs: Arrays
+    graphdef: nnx.GraphDef[Any], state: nnx.State[Any, Any], task: RowTask, inputs: Arrays
 ) -> tuple[jax.Array, jax.Array]:
     logits = task.logits(nnx.merge(graphdef, state), inputs)
     losses = task.losses(logits, jnp.asarray(inputs["labels"]))

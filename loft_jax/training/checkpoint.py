@@ -30,7 +30,7 @@ from loft_jax.training.step import TrainState
 _log = logging.getLogger(__name__)
 
 
-class _Manager(ocp.CheckpointManager):
+class _Manager(ocp.CheckpointManager):  # type: ignore[misc]  # which has no types
     """Orbax's manager, without its own check for preemptions: the training loop has one.
 
     Orbax's check runs in another thread and asks JAX about steps that the loop has already passed,

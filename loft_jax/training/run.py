@@ -299,10 +299,11 @@ class Run:
         }
         if self.config.method.adapts:
             values["gram_condition"] = largest_condition(state.params)
+        rate = self.schedule(int(gather_to_host(state.step)) - 1 - skipped)
         return {
             "train_loss": float(gather_to_host(metrics["loss"])),
             **values,
-            "learning_rate": float(self.schedule(int(gather_to_host(state.step)) - 1 - skipped)),
+            "learning_rate": float(gather_to_host(rate)),
             "skipped_steps": skipped,
             **memory_in_use(),
         }

@@ -13,15 +13,7 @@ import optax
 from flax import nnx
 from safetensors.numpy import load_file
 
-from loft_jax import (
-    LoRAConfig,
-    add_lora,
-    load_peft_adapter,
-    load_pretrained,
-    loft,
-    save_peft_adapter,
-    save_pretrained,
-)
+import loft_jax
 from loft_jax.models.llama import Llama, LlamaConfig
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}
@@ -33,9 +25,10 @@ def main(folder: str = "runs/export_peft") -> None:
     """Trains an adapter for some steps, writes it, and reads it again."""
     base, adapter = Path(folder) / "base", Path(folder) / "adapter"
     model = Llama(LlamaConfig.from_hf({"model_type": "llama", **SIZES, **SHAPE}), rngs=nnx.Rngs(0))
-    save_pretrained(base, model)
-    add_lora(model, LoRAConfig(rank=4, target_modules=("q_proj", "v_proj")), rngs=nnx.Rngs(1))
-    optimizer = nnx.Optimizer(model, loft(3e-2), wrt=nnx.LoRAParam)
+    loft_jax.save_pretrained(base, model)
+    lora = loft_jax.LoRAConfig(rank=4, target_modules=("q_proj", "v_proj"))
+    loft_jax.add_lora(model, lora, rngs=nnx.Rngs(1))
+    optimizer = nnx.Optimizer(model, loft_jax.loft(3e-2), wrt=nnx.LoRAParam)
 
     @nnx.jit
     def step(model: Llama, optimizer: nnx.Optimizer) -> jax.Array:
@@ -49,10 +42,10 @@ def main(folder: str = "runs/export_peft") -> None:
 
     losses = [float(step(model, optimizer)) for _ in range(20)]
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
-    save_peft_adapter(adapter, model, base_model=str(base))
+    loft_jax.save_peft_adapter(adapter, model, base_model=str(base))
     for name, tensor in sorted(load_file(adapter / "adapter_model.safetensors").items())[:2]:
         print(name, tensor.shape)
-    again = load_peft_adapter(adapter, load_pretrained(base))
+    again = loft_jax.load_peft_adapter(adapter, loft_jax.load_pretrained(base))
     print(f"read back, logits differ by {jnp.abs(again(TOKENS) - model(TOKENS)).max():.1e}")
 
 

@@ -43,10 +43,8 @@ def main() -> None:
     def accuracy() -> jax.Array:
         return jnp.mean(model(x).argmax(-1) == labels)
 
-    trained, weights = (
-        sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, kind)))
-        for kind in (nnx.LoRAParam, nnx.Param)
-    )
+    factors, everything = (nnx.state(model, kind) for kind in (nnx.LoRAParam, nnx.Param))
+    trained, weights = (sum(x.size for x in jax.tree.leaves(s)) for s in (factors, everything))
     print(f"trained: {trained} numbers, beside {weights - trained} that stay")
     print(f"accuracy before: {accuracy():.3f}")
     for _ in range(200):

@@ -19,7 +19,7 @@ README = (ROOT / "README.md").read_text("utf-8")
 
 
 def test_the_readme_is_one_and_a_half_screens():
-    assert len(README.splitlines()) <= 120
+    assert len(README.splitlines()) <= 125
     assert sum(line.startswith("![") for line in README.splitlines()) == 2
 
 

@@ -18,6 +18,8 @@ from typing import Any
 import matplotlib
 import matplotlib.pyplot as plt
 
+matplotlib.use("agg")
+
 
 def outputs(notebook: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
     """Runs the code of a notebook, in the current folder.
@@ -50,7 +52,6 @@ def outputs(notebook: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
 
 def main(paths: list[str]) -> None:
     """Writes the outputs into the files."""
-    matplotlib.use("agg")
     for path in map(Path, paths):
         notebook = json.loads(path.read_text("utf-8"))
         here = Path.cwd()

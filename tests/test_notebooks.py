@@ -21,10 +21,10 @@ def texts(of_cell):
 @pytest.mark.parametrize(
     "name", sorted(path.name for path in (ROOT / "docs/start").glob("*.ipynb"))
 )
-def test_a_notebook_prints_what_it_keeps(name, tmp_path, monkeypatch):
+def test_a_notebook_prints_what_it_keeps(name, tmp_path, monkeypatch, caplog):
     notebook = json.loads((ROOT / "docs/start" / name).read_text("utf-8"))
     monkeypatch.chdir(tmp_path)
-    level = logging.getLogger("loft_jax").level
+    caplog.set_level(logging.ERROR, logger="loft_jax")  # which a notebook sets, and the test resets
     kept = [cell["outputs"] for cell in notebook["cells"] if cell["cell_type"] == "code"]
     for expected, found in zip(kept, outputs(notebook), strict=True):
         words, numbers = texts(found)
@@ -32,4 +32,3 @@ def test_a_notebook_prints_what_it_keeps(name, tmp_path, monkeypatch):
         assert words == expected_words
         assert numbers == pytest.approx(expected_numbers, abs=0.03, rel=0.05)
         assert [o["output_type"] for o in found] == [o["output_type"] for o in expected]
-    logging.getLogger("loft_jax").setLevel(level)

@@ -2,6 +2,7 @@
 
 import re
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
@@ -9,8 +10,13 @@ from scripts.pictures import __main__ as pictures
 from scripts.pictures import calibration, rates, reflora, step, subspace, whole_step
 
 
-def test_every_picture_of_a_page_is_made(tmp_path, monkeypatch):
-    """Which are shown, and which are made: the same."""
+@pytest.fixture(autouse=True, scope="module")
+def _own_style():
+    with plt.rc_context():
+        yield
+
+
+def test_the_pictures_that_are_shown_are_those_that_are_made():
     shown = {
         name
         for page in (*pictures.FOLDER.rglob("*.md"), pictures.FOLDER.parents[1] / "README.md")

@@ -7,6 +7,7 @@ import tomllib
 import pytest
 import yaml
 
+import loft_jax
 from loft_jax.cli import main
 from loft_jax.cli.commands import _COMMANDS
 from loft_jax.cli.sweep import Sweep
@@ -21,6 +22,12 @@ README = (ROOT / "README.md").read_text("utf-8")
 def test_the_readme_is_one_and_a_half_screens():
     assert len(README.splitlines()) <= 125
     assert sum(line.startswith("![") for line in README.splitlines()) == 2
+
+
+def test_links_of_the_readme_lead_somewhere():
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", README)
+    assert len(targets) > 20
+    assert not [target for target in targets if not (ROOT / target).exists()]
 
 
 def test_the_optax_block_learns():
@@ -78,11 +85,10 @@ def test_the_tour_names_the_extras_that_there_are():
     assert set(named.split(", ")) <= set(project["optional-dependencies"])
 
 
-def test_the_tour_runs_in_python(tmp_path, monkeypatch):
+def test_the_tour_runs_in_python(monkeypatch):
     given = {}
     [block] = blocks(TOUR, "python")
-    monkeypatch.setattr("loft_jax.training.loop.finetune", lambda *args, **kw: given.update(kw))
-    monkeypatch.setattr("loft_jax.finetune", lambda *args, **kw: given.update(kw), raising=False)
+    monkeypatch.setattr(loft_jax, "finetune", lambda config, **kw: given.update(kw))
     exec(block, {"rows": [{"text": "x"}]})
     assert given == {"data": [{"text": "x"}]}
 

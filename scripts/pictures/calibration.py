@@ -64,7 +64,7 @@ def compute() -> Calibration:
             return states, raw["lora_a"]  # the coordinates, as the columns are orthonormal
 
         links = full, factored
-        states = [link.init(params(jnp.array(0))) for link in links]
+        states: Any = [link.init(params(jnp.array(0))) for link in links]
         states, c = jax.lax.scan(step, states, jnp.arange(STEPS))
         of_full, of_factored = (state[1] for state in states)
         b = params(jnp.array(STEPS - 1))["lora_b"]

@@ -1,6 +1,6 @@
 """How far one gradient step moves W, by how W is split into factors."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ def compute() -> tuple[Moves, Moves]:
     def gradients(a: jax.Array, b: jax.Array) -> dict[str, jax.Array]:
         return {"lora_a": full @ b.T, "lora_b": a.T @ full}
 
-    def length(a: jax.Array, b: jax.Array, grads: dict[str, jax.Array]) -> jax.Array:
+    def length(a: jax.Array, b: jax.Array, grads: Any) -> jax.Array:
         return jnp.linalg.norm(grads["lora_a"] @ b + a @ grads["lora_b"])
 
     def moves(diagonal: jax.Array) -> tuple[jax.Array, ...]:

@@ -42,7 +42,7 @@ def compute() -> Steps:
     scale = jnp.exp(jax.random.normal(keys[3], (ROWS,)))
     a = jax.random.normal(keys[2], (ROWS, RANK)) / ROWS**0.5
     params = {"lora_a": a, "lora_b": jnp.zeros((RANK, COLUMNS))}
-    optimizers = loft(RATE), optax.adam(RATE), optax.adam(RATE)
+    optimizers: Any = loft(RATE), optax.adam(RATE), optax.adam(RATE)
 
     @jax.jit
     def step(params: Any, states: Any, number: jax.Array) -> Any:
@@ -60,7 +60,7 @@ def compute() -> Steps:
         states = of_loft[1], of_full[1], of_lora[1]
         return optax.apply_updates(params, of_loft[0]), states, moves
 
-    starts = params, jnp.zeros_like(target), params
+    starts: Any = params, jnp.zeros_like(target), params
     states = tuple(tx.init(start) for tx, start in zip(optimizers, starts, strict=True))
     for number in range(STEPS):
         now = params

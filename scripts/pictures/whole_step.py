@@ -1,6 +1,6 @@
 """How far W is from AdamW's path with each move, and what each move keeps of a direction."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def compute() -> WholeStep:
     b = jax.random.normal(keys[3], (COLUMNS, COLUMNS)) / 3
 
     def path(tx: optax.GradientTransformation, params: dict[str, jax.Array]) -> jax.Array:
-        def weight(params: dict[str, jax.Array]) -> jax.Array:
+        def weight(params: Any) -> jax.Array:
             return params["w"] if "w" in params else params["lora_a"] @ params["lora_b"]
 
         def step(carry: tuple, _: None) -> tuple:

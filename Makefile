@@ -13,6 +13,9 @@ SITE := NO_MKDOCS_2_WARNING=1 JAX_PLATFORMS=cpu $(BIN)/mkdocs build
 
 .PHONY: test test-tunix test-versions docs demo assets clean
 
+# Many tests start processes, which find modules compiled, whatever the user wants elsewhere.
+test: export PYTHONDONTWRITEBYTECODE :=
+test: export PYTHONPYCACHEPREFIX := $(CURDIR)/.venv/pycache
 test: .venv/.test assets
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check

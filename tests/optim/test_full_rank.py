@@ -18,15 +18,19 @@ TOLERANCES = {"float64": 1e-9, "float32": 1e-3}
 UNSTEADY = 1e-8  # in float64, with a clip and that eps
 
 
-CASES = list(
-    itertools.product(
-        (1e-8, 1e-3),  # eps
-        (0.0, 0.1),  # weight decay
-        (np.inf, 1.0),  # max_grad_norm
-        (False, True),  # schedule
-        (1.0, 4.0),  # scaling
-    )
+SETTINGS = (
+    (1e-8, 1e-3),  # eps
+    (0.0, 0.1),  # weight decay
+    (np.inf, 1.0),  # max_grad_norm
+    (False, True),  # schedule
+    (1.0, 4.0),  # scaling
 )
+# Half of all cases, in which any four settings take all their values together.
+CASES = [
+    tuple(values[i] for values, i in zip(SETTINGS, which, strict=True))
+    for which in itertools.product((0, 1), repeat=len(SETTINGS))
+    if sum(which) % 2 == 0
+]
 
 
 def learning_rates(schedule):

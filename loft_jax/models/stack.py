@@ -6,6 +6,7 @@ added to it (LoRA factors, dropout streams).
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -20,6 +21,8 @@ from loft_jax.models.attention import KVCache
 from loft_jax.models.family import Remat
 
 Layer = TypeVar("Layer", bound=nnx.Module)
+
+_LOW_RANK = 8  # a matrix whose rank is this many times less than its outputs is of low rank
 
 
 def stack_layers(count: int, make: Callable[[nnx.Rngs], Layer], rngs: nnx.Rngs) -> Layer:
@@ -124,15 +127,28 @@ def _scan(
         ]
         return (laid_out(x), cache), nnx.from_flat_state(changed)
 
-    # By default only products with weights are kept for the backward pass: everything else is cheap
-    # to recompute, and storing it would cost more memory traffic than it saves.
     policies = jax.checkpoint_policies
     keep = {
         "full": policies.nothing_saveable,
-        "dots": policies.dots_with_no_batch_dims_saveable,
+        "dots": _is_kept,
         "none": policies.everything_saveable,
     }[remat]
     body = jax.checkpoint(body, prevent_cse=False, policy=keep)
     count = jax.tree.leaves(params)[0].shape[0]
     (x, cache), rest = lax.scan(body, (x, cache), (params, rest, jnp.arange(count)))
     return x, cache, rest
+
+
+def _is_kept(primitive: Any, *operands: Any, **parameters: Any) -> bool:
+    """Whether the backward pass gets a result, by default: those of products with whole weights.
+
+    Everything else costs less to compute again than to write and to read, and so does the product
+    of `x A` with a factor B, which would be kept beside the product with the weight it is added to.
+    """
+    products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    if not products(primitive, *operands, **parameters):
+        return False
+    (_, axes), _ = parameters["dimension_numbers"]
+    _, weight = operands
+    terms = math.prod(weight.shape[axis] for axis in axes)
+    return _LOW_RANK * terms > weight.size // terms

@@ -2,14 +2,13 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from tqdm.auto import tqdm
 
@@ -20,6 +19,7 @@ from loft_jax.models.activations import gathered
 from loft_jax.models.family import LanguageModel
 from loft_jax.models.inference import inference_state
 from loft_jax.tasks.task import Arrays, Evaluation, Given, Measured, Task
+from loft_jax.tasks.token_losses import token_losses, token_losses_in_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,14 +60,7 @@ class CausalLM(Task):
 
     def loss(self, model: LanguageModel, inputs: Arrays) -> tuple[jax.Array, jax.Array]:
         """Sums `-log p(token | tokens before it)`, and counts these tokens."""
-        arrays = {name: jnp.asarray(value) for name, value in inputs.items()}
-        hidden, _ = model.hidden_states(
-            arrays["tokens"], positions=arrays["positions"], segment_ids=arrays["segment_ids"]
-        )  # (b, t, hidden)
-        logits = model.logits(jnp.take_along_axis(hidden, arrays["places"][..., None], axis=1))
-        scores = logits.astype(jnp.float32)
-        losses = optax.softmax_cross_entropy_with_integer_labels(scores, arrays["targets"])
-        return jnp.sum(losses * arrays["weights"]), jnp.sum(arrays["weights"])
+        return _summed(model, inputs, token_losses)
 
     def evaluation(
         self,
@@ -171,5 +164,16 @@ def perplexity(
 def _sums(
     graphdef: nnx.GraphDef[Any], state: nnx.State[Any, Any], inputs: Arrays
 ) -> tuple[jax.Array, jax.Array]:
-    loss, count = CausalLM().loss(nnx.merge(graphdef, state), inputs)
+    loss, count = _summed(nnx.merge(graphdef, state), inputs, token_losses_in_parts)
     return gathered(loss), gathered(count)
+
+
+def _summed(
+    model: LanguageModel, inputs: Arrays, losses_of: Callable[..., jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    arrays = {name: jnp.asarray(value) for name, value in inputs.items()}
+    hidden, _ = model.hidden_states(
+        arrays["tokens"], positions=arrays["positions"], segment_ids=arrays["segment_ids"]
+    )  # (b, t, hidden)
+    losses = losses_of(model, hidden, arrays["places"], arrays["targets"])
+    return jnp.sum(losses * arrays["weights"]), jnp.sum(arrays["weights"])

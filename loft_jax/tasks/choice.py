@@ -24,6 +24,7 @@ from loft_jax.models.family import LanguageModel
 from loft_jax.models.inference import inference_state
 from loft_jax.tasks.causal_lm import CausalLM
 from loft_jax.tasks.task import CHOICE_FIELDS, Arrays, Evaluation, Given, Measured
+from loft_jax.tasks.token_losses import token_losses_in_parts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -450,9 +451,6 @@ def _answer_scores(
     model = nnx.merge(graphdef, state)
     ids = {name: jnp.asarray(batch[name]) for name in ("segment_ids", "branch_ids")}
     hidden, _ = model.hidden_states(jnp.asarray(batch["tokens"]), **ids)  # (b, t, hidden)
-    places, targets = (jnp.asarray(batch[name])[..., None] for name in ("places", "targets"))
-    logits = model.logits(jnp.take_along_axis(hidden, places, axis=1))  # (b, n, vocab)
-    scores = logits.astype(jnp.float32)
-    chosen = jnp.take_along_axis(scores, targets, axis=-1)[..., 0]
-    found = chosen - jax.nn.logsumexp(scores, axis=-1)  # (b, n)
+    places, targets = (jnp.asarray(batch[name]) for name in ("places", "targets"))
+    found = -token_losses_in_parts(model, hidden, places, targets)  # (b, n)
     return gathered(jnp.where(batch["belongs"], found[..., None], 0.0).sum(axis=1))

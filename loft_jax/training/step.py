@@ -1,5 +1,6 @@
-"""One optimizer step: forward, backward, update, jitted as a whole."""
+"""One optimizer step: forward, backward, update, jitted."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec, use_abstract_mesh
 
 from loft_jax.tasks.task import Arrays
-from loft_jax.training.gradients import Loss, make_gradients
+from loft_jax.training.gradients import Loss, Sums, make_gradients
 from loft_jax.training.partition import ModelPartition
 
 Tree = Any
@@ -58,6 +59,52 @@ def initial_state(parts: ModelPartition, tx: optax.GradientTransformation) -> Tr
     return TrainState(*counters, params, tx.init(params), streams)
 
 
+class TrainStep:
+    """A jitted training step, as two programs: gradients, and the optimizer's update.
+
+    The gradients are compiled for each shape of batches, the update once for all of them.
+
+    Attributes:
+        gradients: Jitted, from trained parameters, streams, frozen parameters and a batch to the
+            loss, its weight, the mean gradients and the next streams.
+        update: Jitted, from a state with the next streams (donated) and the first three of these
+            to the result of a step.
+    """
+
+    def __init__(self, gradients: Any, update: Any, whole: Any) -> None:
+        self.gradients, self.update, self._whole = gradients, update, whole
+
+    def __call__(
+        self, state: TrainState, frozen: Tree, batch: Arrays
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Does a step.
+
+        Args:
+            state: Before the step; donated.
+            frozen: Frozen parameters.
+            batch: As the loss takes it.
+
+        Returns:
+            The state after the step, and metrics: `loss` (the mean), `grad_norm` (global norm of
+            the gradients, or of the projected gradients if the optimizer clips by that) and
+            `update_norm` (global norm of what was added to the parameters).
+        """
+        *sums, streams = self.gradients(state.params, state.streams, frozen, batch)
+        result: tuple[TrainState, dict[str, jax.Array]] = self.update(
+            state._replace(streams=streams), *sums
+        )
+        return result
+
+    def lower(self, state: Tree, frozen: Tree, batch: Tree) -> jax.stages.Lowered:
+        """Lowers the step as one program, to see what it takes on a machine.
+
+        That is what both take: gradients are all that is left of one when the other begins, in one
+        program too.
+        """
+        lowered: jax.stages.Lowered = self._whole.lower(state, frozen, batch)
+        return lowered
+
+
 def make_step(
     parts: ModelPartition,
     loss: Loss,
@@ -66,7 +113,7 @@ def make_step(
     shardings: StepShardings | None = None,
     *,
     max_skipped_steps: int = 1,
-) -> Callable[[TrainState, Tree, Arrays], tuple[TrainState, dict[str, jax.Array]]]:
+) -> TrainStep:
     """Makes the jitted train step of a run.
 
     The loss is the weighted mean over the whole batch, independent of the number of parts it is
@@ -90,10 +137,7 @@ def make_step(
         max_skipped_steps: Number of consecutive skipped steps after which all are skipped.
 
     Returns:
-        A jitted function of state (donated), frozen parameters and a batch as the loss takes it. It
-        returns the next state and metrics: `loss` (the mean), `grad_norm` (global norm of the
-        gradients, or of the projected gradients if the optimizer clips by that) and `update_norm`
-        (global norm of what was added to the parameters).
+        The step.
     """
     gradients = make_gradients(
         parts, loss, accumulation_steps, None if shardings is None else shardings.batch.mesh
@@ -113,17 +157,14 @@ def make_step(
             shardings.state.opt_state,
         )
 
-    def step(
-        state: TrainState, frozen: Tree, batch: Arrays
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
-        total, weight, grads, streams = gradients(state.params, state.streams, frozen, batch)
+    def mean_gradients(params: Tree, streams: Tree, frozen: Tree, batch: Arrays) -> Sums:
+        total, weight, grads, streams = gradients(params, streams, frozen, batch)
         count = jnp.maximum(weight, 1.0)
-        grads = jax.tree.map(lambda g: g / count, grads)
-        # Without the barrier, what the optimizer computes without gradients, such as bases, would
-        # be computed early and take memory beside the activations.
-        grads, state, total, count, streams = jax.lax.optimization_barrier(
-            (grads, state, total, count, streams)
-        )
+        return total, count, jax.tree.map(lambda g: g / count, grads), streams
+
+    def updated(
+        state: TrainState, total: jax.Array, count: jax.Array, grads: Tree
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
         skipped_in_all, streak = state.skipped
@@ -153,21 +194,52 @@ def make_step(
             "grad_norm": grad_norm,
             "update_norm": update_norm,
         }
-        return TrainState(state.step + 1, skipped, params, opt_state, streams), metrics
+        return TrainState(state.step + 1, skipped, params, opt_state, state.streams), metrics
 
-    if shardings is None:
-        return jax.jit(step, donate_argnums=0)
-    mesh = shardings.batch.mesh
-
-    def step_on_mesh(
+    def whole(
         state: TrainState, frozen: Tree, batch: Arrays
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        with use_abstract_mesh(mesh.abstract_mesh):  # the model finds it there
-            return step(state, frozen, batch)
+        *sums, streams = mean_gradients(state.params, state.streams, frozen, batch)
+        # Without the barrier, what the optimizer computes without gradients, such as bases, would
+        # be computed early and take memory beside the activations.
+        state, sums = jax.lax.optimization_barrier((state._replace(streams=streams), sums))
+        return updated(state, *sums)
 
-    return jax.jit(
-        step_on_mesh,
-        in_shardings=(shardings.state, shardings.frozen, shardings.batch),
-        out_shardings=(shardings.state, NamedSharding(mesh, PartitionSpec())),
-        donate_argnums=0,
+    if shardings is None:
+        return TrainStep(
+            jax.jit(mean_gradients),
+            jax.jit(updated, donate_argnums=0),
+            jax.jit(whole, donate_argnums=0),
+        )
+    mesh, layout = shardings.batch.mesh, shardings.state
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    inputs = (shardings.frozen, shardings.batch)
+    sums = (everywhere, everywhere, layout.params)
+
+    def on_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def called(*arguments: Any) -> Any:
+            with use_abstract_mesh(mesh.abstract_mesh):  # the model finds it there
+                return function(*arguments)
+
+        return called
+
+    return TrainStep(
+        jax.jit(
+            on_mesh(mean_gradients),
+            in_shardings=(layout.params, layout.streams, *inputs),
+            out_shardings=(*sums, layout.streams),
+        ),
+        jax.jit(
+            on_mesh(updated),
+            in_shardings=(layout, *sums),
+            out_shardings=(layout, everywhere),
+            donate_argnums=0,
+        ),
+        jax.jit(
+            on_mesh(whole),
+            in_shardings=(layout, *inputs),
+            out_shardings=(layout, everywhere),
+            donate_argnums=0,
+        ),
     )

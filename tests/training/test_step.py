@@ -178,3 +178,29 @@ def test_the_norm_told_is_the_one_that_clips(parts):
         norms.append(float(metrics["grad_norm"]))
     np.testing.assert_allclose(norms[0], norms[1], rtol=1e-6)
     assert abs(norms[2] / norms[0] - 1) > 0.1
+
+
+def test_the_optimizer_is_compiled_once_for_all_lengths(parts):
+    inner, traced = optax.adam(1e-2), []
+
+    def update(grads, state, params):
+        traced.append(jax.tree.leaves(grads)[0].shape)
+        return inner.update(grads, state, params)
+
+    tx = optax.GradientTransformation(inner.init, update)
+    step, state = make_step(parts, LOSS, tx), initial_state(parts, tx)
+    for length in (8, 16, 8):
+        batch = predicted(random_batch(0, rows=2, length=length))
+        state, _ = step(state, parts.frozen, batch)
+    assert len(traced) == 1
+
+
+def test_as_one_program_a_step_is_the_same(parts):
+    tx = optax.adam(1e-2)
+    step, batch = make_step(parts, LOSS, tx), predicted(random_batch(0, rows=2, length=8))
+    whole = step.lower(initial_state(parts, tx), parts.frozen, batch).compile()
+    found = step(initial_state(parts, tx), parts.frozen, batch)
+    expected = whole(initial_state(parts, tx), parts.frozen, batch)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), *(found, expected)
+    )

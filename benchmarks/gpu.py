@@ -1,15 +1,19 @@
 """What LoFT costs on one GPU: its update beside AdamW's, and whole training steps of a 1B Llama.
 
-All programs are compiled first, several at once; then the contestants of each case take turns, and
-a ratio is the median over rounds of the ratio within a round. Beside each update stands what share
-of the card's own rate of copying it reaches, counting each byte of gradients, states, parameters
-and updates read or written once, and nothing else: below 1 the rest goes to arithmetic, to
-intermediate arrays and to starting kernels.
+First the fused kernel (`loft_jax.optim.fused_direction`) is compared with plain JAX on the card.
+Then the programs of a case are compiled, several at once, and its contestants take turns: a ratio
+is the median over rounds of the ratio within a round. Beside each update stands what share of the
+card's roofline it reaches: the time that its bytes take at the card's own rate of copying, or its
+floating-point operations at the card's own rate of float32 products, whichever is longer, over the
+time it took. Bytes are those of gradients, states, parameters and updates, each read or written
+once; operations those of the full second moment and its direction, which are nearly all.
 
-    python -m benchmarks.gpu          # some five minutes on an H100
+    python -m benchmarks.gpu          # made to last under six minutes on an H100
     python -m benchmarks.gpu --quick  # tiny sizes, on any device: its numbers mean nothing
 
-Adds one JSON line a measured row to `gpu.jsonl` in the folder of results, and prints tables.
+Cases come in the order of what they tell. Each adds a JSON line a row to `gpu.jsonl` in the folder
+of results and prints its table as soon as it is done. A case that has lines of this revision and
+this card is not measured again: stop it at any time and start it again.
 """
 
 import functools
@@ -34,6 +38,11 @@ from benchmarks.optimizer.turns import Turn, take_turns, timing
 from loft_jax import LoRAConfig, add_lora
 from loft_jax.methods import Full
 from loft_jax.models.llama import Llama, LlamaConfig
+from loft_jax.optim.full_moment import FullMoment, packed_size, symmetric_squares
+from loft_jax.optim.fused_direction import on_cuda, on_tpu
+from loft_jax.optim.linear_algebra import FactorMatrix, orthonormal_basis
+from loft_jax.optim.pairs import Factor, FactorGroup
+from loft_jax.optim.second_moments import AdamStep, SecondMomentState
 from loft_jax.tasks.causal_lm import CausalLM
 from loft_jax.training.model import trained_variables
 from loft_jax.training.partition import split_model
@@ -41,9 +50,12 @@ from loft_jax.training.step import initial_state, make_step
 
 RANK = 16
 UPDATES: tuple[Contestant, ...] = (
-    "adamw", "loft", "loft-factored", "loft-alternate", "loft-alternate-factored",
+    "adamw", "loft", "loft-fused", "loft-factored", "loft-alternate", "loft-alternate-fused",
+    "loft-alternate-factored",
 )  # fmt: skip
-STEPS: tuple[Contestant, ...] = ("adamw", "loft-factored", "loft")
+STEPS: tuple[Contestant, ...] = ("adamw", "loft-factored", "loft", "loft-fused")
+# Of the kernel's error: stack, rows, columns, rank.
+KERNELS = ((8, 1024, 1024, 16), (1, 1000, 1030, 5), (1, 1000, 1030, 64))
 
 LLAMA_1B = LlamaConfig(
     vocab_size=128_256,
@@ -88,6 +100,14 @@ class Job(NamedTuple):
     step: Callable[..., Any]
     """From the program and a state to (result, next state)."""
     bytes: int
+    operations: float = 0.0
+
+
+class Rates(NamedTuple):
+    """What the card reaches: bytes a second of a copy, operations a second of a product."""
+
+    copy: float
+    product: float
 
 
 def main(options: Options) -> None:
@@ -95,16 +115,32 @@ def main(options: Options) -> None:
     if options.quick:
         jax.config.update("jax_cpu_enable_async_dispatch", False)
     history = History(options.results, "gpu")
-    rate = copy_rate(2**20 if options.quick else 2**30)
-    print(f"{jax.devices()[0].device_kind}: copies {rate / 1e12:.2f} TB/s", flush=True)
+    rates = Rates(
+        copy_rate(2**20 if options.quick else 2**30), product_rate(64 if options.quick else 8192)
+    )
+    print(
+        f"{jax.devices()[0].device_kind}: copies {rates.copy / 1e12:.2f} TB/s, multiplies float32 "
+        f"at {rates.product / 1e12:.1f} TFLOP/s",
+        flush=True,
+    )
+    for sizes in ((2, 48, 32, 4),) if options.quick else KERNELS:
+        print(f"kernel, {sizes}: {kernel_error(*sizes):.1e} from plain JAX", flush=True)
+    done = {
+        entry.case["name"]
+        for entry in history.read()
+        if all(entry.made_with[key] == history.made_with[key] for key in ("revision", "device"))
+        and entry.case["quick"] == options.quick
+    }
     with ThreadPoolExecutor(8) as pool:
-        # Tracing is done here, one after the other; compiling is done by the threads.
-        cases = {**update_jobs(pool, options), **train_jobs(pool, options)}
-        for case, jobs in cases.items():
-            rows = list(measured(case, jobs, options, rate))
+        for case, begin in cases(pool, options).items():
+            if case in done:
+                print(f"\n{case}: measured before", flush=True)
+                continue
+            # Tracing is done here, one after the other; compiling is done by the threads.
+            rows = list(measured(case, begin(), options, rates))
             for name, row in rows:
                 about = {"name": case, "rank": RANK, "optimizer": name, "quick": options.quick}
-                history.append(about, {"copy_rate": rate, **row})
+                history.append(about, {**rates._asdict(), **row})
             print("\n".join([f"\n{case}", "", *shown(rows)]), flush=True)
 
 
@@ -120,26 +156,73 @@ def copy_rate(size: int) -> float:
     return 10 * 2 * 4 * size / (time.perf_counter() - start)
 
 
-def update_jobs(pool: ThreadPoolExecutor, options: Options) -> dict[str, list[Job]]:
-    """The optimizer updates by case, their compilation begun."""
+def product_rate(size: int) -> float:
+    """Operations a second of a product of two (size, size) matrices in all bits of float32."""
+    x = jnp.ones((size, size), jnp.float32) / size
+    multiply = jax.jit(functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST))
+    y = jax.block_until_ready(multiply(x, x))
+    start = time.perf_counter()
+    for _ in range(3):
+        y = multiply(x, y)
+    jax.block_until_ready(y)
+    return 3 * 2 * size**3 / (time.perf_counter() - start)
+
+
+def kernel_error(stack: int, rows: int, columns: int, rank: int) -> float:
+    """The largest difference of a direction by the kernel from plain JAX, over its largest element.
+
+    On CPUs the kernel for GPUs is interpreted.
+    """
+    keys = iter(jax.random.split(jax.random.key(0), 3))
+    mu = FactorMatrix(jax.random.normal(next(keys), (1, stack, rows, rank)))
+    partner = jax.random.normal(next(keys), (1, stack, rank, columns))
+    basis = orthonormal_basis(FactorMatrix(partner, rank_last=False))
+    gradients = jax.random.normal(next(keys), (rank + 3, stack, rows, rank))
+    p = FactorMatrix(jnp.mean(symmetric_squares(FactorMatrix(gradients)).array, axis=0)[None])
+    step = AdamStep(mu, basis, jnp.float32(0.5), jnp.float32(1e-8), jnp.float32(3.0))
+    interpreted = functools.partial(on_cuda, interpret=True)
+    kernel = {"gpu": on_cuda, "tpu": on_tpu}.get(jax.default_backend(), interpreted)
+    numbers = jnp.array([0.5**-0.5, 1e-8, 3.0])
+    found = basis.from_coordinates(mu.like(jax.jit(kernel)(p, mu, basis.q, numbers))).array
+    factor = FactorGroup((Factor(0, "", (stack,), (0,), (rows,), rank_last=True),))
+    state = SecondMomentState([p.array[0]], [])
+    expected = jax.jit(lambda: FullMoment().direction(factor, state, step).array)()
+    return float(jnp.abs(found - expected).max() / jnp.abs(expected).max())
+
+
+def cases(pool: ThreadPoolExecutor, options: Options) -> dict[str, Callable[[], list[Job]]]:
+    """What begins the compilation of each case, by its name."""
+    updates = update_cases(pool, options)
+    first = [*updates][:2]
+    name, train = train_case(pool, options)
+    return {
+        **{case: updates[case] for case in first},
+        name: train,
+        **{case: begin for case, begin in updates.items() if case not in first},
+    }
+
+
+def update_cases(pool: ThreadPoolExecutor, options: Options) -> dict[str, Callable[[], list[Job]]]:
+    """The optimizer updates."""
     if options.quick:
         shapes = {"2 pairs 48x32": pair_shapes(48, 32, 4, 2)}
     else:
         shapes = {
             "8 pairs 1024x1024": pair_shapes(1024, 1024, RANK, 8),
             "one pair 4096x11008": pair_shapes(4096, 11008, RANK, 1),
-            "Llama-2-7B, 7 stacks of 32": llama_shapes(4096, 11008, 32, RANK, stacked=True),
             "Llama-2-7B, 224 pairs": llama_shapes(4096, 11008, 32, RANK, stacked=False),
+            "Llama-2-7B, 7 stacks of 32": llama_shapes(4096, 11008, 32, RANK, stacked=True),
         }
-    found = {}
-    for case, of_case in shapes.items():
+
+    def begin(case: str) -> list[Job]:
         names: tuple[Contestant, ...] = UPDATES
         if case.endswith("224 pairs"):
             names = STEPS
         elif "Llama" not in case:
             names = (*UPDATES, "dense")
-        found[case] = [_update_job(pool, name, of_case) for name in names]
-    return found
+        return [_update_job(pool, name, shapes[case]) for name in names]
+
+    return {case: functools.partial(begin, case) for case in shapes}
 
 
 def _update_job(pool: ThreadPoolExecutor, name: Contestant, shapes: Any) -> Job:
@@ -157,15 +240,31 @@ def _update_job(pool: ThreadPoolExecutor, name: Contestant, shapes: Any) -> Job:
 
     # Gradients and parameters are read, the updates written, the state both.
     size = 3 * _bytes(shapes) + 2 * _bytes(state)
-    return Job(name, pool.submit(lowered.compile), start, step, size)
+    return Job(name, pool.submit(lowered.compile), start, step, size, operations(name, shapes))
 
 
-def train_jobs(pool: ThreadPoolExecutor, options: Options) -> dict[str, list[Job]]:
-    """The training steps, their compilation begun: LoRA by each optimizer, and all weights."""
+def operations(name: Contestant, shapes: Any) -> float:
+    """Floating-point operations of the full second moment in an update; of the others, none.
+
+    A direction takes `2 (q + 2 r)` an element of W; a change of basis `2 q²` a row of p.
+    """
+    if name not in ("loft", "loft-fused", "loft-alternate", "loft-alternate-fused"):
+        return 0.0
+    directions = 1 if "alternate" in name else 2
+    total = 0.0
+    for pair in jax.tree.leaves(shapes, is_leaf=lambda x: "lora_a" in x):
+        *stack, m, r = pair["lora_a"].shape
+        n, q = pair["lora_b"].shape[-1], packed_size(r)
+        of_layer = directions * 2 * (q + 2 * r) * m * n + 2 * q * q * (m + n)
+        total += math.prod(stack) * of_layer
+    return total
+
+
+def train_case(pool: ThreadPoolExecutor, options: Options) -> tuple[str, Callable[[], list[Job]]]:
+    """The training steps: LoRA by each optimizer, and all weights."""
     config = TINY if options.quick else LLAMA_1B
     rows, length = (2, 16) if options.quick else (options.rows, options.length)
     name = "tiny Llama" if options.quick else "Llama of 1.2B weights, bfloat16"
-    batch = random_batch(rows, length, config.vocab_size)
 
     @functools.cache
     def parts(*, full: bool) -> Any:
@@ -177,6 +276,7 @@ def train_jobs(pool: ThreadPoolExecutor, options: Options) -> dict[str, list[Job
         return split_model(model, trained_variables(Full()) if full else nnx.LoRAParam)
 
     def job(label: str, optimizer: Contestant, *, full: bool) -> Job:
+        batch = random_batch(rows, length, config.vocab_size)
         tx, split = make_optimizer(optimizer), parts(full=full)
         shapes = jax.eval_shape(functools.partial(initial_state, split, tx))
         jitted: Any = make_step(split, CausalLM().loss, tx)
@@ -189,12 +289,15 @@ def train_jobs(pool: ThreadPoolExecutor, options: Options) -> dict[str, list[Job
         begin = functools.partial(initial_state, split, tx)
         return Job(label, pool.submit(lowered.compile), begin, step, 0)
 
-    jobs = [job(name, name, full=False) for name in STEPS] + [job("full", "adamw", full=True)]
-    return {f"{name}, batch {rows}x{length}": jobs}
+    def begin() -> list[Job]:
+        lora = [job(name, name, full=False) for name in STEPS]
+        return [*lora, job("full", "adamw", full=True)]
+
+    return f"{name}, batch {rows}x{length}", begin
 
 
 def measured(
-    case: str, jobs: list[Job], options: Options, rate: float
+    case: str, jobs: list[Job], options: Options, rates: Rates
 ) -> Iterator[tuple[str, Row]]:
     """Times the contestants of a case by turns."""
     turns = {}
@@ -213,13 +316,15 @@ def measured(
         turns[job.name].check(f"{job.name} of {case}")
         row = memory[job.name] | timing(times, job.name)  # type: ignore[arg-type]  # as above
         if job.bytes:
-            row |= {"bytes": job.bytes, "of_copy_rate": job.bytes / row["seconds"] / rate}
+            least = max(job.bytes / rates.copy, job.operations / rates.product)
+            row |= {"bytes": job.bytes, "operations": job.operations}
+            row |= {"of_roofline": least / row["seconds"]}
         yield job.name, row
 
 
 def shown(rows: list[tuple[str, Row]]) -> list[str]:
     """The rows of a case as a table."""
-    head = ["optimizer", "ms", "time / adamw", "of the copy rate", "temporaries MiB", "peak MiB"]
+    head = ["optimizer", "ms", "time / adamw", "of the roofline", "temporaries MiB", "peak MiB"]
     lines = []
     for name, row in rows:
         low, high = row["to_adamw_quartiles"]
@@ -228,7 +333,7 @@ def shown(rows: list[tuple[str, Row]]) -> list[str]:
                 name,
                 f"{1e3 * row['seconds']:.3f}",
                 f"{row['to_adamw']:.3f} [{low:.3f}, {high:.3f}]",
-                f"{row['of_copy_rate']:.2f}" if "of_copy_rate" in row else "",
+                f"{row['of_roofline']:.2f}" if "of_roofline" in row else "",
                 f"{row['temp_bytes'] / 2**20:,.1f}",
                 f"{row['peak_bytes'] / 2**20:,.1f}",
             )

@@ -3,16 +3,19 @@
 On least-squares problems ½‖X (W - W*)‖² with random factors, W is moved by LoFT in float64, and
 again with fewer bits in one place: everything in float32, the second or both moments stored in
 bfloat16, or the products that make Adam's direction in one or three passes of bfloat16 (what TPUs
-do at the precisions "default" and "high"; emulated, so that any machine gives the same figures).
+do at the precisions "default" and "high"; emulated, so that any machine gives the same figures), at
+every step or from some step on.
 
 A distance is ‖W - W₆₄‖ over the distance that W₆₄ has come from its start, in the Frobenius norm:
-at the first step, the largest over all steps, and at the last.
+at the first step, the largest over all steps, and at the last. Beside it stands how many times that
+of float32 it is, at the step where that is most.
 
 Adds a line a row to `rounding.jsonl` in the folder of results, and prints the table.
 
     python -m benchmarks.rounding
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,14 +59,17 @@ def in_bfloat16(passes: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
     return product
 
 
-# What is measured: a name, arguments of loft, and what multiplies in place of float32.
-CASES: tuple[tuple[str, dict[str, Any], Callable[..., jax.Array]], ...] = (
-    ("float32", {}, matmul),
-    ("float32, balanced factors", {"balance": True}, matmul),
-    ("second moment in bfloat16", {"state_dtype": "bfloat16"}, matmul),
-    ("both moments in bfloat16", {"state_dtype": "bfloat16", "mu_dtype": "bfloat16"}, matmul),
-    ("direction in three passes of bfloat16", {}, in_bfloat16(3)),
-    ("direction in one pass of bfloat16", {}, in_bfloat16(1)),
+# What is measured: a name, arguments of loft, what multiplies in place of float32, and how many
+# steps are in float32 before.
+CASES: tuple[tuple[str, dict[str, Any], Callable[..., jax.Array], int], ...] = (
+    ("float32", {}, matmul, 0),
+    ("float32, balanced factors", {"balance": True}, matmul, 0),
+    ("second moment in bfloat16", {"state_dtype": "bfloat16"}, matmul, 0),
+    ("both moments in bfloat16", {"state_dtype": "bfloat16", "mu_dtype": "bfloat16"}, matmul, 0),
+    ("direction in three passes of bfloat16", {}, in_bfloat16(3), 0),
+    ("direction in three passes after 3 steps", {}, in_bfloat16(3), 3),
+    ("direction in three passes after 20 steps", {}, in_bfloat16(3), 20),
+    ("direction in one pass of bfloat16", {}, in_bfloat16(1), 0),
 )
 
 
@@ -75,13 +81,22 @@ class Options:
     """Folder of the results: add to those that are kept, or start others."""
 
 
-def path(shape: tuple[int, int, int], steps: int, dtype: DTypeLike, **numbers: Any) -> np.ndarray:
+def path(
+    shape: tuple[int, int, int],
+    steps: int,
+    dtype: DTypeLike,
+    product: Callable[..., jax.Array] = matmul,
+    before: int = 0,
+    **numbers: Any,
+) -> np.ndarray:
     """W before the first and after each of the steps.
 
     Args:
         shape: (m, n, r).
         steps: How many.
         dtype: Of the factors.
+        product: What multiplies where a direction is made.
+        before: Steps that float32 multiplies at first.
         numbers: Of `loft_jax.loft`.
 
     Returns:
@@ -101,20 +116,25 @@ def path(shape: tuple[int, int, int], steps: int, dtype: DTypeLike, **numbers: A
         residual = data @ (params["lora_a"] @ params["lora_b"] - target)
         return jnp.sum(residual**2) / 2
 
-    def body(carry: tuple[Any, Any], _: None) -> tuple[tuple[Any, Any], Any]:
-        params, state = carry
-        updates, state = tx.update(jax.grad(loss)(params), state, params)
-        params = optax.apply_updates(params, updates)
-        return (params, state), params
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def run(carry: tuple[Any, Any], length: int, product: Callable[..., jax.Array]) -> Any:
+        def body(carry: tuple[Any, Any], _: None) -> tuple[tuple[Any, Any], Any]:
+            params, state = carry
+            updates, state = tx.update(jax.grad(loss)(params), state, params)
+            params = optax.apply_updates(params, updates)
+            return (params, state), params
 
-    @jax.jit
-    def run() -> Any:
-        return jax.lax.scan(body, (start, tx.init(start)), length=steps)[1]
+        with mock.patch.object(full_moment, "matmul", product):
+            return jax.lax.scan(body, carry, length=length)
 
+    carry, moved = (start, tx.init(start)), [jax.tree.map(lambda x: x[None], start)]
     with jax.default_matmul_precision("highest"):
-        moved = run()
+        for length, by in ((before, matmul), (steps - before, product)):
+            if length:
+                carry, of_phase = run(carry, length, by)
+                moved.append(of_phase)
     a, b = (
-        np.concatenate([np.asarray(start[key], np.float64)[None], np.asarray(moved[key])])
+        np.concatenate([np.asarray(part[key], np.float64) for part in moved])
         for key in ("lora_a", "lora_b")
     )
     return a @ b
@@ -125,22 +145,32 @@ def main(options: Options) -> None:
     jax.config.update("jax_enable_x64", True)
     history, lines = History(options.results, "rounding"), []
     for shape, steps, learning_rate, eps in PROBLEMS:
-        numbers = {"learning_rate": learning_rate, "eps": eps}
+        numbers: dict[str, Any] = {"learning_rate": learning_rate, "eps": eps}
         exact = path(shape, steps, jnp.float64, **numbers)
         come = np.linalg.norm(exact[1:] - exact[0], axis=(1, 2))
-        for name, settings, product in tqdm(CASES, desc=f"{shape}", unit="path"):
-            with mock.patch.object(full_moment, "matmul", product):
-                found = path(shape, steps, jnp.float32, **numbers, **settings)
+        plain = np.ones(steps)
+        for name, settings, product, before in tqdm(CASES, desc=f"{shape}", unit="path"):
+            found = path(shape, steps, jnp.float32, product, before, **numbers, **settings)
             distance = np.linalg.norm(found[1:] - exact[1:], axis=(1, 2)) / come
+            plain = distance if name == "float32" else plain
             measured = {
                 "first": float(distance[0]),
                 "largest": float(distance.max()),
                 "last": float(distance[-1]),
+                "to_float32": float((distance / plain).max()),
             }
             history.append({"problem": shape, "steps": steps, **numbers, "with": name}, measured)
-            cells = [f"{value:.1e}" for value in measured.values()]
+            *distances, ratio = measured.values()
+            cells = [*(f"{value:.1e}" for value in distances), f"{ratio:.3g}"]
             lines.append([f"{shape}, {eps:g}", name, *cells])
-    head = ("problem (in, out, r), eps", "with", "first step", "largest", "last step")
+    head = (
+        "problem (in, out, r), eps",
+        "with",
+        "first step",
+        "largest",
+        "last step",
+        "times float32",
+    )
     print("\n".join(table(head, lines)))
 
 

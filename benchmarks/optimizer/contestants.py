@@ -14,6 +14,8 @@ Contestant = Literal[
     "loft-factored",
     "loft-alternate",
     "loft-alternate-factored",
+    "loft-fused",
+    "loft-alternate-fused",
     "loft-balanced",
     "loft-bf16",
     "loft-diagonal",
@@ -38,8 +40,8 @@ def make_optimizer(name: Contestant) -> optax.GradientTransformation:
         name: "adamw" is Optax's on the factors, "dense" the paper's formulas as written,
             "dense-einsum" these with the second moment's product in the order of least work, the
             others are `loft_jax.loft` by its second moment and its move ("loft" is the exact
-            moment in float32, along the tangent space), the exact one with balanced factors, and
-            `loft_jax.loft_muon`.
+            moment in float32, along the tangent space; "fused" makes its direction by a kernel),
+            the exact one with balanced factors, and `loft_jax.loft_muon`.
 
     Returns:
         The transformation.
@@ -55,6 +57,8 @@ def make_optimizer(name: Contestant) -> optax.GradientTransformation:
         "loft-factored": {"second_moment": "factored"},
         "loft-alternate": {"move": "alternate"},
         "loft-alternate-factored": {"second_moment": "factored", "move": "alternate"},
+        "loft-fused": {"fused": True},
+        "loft-alternate-fused": {"fused": True, "move": "alternate"},
         "loft-balanced": {"balance": True},
         "loft-bf16": {"state_dtype": jnp.bfloat16},
         "loft-diagonal": {"second_moment": "diagonal"},

@@ -27,6 +27,7 @@ spread over the stack, at a time. The states of separate pairs of one shape are 
 copy of at most 128 MiB in float32, or of one pair.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -36,6 +37,7 @@ import jax
 import jax.numpy as jnp
 
 from loft_jax.optim.arguments import Number
+from loft_jax.optim.fused_direction import fused_direction
 from loft_jax.optim.linear_algebra import FactorMatrix, matmul, transpose
 from loft_jax.optim.pairs import FactorGroup
 from loft_jax.optim.second_moments import (
@@ -66,9 +68,15 @@ _MOST_JOINED = 1 << 25
 _MANY = 48
 
 
+@dataclasses.dataclass(frozen=True)
 class FullMoment:
-    """One symmetric (r, r) matrix a row: exact, and independent of how W is factorized."""
+    """One symmetric (r, r) matrix a row: exact, and independent of how W is factorized.
 
+    Attributes:
+      fused: Whether the direction is made by a Pallas kernel, where there is one.
+    """
+
+    fused: bool = False
     has_gram = False
 
     def width(self, rank: int) -> int:
@@ -104,10 +112,11 @@ class FullMoment:
         for the true values, so it is enforced on the computed ones.
         """
         mu, q = step.mu, step.basis.q
+        find = (
+            functools.partial(fused_direction, elsewhere=_direction) if self.fused else _direction
+        )
         coordinates = [
-            _direction(
-                some.fold(state.rows[part]), mu.like(mu.array[part]), q.like(q.array[part]), step
-            )
+            find(some.fold(state.rows[part]), mu.like(mu.array[part]), q.like(q.array[part]), step)
             for part, some in _parts(factor, state)
         ]
         return step.basis.from_coordinates(mu.like(jnp.concatenate(coordinates)))

@@ -67,6 +67,7 @@ def loft(
     mu_dtype: DTypeLike | None = None,
     balance: bool = False,
     first: Role = "b",
+    fused: bool = False,
     factors: FactorNames | None = None,
     scaling: Scaling = 1.0,
     stack_axis: StackAxis = None,
@@ -126,6 +127,8 @@ def loft(
         before it, so inside: `max_grad_norm` and the learning rate do.
       first: The factor that keeps the overlap at the first step (see `assign_overlap`), or moves at
         it, with "alternate". "b", since adapters start with B = 0 and A has no gradient then.
+      fused: Makes the direction of the full second moment by a Pallas kernel where there is one
+        (see `project_updates`).
       factors: Endings of the paths of the factors; by default `lora_a` with `lora_b` and `lora_A`
         with `lora_B`, also after an underscore. See `FactorSpec` for this and the next two.
       scaling: The s of `W = s A B` that the forward pass uses (alpha / rank in LoRA), or a
@@ -167,6 +170,8 @@ def loft(
     check_not_negative(weight_decay, "weight_decay")
     check_positive(max_grad_norm, "max_grad_norm")
     check_move(move)
+    if fused and second_moment != "full":
+        raise ValueError(f"fused=True: second_moment is {second_moment!r}, expected 'full'")
     spec = FactorSpec(factors, scaling, stack_axis)
     chain = optax.chain(
         project_gradients(spec=spec),
@@ -179,7 +184,7 @@ def loft(
             mu_dtype=mu_dtype,
             spec=spec,
         ),
-        project_updates(eps, move=move, first=first, spec=spec),
+        project_updates(eps, move=move, first=first, fused=fused, spec=spec),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
         _turns(move, first, spec),

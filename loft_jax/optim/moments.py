@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 
 from loft_jax.optim.arguments import Number, check_decay, check_not_negative
 from loft_jax.optim.full_moment import FullMoment
+from loft_jax.optim.fused_direction import check_fused
 from loft_jax.optim.linear_algebra import Basis, FactorMatrix
 from loft_jax.optim.links import Move, Role, StepState, check_move, check_role, has_turn
 from loft_jax.optim.meshes import on_explicit_axes
@@ -310,6 +311,7 @@ def project_updates(
     *,
     move: Move = "tangent",
     first: Role = "b",
+    fused: bool = False,
     spec: FactorSpec = DEFAULT_SPEC,
 ) -> optax.GradientTransformation:
     r"""Rebuilds Adam's direction of the full weight and projects it on what each partner spans.
@@ -328,6 +330,8 @@ def project_updates(
       move: "tangent" makes the updates of both factors, for `assign_overlap`; "alternate" only that
         of the factor whose turn it is, and zero for the other.
       first: The factor that moves first, with "alternate".
+      fused: Makes the direction of the full second moment in one Pallas kernel on TPUs and NVIDIA
+        GPUs, up to rank 128 and in float32 (see `loft_jax.optim.fused_direction`).
       spec: The pairs and their scaling.
 
     Returns:
@@ -336,8 +340,8 @@ def project_updates(
       needs the parameters.
 
     Raises:
-      ValueError: As `project_gradients`; for a negative eps; or, at update, for leaves that are not
-        `Moments`.
+      ValueError: As `project_gradients`; for a negative eps; for pairs that `fused` cannot do; or,
+        at update, for leaves that are not `Moments`, or with `fused` of another second moment.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -359,7 +363,10 @@ def project_updates(
     check_not_negative(eps, "eps")
 
     def init(params: optax.Params) -> StepState:
-        find_pairs(params, spec)
+        leaves = jax.tree.leaves(params)
+        for pair in find_pairs(params, spec):
+            if fused:
+                check_fused(pair.path, pair.rank, compute_dtype(leaves[pair.a.index]))
         return StepState(jnp.zeros([], jnp.int32))
 
     def update(
@@ -379,8 +386,12 @@ def project_updates(
                 moments = [tree.leaves[i] for i in factor.indices]
                 mu = factor.fold([x.mu for x in moments])
                 dtype = mu.array.dtype
+                rule = _RULES[moments[0].second_moment]
+                if fused:
+                    check_fused(group.pairs[0].path, group.rank, dtype, moments[0].second_moment)
+                    rule = FullMoment(fused=True)
                 direction = functools.partial(
-                    _RULES[moments[0].second_moment].direction,
+                    rule.direction,
                     factor,
                     SecondMomentState(
                         [x.nu for x in moments],

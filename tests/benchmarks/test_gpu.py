@@ -1,6 +1,7 @@
 """The benchmark of one GPU, at sizes that a CPU does too."""
 
 import json
+import re
 
 import pytest
 
@@ -17,4 +18,9 @@ def test_every_contestant_of_every_case_is_measured(tmp_path, capsys):
         *(("tiny Llama", name) for name in (*STEPS, "full")),
     ]
     assert all(line["measured"]["to_adamw"] > 0 for line in lines)
-    assert "of the copy rate" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "of the roofline" in out
+    assert float(re.search(r"kernel, \(2, 48, 32, 4\): (\S+) from plain JAX", out)[1]) < 1e-6
+    main(Options(quick=True, results=tmp_path))
+    assert capsys.readouterr().out.count("measured before") == 2  # both cases, and nothing added
+    assert len((tmp_path / "gpu.jsonl").read_text().splitlines()) == len(lines)

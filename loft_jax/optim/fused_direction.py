@@ -89,12 +89,13 @@ def fused_direction(
     def by(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         return lambda p, mu, q, _, numbers: kernel(p, mu, q, numbers)
 
-    return jax.lax.platform_dependent(
+    direction: jax.Array = jax.lax.platform_dependent(
         *(p, mu, q, step, numbers),
         tpu=by(on_tpu),
         cuda=by(on_cuda),
         default=lambda *given: elsewhere(*given[:-1]),
     )
+    return direction
 
 
 def on_tpu(

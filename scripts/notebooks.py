@@ -31,6 +31,7 @@ def outputs(notebook: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
         The outputs of each cell of code, in the notebook's format.
     """
     names: dict[str, Any] = {"__name__": "__main__"}
+    plt.close("all")
     for cell in notebook["cells"]:
         if cell["cell_type"] != "code":
             continue

@@ -89,8 +89,8 @@ def test_the_tour_runs_in_python(monkeypatch):
     given = {}
     [block] = blocks(TOUR, "python")
     monkeypatch.setattr(loft_jax, "finetune", lambda config, **kw: given.update(kw))
-    exec(block, {"rows": [{"text": "x"}]})
-    assert given == {"data": [{"text": "x"}]}
+    exec(block, {})
+    assert given == {"data": [{"prompt": "2 + 2 =", "completion": " 4"}]}
 
 
 def table():

@@ -12,7 +12,7 @@ from scripts.pictures.style import BLUE, GREY, ORANGE, panels
 LOGS = Path(__file__).parents[2] / "experiments" / "results"
 TASK, RANK = TASKS["stories"], 4
 METHODS = {
-    "full fine-tuning": Setting("stories", "full-linear", 0, TASK.eps),
+    "full fine-tuning of the same layers": Setting("stories", "full-linear", 0, TASK.eps),
     f"LoRA, rank {RANK}": Setting("stories", "lora", RANK, TASK.eps),
     f"LoFT, rank {RANK}": Setting("stories", "loft-factored", RANK, TASK.eps),
 }

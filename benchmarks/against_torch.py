@@ -150,7 +150,6 @@ def _training(
     model.train()
     parts = split_model(model, nnx.LoRAParam)
     tx = optax.adamw(_RATE, weight_decay=0.0)
-    # Torch's sums over a scheduler's turn are no part of a step, and it has no clip of its own.
     theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     adapter = peft.LoraConfig(
         r=options.rank, lora_alpha=options.rank, target_modules="all-linear", task_type="CAUSAL_LM"

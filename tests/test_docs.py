@@ -32,8 +32,10 @@ from loft_jax.tasks import TASKS, CausalLM, Given, find_task
 from loft_jax.training.callbacks import RunResult
 from loft_jax.training.config_io import config_from_dict, load_config, save_config
 from tests.flat_config import flat_config
+from tests.pages import ROOT
+from tests.pages import blocks as blocks_of
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 PUBLIC = (
     "loft_jax",
@@ -50,8 +52,7 @@ PUBLIC = (
 
 
 def blocks(page, language):
-    text = (DOCS / page).read_text("utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    return blocks_of(DOCS / page, language)
 
 
 def run(page, count=None, **names):

@@ -1,9 +1,7 @@
 """The recipe for MaxText: its numbers by the scan at axis 0, its adapter by PEFT."""
 
 import math
-import re
 import textwrap
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +16,9 @@ import loft_jax
 from examples.maxtext import finetune, llama
 from loft_jax import LoRAConfig, merge_lora, register_lora_layer
 from loft_jax.lora.linen import add_lora
+from tests.pages import ROOT, blocks
 
-ROOT = Path(__file__).parents[2]
+PAGE = "docs/how-to/maxtext.md"
 
 
 def moved(tree):
@@ -112,16 +111,11 @@ def test_peft_computes_the_same_logits(run):
     assert np.abs(found - ours).max() > 0.1
 
 
-def page_blocks():
-    page = (ROOT / "docs/how-to/maxtext.md").read_text()
-    return re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
-
-
 def test_the_page_shows_the_code_that_runs():
     code = (ROOT / "examples/maxtext/finetune.py").read_text()
-    blocks = [block for block in page_blocks() if "register_lora_layer" not in block]
-    assert len(blocks) >= 3
-    for block in blocks:
+    shown = [block for block in blocks(PAGE, "python") if "register_lora_layer" not in block]
+    assert len(shown) >= 3
+    for block in shown:
         assert any(textwrap.indent(block, " " * depth) in code for depth in (0, 4, 8))
 
 
@@ -134,7 +128,7 @@ def test_a_class_of_maxtexts_form_is_registered_as_the_page_says():
         def __call__(self, x):
             return jnp.tensordot(x, self.kernel[...], 1)
 
-    [block] = [block for block in page_blocks() if "register_lora_layer" in block]
+    [block] = [block for block in blocks(PAGE, "python") if "register_lora_layer" in block]
     exec(block, {"register_lora_layer": register_lora_layer, "DenseGeneral": DenseGeneral})
     model = loft_jax.add_lora(
         nnx.Sequential(DenseGeneral(nnx.Rngs(0))), LoRAConfig(rank=2), rngs=nnx.Rngs(1)

@@ -7,7 +7,7 @@ from jax import lax
 
 from loft_jax.models.family import LanguageModel
 
-_LOGITS_AT_ONCE = 2**25  # 128 MiB in float32
+_LOGITS_AT_ONCE = 2**25  # of a device, 128 MiB in float32
 
 
 def token_losses(
@@ -49,7 +49,9 @@ def token_losses_in_parts(
     """
     rows, count = places.shape
     vocabulary = jax.eval_shape(model.logits, hidden[:, :1]).shape[-1]
-    width = max(1, min(count, _LOGITS_AT_ONCE // (rows * vocabulary)))
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = 1 if mesh.empty else mesh.size
+    width = max(1, min(count, _LOGITS_AT_ONCE * devices // (rows * vocabulary)))
     parts = -(-count // width)
 
     def divided(x: jax.Array) -> jax.Array:

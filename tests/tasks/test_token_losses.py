@@ -58,3 +58,19 @@ def test_in_parts_they_are_the_same_and_never_all_logits(limit, monkeypatch):
     np.testing.assert_allclose(found, token_losses(Head(table), hidden, places, targets), rtol=1e-6)
     has_all = f"{ROWS},{COUNT},{VOCAB}]" in str(jax.make_jaxpr(evaluated)(hidden))
     assert has_all == (limit == 2**25)
+
+
+def test_devices_of_a_mesh_share_the_limit_of_logits_at_once(monkeypatch):
+    monkeypatch.setattr(module, "_LOGITS_AT_ONCE", ROWS * VOCAB)
+    hidden, table, places, targets = problem()
+
+    def largest_part():
+        made = jax.make_jaxpr(
+            lambda hidden: token_losses_in_parts(Head(table), hidden, places, targets)
+        )(hidden)
+        return max(k for k in range(1, COUNT + 1) if f"{ROWS},{k},{VOCAB}]" in str(made))
+
+    assert largest_part() == 1
+    mesh = jax.sharding.AbstractMesh((2, 2), ("data", "tensor"))
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert largest_part() == 4

@@ -9,7 +9,6 @@ collection "params", so that a scan takes them apart as it does the kernel, at i
 
 import contextlib
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,12 +18,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 from flax.core import meta
-from jax import lax
 
 from loft_jax.errors import InputError
-from loft_jax.lora.axes import WeightAxes, einsum_parts
+from loft_jax.lora.axes import WeightAxes
 from loft_jax.lora.config import LoRAConfig, product_scaling
 from loft_jax.lora.inject import draw_matrices, merge_weight
+from loft_jax.lora.linen_methods import METHODS, Branch, Method
 from loft_jax.lora.targets import HEADS, select_paths
 from loft_jax.optim.pairs import FactorSpec
 
@@ -183,7 +182,7 @@ class LinenLoRA:
             context: nn.module.InterceptorContext,
         ) -> Any:
             y = next_fun(*args, **kwargs)
-            method = _METHODS.get(_function(context))
+            method = METHODS.get(_function(context))
             if context.module.scope is not None:
                 modules.add(_dotted(context.module.path))
             if method is None or (path := _dotted(context.module.path)) not in self.layers:
@@ -230,7 +229,7 @@ class LinenLoRA:
     def _adapted(
         self,
         path: str,
-        method: "_Method",
+        method: Method,
         module: nn.Module,
         y: jax.Array,
         args: tuple[Any, ...],
@@ -253,7 +252,7 @@ class LinenLoRA:
         a, b = found.values()
         weight = meta.unbox(module.get_variable("params", layer.weight))
         rate = self.config.dropout if method.drops and module.has_rng("dropout") else 0.0
-        branch = _Branch(module, weight, a, b, layer.scaling, rate)
+        branch = Branch(module, weight, a, b, layer.scaling, rate)
         return y + method.branch(branch, *args, **kwargs).astype(y.dtype)
 
     def _check_collections(self, variables: Tree) -> None:
@@ -434,131 +433,6 @@ def split_factors(params: Tree) -> tuple[dict[str, Any], dict[str, Any]]:
     return traverse_util.unflatten_dict(base), traverse_util.unflatten_dict(factors)
 
 
-class _Branch(NamedTuple):
-    """What a low-rank branch is computed from."""
-
-    module: Any
-    weight: jax.Array
-    a: jax.Array
-    b: jax.Array
-    scaling: float
-    dropout: float
-
-    def promoted(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Casts input and factors to the dtype of the layer's computation, and drops inputs."""
-        x, _ = self.module.promote_dtype(x, self.weight, dtype=self.module.dtype)
-        if self.dropout:
-            keep = 1 - self.dropout
-            mask = jax.random.bernoulli(self.module.make_rng("dropout"), keep, x.shape)
-            x = jnp.where(mask, x / keep, 0).astype(x.dtype)
-        return x, self.a.astype(x.dtype), self.b.astype(x.dtype)
-
-
-class _Method(NamedTuple):
-    """How factors enter a method of a Flax layer."""
-
-    weight: str
-    axes: Callable[..., WeightAxes]
-    branch: Callable[..., jax.Array]
-    drops: bool = True
-
-
-def _dense_axes(module: nn.Dense, inputs: jax.Array) -> WeightAxes:
-    return WeightAxes((), (), (inputs.shape[-1],), (module.features,), "ir,ro->io")
-
-
-def _dense(branch: _Branch, inputs: jax.Array) -> jax.Array:
-    x, a, b = branch.promoted(inputs)
-    # As a matrix, so that the gradients of A and B are plain products.
-    down = jnp.dot(x.reshape(-1, x.shape[-1]), a, precision=branch.module.precision)
-    up = jnp.dot(down * branch.scaling, b, precision=branch.module.precision)
-    return up.reshape(*x.shape[:-1], b.shape[-1])
-
-
-def _general_numbers(module: nn.DenseGeneral, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Gives the contracted and the batch axes of the input, ascending as the layer has them."""
-    both = ((x,) if isinstance(x, int) else tuple(x) for x in (module.axis, module.batch_dims))
-    contract, batch = (tuple(sorted(axis % ndim for axis in axes)) for axes in both)
-    return contract, batch
-
-
-def _general_axes(module: nn.DenseGeneral, inputs: jax.Array) -> WeightAxes:
-    contract, batch = _general_numbers(module, inputs.ndim)
-    outs = (module.features,) if isinstance(module.features, int) else tuple(module.features)
-    letters = iter("abcdefghijklmnopqrstuvwxyz")
-    sizes = [tuple(inputs.shape[axis] for axis in axes) for axes in (batch, contract)]
-    n, i, o = ("".join(next(letters) for _ in axes) for axes in (*sizes, outs))
-    return WeightAxes((), sizes[0], sizes[1], outs, f"{n}{i}R,{n}R{o}->{n}{i}{o}")
-
-
-def _general(branch: _Branch, inputs: jax.Array) -> jax.Array:
-    x, a, b = branch.promoted(inputs)
-    contract, batch = _general_numbers(branch.module, x.ndim)
-    leading = tuple(range(len(batch)))
-    ins = tuple(range(len(batch), len(batch) + len(contract)))
-    precision = branch.module.precision
-    down = lax.dot_general(x, a, ((contract, ins), (batch, leading)), precision=precision)
-    return lax.dot_general(  # (*batch, ..., r) and (*batch, r, *out)
-        down * branch.scaling,
-        b,
-        (((down.ndim - 1,), (len(batch),)), (leading, leading)),
-        precision=precision,
-    )
-
-
-def _equation(module: nn.Einsum, einsum_str: str | None) -> str:
-    return str(nn.merge_param("einsum_str", module.einsum_str, einsum_str))
-
-
-def _einsum_axes(module: nn.Einsum, inputs: jax.Array, einsum_str: str | None = None) -> WeightAxes:
-    parts = einsum_parts(_equation(module, einsum_str))
-    batch, ins, outs = (
-        tuple(module.shape[axis] for axis in axes) for axes in (parts.batch, parts.ins, parts.outs)
-    )
-    return WeightAxes((), batch, ins, outs, parts.product)
-
-
-def _einsum(branch: _Branch, inputs: jax.Array, einsum_str: str | None = None) -> jax.Array:
-    x, a, b = branch.promoted(inputs)
-    module = branch.module
-    parts = einsum_parts(_equation(module, einsum_str))
-    down = jnp.einsum(parts.down, x, a, precision=module.precision)
-    return jnp.einsum(
-        parts.up,
-        down * branch.scaling,
-        b,
-        precision=module.precision,
-        preferred_element_type=module.preferred_element_type,
-    )
-
-
-def _embed_axes(module: nn.Embed, inputs: jax.Array) -> WeightAxes:
-    return WeightAxes((), (), (module.num_embeddings,), (module.features,), "ir,ro->io")
-
-
-def _embed(branch: _Branch, inputs: jax.Array) -> jax.Array:
-    dtype = branch.module.dtype or branch.weight.dtype
-    if branch.module.num_embeddings == 1:  # the layer then ignores the indices
-        inputs = jnp.zeros_like(inputs)
-    down = jnp.take(branch.a.astype(dtype), inputs, axis=0)  # (..., r)
-    return (down * branch.scaling) @ branch.b.astype(dtype)
-
-
-def _attend(branch: _Branch, query: jax.Array) -> jax.Array:
-    x, a, b = branch.promoted(query)
-    return ((x @ b.T) * branch.scaling) @ a.T
-
-
-# By the function that Flax runs, and not by class: a subclass that changes inputs and outputs
-# around `super()` then changes those of the adapted layer.
-_METHODS: dict[Any, _Method] = {
-    inspect.unwrap(nn.Dense.__call__): _Method("kernel", _dense_axes, _dense),
-    inspect.unwrap(nn.DenseGeneral.__call__): _Method("kernel", _general_axes, _general),
-    inspect.unwrap(nn.Einsum.__call__): _Method("kernel", _einsum_axes, _einsum),
-    inspect.unwrap(nn.Embed.__call__): _Method("embedding", _embed_axes, _embed, drops=False),
-    inspect.unwrap(nn.Embed.attend): _Method("embedding", _embed_axes, _attend, drops=False),
-}
-
 # Sizes of arrays that exist in an abstract trace alone. A scan adds its axis to them as it does to
 # parameters; no number of layers is that large, so its position is plain, whatever the features.
 _UNLIKELY = 1 << 20
@@ -583,7 +457,7 @@ class _Traced(NamedTuple):
 def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Traced:
     """Runs `model.init` abstractly, and puts an array of unlikely sizes beside every weight."""
     kinds: dict[str, str] = {}
-    seen: dict[str, tuple[_Method, WeightAxes]] = {}
+    seen: dict[str, tuple[Method, WeightAxes]] = {}
     refused: dict[str, str] = {}
     without_dropout: set[str] = set()
 
@@ -599,7 +473,7 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _
             return y
         path = _dotted(module.path)
         kinds[path] = _class_name(type(module))
-        if (method := _METHODS.get(_function(context))) is None:
+        if (method := METHODS.get(_function(context))) is None:
             return y
         try:
             axes = method.axes(module, *args, **kwargs)

@@ -17,8 +17,9 @@ from jax.typing import DTypeLike
 from loft_jax.models import config_checks, llama
 from loft_jax.models.attention import KVCache, softcapped, windowed
 from loft_jax.models.config_checks import LAYER_TYPES
+from loft_jax.models.decoder_config import DecoderConfig
 from loft_jax.models.family import Family, ParameterTable, Remat, norm
-from loft_jax.models.llama import DecoderConfig, Llama
+from loft_jax.models.llama import Llama
 from loft_jax.models.stack import PerLayer
 
 

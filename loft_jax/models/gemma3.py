@@ -15,9 +15,9 @@ from jax.typing import DTypeLike
 from loft_jax.errors import InputError, shown
 from loft_jax.models import config_checks, gemma2
 from loft_jax.models.config_checks import LAYER_TYPES
+from loft_jax.models.decoder_config import DecoderConfig
 from loft_jax.models.family import Family, ParameterTable
 from loft_jax.models.gemma2 import Gemma2, Gemma2Config, RMSNorm
-from loft_jax.models.llama import DecoderConfig
 from loft_jax.models.rope import rotation
 from loft_jax.models.stack import PerLayer
 

@@ -8,9 +8,10 @@ import jax
 
 from loft_jax.models import config_checks
 from loft_jax.models.attention import windowed
+from loft_jax.models.decoder_config import DecoderConfig
 from loft_jax.models.family import Family
 from loft_jax.models.llama import FAMILY as LLAMA
-from loft_jax.models.llama import DecoderConfig, Llama
+from loft_jax.models.llama import Llama
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,8 +17,9 @@ from loft_jax.errors import InputError, shown
 from loft_jax.models import config_checks, llama
 from loft_jax.models.activations import laid_out
 from loft_jax.models.attention import windowed
+from loft_jax.models.decoder_config import DecoderConfig
 from loft_jax.models.family import Family, ParameterTable, linear
-from loft_jax.models.llama import DecoderConfig, Llama
+from loft_jax.models.llama import Llama
 from loft_jax.models.rope_scaling import LongRopeScaling
 
 

@@ -13,9 +13,11 @@ from loft_jax.errors import InputError, shown
 from loft_jax.models import config_checks
 from loft_jax.models.attention import windowed
 from loft_jax.models.config_checks import FULL, SLIDING
+from loft_jax.models.decoder_config import DecoderConfig
+from loft_jax.models.decoder_gguf import DecoderGGUF
 from loft_jax.models.family import Family
 from loft_jax.models.llama import FAMILY as LLAMA
-from loft_jax.models.llama import DecoderConfig, DecoderGGUF, Llama
+from loft_jax.models.llama import Llama
 from loft_jax.models.stack import PerLayer
 
 

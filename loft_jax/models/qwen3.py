@@ -10,6 +10,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from loft_jax.models import llama
+from loft_jax.models.decoder_config import DecoderConfig
+from loft_jax.models.decoder_gguf import DecoderGGUF
 from loft_jax.models.family import Family, ParameterTable, norm
 from loft_jax.models.qwen2 import Qwen2, Qwen2Config
 
@@ -55,7 +57,7 @@ class SelfAttention(llama.SelfAttention):
 
     def __init__(
         self,
-        config: llama.DecoderConfig,
+        config: DecoderConfig,
         *,
         dtype: DTypeLike,
         param_dtype: DTypeLike,
@@ -110,7 +112,7 @@ class Qwen3(Qwen2):
     layer = DecoderLayer
 
     @staticmethod
-    def parameter_table(config: llama.DecoderConfig) -> ParameterTable:
+    def parameter_table(config: DecoderConfig) -> ParameterTable:
         """Makes the parameter table of a model of this configuration."""
         table = Qwen2.parameter_table(config)
         norms = {
@@ -120,13 +122,13 @@ class Qwen3(Qwen2):
         return dataclasses.replace(table, tensors={**table.tensors, **norms})
 
 
-class _GGUF(llama.DecoderGGUF):
+class _GGUF(DecoderGGUF):
     """GGUF files of the architecture "qwen3"."""
 
     architecture = "qwen3"
     config_class = Qwen3Config
     in_layer: Mapping[str, str] = {
-        **llama.DecoderGGUF.in_layer,
+        **DecoderGGUF.in_layer,
         "attn_q_norm": "self_attn.q_norm",
         "attn_k_norm": "self_attn.k_norm",
     }

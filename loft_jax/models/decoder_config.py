@@ -1,0 +1,174 @@
+"""The configuration that Llama and the families made of its modules share."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+from loft_jax.errors import InputError, shown
+from loft_jax.models import config_checks
+from loft_jax.models.rope_config import read_rope, rope_scaling_to_hf
+from loft_jax.models.rope_scaling import RopeScaling
+
+_SIZES: Mapping[str, int] = {
+    "vocab_size": config_checks.MOST_TOKENS,
+    "hidden_size": config_checks.MOST_HIDDEN,
+    "intermediate_size": config_checks.MOST_FEATURES,
+    "num_hidden_layers": config_checks.MOST_LAYERS,
+    "num_attention_heads": config_checks.MOST_HEADS,
+    "num_key_value_heads": config_checks.MOST_HEADS,
+    "head_dim": config_checks.MOST_HEAD_DIM,
+    "max_position_embeddings": config_checks.MOST_POSITIONS,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """The part of the configuration that Llama and the families made of its modules share.
+
+    Attributes:
+        model_type: Hugging Face's name of the family.
+        architecture: Name of Hugging Face's class of the model.
+        headless: Names of their classes without a head whose checkpoints are read too.
+        only: Fields that change the computation, with the one value that is implemented.
+    """
+
+    model_type: ClassVar[str]
+    architecture: ClassVar[str]
+    headless: ClassVar[tuple[str, ...]] = ()
+    only: ClassVar[Mapping[str, Any]] = {
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "partial_rotary_factor": 1.0,
+        "quantization_config": None,
+    }
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        config_checks.check_values(
+            self,
+            sizes=_SIZES,
+            positive=("rms_norm_eps", "rope_theta", "initializer_range"),
+            flags=[field.name for field in dataclasses.fields(self) if field.type is bool],
+        )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(
+                f"config: num_key_value_heads is {self.num_key_value_heads}, "
+                f"expected a divisor of num_attention_heads ({self.num_attention_heads})"
+            )
+        if self.head_dim % 2:
+            raise InputError(f"config: head_dim is {self.head_dim}, expected an even number")
+        if self.rope_scaling is not None:
+            self.rope_scaling.check(self.rotary_dim, self.rope_theta)
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether the projections to queries, keys and values have biases."""
+        return False
+
+    @property
+    def output_bias(self) -> bool:
+        """Whether the projection from the heads has a bias."""
+        return False
+
+    @property
+    def mlp_bias(self) -> bool:
+        """Whether the projections of the MLP have biases."""
+        return False
+
+    @property
+    def rotary_dim(self) -> int:
+        """The number of dimensions of a head that rotate."""
+        return self.head_dim
+
+    @property
+    def max_length(self) -> None:
+        """None, since positions are computed."""
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> Self:
+        """Reads the contents of a Hugging Face `config.json`.
+
+        Takes the older keys (`rope_theta`, `rope_scaling`) as well as the newer one
+        (`rope_parameters`). Absent fields take the defaults transformers gives them; fields that
+        transformers' own model does not read either (a version, a cache switch) have no effect.
+
+        Args:
+            config: The parsed JSON.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            InputError: Another architecture, or a field whose value is not supported.
+        """
+        config_checks.check_kind(
+            config,
+            model_type=cls.model_type,
+            architectures=[cls.architecture, *cls.headless],
+            only=cls.only,
+        )
+        sizes: dict[str, Any] = {
+            name: config_checks.required(config, name)
+            for name in (
+                "vocab_size",
+                "hidden_size",
+                "intermediate_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+            )
+        }
+        heads = sizes["num_attention_heads"]
+        head_dim = config.get("head_dim")
+        if head_dim is None:
+            if sizes["hidden_size"] % heads:
+                raise InputError(
+                    f"config: hidden_size is {shown(sizes['hidden_size'])}, expected a multiple of "
+                    f"num_attention_heads ({heads})"
+                )
+            head_dim = sizes["hidden_size"] // heads
+        kv_heads = config.get("num_key_value_heads")
+        apart = {"num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "eos_token_id"}
+        names = {field.name for field in dataclasses.fields(cls)}
+        optional = config_checks.present(config, names - sizes.keys() - apart)
+        rope_theta, rope_scaling = read_rope(config)
+        return cls(
+            **sizes,
+            **optional,
+            num_key_value_heads=heads if kv_heads is None else kv_heads,
+            head_dim=head_dim,
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
+            eos_token_id=config_checks.tokens(config.get("eos_token_id")),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """Gives the contents of a `config.json` that transformers loads.
+
+        Rotary settings are written under the older keys, which every release reads.
+        """
+        fields = dataclasses.asdict(self)
+        fields["rope_scaling"] = rope_scaling_to_hf(self.rope_scaling)
+        if isinstance(self.eos_token_id, tuple):
+            fields["eos_token_id"] = list(self.eos_token_id)
+        return {
+            "architectures": [self.architecture],
+            "model_type": self.model_type,
+            "hidden_act": "silu",
+            **fields,
+        }

@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import loft_jax
-from examples.maxtext import finetune, llama
+from examples.maxtext import conversion, finetune, layers, llama
 from loft_jax import LoRAConfig, merge_lora, register_lora_layer
 from loft_jax.lora.linen import add_lora
 from tests.pages import ROOT, blocks
@@ -24,8 +24,8 @@ PAGE = "docs/how-to/maxtext.md"
 def moved(tree):
     """A tree with the layers at axis 0 in place of 1."""
     decoder = tree["decoder"]
-    layers = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), decoder["layers"])
-    return {**tree, "decoder": {**decoder, "layers": layers}}
+    at_zero = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), decoder["layers"])
+    return {**tree, "decoder": {**decoder, "layers": at_zero}}
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +62,12 @@ def torch_llama(params):
     """Weights in torch's Llama, by MaxText's own conversion."""
     config = LlamaConfig(
         vocab_size=llama.VOCAB,
-        hidden_size=llama.EMBED,
-        intermediate_size=llama.MLP,
+        hidden_size=layers.EMBED,
+        intermediate_size=layers.MLP,
         num_hidden_layers=llama.LAYERS,
-        num_attention_heads=llama.HEADS,
-        num_key_value_heads=llama.KV_HEADS,
-        head_dim=llama.HEAD_DIM,
+        num_attention_heads=layers.HEADS,
+        num_key_value_heads=layers.KV_HEADS,
+        head_dim=layers.HEAD_DIM,
         rms_norm_eps=1e-5,
     )
     decoder = params["decoder"]
@@ -76,22 +76,22 @@ def torch_llama(params):
         "model.norm.weight": decoder["decoder_norm"]["scale"],
         "lm_head.weight": decoder["logits_dense"]["kernel"].T,
     }
-    layers = decoder["layers"]
+    stacked = decoder["layers"]
     for number in range(llama.LAYERS):
         for ours, theirs in {
             "pre_self_attention_layer_norm": "input_layernorm",
             "post_self_attention_layer_norm": "post_attention_layernorm",
         }.items():
-            scale = layers[ours]["scale"][:, number]
+            scale = stacked[ours]["scale"][:, number]
             weights[f"model.layers.{number}.{theirs}.weight"] = scale
-        for ours in finetune.PROJECTIONS:
+        for ours in conversion.PROJECTIONS:
             module, name = ours.split(".")
-            kernel = layers[module][name]["kernel"][:, number]
-            matrix = kernel.reshape(-1, llama.EMBED) if name in ("out", "wo") else kernel
+            kernel = stacked[module][name]["kernel"][:, number]
+            matrix = kernel.reshape(-1, layers.EMBED) if name in ("out", "wo") else kernel
             matrix = matrix.reshape(matrix.shape[0], -1).T
             if name == "query":
-                matrix = matrix * math.sqrt(llama.HEAD_DIM)
-            weights[finetune.hf_name(f"decoder.layers.{ours}", number) + ".weight"] = matrix
+                matrix = matrix * math.sqrt(layers.HEAD_DIM)
+            weights[conversion.hf_name(f"decoder.layers.{ours}", number) + ".weight"] = matrix
     model = LlamaForCausalLM(config)
     model.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in weights.items()})
     return model.eval()
@@ -112,7 +112,8 @@ def test_peft_computes_the_same_logits(run):
 
 
 def test_the_page_shows_the_code_that_runs():
-    code = (ROOT / "examples/maxtext/finetune.py").read_text()
+    folder = ROOT / "examples/maxtext"
+    code = "".join((folder / name).read_text() for name in ("finetune.py", "conversion.py"))
     shown = [block for block in blocks(PAGE, "python") if "register_lora_layer" not in block]
     assert len(shown) >= 3
     for block in shown:

@@ -15,18 +15,8 @@ from tunix.models.safetensors_saver import save_lora_merged_model_as_safetensors
 from tunix.rl.reshard import reshard_model_to_mesh
 from tunix.sft.peft_trainer import TrainingInput
 
-from examples.tunix_peft_trainer import (
-    ALPHA,
-    CONFIG,
-    LEARNING_RATE,
-    RANK,
-    adapted,
-    batches,
-    hf_name,
-    main,
-    model_input,
-    trainer,
-)
+from examples.tunix.counting import ALPHA, CONFIG, RANK, adapted, batches, model_input
+from examples.tunix.finetune import LEARNING_RATE, hf_name, main, trainer
 from loft_jax.hub import load_peft_adapter, load_peft_factors, load_pretrained, save_peft_adapter
 from loft_jax.optim import loft
 
@@ -59,7 +49,7 @@ def assert_close(x, y, rtol=1e-5, atol=1e-6):
 
 def test_the_loss_falls(unbroken):
     loss = nnx.jit(unbroken.loss_fn)
-    inputs = model_input(next(batches(1)))
+    inputs = model_input(batches(1)[0])
     before, after = (loss(model, **inputs) for model in (adapted(LAYERS), unbroken.model))
     assert after < before
 
@@ -165,7 +155,7 @@ def test_the_adapter_gives_the_same_logits_in_transformers_layout(unbroken, tmp_
     (base / "config.json").write_text(json.dumps(config))
     save_file(transformers_tensors(adapted(LAYERS)), base / "model.safetensors")
     save_peft_adapter(folder, unbroken.model, alpha=ALPHA, hf_name=hf_name)
-    batch = next(batches(1))
+    batch = batches(1)[0]
     inputs = model_input(batch)
     expected, _ = unbroken.model(
         inputs["input_tokens"], inputs["positions"], None, inputs["attention_mask"]

@@ -89,7 +89,7 @@ class Method:
 
     name: str = field(init=False)
     adapts: ClassVar[bool] = True
-    lora: ClassVar[Mapping[str, Any]] = {}
+    lora: ClassVar[Mapping[str, bool | str]] = {}
 
     def __post_init__(self) -> None:
         check_settings(self, "method")
@@ -229,7 +229,7 @@ class RSLoRA(Method):
     """AdamW on the factors, whose product is scaled by `alpha / sqrt(rank)`."""
 
     name: str = field(default="rslora", init=False)
-    lora: ClassVar[Mapping[str, Any]] = {"use_rslora": True}
+    lora: ClassVar[Mapping[str, bool | str]] = {"use_rslora": True}
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ class DoRA(Method):
     """AdamW on the factors and on the norms of the weight's columns."""
 
     name: str = field(default="dora", init=False)
-    lora: ClassVar[Mapping[str, Any]] = {"use_dora": True}
+    lora: ClassVar[Mapping[str, bool | str]] = {"use_dora": True}
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ class PiSSA(Method):
     """AdamW on factors that start as the largest singular values of the weight."""
 
     name: str = field(default="pissa", init=False)
-    lora: ClassVar[Mapping[str, Any]] = {"init": "pissa"}
+    lora: ClassVar[Mapping[str, bool | str]] = {"init": "pissa"}
 
 
 @dataclass(frozen=True)

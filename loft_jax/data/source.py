@@ -23,7 +23,7 @@ from loft_jax.errors import InputError, cut, explained, shown
 from loft_jax.files import inside, read_json, regular_file
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict
 
 # file ending -> what reads it: "json" and "csv" are ours, the others are builders of `datasets`
 _BUILDERS = {
@@ -82,7 +82,9 @@ def load_examples(config: DataConfig) -> "Dataset | list[dict[str, Any]]":
     return examples
 
 
-def given_examples(data: Any, config: DataConfig) -> "Dataset | list[dict[str, Any]]":
+def given_examples(
+    data: "Dataset | DatasetDict | Iterable[Mapping[str, Any]]", config: DataConfig
+) -> "Dataset | list[dict[str, Any]]":
     """Reads the examples that are given as an object.
 
     Args:

@@ -174,10 +174,16 @@ class EvalBatches(Sequence[Batch]):
         """Indices of the examples in the order of the batches, (n,)."""
         return np.concatenate(self._rows)[:, 0]
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Batch]: ...
+
+    def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        rows = self._rows[index]
+        rows = list(self._rows[index])
         return _batch(self._data, rows, batch_size=self._batch_size, buckets=self.buckets)
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,8 @@ from loft_jax.tasks.task import Measured
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+_Rows = TypeVar("_Rows", "Dataset", list[Any])
 
 _log = logging.getLogger(__name__)
 
@@ -97,7 +99,7 @@ def question_sets(
         }
     measures = {}
     for name, one in sets.items():
-        rows = sampled(load_examples(one.held_out()), sample)
+        rows: Dataset = sampled(load_examples(one.held_out()), sample)
         asked = generated_answers(
             rows.select_columns(["prompt", "completion"]),
             tokenizer,
@@ -149,7 +151,7 @@ def mean_of(scores: Mapping[str, QuestionScores]) -> dict[str, float]:
     return {**mean, "count": sum(one["count"] for one in reports)}
 
 
-def sampled(rows: "Dataset | list[Any]", count: int | None) -> Any:
+def sampled(rows: _Rows, count: int | None) -> _Rows:
     """Draws rows at random, the same ones every time.
 
     Args:

@@ -253,9 +253,8 @@ def load_pretrained(
         config = with_labels(config, labels)
 
     def made() -> PretrainedModel:
-        computation = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat}
-        model: PretrainedModel = make(config, **computation, rngs=nnx.Rngs(seed))
-        return model
+        rngs = nnx.Rngs(seed)
+        return make(config, dtype=dtype, param_dtype=param_dtype, remat=remat, rngs=rngs)
 
     def made_quantized() -> PretrainedModel:
         model = made()

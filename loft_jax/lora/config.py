@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any, Literal, get_args
+from typing import Literal, TypeGuard, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from loft_jax.errors import InputError, shown
 from loft_jax.patterns import Patterns
 
-Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+Initializer = Callable[[jax.Array, tuple[int, ...], DTypeLike], jax.Array]
 Init = Literal["kaiming_uniform", "gaussian", "balanced", "pissa"]
 
 ALL_LINEAR = "all-linear"
@@ -124,7 +124,7 @@ class LoRAConfig:
         """Compiles and matches the patterns of this configuration."""
         return Patterns("the patterns of target, excluded or ranked modules")
 
-    def key_of(self, values: Mapping[str, Any], path: str) -> str | None:
+    def key_of(self, values: Mapping[str, object], path: str) -> str | None:
         """Gives the first key of a rank or alpha pattern that matches the end of a path."""
         return next((k for k in values if self.patterns.match(rf"(.*\.)?({k})$", path)), None)
 
@@ -149,7 +149,7 @@ def product_scaling(rank: int, alpha: float, use_rslora: bool) -> float:
 _MOST_ALPHA = 3e38  # of float32
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
@@ -158,7 +158,7 @@ def _check_rank(name: str, rank: object) -> None:
         raise InputError(f"{name} is {shown(rank)}, expected an integer of at least 1")
 
 
-def check_alpha(name: str, alpha: Any) -> None:
+def check_alpha(name: str, alpha: object) -> None:
     """Checks that an alpha is a finite number above 0.
 
     Raises:

@@ -9,7 +9,7 @@ import functools
 import inspect
 import string
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,18 +19,19 @@ from loft_jax.errors import InputError
 from loft_jax.lora.axes import EinsumParts, WeightAxes, einsum_parts
 from loft_jax.lora.layers import LORA_CLASSES, LoRALayer, combined_class
 
-AxisNumbers = int | Sequence[int] | Callable[[Any], int | Sequence[int]]
+M = TypeVar("M", bound=nnx.Module)
+AxisNumbers: TypeAlias = int | Sequence[int] | Callable[[M], int | Sequence[int]]
 
 
 def register_lora_layer(
-    module_class: type[nnx.Module],
+    module_class: type[M],
     *,
     weight: str,
     equation: str | None = None,
-    ins: AxisNumbers = (),
-    outs: AxisNumbers = (),
-    stack: AxisNumbers = (),
-    batch: AxisNumbers = (),
+    ins: AxisNumbers[M] = (),
+    outs: AxisNumbers[M] = (),
+    stack: AxisNumbers[M] = (),
+    batch: AxisNumbers[M] = (),
 ) -> None:
     """Lets `add_lora` adapt modules of a class that has a weight of its own.
 
@@ -257,7 +258,7 @@ def _own(weight: str, shape: tuple[int, ...], count: int) -> tuple[int, ...]:
     return shape[len(shape) - count :]
 
 
-def _axes(layer: Any, weight: str, roles: dict[str, AxisNumbers]) -> WeightAxes:
+def _axes(layer: Any, weight: str, roles: dict[str, AxisNumbers[Any]]) -> WeightAxes:
     numbers, shape = _numbers(layer, roles), _shape(layer, weight)
     count = sum(map(len, numbers.values()))
     own = _own(weight, shape, count)
@@ -276,7 +277,7 @@ def _axes(layer: Any, weight: str, roles: dict[str, AxisNumbers]) -> WeightAxes:
     )
 
 
-def _numbers(layer: Any, roles: dict[str, AxisNumbers]) -> dict[str, tuple[int, ...]]:
+def _numbers(layer: Any, roles: dict[str, AxisNumbers[Any]]) -> dict[str, tuple[int, ...]]:
     """Gives the axes of one module by role."""
     numbers = {}
     for role, given in roles.items():

@@ -10,12 +10,13 @@ import operator
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol, Self, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from loft_jax.errors import InputError
 from loft_jax.models.attention import KVCache
@@ -101,7 +102,12 @@ class Tensor:
 
 
 def linear(
-    path: str, name: str, axes: tuple[str | None, str | None], **rest: Any
+    path: str,
+    name: str,
+    axes: tuple[str | None, str | None],
+    *,
+    transposed: bool = True,
+    optional: bool = False,
 ) -> dict[str, Tensor]:
     """Makes the rows of a table for an `nnx.Linear` that is a `torch.nn.Linear` in PyTorch.
 
@@ -109,15 +115,15 @@ def linear(
         path: Dotted path of our module.
         name: Name of their module.
         axes: Logical axes of the kernel, (in, out).
-        **rest: Further fields of both tensors, as for `Tensor`; `transposed=False` for a Conv1D.
+        transposed: Whether their weight is (out, in); False for a Conv1D.
+        optional: Whether a checkpoint may lack both tensors.
 
     Returns:
         Kernel and bias; a model without the bias has no parameter at that path.
     """
-    transposed = rest.pop("transposed", True)
     return {
-        f"{path}.kernel": Tensor(f"{name}.weight", axes, transposed=transposed, **rest),
-        f"{path}.bias": Tensor(f"{name}.bias", axes[1:], **rest),
+        f"{path}.kernel": Tensor(f"{name}.weight", axes, transposed=transposed, optional=optional),
+        f"{path}.bias": Tensor(f"{name}.bias", axes[1:], optional=optional),
     }
 
 
@@ -270,6 +276,18 @@ class PretrainedModel(nnx.Module):
     output_modules: tuple[str, ...]
     drawn: tuple[str, ...] = ()
 
+    if TYPE_CHECKING:  # each model has its own, for its class of configurations
+
+        def __init__(
+            self,
+            config: Any,
+            *,
+            dtype: DTypeLike = ...,
+            param_dtype: DTypeLike = ...,
+            remat: Remat = ...,
+            rngs: nnx.Rngs,
+        ) -> None: ...
+
     @staticmethod
     def parameter_table(config: Any) -> ParameterTable:
         """Makes the parameter table of a model of this configuration."""
@@ -298,7 +316,7 @@ class LanguageModel(PretrainedModel):
         dtype: What it computes in.
     """
 
-    dtype: Any
+    dtype: DTypeLike
     output_modules = ("lm_head",)
 
     @overload
@@ -534,7 +552,7 @@ class Family:
     sizes: Mapping[str, PretrainedConfig] = field(default_factory=dict)
     gguf: GGUFAdapter | None = None
 
-    def model(self, head: Head) -> Any:
+    def model(self, head: Head) -> type[PretrainedModel]:
         """Gives the class of its models with a head.
 
         Args:

@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,8 @@ StackAxes = int | Sequence[int] | None
 
 StackAxis = StackAxes | Callable[[str], StackAxes]
 """Which axes stack layers: the same ones in all pairs, or a function of the pair's path."""
+
+ArrayT = TypeVar("ArrayT", jax.Array, np.ndarray)
 
 _DEFAULT_NAMES = (("lora_a", "lora_b"), ("lora_A", "lora_B"))
 
@@ -133,7 +135,7 @@ class Factor:
     features: tuple[int, ...]
     rank_last: bool
 
-    def fold(self, x: jax.Array | np.ndarray) -> Any:
+    def fold(self, x: ArrayT) -> ArrayT:
         """Folds a leaf to (stack, features, k), for a factor B to (stack, k, features).
 
         An array of NumPy stays one, and so keeps float64.
@@ -145,12 +147,13 @@ class Factor:
             math.prod(self.stack), *((features, k) if self.rank_last else (k, features))
         )
 
-    def unfold(self, x: jax.Array | np.ndarray) -> Any:
+    def unfold(self, x: ArrayT) -> ArrayT:
         """Undoes `fold`, with any k."""
         k = x.shape[2 if self.rank_last else 1]
         layer = (*self.features, k) if self.rank_last else (k, *self.features)
         x = x.reshape(*self.stack, *layer)
-        return _library(x).moveaxis(x, range(len(self.stack)), self.stack_axes)
+        unfolded: ArrayT = _library(x).moveaxis(x, range(len(self.stack)), self.stack_axes)
+        return unfolded
 
     def shape(self, k: int) -> tuple[int, ...]:
         """The shape of a leaf with k in the place of the rank."""
@@ -329,7 +332,7 @@ def find_pairs(params: optax.Params, spec: FactorSpec = DEFAULT_SPEC) -> list[Pa
     return sorted(pairs, key=lambda pair: pair.a.index)
 
 
-def paired_leaves(params: optax.Params, spec: FactorSpec = DEFAULT_SPEC) -> Any:
+def paired_leaves(params: optax.Params, spec: FactorSpec = DEFAULT_SPEC) -> optax.Params:
     """Marks the leaves that belong to a pair: a tree of booleans, as masks are.
 
     Args:
@@ -347,7 +350,8 @@ def paired_leaves(params: optax.Params, spec: FactorSpec = DEFAULT_SPEC) -> Any:
     """
     leaves, treedef = jax.tree.flatten(params)
     paired = {f.index for pair in find_pairs(params, spec) for f in (pair.a, pair.b)}
-    return jax.tree.unflatten(treedef, [i in paired for i in range(len(leaves))])
+    marks: optax.Params = jax.tree.unflatten(treedef, [i in paired for i in range(len(leaves))])
+    return marks
 
 
 def _pair(

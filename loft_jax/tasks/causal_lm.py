@@ -18,7 +18,7 @@ from loft_jax.errors import InputError
 from loft_jax.models.activations import gathered
 from loft_jax.models.family import LanguageModel
 from loft_jax.models.inference import inference_state
-from loft_jax.tasks.task import Arrays, Evaluation, Given, Measured, Task
+from loft_jax.tasks.task import Arrays, Evaluation, Given, Measured, Rows, Task
 from loft_jax.tasks.token_losses import token_losses, token_losses_in_parts
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class CausalLM(Task):
 
     def tokenize(
         self,
-        rows: Any,
+        rows: Rows,
         tokenizer: "PreTrainedTokenizerBase",
         data: DataConfig,
         *,
@@ -64,7 +64,7 @@ class CausalLM(Task):
 
     def evaluation(
         self,
-        rows: Any,
+        rows: Rows,
         tokenizer: "PreTrainedTokenizerBase",
         data: DataConfig,
         *,

@@ -23,11 +23,10 @@ from loft_jax.models.activations import gathered
 from loft_jax.models.family import LanguageModel
 from loft_jax.models.inference import inference_state
 from loft_jax.tasks.causal_lm import CausalLM
-from loft_jax.tasks.task import CHOICE_FIELDS, Arrays, Evaluation, Given, Measured
+from loft_jax.tasks.task import CHOICE_FIELDS, Arrays, Evaluation, Given, Measured, Rows
 from loft_jax.tasks.token_losses import token_losses_in_parts
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
@@ -71,7 +70,7 @@ class Choice(CausalLM):
 
     def evaluation(
         self,
-        rows: Any,
+        rows: Rows,
         tokenizer: "PreTrainedTokenizerBase",
         data: DataConfig,
         *,
@@ -138,7 +137,7 @@ class ChoiceScores:
 def score_choices(
     model: LanguageModel,
     tokenizer: "PreTrainedTokenizerBase",
-    rows: "Dataset | Sequence[Mapping[str, Any]]",
+    rows: Rows,
     config: DataConfig,
     *,
     choices: Sequence[str] = (),
@@ -217,7 +216,7 @@ def score_choices(
 
 def check_choices(
     tokenizer: "PreTrainedTokenizerBase",
-    rows: "Dataset | Sequence[Mapping[str, Any]]",
+    rows: Rows,
     config: DataConfig,
     *,
     choices: Sequence[str] = (),
@@ -241,7 +240,7 @@ def check_choices(
 
 def _encoded(
     tokenizer: "PreTrainedTokenizerBase",
-    rows: "Dataset | Sequence[Mapping[str, Any]]",
+    rows: Rows,
     config: DataConfig,
     choices: Sequence[str],
     vocab_size: int | None,
@@ -273,7 +272,7 @@ class _Row:
 
 def _questions(
     tokenizer: "PreTrainedTokenizerBase",
-    rows: "Dataset | Sequence[Mapping[str, Any]]",
+    rows: Rows,
     config: DataConfig,
     choices: Sequence[str],
 ) -> list[_Question]:

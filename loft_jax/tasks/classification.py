@@ -21,7 +21,7 @@ from loft_jax.data.token_cache import cached
 from loft_jax.errors import InputError, explained, shown
 from loft_jax.models.family import SequenceClassifier
 from loft_jax.tasks.row_task import RowTask, names_of_numbers, same_names
-from loft_jax.tasks.task import Arrays, Given, Measured
+from loft_jax.tasks.task import Arrays, Given, Measured, Rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,7 +38,7 @@ class _OfTexts(RowTask):
 
     def tokenize(
         self,
-        rows: Any,
+        rows: Rows,
         tokenizer: "PreTrainedTokenizerBase",
         data: DataConfig,
         *,
@@ -74,7 +74,7 @@ class _OfTexts(RowTask):
 
     def _tokenized(
         self,
-        rows: Any,
+        rows: Rows,
         tokenizer: "PreTrainedTokenizerBase",
         data: DataConfig,
         fields: Sequence[str],
@@ -250,7 +250,7 @@ class LabelTask(RowTask):
         """Gives the labels; class weights matter to training alone."""
         return {"labels": list(self.labels)}
 
-    def label(self, value: Any, where: str) -> int:
+    def label(self, value: object, where: str) -> int:
         """Gives the index of a label, from its name or, unless names are numbers, its number."""
         if not isinstance(value, bool):
             place = self._places.get(str(value), self._folded.get(str(value).casefold()))
@@ -326,7 +326,7 @@ class Regression(_OfTexts):
         """Whether texts have numbers: decimal ones, or whole ones for a model of one output."""
         return not given.labels and _is_labelled(given) and _is_numeric(given)
 
-    def label(self, value: Any, where: str) -> float:
+    def label(self, value: object, where: str) -> float:
         """Checks the number, or reads it from a text."""
         number: Any = _number(value) if isinstance(value, str) else value
         is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
@@ -372,7 +372,7 @@ def _is_numeric(given: Given) -> bool:
     return len(given.known) == 1 and all(isinstance(_number(name), int) for name in labels)
 
 
-def labels_of(rows: Any, field: str) -> tuple[str, ...] | None:
+def labels_of(rows: Rows, field: str) -> tuple[str, ...] | None:
     """Finds the labels of rows.
 
     Files of CSV and TSV have texts only; there, numbers are texts that read as numbers.
@@ -391,7 +391,7 @@ def labels_of(rows: Any, field: str) -> tuple[str, ...] | None:
     """
     if names := names_of_numbers(rows, field):
         return names
-    values = [rows[index].get(field) for index in range(len(rows))]
+    values: list[Any] = [rows[index].get(field) for index in range(len(rows))]
     texts = all(isinstance(value, str) for value in values)
     for index, value in enumerate(values):
         where = f"row {index}: field {field!r}"

@@ -1,6 +1,6 @@
 """Classification of images."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from loft_jax.data.row_formats import column_names
 from loft_jax.errors import InputError, shown
 from loft_jax.models.family import ImageClassifier, PretrainedConfig
 from loft_jax.tasks.classification import LabelTask
-from loft_jax.tasks.task import Arrays, Given
+from loft_jax.tasks.task import Arrays, Given, Rows
 
 if TYPE_CHECKING:
     from loft_jax.hub.image_processor import ImageProcessor
@@ -33,7 +33,7 @@ class ImageClassification(LabelTask):
 
     def tokenize(
         self,
-        rows: Any,
+        rows: Rows,
         tokenizer: "ImageProcessor",
         data: DataConfig,
         *,

@@ -16,7 +16,7 @@ from loft_jax.errors import InputError
 from loft_jax.models.activations import gathered
 from loft_jax.models.family import PretrainedConfig
 from loft_jax.models.inference import inference_state
-from loft_jax.tasks.task import Arrays, Evaluation, Given, Measured, Task
+from loft_jax.tasks.task import Arrays, Evaluation, Given, Measured, Rows, Task
 
 RowLoss = Callable[[Any, Mapping[str, jax.Array]], jax.Array]
 """Maps a model and a batch, arrays (b, ...) by field, to the loss of each row, (b,)."""
@@ -46,7 +46,7 @@ class OwnLoss(Task):
         return False
 
     def tokenize(
-        self, rows: Any, tokenizer: Any, data: DataConfig, *, vocab_size: int | None = None
+        self, rows: Rows, tokenizer: Any, data: DataConfig, *, vocab_size: int | None = None
     ) -> ArrayData:
         """Reads rows as arrays, with `array_rows`."""
         return array_rows(rows)
@@ -78,7 +78,7 @@ class OwnLoss(Task):
 
     def evaluation(
         self,
-        rows: Any,
+        rows: Rows,
         tokenizer: Any,
         data: DataConfig,
         *,

@@ -17,7 +17,7 @@ from loft_jax.errors import shown
 from loft_jax.models.activations import gathered
 from loft_jax.models.family import PretrainedModel
 from loft_jax.models.inference import inference_state
-from loft_jax.tasks.task import Arrays, Evaluation, Measured, Task
+from loft_jax.tasks.task import Arrays, Evaluation, Measured, Rows, Task
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class RowTask(Task):
     reported_loss: ClassVar[str]
 
     @abstractmethod
-    def label(self, value: Any, where: str) -> float:
+    def label(self, value: object, where: str) -> float:
         """Converts the label of a row for the loss.
 
         Args:
@@ -70,7 +70,7 @@ class RowTask(Task):
             The metrics, and whether each row is right.
         """
 
-    def reader(self, rows: Any, field: str) -> Callable[[Mapping[str, Any], int], float]:
+    def reader(self, rows: Rows, field: str) -> Callable[[Mapping[str, Any], int], float]:
         """Makes the function that reads the label of a row for the loss.
 
         Args:
@@ -124,7 +124,7 @@ class RowTask(Task):
 
     def evaluation(
         self,
-        rows: Any,
+        rows: Rows,
         tokenizer: Any,
         data: DataConfig,
         *,
@@ -175,7 +175,7 @@ def same_names(some: Sequence[str], others: Sequence[str]) -> bool:
     return sorted(map(str.casefold, some)) == sorted(map(str.casefold, others))
 
 
-def names_of_numbers(rows: Any, field: str) -> tuple[str, ...]:
+def names_of_numbers(rows: Rows, field: str) -> tuple[str, ...]:
     """The names that a dataset has for the numbers of a field; empty if it has none."""
     features = getattr(rows, "features", None) or {}
     return tuple(getattr(features.get(field), "names", None) or ())

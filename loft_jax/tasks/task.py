@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias
 
 import jax
 import numpy as np
@@ -21,10 +21,15 @@ from loft_jax.data.row_formats import column_names
 from loft_jax.errors import InputError, shown
 from loft_jax.models.family import Head, PretrainedConfig
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 CHOICE_FIELDS = ("choices", "answer")
 """Fields of rows that have answers of their own to compare."""
 
-Rows = "Dataset | Sequence[Mapping[str, Any]]"
+Rows: TypeAlias = "Dataset | Sequence[Mapping[str, Any]]"
+"""Examples: of `load_examples`, or plain dicts."""
+
 Arrays = Mapping[str, jax.Array | np.ndarray]
 
 
@@ -65,8 +70,8 @@ class Given:
     """
 
     data: DataConfig
-    rows: Any = None
-    held_out: Any = None
+    rows: "Rows | None" = None
+    held_out: "Rows | None" = None
     choices: Sequence[str] = ()
     labels: Sequence[str] = ()
     class_weights: ClassWeights = ()
@@ -149,7 +154,7 @@ class Task(ABC):
     @abstractmethod
     def tokenize(
         self,
-        rows: Any,
+        rows: Rows,
         tokenizer: Any,
         data: DataConfig,
         *,
@@ -222,7 +227,7 @@ class Task(ABC):
     @abstractmethod
     def evaluation(
         self,
-        rows: Any,
+        rows: Rows,
         tokenizer: Any,
         data: DataConfig,
         *,

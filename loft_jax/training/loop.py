@@ -5,9 +5,9 @@ import functools
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 from flax import nnx
@@ -47,6 +47,12 @@ from loft_jax.training.profiler import StepProfiler
 from loft_jax.training.run import Run
 from loft_jax.training.step import TrainState
 
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+    from transformers import PreTrainedTokenizerBase
+
+    from loft_jax.hub.image_processor import ImageProcessor
+
 _log = logging.getLogger(__name__)
 
 # Number of steps that JAX may still be computing when the next one is dispatched: enough to keep a
@@ -58,9 +64,9 @@ def finetune(
     config: FinetuneConfig,
     *,
     model: nnx.Module | None = None,
-    tokenizer: Any = None,
-    data: Any = None,
-    held_out: Any = None,
+    tokenizer: "PreTrainedTokenizerBase | ImageProcessor | None" = None,
+    data: "Dataset | DatasetDict | Iterable[Mapping[str, Any]] | None" = None,
+    held_out: "Dataset | DatasetDict | Iterable[Mapping[str, Any]] | None" = None,
     loss: RowLoss | None = None,
     callbacks: Sequence[Callback] = (),
     resume: bool | Literal["auto"] = False,

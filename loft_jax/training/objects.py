@@ -2,8 +2,9 @@
 
 import dataclasses
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,12 @@ from loft_jax.training.held_out import held_out_data
 from loft_jax.training.model import load_base, with_precision
 from loft_jax.training.shardings import parameter_spec
 
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+    from transformers import PreTrainedTokenizerBase
+
+    from loft_jax.hub.image_processor import ImageProcessor
+
 
 @dataclass(frozen=True)
 class Objects:
@@ -39,9 +46,9 @@ class Objects:
     """
 
     model: nnx.Module | None = None
-    tokenizer: Any = None
-    data: Any = None
-    held_out: Any = None
+    tokenizer: "PreTrainedTokenizerBase | ImageProcessor | None" = None
+    data: "Dataset | DatasetDict | Iterable[Mapping[str, Any]] | None" = None
+    held_out: "Dataset | DatasetDict | Iterable[Mapping[str, Any]] | None" = None
     loss: RowLoss | None = None
 
     def settled(self, config: FinetuneConfig) -> FinetuneConfig:

@@ -8,6 +8,7 @@ from typing import assert_type
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen, nnx
 
@@ -27,22 +28,28 @@ from loft_jax import (
     loft_muon,
     lora_layers,
     merge_lora,
+    paired_leaves,
     project_gradients,
     project_updates,
     reflora,
+    register_lora_layer,
     share_bases,
     state_bytes,
 )
+from loft_jax.data import Batch, EvalBatches
 from loft_jax.lora import LoRALayer
 from loft_jax.lora.linen import LinenLoRA
 from loft_jax.lora.linen import add_lora as add_linen_lora
-from loft_jax.models.family import LanguageModel, SequenceClassifier
+from loft_jax.models.family import LanguageModel, PretrainedModel, SequenceClassifier
+from loft_jax.models.registry import FAMILIES
 from loft_jax.optim.pairs import Pair
 from loft_jax.training.callbacks import RunResult
 
 
 class Model(nnx.Module):
     """Of the user."""
+
+    heads: int
 
 
 def optimizers() -> None:
@@ -60,6 +67,10 @@ def optimizers() -> None:
     assert_type(updates, optax.Updates)
     assert_type(state_bytes(tx, params), int)
     assert_type(find_pairs(params), list[Pair])
+    assert_type(paired_leaves(params), optax.Params)
+    factor = find_pairs(params)[0].a
+    assert_type(factor.unfold(factor.fold(params["lora_a"])), jax.Array)
+    assert_type(factor.fold(np.ones((4, 2))), np.ndarray)
     loft(1e-3, second_moment="none")  # type: ignore[arg-type]  # refused: no such second moment
     loft(1e-3, 0.9, 0.999, 1e-8, 0.0, 1.0)  # type: ignore[call-arg]  # refused: options have names
 
@@ -75,8 +86,18 @@ def models() -> None:
     assert_type(load_peft_adapter("adapter", model), Model)
     assert_type(load_pretrained("base"), LanguageModel)
     assert_type(load_pretrained("base", head="sequence-classification"), SequenceClassifier)
+    assert_type(FAMILIES["llama"].model("causal-lm"), type[PretrainedModel])
+    register_lora_layer(Model, weight="w", ins=lambda model: model.heads, outs=1)
+    register_lora_layer(Model, weight="w", ins=lambda model: model.no)  # type: ignore[attr-defined]
     linear = linen.Dense(4)
     assert_type(add_linen_lora(linear, LoRAConfig(rank=2), jnp.ones(3)), LinenLoRA)
 
     config = FinetuneConfig(ModelConfig("base"), DataConfig("rows.jsonl"), "runs/first")
-    assert_type(finetune(config), RunResult)
+    assert_type(finetune(config, data=[{"text": "a joy"}]), RunResult)
+    finetune(config, tokenizer="base")  # type: ignore[arg-type]  # refused: a path
+
+
+def batches(held_out: EvalBatches) -> None:
+    """One batch, or several."""
+    assert_type(held_out[0], Batch)
+    assert_type(held_out[1:], list[Batch])

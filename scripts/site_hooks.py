@@ -85,6 +85,8 @@ def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
 
     def mathml(match: re.Match[str]) -> str:
         formula = html.unescape(match[2]).strip()
+        # As bars that do not stretch: one with an exponent would stand lower than its partner.
+        formula = re.sub(r"\\[lr]Vert\b", r"\\|", formula)
         try:
             if match[1] == "(":
                 return convert(formula)

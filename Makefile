@@ -11,7 +11,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no
 # Warnings are errors; Material's notice of its end of life is none.
 SITE := NO_MKDOCS_2_WARNING=1 JAX_PLATFORMS=cpu $(BIN)/mkdocs build
 
-.PHONY: test test-tunix test-versions docs demo assets clean
+.PHONY: test types site tests test-tunix test-versions docs demo assets clean
 
 # Many tests start processes, which find modules compiled, whatever the user wants elsewhere.
 test: export PYTHONDONTWRITEBYTECODE :=
@@ -19,8 +19,17 @@ test: export PYTHONPYCACHEPREFIX := $(CURDIR)/.venv/pycache
 test: .venv/.test assets
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(MAKE) --no-print-directory --jobs=2 types site tests
+
+# The parts of `make test`, which makes what they need. The tests begin beside mypy, when the site is
+# there, so that no core waits.
+types:
 	$(BIN)/mypy
+
+site:
 	$(SITE)
+
+tests:
 	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # Tunix has ceilings of its own on what it needs, so it gets an environment of its own.

@@ -19,6 +19,7 @@ from tests.optim.transforms import (
     gradients,
     make,
     normal,
+    op_by_op,
     pair,
     path_of,
 )
@@ -52,7 +53,7 @@ def test_injected_numbers_and_decays_that_are_static(name):
     def first_update(tx):
         return tx.update(gradients(PARAMS), tx.init(PARAMS), PARAMS)
 
-    with jax.disable_jit():
+    with op_by_op():
         updates, state = first_update(factory(**numbers, **others))
         found, inner = first_update(
             optax.inject_hyperparams(factory, static | decays)(**numbers, **others)
@@ -99,7 +100,7 @@ def test_apply_if_finite(name):
     tx = optax.apply_if_finite(make(name), max_consecutive_errors=3)
     assert_stable(tx, PARAMS)
     params, path = PARAMS, []
-    with jax.disable_jit():
+    with op_by_op():
         state = tx.init(params)
         for bad in (False, True, False):
             grads = gradients(params)

@@ -1,11 +1,13 @@
 """Every transform in one table, and paths of parameters under each: what the tests below share.
 
 After the manner of Optax's own common tests: each test runs over all of the table. Values are
-compared without compilation (`jax.disable_jit`): an update is then a sequence of small operations
-that all transforms share, and a combinator has to give the very same numbers.
+compared without compilation (`op_by_op`): an update is then a sequence of small operations that all
+transforms share, and a combinator has to give the very same numbers.
 """
 
+import contextlib
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ import optax
 import pytest
 
 import loft_jax
+from loft_jax.optim import paired_updates
 
 LR = 0.1
 
@@ -137,9 +140,24 @@ def gradients(params):
     return jax.tree.map(lambda p: jnp.sin(3 * p) + 0.3, params)
 
 
+compiled_basis = jax.jit(paired_updates.orthonormal_basis)
+
+
+@contextlib.contextmanager
+def op_by_op():
+    """Without compilation, but for bases: half of all operations, on the factors alone."""
+
+    def basis(p):
+        with jax.disable_jit(False):
+            return compiled_basis(p)
+
+    with jax.disable_jit(), mock.patch.object(paired_updates, "orthonormal_basis", basis):
+        yield
+
+
 def follow(tx, params, steps, **extra):
-    """Parameters after each update, computed without compilation."""
-    with jax.disable_jit():
+    """Parameters after each update, computed operation by operation."""
+    with op_by_op():
         state, path = tx.init(params), []
         for _ in range(steps):
             updates, state = tx.update(gradients(params), state, params, **extra)

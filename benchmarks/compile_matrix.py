@@ -2,8 +2,8 @@
 
 For Llama-2-7B, Llama-3-8B and Llama-2-70B with adapters on q, k, v, up and down: the real step,
 compiled by libtpu for a slice that it fits (`loft-jax plan`), for LoRA with AdamW and for LoFT with
-its exact second moment in float32 and bfloat16 and with the factored one. No TPU and no weights are
-needed.
+its factored second moment and with the exact one, in float32 and in bfloat16, along the tangent
+space and alternating. No TPU and no weights are needed.
 
 Adds to `compile_matrix.jsonl` in the folder of results one line a compiled step as soon as it is
 there, and writes `compile_matrix.md`, the table of the latest line of each step. A step that has a
@@ -30,16 +30,22 @@ from loft_jax.data import DataConfig
 from loft_jax.errors import InputError
 from loft_jax.methods import LoFT, LoRA, Method
 from loft_jax.training.config import AdapterConfig, FinetuneConfig, ModelConfig, ScheduleConfig
-from loft_jax.training.plan import plan_step
+from loft_jax.training.plan import plan_method, plan_step
 
 # The smallest slices of v5e that every step below fits, 16 rows of 256 tokens.
 SLICES = {"llama-2-7b": "v5e:2x4", "llama-3-8b": "v5e:2x4", "llama-2-70b": "v5e:4x4"}
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 METHODS: dict[str, Method] = {
-    "lora": LoRA(),
-    "loft": LoFT(),
-    "loft full": LoFT("full"),
-    "loft full bfloat16": LoFT("full", state_dtype="bfloat16"),
+    plan_method(method): method
+    for method in (
+        LoRA(),
+        LoFT(),
+        LoFT("full"),
+        LoFT("full", state_dtype="bfloat16"),
+        LoFT(move="alternate"),
+        LoFT("full", "alternate"),
+        LoFT("full", "alternate", "bfloat16"),
+    )
 }
 
 
@@ -50,7 +56,7 @@ class Options:
     Args:
         models: Some of the three.
         ranks: Of the adapters.
-        methods: Some of the four.
+        methods: Some of those above, named as `loft-jax plan` names them.
         results: Folder of the results: add to those that are kept, or start others.
     """
 

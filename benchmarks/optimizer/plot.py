@@ -4,6 +4,7 @@ import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.history import Row
 from benchmarks.optimizer.aims import shape_of
@@ -20,7 +21,6 @@ def plot(rows: Sequence[Row], path: Path) -> bool:
         Whether matplotlib is installed.
     """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return False
@@ -49,7 +49,19 @@ def plot(rows: Sequence[Row], path: Path) -> bool:
             axes.set_ylabel(values[key])
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center")
+    save(figure, path)
+    return True
+
+
+def save(figure: Any, path: Path) -> None:
+    """Writes a figure of matplotlib as PNG, in the place of a file that may be open.
+
+    Args:
+        figure: The figure.
+        path: The file.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     partial = path.with_suffix(".partial.png")
     FigureCanvasAgg(figure).print_png(partial)
     os.replace(partial, path)
-    return True

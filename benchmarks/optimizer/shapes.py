@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def pair_shapes(m: int, n: int, rank: int, pairs: int) -> Any:
-    """The factors of equal layers as separate leaves, shapes only."""
+def pair_shapes(m: int, n: int, rank: int, pairs: int, *, stacked: bool = False) -> Any:
+    """The factors of equal layers as separate leaves, or as one stack, shapes only."""
+    if stacked:
+        return {"layers": {"q_proj": _pair(m, n, rank, (pairs,))}}
     return {"layers": {str(i): {"q_proj": _pair(m, n, rank)} for i in range(pairs)}}
 
 

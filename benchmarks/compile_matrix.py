@@ -48,6 +48,17 @@ METHODS: dict[str, Method] = {
     )
 }
 
+# Of Llama-2-7B, with either move: the most that a step should take over LoRA's, by method and rank,
+# and its program in bytes.
+AIMS = {
+    ("loft", 16): 0.013,
+    ("loft full", 16): 0.055,
+    ("loft full", 32): 0.20,
+    ("loft full bfloat16", 16): 0.035,
+    ("loft full bfloat16", 32): 0.11,
+}
+PROGRAM_AIM = 20 * 2**20
+
 
 @dataclass(frozen=True)
 class Options:
@@ -130,8 +141,32 @@ def table(entries: Sequence[Entry]) -> str:
             compared = base is not None and case["method"] != "lora"
             cells.append(f"{line['total'] / base - 1:+.1%}" if compared and base else "")
         rows.append(f"| {' | '.join(cells)} |")
-    made = sorted({f"jax {e.made_with['jax']}, libtpu {e.made_with['libtpu']}" for e in entries})
-    return "\n".join([*rows, "", f"Made by `benchmarks/compile_matrix.py`: {'; '.join(made)}.", ""])
+    versions = ("revision", "jax", "libtpu")
+    made = sorted({", ".join(f"{v} {e.made_with[v]}" for v in versions) for e in entries})
+    rows += ["", f"Made by `benchmarks/compile_matrix.py`: {'; '.join(made)}.", ""]
+    return "\n".join([*rows, *aims(entries), ""])
+
+
+def aims(entries: Sequence[Entry]) -> list[str]:
+    """What was measured beside `AIMS`, as Markdown."""
+    found = {
+        (entry.case["method"], entry.case["rank"]): entry.measured
+        for entry in entries
+        if entry.case["model"] == "llama-2-7b" and entry.measured["total"] is not None
+    }
+    rows = ["| aim | measured | at most | met |", "| --- | ---: | ---: | --- |"]
+    for (method, rank), line in found.items():
+        base = found.get(("lora", rank))
+        bound = AIMS.get((method.replace(" alternate", ""), rank))
+        if base is not None and bound is not None:
+            over = line["total"] / base["total"] - 1
+            program = line["program"] - base["program"]
+            met = "yes" if over <= bound else "**no**"
+            rows.append(f"| {method}, r {rank}, over LoRA | {over:+.1%} | {bound:+.1%} | {met} |")
+            met = "yes" if program <= PROGRAM_AIM else "**no**"
+            sizes = f"{program / 2**20:+.1f} MiB | {PROGRAM_AIM / 2**20:+.1f} MiB"
+            rows.append(f"| {method}, r {rank}, program | {sizes} | {met} |")
+    return rows
 
 
 def main(options: Options) -> None:

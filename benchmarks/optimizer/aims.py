@@ -54,7 +54,7 @@ def aims(rows: Sequence[Row]) -> list[Aim]:
         if row["group"] == "compile":
             share = 10.0 if row["name"] == "one pair" else 2.0
             what = f"{name}: {row['name']}, r {row['rank']}"
-            if limit := {"separate": 30.0, "stacked": 8.0}.get(row["name"].split()[-1]):
+            if limit := {"separate": 15.0, "stacked": 8.0}.get(row["name"].split()[-1]):
                 seconds = row["trace_seconds"] + row["compile_seconds"]
                 found.append(Aim(f"{what}, trace + compile", seconds, limit, " s"))
             found.append(Aim(f"{what}, temporaries", 100 * row["temp_share"], share, " % of base"))

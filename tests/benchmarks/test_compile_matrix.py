@@ -47,7 +47,9 @@ def test_finished_steps_are_not_compiled_again(compiled, tmp_path, capsys):
     table = (tmp_path / "compile_matrix.md").read_text()
     assert table in capsys.readouterr().out
     assert "| 16 | loft full | 40.0 | 10.0 | 8.0 | 2.0 | 120.0 | 0.0 | 180.0 |" in table
-    assert table.count("| +50.0% |") == 1
+    assert table.count("| +50.0% |\n") == 1
+    assert "| loft full, r 16, over LoRA | +50.0% | +5.5% | **no** |" in table
+    assert "| loft full, r 16, program | +0.0 MiB | +20.0 MiB | yes |" in table
 
     file.write_text(whole[:-10])  # killed while it wrote the last line
     compile_matrix.main(Options(**few, methods=("lora", "loft full")))

@@ -24,7 +24,8 @@ are whole on each device.
 A slope is that of the straight line through the logarithms, by least squares: 2 means quadratic.
 The floor's is that of the same line through its operations or numbers at the same sizes. "Last" are
 the slopes between the two largest sizes: small updates grow less than the floor does, since what
-takes time there is to start the program and its loops.
+takes time there is to start the program and its loops. Figures have the floors dashed, from the
+largest size down; both moves of the exact second moment have the same state.
 
 **Devices.** They are threads on the cores of one machine, which all devices share, so that an
 update takes the time of the work of all of them. Its time is therefore divided by their number: it
@@ -330,8 +331,9 @@ def page(found: dict[Size, list[Entry]], name: str) -> str:
         text += ["", f"## {size.capitalize()}", ""]
         if case["quick"]:
             text += ["Sizes are those of `--quick`: these numbers mean nothing.", ""]
-        text += [_WHAT[size].format(**case) + f" {made['cores']} cores, {made['machine']}, jax"]
-        text += [f"{made['jax']}, revision {made['revision']}.", ""]
+        machine = f"{made['cores']} cores, {made['machine']}"
+        text += [f"{_WHAT[size].format(**case)} Measured on {machine},"]
+        text += [f"with jax {made['jax']}, at revision {made['revision']}.", ""]
         text += [f"![Time and state over {size}]({name}-{size}.png)", ""]
         drawn = lines(size, entries)
         text += [*_slopes(size, drawn), "", *_times(size, drawn)]

@@ -3,11 +3,12 @@
 import pytest
 
 from benchmarks import growth
-from benchmarks.growth import OPTIMIZERS, Options, Point, floor, main, slope, sweep
-from benchmarks.history import History
+from benchmarks.growth import OPTIMIZERS, Options, Point, floor, latest, main, page, slope, sweep
+from benchmarks.history import RESULTS, History
 from benchmarks.optimizer.contestants import make_optimizer
 from benchmarks.optimizer.shapes import pair_shapes
 from loft_jax import state_bytes
+from tests.pages import ROOT
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -57,9 +58,9 @@ def test_measures_and_writes_a_page(tmp_path, monkeypatch, capsys):
     assert all(entry.measured["seconds"] > 0 for entry in entries)
     adamw = [entry.measured["state_bytes"] for entry in entries][::2]
     assert adamw == [4 * (4 * 32 * rank + 1) for rank in (1, 2, 4)]
-    page = (tmp_path / "growth.md").read_text(encoding="utf-8")
-    assert page in capsys.readouterr().out
-    assert "\n| adamw | 1 to 4 | " in page
+    text = (tmp_path / "growth.md").read_text(encoding="utf-8")
+    assert text in capsys.readouterr().out
+    assert "\n| adamw | 1 to 4 | " in text
     assert (tmp_path / "growth-rank.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "growth-width.png").exists()
 
@@ -74,3 +75,8 @@ def test_devices_share_the_state_and_send_little(tmp_path):
         assert one["sent_bytes"] == 0 < two["sent_bytes"]
         if name != "loft-factored":
             assert one["state_bytes"] == two["state_bytes"]
+
+
+def test_the_page_is_what_its_rows_say():
+    text = (ROOT / "docs" / "evidence" / "growth.md").read_text(encoding="utf-8")
+    assert text == page(latest(History(ROOT / RESULTS, "growth").read()), "growth")

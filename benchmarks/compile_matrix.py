@@ -162,7 +162,7 @@ def aims(entries: Sequence[Entry]) -> list[str]:
             over = line["total"] / base["total"] - 1
             program = line["program"] - base["program"]
             met = "yes" if over <= bound else "**no**"
-            rows.append(f"| {method}, r {rank}, over LoRA | {over:+.1%} | {bound:+.1%} | {met} |")
+            rows.append(f"| {method}, r {rank}, over LoRA | {over:+.2%} | {bound:+.1%} | {met} |")
             met = "yes" if program <= PROGRAM_AIM else "**no**"
             sizes = f"{program / 2**20:+.1f} MiB | {PROGRAM_AIM / 2**20:+.1f} MiB"
             rows.append(f"| {method}, r {rank}, program | {sizes} | {met} |")

@@ -48,7 +48,7 @@ def test_finished_steps_are_not_compiled_again(compiled, tmp_path, capsys):
     assert table in capsys.readouterr().out
     assert "| 16 | loft full | 40.0 | 10.0 | 8.0 | 2.0 | 120.0 | 0.0 | 180.0 |" in table
     assert table.count("| +50.0% |\n") == 1
-    assert "| loft full, r 16, over LoRA | +50.0% | +5.5% | **no** |" in table
+    assert "| loft full, r 16, over LoRA | +50.00% | +5.5% | **no** |" in table
     assert "| loft full, r 16, program | +0.0 MiB | +20.0 MiB | yes |" in table
 
     file.write_text(whole[:-10])  # killed while it wrote the last line

@@ -85,6 +85,12 @@ def test_merged_weights_are_stored_as_those_of_the_base(workspace, tmp_path, cap
     )
     model = add_lora(load_pretrained(base), LoRAConfig(rank=2), rngs=nnx.Rngs(0))
     save_peft_adapter(tmp_path / "adapter", model, base_model=str(base))
+    adapter = tmp_path / "adapter" / "adapter_model.safetensors"
+    whole = {"base_model.model.model.norm.weight": weights["model.norm.weight"]}  # float32
+    save_file({**load_file(adapter), **whole}, adapter)
+    settings = adapter.with_name("adapter_config.json")
+    saved = {**json.loads(settings.read_text()), "modules_to_save": ["model.norm"]}
+    settings.write_text(json.dumps(saved))
     merge = ["merge", "--adapter", str(tmp_path / "adapter"), "--output"]
     for flags, dtype in (([], ml_dtypes.bfloat16), (["--dtype", "float32"], np.float32)):
         merged = tmp_path / np.dtype(dtype).name

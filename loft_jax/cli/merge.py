@@ -38,12 +38,18 @@ class Merge:
         return 0
 
     def _write_folder(self) -> None:
+        from flax import nnx
+
         from loft_jax.hub import save_pretrained
         from loft_jax.hub.pretrained import stored_dtype
+        from loft_jax.models.family import flat_parameters
 
         base = self.source.base
         dtype = str(stored_dtype(base)) if self.dtype == "base" else self.dtype
         model, tokenizer = self._merged(dtype)
+        # Modules that the adapter holds whole are in a dtype of their own.
+        for parameter in flat_parameters(model, nnx.Param).values():
+            parameter.set_value(parameter.get_value().astype(dtype))
         save_pretrained(self.output, model, tokenizer, base_model=base)
 
     def _write_gguf(self) -> None:

@@ -246,10 +246,10 @@ def _contents(
                 raise InputError(
                     f"{file.path}: tensor {shown(tensor)} is no LoRA factor, not supported"
                 )
-            if _is_whole(tensor, name, config, model, places[name]):
+            if _is_whole(tensor, name, config, model, places[name]) or _is_rounded(
+                file, tensor, model, places[name]
+            ):
                 contents.whole[name] = tensor
-            else:
-                _check_base_weight(file, tensor, model, places[name])
     if unknown:
         raise InputError(
             f"{file.path}: the adapter is for another base model: "
@@ -278,15 +278,24 @@ def _is_whole(tensor: str, name: str, config: PeftConfig, model: nnx.Module, pla
     )
 
 
-def _check_base_weight(file: AdapterFile, tensor: str, model: nnx.Module, place: Place) -> None:
-    """Checks that the embedding that PEFT stores beside its factors is the model's."""
+def _is_rounded(file: AdapterFile, tensor: str, model: nnx.Module, place: Place) -> bool:
+    """Whether the embedding that PEFT stores beside its factors is the model's, but rounded.
+
+    PEFT puts it in the place of the model's, which was loaded in another dtype for training.
+
+    Raises:
+        InputError: It is another one.
+    """
     value = flat_parameters(model, nnx.Param)[place.path].get_value()
     if isinstance(value, jax.Array):
         own = np.asarray(value if place.number is None else value[place.number])
         own = own.T if place.transposed else own
-        same = file.shapes[tensor] == own.shape
-        if same and np.array_equal(file.read(tensor).astype(own.dtype), own):
-            return
+        if file.shapes[tensor] == own.shape:
+            stored = file.read(tensor)
+            if np.array_equal(stored.astype(own.dtype), own):
+                return False
+            if np.array_equal(own.astype(stored.dtype), stored):
+                return True
     raise InputError(f"{file.path}: tensor {shown(tensor)} is a base weight other than the model's")
 
 
@@ -325,10 +334,14 @@ def _whole(
 def _set_whole(
     parameter: Any, stored: dict[int | None, np.ndarray], dtype: DTypeLike | None
 ) -> None:
-    """Replaces a parameter, or some layers of a stack of them, which keep their dtype."""
+    """Replaces a parameter, or some layers of a stack of them, which keep their dtype.
+
+    A parameter of its own gets, by default, the dtype that holds the old and the new one.
+    """
     value = parameter.get_value()
     if None in stored:
-        held = jnp.asarray(stored[None], dtype or stored[None].dtype)
+        new = stored[None]
+        held = jnp.asarray(new, dtype or jnp.promote_types(value.dtype, new.dtype))
     else:
         numbers = jnp.array(list(stored))
         held = value.at[numbers].set(jnp.asarray(np.stack(list(stored.values())), value.dtype))

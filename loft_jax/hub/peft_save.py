@@ -101,8 +101,8 @@ def save_peft_adapter(
     Raises:
         InputError: The model has no LoRA layer, or one that PEFT's format cannot hold (a stack
             without `hf_name`, a batch axis); only some of its LoRA layers have DoRA or rsLoRA; rank
-            or alpha are not those of the factors; or the folder cannot be written. The message
-            names the path.
+            or alpha are not those of the factors; a module to save has LoRA; or the folder cannot
+            be written. The message names the path.
         ValueError: Half a pair, or shapes that are not those of a pair, as for `find_pairs`.
 
     Example:
@@ -258,6 +258,11 @@ def _whole(
         if not inside:
             raise InputError(f"modules_to_save: {shown(module)} has no parameters in the model")
         for name in inside:
+            if (adapted := name.rpartition(".")[0]) in modules:
+                raise InputError(
+                    f"modules_to_save: {shown(module)} has an adapter, on {adapted}; expected "
+                    "modules without"
+                )
             tensors[PREFIX + name] = _value(parameters, places[name])
             below = places[name].path.count(".") - module.count(".")  # names after the module's
             heads[name.rsplit(".", below)[0]] = None

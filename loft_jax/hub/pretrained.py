@@ -442,7 +442,8 @@ def save_pretrained(
     with new_folder(folder) as partial:
         config = model.config.to_hf()
         config["architectures"] = [model.architecture]
-        config["torch_dtype"] = str(np.dtype(next(iter(parameters.values())).dtype))
+        # transformers loads all of them in this one.
+        config["torch_dtype"] = str(jnp.result_type(*{p.dtype for p in parameters.values()}))
         (partial / _CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         shapes = {
             name: (shape, np.dtype(parameter.dtype))

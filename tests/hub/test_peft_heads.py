@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from loft_jax.errors import InputError
 from loft_jax.hub import load_peft_adapter, save_peft_adapter
 from loft_jax.lora import LoRAConfig, add_lora, lora_layers
 
@@ -47,3 +48,12 @@ def test_a_head_of_two_layers_is_one_module_that_is_saved(tmp_path, labels):
         nnx.to_pure_dict(nnx.state(model.head)),
     )
     assert list(lora_layers(again)) == ["body"]
+
+
+def test_a_head_with_factors_of_its_own_is_not_saved_whole(tmp_path):
+    """PEFT would read one of the two."""
+    model = Headed(3, nnx.Rngs(0))
+    add_lora(model, LoRAConfig(2, target_modules=["body", "out"]), rngs=nnx.Rngs(1))
+    with pytest.raises(InputError, match=r"'head' has an adapter, on head\.out; expected modules"):
+        save_peft_adapter(tmp_path, model, task_type="SEQ_CLS", modules_to_save=["head"])
+    assert not list(tmp_path.iterdir())

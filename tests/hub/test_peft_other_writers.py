@@ -132,6 +132,38 @@ def test_layers_may_differ_in_dtype(plain, llama_folder, tmp_path, dtype, ours):
     assert lora_layers(model)["layers.self_attn.q_proj"].lora_a.dtype == ours
 
 
+def test_an_embedding_of_a_base_in_bfloat16_takes_the_place_of_the_models(llama_folder, tmp_path):
+    """PEFT stores the embedding that it adapts as it was loaded, and loads it from there."""
+    made_by_peft(llama_folder, tmp_path, target_modules=["embed_tokens", "q_proj"])
+    name = f"{PREFIX}model.embed_tokens.base_layer.weight"
+    rewritten(
+        tmp_path, tmp_path, lambda key, value: (key, value.bfloat16() if key == name else value)
+    )
+    theirs = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(llama_folder), tmp_path)
+    expected = torch_logits(theirs.eval())
+    model = load_peft_adapter(tmp_path, load_pretrained(llama_folder))
+    np.testing.assert_allclose(our_logits(model), expected, atol=1e-4)
+    np.testing.assert_allclose(our_logits(merge_lora(model)), expected, atol=1e-4)
+    theirs.base_model.model.model.embed_tokens.base_layer.weight.data = (
+        LlamaForCausalLM.from_pretrained(llama_folder).model.embed_tokens.weight.data
+    )
+    assert np.abs(torch_logits(theirs) - expected).max() > 1e-3
+
+
+def test_a_merged_model_says_the_dtype_that_holds_all_of_it(llama_folder, tmp_path):
+    """transformers loads a model in the dtype that its configuration names, whatever is stored."""
+    made_by_peft(
+        llama_folder, tmp_path / "adapter", target_modules=["q_proj"], modules_to_save=["lm_head"]
+    )
+    base = load_pretrained(llama_folder, param_dtype="bfloat16")
+    model = merge_lora(load_peft_adapter(tmp_path / "adapter", base))
+    save_pretrained(tmp_path / "merged", model)
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.model.norm.weight.dtype == torch.float32
+    head = load_file(tmp_path / "adapter" / WEIGHTS)[f"{PREFIX}lm_head.weight"]
+    assert torch.equal(merged.lm_head.weight.data, head)
+
+
 HARMLESS = {
     "ensure_weight_tying": True,
     "runtime_config": {"ephemeral_gpu_offload": False},

@@ -87,7 +87,9 @@ def sum_adapters(
         >>> sum_adapters(skills, [1.0, -0.5]).layers[0].lora_b.shape
         (4, 8)
     """
-    if not models or len(weights) != len(models):
+    if not models:
+        raise InputError("no models are given, expected at least one")
+    if len(weights) != len(models):
         raise InputError(f"{len(weights)} weights for {len(models)} models, expected one for each")
     if rank is not None and rank < 1:
         raise InputError(f"rank is {rank}, expected 1 or more")
@@ -162,10 +164,12 @@ def check_weights(weights: Sequence[float], count: int) -> float:
         Their sum.
 
     Raises:
-        InputError: They are not as many as adapters, or not numbers of 0 or more with a positive
-            sum.
+        InputError: There are no adapters, or the weights are not as many, or not numbers of 0 or
+            more with a positive sum.
     """
-    if len(weights) != count or not count:
+    if not count:
+        raise InputError("no adapters are given, expected at least one")
+    if len(weights) != count:
         raise InputError(f"{len(weights)} weights for {count} adapters, expected one for each")
     total = float(sum(weights))
     if not np.isfinite(total) or total <= 0 or min(weights) < 0:

@@ -8,12 +8,12 @@ from pathlib import Path
 from experiments.log import Result, ResultLog, Setting
 from experiments.matrix import MATRIX_METHODS, MATRIX_TASKS, MatrixRuns, MatrixTask
 from experiments.methods import METHODS
-from experiments.runs import LanguageRuns
+from experiments.runs import PretrainedRuns
 from experiments.summary import Summary, summarize
-from experiments.tasks import BEFORE, LANGUAGE_TASKS, LanguageTask, Task
+from experiments.tasks import BEFORE, PRETRAINED_TASKS, PretrainedTask, Task
 from loft_jax.errors import InputError
 
-TASKS: dict[str, Task] = {**MATRIX_TASKS, **LANGUAGE_TASKS}
+TASKS: dict[str, Task] = {**MATRIX_TASKS, **PRETRAINED_TASKS}
 """Those of matrices first."""
 
 
@@ -31,8 +31,8 @@ def runs_of(task: Task, assets: Path) -> Callable[..., Result]:
     """
     if isinstance(task, MatrixTask):
         return MatrixRuns(task)
-    assert isinstance(task, LanguageTask)
-    return LanguageRuns(task, assets)
+    assert isinstance(task, PretrainedTask)
+    return PretrainedRuns(task, assets)
 
 
 def read_results(log: ResultLog, task: Task) -> list[Result]:

@@ -20,9 +20,10 @@ _INTRODUCTION = """\
 
 Made by `python -m experiments report` from the logs in `experiments/results`, one line a run.
 `python -m experiments run TASK` makes the runs that are missing, and with `--best` those at the
-best rates, after `python scripts/prepare_demo.py` and `python -m experiments.prepare`; one run
-again, as of a cell of a table, is `python -m experiments run stories --methods loft --ranks 4
---rates 1e-2 --seeds 0 --results runs/again`. [Methods](../how-to/methods.md) describes the methods.
+best rates, after `python scripts/prepare_demo.py` and `python -m experiments.prepare`, for
+`vit-digits` after `experiments/vit_digits.py`; one run again, as of a cell of a table, is
+`python -m experiments run stories --methods loft --ranks 4 --rates 1e-2 --seeds 0
+--results runs/again`. [Methods](../how-to/methods.md) describes the methods.
 
 | question | where the answer is |
 | --- | --- |
@@ -32,6 +33,7 @@ again, as of a cell of a table, is `python -m experiments run stories --methods 
 | how much is speed, and how much stays after more steps | [tasks](#tasks): `stories-long`, \
 `wikitext-long` |
 | GLUE with MiniLM | [tasks](#tasks): `sst2`, `cola`, `rte` |
+| images with a ViT-S | [tasks](#tasks): `vit-digits` |
 | how a method depends on the learning rate | [below](#at-the-learning-rate-of-full-fine-tuning), \
 and "Validation loss by learning rate" of each task |
 | on eps and on alpha | "By eps" and "By alpha" of each task |
@@ -41,13 +43,13 @@ and "Validation loss by learning rate" of each task |
 
 ## How it was compared
 
-Every method runs with the same learning rates (on MiniLM, `full` with lower ones), and the one with
-the least validation loss (on matrices: the fewest steps) is reported: its test, mean ± standard
-deviation over seeds. On SmolLM2 and MiniLM the rate is chosen with seed 0 alone, elsewhere with
-seeds 0, 1 and 2. Where the best rate was at an end of the sweep, a method may have run at one more;
-a star marks what comes of a best rate that is at an end all the same. On `stories` some methods
-have more seeds at the best rate than others: what tells two apart are the gains, of the seeds that
-both have.
+Every method runs with the same learning rates (on MiniLM, `full` with lower ones; on images, LoFT
+too), and the one with the least validation loss (on matrices: the fewest steps) is reported: its
+test, mean ± standard deviation over seeds. On SmolLM2, MiniLM and images the rate is chosen with
+seed 0 alone, elsewhere with seeds 0, 1 and 2. Where the best rate was at an end of the sweep, a
+method may have run at one more; a star marks what comes of a best rate that is at an end all the
+same. On `stories` some methods have more seeds at the best rate than others: what tells two apart
+are the gains, of the seeds that both have.
 
 Runs of one seed see the same batches and start from the same factors (but for `pissa` and
 `reflora-balanced`, whose start is their own), on all linear layers, with alpha the rank. Gradients

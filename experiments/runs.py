@@ -1,4 +1,4 @@
-"""One run of a comparison on a language model: trained and measured, as a line of the log."""
+"""One run of a comparison on a pretrained model: trained and measured, as a line of the log."""
 
 import dataclasses
 import functools
@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from experiments.log import Cell, Result
 from experiments.methods import configured, optimizer_of
-from experiments.tasks import BEFORE, LanguageTask
+from experiments.tasks import BEFORE, PretrainedTask
 from loft_jax.data import load_examples, train_stream
 from loft_jax.data.arrays import ArrayData
 from loft_jax.data.encode import TokenizedData
 from loft_jax.data.images import ImageData
-from loft_jax.hub import load_model_config, load_tokenizer
+from loft_jax.hub import load_model_config, load_processor
 from loft_jax.methods import Full
 from loft_jax.models.family import PretrainedModel
 from loft_jax.optim import state_bytes
@@ -68,10 +68,10 @@ class _Compiled:
         return make_step(self.parts, self.loss, self.make(rate))(state, frozen, batch)
 
 
-class LanguageRuns:
+class PretrainedRuns:
     """Runs of one task; data are read, and steps compiled, once for all of them."""
 
-    def __init__(self, task: LanguageTask, assets: Path) -> None:
+    def __init__(self, task: PretrainedTask, assets: Path) -> None:
         """Reads the data.
 
         Args:
@@ -80,7 +80,7 @@ class LanguageRuns:
         """
         self.task = task
         self._config = task.config(assets)
-        self._tokenizer = load_tokenizer(self._config.model.path)
+        self._processor = load_processor(self._config.model.path)
         self._rows = load_examples(self._config.data)
         family, sizes = load_model_config(self._config.model.path)
         evaluation = held_out_data(self._config)
@@ -190,7 +190,7 @@ class LanguageRuns:
 
     @functools.cached_property
     def _data(self) -> TokenizedData | ImageData | ArrayData:
-        return self._task.tokenize(self._rows, self._tokenizer, self._config.data)
+        return self._task.tokenize(self._rows, self._processor, self._config.data)
 
     @functools.cache  # noqa: B019  # lives as long as the runs of its task
     def _held_out(self, *, test: bool) -> HeldOut:
@@ -200,7 +200,7 @@ class LanguageRuns:
         return HeldOut(
             self._task,
             load_examples(data),
-            self._tokenizer,
+            self._processor,
             data,
             batch_size=config.evaluation.batch_size,
             progress=True,

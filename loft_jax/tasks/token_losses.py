@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from loft_jax.models.activations import row_shards
 from loft_jax.models.family import LanguageModel
 
 _LOGITS_AT_ONCE = 2**25  # of a device, 128 MiB in float32
@@ -49,9 +50,7 @@ def token_losses_in_parts(
     """
     rows, count = places.shape
     vocabulary = jax.eval_shape(model.logits, hidden[:, :1]).shape[-1]
-    mesh = jax.sharding.get_abstract_mesh()
-    devices = 1 if mesh.empty else mesh.size
-    width = max(1, min(count, _LOGITS_AT_ONCE * devices // (rows * vocabulary)))
+    width = max(1, min(count, _LOGITS_AT_ONCE * row_shards() // (rows * vocabulary)))
     parts = -(-count // width)
 
     def divided(x: jax.Array) -> jax.Array:

@@ -60,7 +60,7 @@ def test_in_parts_they_are_the_same_and_never_all_logits(limit, monkeypatch):
     assert has_all == (limit == 2**25)
 
 
-def test_devices_of_a_mesh_share_the_limit_of_logits_at_once(monkeypatch):
+def test_shards_of_rows_share_the_limit_of_logits_at_once(monkeypatch):
     monkeypatch.setattr(module, "_LOGITS_AT_ONCE", ROWS * VOCAB)
     hidden, table, places, targets = problem()
 
@@ -71,6 +71,6 @@ def test_devices_of_a_mesh_share_the_limit_of_logits_at_once(monkeypatch):
         return max(k for k in range(1, COUNT + 1) if f"{ROWS},{k},{VOCAB}]" in str(made))
 
     assert largest_part() == 1
-    mesh = jax.sharding.AbstractMesh((2, 2), ("data", "tensor"))
+    mesh = jax.sharding.AbstractMesh((2, 2, 2), ("data", "fsdp", "tensor"))
     with jax.sharding.use_abstract_mesh(mesh):
         assert largest_part() == 4

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from loft_jax.data.config import DataConfig
 from loft_jax.data.image_files import (
@@ -24,6 +24,9 @@ from loft_jax.files import inside, read_json, regular_file
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
+
+GivenData: TypeAlias = "Dataset | DatasetDict | Iterable[Mapping[str, Any]]"
+"""Examples that a program gives as an object; see `given_examples`."""
 
 # file ending -> what reads it: "json" and "csv" are ours, the others are builders of `datasets`
 _BUILDERS = {
@@ -82,9 +85,7 @@ def load_examples(config: DataConfig) -> "Dataset | list[dict[str, Any]]":
     return examples
 
 
-def given_examples(
-    data: "Dataset | DatasetDict | Iterable[Mapping[str, Any]]", config: DataConfig
-) -> "Dataset | list[dict[str, Any]]":
+def given_examples(data: GivenData, config: DataConfig) -> "Dataset | list[dict[str, Any]]":
     """Reads the examples that are given as an object.
 
     Args:

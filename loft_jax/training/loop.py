@@ -5,7 +5,7 @@ import functools
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +13,7 @@ import jax
 from flax import nnx
 from tqdm.auto import tqdm
 
+from loft_jax.data.source import GivenData
 from loft_jax.errors import InputError, NotFiniteError
 from loft_jax.hub.host_arrays import gather_to_host
 from loft_jax.hub.repository import open_repository
@@ -48,7 +49,6 @@ from loft_jax.training.run import Run
 from loft_jax.training.step import TrainState
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
     from transformers import PreTrainedTokenizerBase
 
     from loft_jax.hub.image_processor import ImageProcessor
@@ -65,8 +65,8 @@ def finetune(
     *,
     model: nnx.Module | None = None,
     tokenizer: "PreTrainedTokenizerBase | ImageProcessor | None" = None,
-    data: "Dataset | DatasetDict | Iterable[Mapping[str, Any]] | None" = None,
-    held_out: "Dataset | DatasetDict | Iterable[Mapping[str, Any]] | None" = None,
+    data: "GivenData | None" = None,
+    held_out: "GivenData | None" = None,
     loss: RowLoss | None = None,
     callbacks: Sequence[Callback] = (),
     resume: bool | Literal["auto"] = False,

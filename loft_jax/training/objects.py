@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from loft_jax.data import DataConfig, load_examples
-from loft_jax.data.source import given_examples
+from loft_jax.data.source import GivenData, given_examples
 from loft_jax.errors import InputError, shown
 from loft_jax.hub import load_model_config, load_processor
 from loft_jax.hub.tokenizer_folder import with_template_of
@@ -27,7 +26,6 @@ from loft_jax.training.model import load_base, with_precision
 from loft_jax.training.shardings import parameter_spec
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
     from transformers import PreTrainedTokenizerBase
 
     from loft_jax.hub.image_processor import ImageProcessor
@@ -47,8 +45,8 @@ class Objects:
 
     model: nnx.Module | None = None
     tokenizer: "PreTrainedTokenizerBase | ImageProcessor | None" = None
-    data: "Dataset | DatasetDict | Iterable[Mapping[str, Any]] | None" = None
-    held_out: "Dataset | DatasetDict | Iterable[Mapping[str, Any]] | None" = None
+    data: "GivenData | None" = None
+    held_out: "GivenData | None" = None
     loss: RowLoss | None = None
 
     def settled(self, config: FinetuneConfig) -> FinetuneConfig:

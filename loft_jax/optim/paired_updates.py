@@ -1,6 +1,5 @@
 """Updates with the factor pairs of their parameters, as every link sees them; shared bases."""
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from types import MappingProxyType
@@ -20,6 +19,7 @@ from loft_jax.optim.pairs import (
     find_pairs,
     group_pairs,
 )
+from loft_jax.optim.stacking import Identity, remember_stacks
 
 
 class PairedUpdates:
@@ -87,15 +87,16 @@ class PairedUpdates:
         if found := _shared_bases.get().get(self.basis_key(group, partner)):
             return found
         folded = self.param(partner)
-        return orthonormal_basis(folded.like(folded.array * self.scalings(group)))
+        basis: Basis = orthonormal_basis(folded.like(folded.array * self.scalings(group)))
+        return basis
 
     def basis_key(self, group: PairGroup, partner: FactorGroup) -> tuple[Any, ...]:
         """Identifies a basis by what it is made of: these very arrays, and this scaling."""
-        leaves = [_Identity(self._params[index]) for index in partner.indices]
+        leaves = [Identity(self._params[index]) for index in partner.indices]
         scalings = [self._spec.scaling_of(pair) for pair in group.pairs]
         return (
             *leaves,
-            *(_Identity(s) if isinstance(s, jax.Array) else float(s) for s in scalings),
+            *(Identity(s) if isinstance(s, jax.Array) else float(s) for s in scalings),
         )
 
     def scalings(self, group: PairGroup) -> jax.Array:
@@ -134,10 +135,11 @@ def share_bases(
 ) -> optax.GradientTransformationExtraArgs:
     """Computes the bases of an update once for all links of a chain.
 
-    Without it each link computes them for itself, with the same result. A link takes a shared basis
-    only if it is given the very arrays that the basis was computed from, and the same scaling: what
-    changes the parameters on their way to a link, or traces them anew, makes the link compute its
-    own. On a mesh with explicit axes it does so too, unless the chain is `loft` or `loft_muon`.
+    Without it each link computes them for itself, with the same result, and stacks the leaves of
+    separate pairs that the link before it has taken apart. A link takes a shared basis only if it
+    is given the very arrays that the basis was computed from, and the same scaling: what changes
+    the parameters on their way to a link, or traces them anew, makes the link compute its own. On a
+    mesh with explicit axes it does so too, unless the chain is `loft` or `loft_muon`.
 
     Args:
       inner: A chain of this package's links and of others.
@@ -164,17 +166,18 @@ def share_bases(
     ) -> tuple[optax.Updates, Any]:
         if explicit_mesh((updates, state, params)):  # inner may close over arrays there
             return inner.update(updates, state, params, **extra)
-        tree = PairedUpdates(updates, params, spec)
-        bases = {
-            tree.basis_key(group, partner): tree.basis(group, partner)
-            for group in tree.groups
-            for partner in (group.b, group.a)
-        }
-        token = _shared_bases.set({**_shared_bases.get(), **bases})
-        try:
-            return inner.update(updates, state, params, **extra)
-        finally:
-            _shared_bases.reset(token)
+        with remember_stacks():
+            tree = PairedUpdates(updates, params, spec)
+            bases = {
+                tree.basis_key(group, partner): tree.basis(group, partner)
+                for group in tree.groups
+                for partner in (group.b, group.a)
+            }
+            token = _shared_bases.set({**_shared_bases.get(), **bases})
+            try:
+                return inner.update(updates, state, params, **extra)
+            finally:
+                _shared_bases.reset(token)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
@@ -183,19 +186,6 @@ def share_bases(
 _shared_bases: ContextVar[Mapping[tuple[Any, ...], Basis]] = ContextVar(
     "shared_bases", default=MappingProxyType({})
 )
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Identity:
-    """An array as a key: equal to itself only, and alive as long as the key is."""
-
-    array: jax.Array
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and self.array is other.array
-
-    def __hash__(self) -> int:
-        return id(self.array)
 
 
 def _fold(factor: FactorGroup, leaves: Sequence[jax.Array]) -> FactorMatrix:

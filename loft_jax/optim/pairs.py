@@ -22,6 +22,7 @@ import optax
 
 from loft_jax.optim.arguments import Number, check_scaling
 from loft_jax.optim.linear_algebra import FactorMatrix
+from loft_jax.optim.stacking import remember_stack, remembered_stack, unstack
 
 FactorNames = Sequence[tuple[str, str]]
 """Endings of the paths of the two factors of a pair, as `(("lora_a", "lora_b"), ...)`."""
@@ -198,12 +199,18 @@ class FactorGroup:
 
     def fold(self, leaves: Sequence[jax.Array]) -> FactorMatrix:
         """Stacks one leaf of each factor: (group, stack, features, k)."""
+        if (known := remembered_stack(self, leaves)) is not None:
+            return known  # type: ignore[no-any-return]
         folded = [f.fold(x) for f, x in zip(self.factors, leaves, strict=True)]
-        return FactorMatrix(jnp.stack(folded), self.rank_last)
+        x = FactorMatrix(jnp.stack(folded), self.rank_last)
+        remember_stack(self, leaves, x)
+        return x
 
     def unfold(self, x: FactorMatrix) -> list[jax.Array]:
         """Undoes `fold`."""
-        return [f.unfold(x.array[i]) for i, f in enumerate(self.factors)]
+        leaves = [f.unfold(y) for f, y in zip(self.factors, unstack(x.array), strict=True)]
+        remember_stack(self, leaves, x)
+        return leaves
 
 
 @dataclasses.dataclass(frozen=True)

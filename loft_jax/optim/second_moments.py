@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from loft_jax.optim.arguments import Number
 from loft_jax.optim.linear_algebra import Basis, FactorMatrix, matmul, transpose
 from loft_jax.optim.pairs import FactorGroup
+from loft_jax.optim.stacking import unstack
 
 
 class SecondMomentState(NamedTuple):
@@ -223,7 +224,7 @@ class FactoredMoment:
         gram = (b2 * moved + (1 - b2) * c.inner(c)).astype(moved.dtype)
         return SecondMomentState(
             factor.unfold(c.like(weights)),
-            [gram[i].reshape(leaf.shape) for i, leaf in enumerate(state.gram)],
+            [x.reshape(leaf.shape) for x, leaf in zip(unstack(gram), state.gram, strict=True)],
         )
 
     def direction(

@@ -1,5 +1,6 @@
 """At r = min(m, n) LoFT is AdamW on the weight: the judge is optax.adamw in float64."""
 
+import functools
 import itertools
 
 import jax
@@ -33,6 +34,7 @@ CASES = [
 ]
 
 
+@functools.cache
 def learning_rates(schedule):
     if schedule:
         warmup = optax.warmup_cosine_decay_schedule(0.0, 0.03, 20, STEPS)

@@ -53,6 +53,7 @@ def config(folder, output, **changes):
         "data": DataConfig(str(folder / "train.tsv"), text_field="sentence", max_length=32),
         "eval_path": str(folder / "test.tsv"),
         "output": str(output),
+        "method": "lora",
         "rank": 4,
         "learning_rate": 1e-2,
         "steps": 60,
@@ -66,7 +67,7 @@ def config(folder, output, **changes):
 @pytest.fixture(scope="module")
 def trained(folder, tmp_path_factory):
     output = tmp_path_factory.mktemp("run") / "run"
-    return output, finetune(config(folder, output), progress=False)
+    return output, finetune(config(folder, output, method="loft"), progress=False)
 
 
 def rows(folder):
@@ -122,7 +123,7 @@ def test_the_best_checkpoint_is_exported_and_merged(folder, trained, tmp_path):
 
 def test_a_resumed_run_is_the_run_to_the_bit(folder, trained, tmp_path, monkeypatch):
     whole, _ = trained
-    run = config(folder, tmp_path / "run")
+    run = config(folder, tmp_path / "run", method="loft")
     reached = StopRequest.reached
     monkeypatch.setattr(StopRequest, "reached", lambda self, step: step == 30)
     assert finetune(run, progress=False).interrupted

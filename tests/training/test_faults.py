@@ -34,7 +34,14 @@ def saved_steps(folder):
 def test_killed_again_and_again_is_as_if_never_stopped(make_config, workspace, tmp_path):
     """To the bit, with dropout and packed rows, over ends of epochs, in saves and between them."""
     data = DataConfig(make_config().data.path, max_length=64, packing=True)
-    common = {"data": data, "batch_size": 4, "dropout": 0.2, "steps": 45, "save_every": 1}
+    common = {
+        "method": "loft",
+        "data": data,
+        "batch_size": 4,
+        "dropout": 0.2,
+        "steps": 45,
+        "save_every": 1,
+    }
     common |= {"eval_path": str(workspace / "test.jsonl"), "eval_every": 5}
     whole = make_config(output=str(tmp_path / "whole"), **common)
     finetune(whole, progress=False)
@@ -106,7 +113,7 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(make_config, tmp_pat
 def test_a_run_is_handed_from_process_to_process(make_config, tmp_path, count):
     """To other meshes too, by a notice of preemption and by a kill; it ends as if undisturbed."""
     # Of a size that rounding does not turn into another sign, as Adam's first steps else are.
-    common = {"eps": 1e-3, "steps": 30, "save_every": 5, "keep_last": 9}
+    common = {"method": "loft", "eps": 1e-3, "steps": 30, "save_every": 5, "keep_last": 9}
     alone = make_config(output=str(tmp_path / "alone"), **common)
     finetune(alone, progress=False)
 
@@ -154,6 +161,7 @@ def test_a_run_is_handed_from_process_to_process(make_config, tmp_path, count):
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_two_and_four_processes_evaluate_and_export_as_one(make_config, workspace, tmp_path, count):
     common = {
+        "method": "loft",
         "eps": 1e-3,
         "steps": 10,
         "dropout": 0.1,

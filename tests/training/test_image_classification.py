@@ -50,6 +50,7 @@ def config(folder, output, **changes):
         "eval_path": str(folder / "test"),
         "eval_batch_size": 24,
         "output": str(output),
+        "method": "lora",
         "rank": 4,
         "learning_rate": 1e-2,
         "steps": 30,

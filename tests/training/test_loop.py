@@ -95,7 +95,12 @@ def test_every_method_resumes_and_exports(make_config, method):
 def test_the_state_is_told_before_training(make_config, caplog):
     """With all that LoFT can be set to, since these settings reach the optimizer here only."""
     config = make_config(
-        steps=2, rank=2, second_moment="factored", state_dtype="bfloat16", balance=True
+        method="loft",
+        steps=2,
+        rank=2,
+        second_moment="factored",
+        state_dtype="bfloat16",
+        balance=True,
     )
     with caplog.at_level(logging.INFO, logger="loft_jax"):
         finetune(config, progress=False)

@@ -133,7 +133,7 @@ def test_an_adapter_that_holds_more_than_factors(going_on, start, tmp_path):
     with pytest.raises(InputError, match="bias is 'all', and no method trains biases"):
         finetune(going_on(adapter=str(folder)), progress=False)
     file.write_text(json.dumps({**settings, "use_dora": True}))
-    with pytest.raises(InputError, match=r"method is loft, but the adapter in .* has DoRA"):
+    with pytest.raises(InputError, match=r"method is lora, but the adapter in .* has DoRA"):
         finetune(going_on(adapter=str(folder)), progress=False)
 
 

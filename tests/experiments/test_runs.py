@@ -49,7 +49,7 @@ def test_images_are_a_task_like_others(tmp_path):
         data="",
         steps=20,
         batch_size=8,
-        methods=("loft-factored",),
+        methods=("lora",),
         ranks=(2,),
         rates=(1e-2,),
         train=("train.npz", "train[8:]"),
@@ -57,7 +57,7 @@ def test_images_are_a_task_like_others(tmp_path):
         test=("test.npz", "train"),
         measure="accuracy",
     )
-    found = runs_of(task, tmp_path)(Cell("images", "loft-factored", 2, 1e-2), test=True)
+    found = runs_of(task, tmp_path)(Cell("images", "lora", 2, 1e-2), test=True)
     assert found.test["accuracy"] == found.right["accuracy"].count("1") / 12 > 0.8
     assert found.train[-1] < found.train[0]
 

@@ -19,7 +19,7 @@ from tests.fuzz.spoiling import spoilt
 SECONDS = 10
 """That a case may take."""
 
-CASES = 30
+CASES = 12
 MANY_CASES = int(os.environ.get("FUZZ_CASES", "6000"))
 AT_ONCE = 500  # cases of one seed
 

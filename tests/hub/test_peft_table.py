@@ -196,11 +196,19 @@ def loaded(family, folder):
 
 
 def cells():
-    """All families with all options; RoBERTa's layers are BERT's: daily, what names other parts."""
+    """All families with all options; daily, every option with Llama, and with GPT-2 or BERT.
+
+    RoBERTa's layers are BERT's: daily, what names other parts.
+    """
     for family in FAMILIES:
-        for option in OPTIONS:
-            as_in_bert = family == "roberta" and option not in OWN_TO_ROBERTA
-            yield pytest.param(family, option, marks=[pytest.mark.slow] if as_in_bert else [])
+        for place, option in enumerate(OPTIONS):
+            daily = {
+                "llama": True,
+                "gpt2": place % 2 == 0,
+                "bert": place % 2 == 1,
+                "roberta": option in OWN_TO_ROBERTA,
+            }
+            yield pytest.param(family, option, marks=[] if daily[family] else [pytest.mark.slow])
 
 
 @pytest.mark.parametrize(("family", "option"), cells(), indirect=["family"])

@@ -21,6 +21,7 @@ def plot(rows: Sequence[Row], path: Path) -> bool:
         Whether matplotlib is installed.
     """
     try:
+        from matplotlib import colormaps
         from matplotlib.figure import Figure
     except ImportError:
         return False
@@ -35,13 +36,17 @@ def plot(rows: Sequence[Row], path: Path) -> bool:
     figure = Figure(figsize=(4 * len(ranks) + 2, 7), layout="constrained")
     grid = figure.subplots(2, len(ranks), squeeze=False, sharex=True, sharey="row")
     shapes = list(dict.fromkeys(shape_of(row) for row in rows))
+    twenty = colormaps["tab20"]  # the ten colors of the default are too few
+    names = list(dict.fromkeys(row["optimizer"] for row in rows))
     for (line, key), (column, rank) in itertools.product(enumerate(values), enumerate(ranks)):
         axes = grid[line][column]
-        for name in dict.fromkeys(row["optimizer"] for row in rows):
+        for place, name in enumerate(names):
             mine = [row for row in rows if (row["optimizer"], row["rank"]) == (name, rank)]
             points = [(shapes.index(shape_of(row)), row[key]) for row in mine if row.get(key)]
             if points:
-                axes.plot(*zip(*points, strict=True), "o-", label=name, markersize=4)
+                axes.plot(
+                    *zip(*points, strict=True), "o-", label=name, color=twenty(place), markersize=4
+                )
         axes.set(yscale="log", title=f"r {rank}" if line == 0 else "")
         axes.set_xticks(range(len(shapes)), shapes, rotation=30, ha="right")
         axes.grid(alpha=0.3)

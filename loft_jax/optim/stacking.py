@@ -39,7 +39,7 @@ def unstack(x: jax.Array) -> list[jax.Array]:
 
 @jax.jit
 def _unstacked(x: jax.Array) -> list[jax.Array]:
-    known = tuple(jnp.int32(i) for i in range(len(x)))
+    known = tuple(jnp.array(i) for i in range(len(x)))
 
     def counted() -> tuple[jax.Array, ...]:
         def body(step: jax.Array, _: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -49,8 +49,7 @@ def _unstacked(x: jax.Array) -> list[jax.Array]:
         return places
 
     def at(place: jax.Array) -> jax.Array:
-        start: list[jax.Array | int] = [place, *[0] * (x.ndim - 1)]
-        size = (1, *x.shape[1:])
+        start, size = [place, *[known[0]] * (x.ndim - 1)], (1, *x.shape[1:])
         part = jax.lax.dynamic_slice(x, start, size, allow_negative_indices=False)
         return part.reshape(x.shape[1:])
 

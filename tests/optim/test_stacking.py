@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from loft_jax import loft, share_bases
@@ -25,14 +26,41 @@ def separate_pairs(count):
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 33])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 def test_unstack_is_that_of_jax(count, dtype):
-    x = jnp.arange(count * 6).reshape(count, 2, 3).astype(dtype)
-    for parts in (unstack(x), jax.jit(unstack)(x)):
-        assert len(parts) == count
-        for part, expected in zip(parts, jnp.unstack(x), strict=True):
-            assert part.dtype == x.dtype
-            np.testing.assert_array_equal(part, expected)
+    with jax.enable_x64(dtype == "float64"):
+        x = jnp.arange(count * 6).reshape(count, 2, 3).astype(dtype)
+        for parts in (unstack(x), jax.jit(unstack)(x)):
+            assert len(parts) == count
+            for part, expected in zip(parts, jnp.unstack(x), strict=True):
+                assert part.dtype == x.dtype
+                np.testing.assert_array_equal(part, expected)
+
+
+def test_many_pairs_move_as_each_alone():
+    """By themselves, in a scan of a batch of seeds, and with the gradient of a step."""
+    params = separate_pairs(8)
+    tx = loft(1e-2, eps=1e-3)
+
+    def step(params):
+        grads = jax.tree.map(jnp.cos, params)
+        return optax.apply_updates(params, tx.update(grads, tx.init(params), params)[0])
+
+    def size(params):
+        return sum(jnp.sum(x**2) for x in jax.tree.leaves(step(params)))
+
+    def alone(function):
+        function = jax.jit(function)
+        return {name: function({"only": pair})["only"] for name, pair in params.items()}
+
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    each = alone(step)
+    jax.tree.map(close, jax.jit(step)(params), each)
+    seeds = jax.tree.map(lambda x: x[None], params)
+    scan = functools.partial(jax.lax.scan, lambda p, _: (jax.vmap(step)(p), None), length=1)
+    jax.tree.map(lambda x, y: close(x[0], y), jax.jit(scan)(seeds)[0], each)
+    slopes = alone(jax.grad(size))
+    jax.tree.map(functools.partial(close, atol=1e-3), jax.jit(jax.grad(size))(params), slopes)
 
 
 def test_only_a_program_for_cpus_looks_places_up():

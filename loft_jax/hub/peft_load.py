@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -40,6 +41,8 @@ from loft_jax.lora.inject import insert_lora
 from loft_jax.lora.layers import weight_axes
 from loft_jax.lora.targets import is_adaptable, named_modules
 from loft_jax.models.family import LanguageModel, PretrainedModel, flat_parameters
+
+_log = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -117,8 +120,9 @@ def load_peft_adapter(
     parameters = flat_parameters(model, nnx.Param)
     for path, stored in whole.items():
         _set_whole(parameters[path], stored, dtype)
-    if isinstance(model, PretrainedModel):
-        model.drawn = tuple(path for path in model.drawn if path not in whole)
+    if isinstance(model, PretrainedModel) and (brought := whole.keys() & set(model.drawn)):
+        _log.info("%s: brings %s: what was drawn is replaced", folder, ", ".join(sorted(brought)))
+        model.drawn = tuple(path for path in model.drawn if path not in brought)
     layers = lora_layers(model)
     for path, arrays in values.items():
         for name, array in arrays.items():

@@ -1,6 +1,7 @@
 """BERT against transformers and PEFT."""
 
 import dataclasses
+import logging
 
 import jax
 import numpy as np
@@ -12,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from loft_jax.errors import InputError
-from loft_jax.hub import load_pretrained
+from loft_jax.hub import load_peft_adapter, load_pretrained, save_peft_adapter
+from loft_jax.lora import LoRAConfig, add_lora
 from loft_jax.models.bert import BertConfig, BertForSequenceClassification
 from loft_jax.tasks import Classification, Regression
 from tests.models.family_checks import (
@@ -169,6 +171,21 @@ def test_a_head_is_drawn_where_there_is_none_and_heads_of_pretraining_are_passed
     assert np.abs(our_logits(one) - our_logits(other)).max() > 1e-3
     words = load_file(folder / "model.safetensors")["bert.embeddings.word_embeddings.weight"]
     np.testing.assert_array_equal(one.embeddings.word_embeddings.embedding[...], words)
+
+
+def test_a_head_that_an_adapter_brings_is_told(tmp_path, caplog):
+    """After the warning that the base has none: it is that of the adapter."""
+    folder = save_bert(tmp_path / "model", transformers.BertForMaskedLM)
+    first, second = (load_pretrained(folder, head=HEAD, seed=seed) for seed in (0, 1))
+    add_lora(first, LoRAConfig(rank=2, target_modules=("query",)), rngs=nnx.Rngs(0))
+    heads = first.output_modules
+    save_peft_adapter(tmp_path / "adapter", first, task_type="SEQ_CLS", modules_to_save=heads)
+    with caplog.at_level(logging.INFO, logger="loft_jax"):
+        load_peft_adapter(tmp_path / "adapter", second)
+    assert "brings classifier.bias, classifier.kernel" in caplog.text
+    assert not {"classifier.bias", "classifier.kernel"} & set(second.drawn)
+    kernel = first.classifier.kernel[...]
+    np.testing.assert_array_equal(second.classifier.kernel[...], kernel)
 
 
 def test_a_head_of_other_labels_is_drawn_anew(tmp_path, caplog):

@@ -202,9 +202,7 @@ class FactorGroup:
         if (known := remembered_stack(self, leaves)) is not None:
             return known  # type: ignore[no-any-return]
         folded = [f.fold(x) for f, x in zip(self.factors, leaves, strict=True)]
-        x = FactorMatrix(jnp.stack(folded), self.rank_last)
-        remember_stack(self, leaves, x)
-        return x
+        return FactorMatrix(jnp.stack(folded), self.rank_last)
 
     def unfold(self, x: FactorMatrix) -> list[jax.Array]:
         """Undoes `fold`."""

@@ -75,7 +75,11 @@ _stacks: ContextVar[dict[tuple[Hashable, ...], Any] | None] = ContextVar("stacks
 
 @contextlib.contextmanager
 def remember_stacks() -> Iterator[None]:
-    """Remembers, for its block and thread, which leaves a stack was made of or taken apart to."""
+    """Remembers, for its block and thread, which leaves a stack was taken apart to.
+
+    Not which leaves a stack was made of: a branch of a condition may stack what was traced outside,
+    and its stack is nothing for the other branch.
+    """
     token = _stacks.set({})
     try:
         yield
@@ -84,7 +88,7 @@ def remember_stacks() -> Iterator[None]:
 
 
 def remember_stack(kind: Hashable, leaves: Sequence[jax.Array], stack: Any) -> None:
-    """Notes the stack of these very arrays, where `remember_stacks` is at work.
+    """Notes what was taken apart to these very arrays, where `remember_stacks` is at work.
 
     Args:
       kind: How they are stacked.

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from loft_jax import loft, share_bases
+from loft_jax import loft, project_gradients, share_bases
 from loft_jax.optim.stacking import unstack
 
 COUNT = 12
@@ -104,3 +104,18 @@ def test_each_update_has_stacks_of_its_own():
         expected, _ = jax.jit(tx.update)(grads, state, params)
         close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-8)
         jax.tree.map(close, found, expected)
+
+
+def test_both_branches_of_a_condition_stack_for_themselves():
+    params = separate_pairs(COUNT)
+    scaled = project_gradients()
+
+    def update(updates, state, params=None):
+        branches = [lambda: scaled.update(updates, state, params)[0] for _ in range(2)]
+        return jax.lax.cond(updates["0"]["lora_a"][0, 0] > 0, *branches), state
+
+    tx = share_bases(optax.GradientTransformation(scaled.init, update))
+    found, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    expected, _ = jax.jit(scaled.update)(params, scaled.init(params), params)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, found, expected)

@@ -182,6 +182,7 @@ class Basis(NamedTuple):
         return self.from_coordinates(gp.times(self.s_inv))
 
 
+# Without jit, an update that is not compiled would trace the loops in it anew at every call.
 @jax.jit
 def orthonormal_basis(p: FactorMatrix) -> Basis:
     """Factorizes `P = Q S` with orthonormal Q, by products over the long axis.

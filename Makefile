@@ -8,6 +8,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Modules are compiled when they are imported first: most never are, and all take a minute.
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
+# In half of pip's time; it keeps what is there already.
+UV_INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python
 # Warnings are errors; Material's notice of its end of life is none.
 SITE := NO_MKDOCS_2_WARNING=1 JAX_PLATFORMS=cpu $(BIN)/mkdocs build
 
@@ -64,8 +66,8 @@ $(BIN)/python:
 
 # Torch goes first: only the tests need it, and a plain "torch" could bring another build.
 .venv/.test: pyproject.toml | $(BIN)/python
-	$(PIP_INSTALL) torch==2.13.0
-	$(PIP_INSTALL) --editable '.[test]'
+	$(PIP_INSTALL) uv torch==2.13.0
+	$(UV_INSTALL) --editable '.[test]'
 	touch $@
 
 .venvs/tunix/.test: pyproject.toml

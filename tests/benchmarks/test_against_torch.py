@@ -1,8 +1,11 @@
 import json
 
+import pytest
+
 from benchmarks.against_torch import Options, main
 
 
+@pytest.mark.slow
 def test_both_sides_do_the_same(tmp_path, capsys):
     main(Options(quick=True, results=tmp_path))
     lines = (tmp_path / "against_torch.jsonl").read_text().splitlines()

@@ -1,6 +1,9 @@
+import pytest
+
 from benchmarks.bucket_lengths import Options, main
 
 
+@pytest.mark.slow
 def test_a_row_for_each_optimizer(capsys):
     main(Options(lengths=(8, 16), rows=2, optimizers=("adamw",), quick=True))
     (row,) = [line for line in capsys.readouterr().out.splitlines() if "adamw" in line]

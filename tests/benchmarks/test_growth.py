@@ -52,6 +52,7 @@ def test_a_point_that_would_take_too_long_is_left_out(monkeypatch):
     assert "would take about 2.9 s, over the 1 s allowed" in reasons
 
 
+@pytest.mark.slow
 def test_measures_and_writes_a_page(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "OPTIMIZERS", ("adamw", "loft-factored"))
     flags = ["--quick", "--against", "rank", "--seconds", "0.1", "--results", str(tmp_path)]

@@ -27,7 +27,13 @@ RIEMANNION = riemannion(
 ADAPRE = adapre_lora(LR, **ADAM, weight_decay=DECAY)
 WITHOUT_MOMENTUM = adapre_lora(LR, **{**ADAM, "b1": 0.0})
 PEERS = {"lora-pro": PRO, "lora-rite": RITE, "riemannion": RIEMANNION, "adapre-lora": ADAPRE}
-EACH = pytest.mark.parametrize("tx", PEERS.values(), ids=PEERS)
+EACH = pytest.mark.parametrize(
+    "tx",
+    [
+        pytest.param(tx, id=name, marks=() if name == "lora-pro" else pytest.mark.slow)
+        for name, tx in PEERS.items()
+    ],
+)
 
 
 @pytest.fixture(autouse=True)

@@ -108,7 +108,7 @@ for targets in (["0"], r"layers\\.[01]"):
     loft_jax.merge_lora(model)
 tree = nnx.state(loft_jax.add_lora(model, config, rngs=nnx.Rngs(2)), nnx.LoRAParam)
 tx = loft_jax.loft(0.1)
-tx.update(tree, tx.init(tree), tree)
+jax.jit(tx.update)(tree, jax.jit(tx.init)(tree), tree)
 """,
         REFUSED - WITH_FLAX,
     )

@@ -17,19 +17,25 @@ from tests.optim.problems import factor_path, full_path, least_squares, relative
 STEPS = 20
 
 
+FULL_RANK = [((13, 13), 1.0), ((13, 13), 4.0), ((16, 7), 2.0), ((7, 16), 1.0)]
+SETTINGS = [
+    {},
+    {"nesterov": False, "weight_decay": 0.1},
+    {"consistent_rms": 0.2, "beta": 0.8, "ns_steps": 3},
+    {"ns_coeffs": (2.0, -1.5, 0.5), "eps": 1e-3},
+]
+
+
 @pytest.mark.parametrize(
-    "settings",
+    ("shape", "scaling", "settings"),
     [
-        {},
-        {"nesterov": False, "weight_decay": 0.1},
-        {"consistent_rms": 0.2, "beta": 0.8, "ns_steps": 3},
-        {"ns_coeffs": (2.0, -1.5, 0.5), "eps": 1e-3},
+        # Daily each shape and each setting, two times.
+        pytest.param(*sizes, settings, marks=() if (i - j) % 4 < 2 else pytest.mark.slow)
+        for i, sizes in enumerate(FULL_RANK)
+        for j, settings in enumerate(SETTINGS)
     ],
 )
-@pytest.mark.parametrize(
-    ("shape", "scaling"), [((13, 13), 1.0), ((13, 13), 4.0), ((16, 7), 2.0), ((7, 16), 1.0)]
-)
-def test_at_full_rank_is_muon_of_optax(settings, shape, scaling):
+def test_at_full_rank_is_muon_of_optax(shape, scaling, settings):
     with jax.enable_x64(True):
         problem = least_squares(*shape, min(shape), seed=2)
 

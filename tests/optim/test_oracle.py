@@ -48,7 +48,13 @@ def oracle_path(problem, steps, *, learning_rate, **hyperparameters):
     return np.stack(path)
 
 
-@pytest.mark.parametrize("name", CASES)
+# What differs little from another one.
+SLOW = ("tall", "rank_one", "scaled", "betas", "alternate", "alternate_a_first", "wide", "schedule")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x for x in CASES]
+)
 def test_path_is_the_oracles(name):
     (m, n, r), hyperparameters = CASES[name]
     hyperparameters = {"learning_rate": 0.01, **hyperparameters}
@@ -71,7 +77,7 @@ def test_float32_stays_near_the_oracle(name):
     assert relative_errors(ours, oracle_path(problem, STEPS, **hyperparameters)).max() < 1e-3
 
 
-@pytest.mark.parametrize("move", ["tangent", "alternate"])
+@pytest.mark.parametrize("move", ["tangent", pytest.param("alternate", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("shape", [(12, 10, 3), (9, 14, 1), (10, 6, 6), (7, 7, 7)])
 def test_the_increment_of_w_is_the_dense_one(shape, move):
     """To first order in the rate, with clip, decay and s, while moments build up."""

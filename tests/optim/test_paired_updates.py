@@ -79,7 +79,14 @@ def wrapped(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["masked", "partition", "named_chain", "apply_if_finite", "nnx.State"]
+    "name",
+    [
+        *("masked", "partition", "nnx.State"),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("named_chain", "apply_if_finite")
+        ),
+    ],
 )
 def test_bases_reach_the_links_through(name):
     shared, inner, params = wrapped(name)

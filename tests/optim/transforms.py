@@ -99,6 +99,7 @@ PROJECTED_GRADIENTS = ("project_gradients", "clip_by_projected_norm")
 SLOW = (
     "full moments",
     "factored moments",
+    "diagonal moments",
     "loft, bfloat16",
     "loft, balanced",
     "loft, full",
@@ -106,13 +107,14 @@ SLOW = (
     "loft, alternate",
     "loft, a first",
     "precondition_by_reflora",
+    "lora_fa",
     "alt_lora_plus",
 )
 
 
-def each_of(names):
+def each_of(names, daily=tuple(name for name in TRANSFORMS if name not in SLOW)):
     marked = [
-        pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in names
+        name if name in daily else pytest.param(name, marks=pytest.mark.slow) for name in names
     ]
     return pytest.mark.parametrize("name", marked)
 

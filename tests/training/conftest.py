@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,14 @@ from tests.flat_config import flat_config
 from tests.tiny import save_tiny_llama, tiny_tokenizer
 
 WORDS = ("joy", "plot", "acting", "film", "dull", "funny", "loud", "moving", "long", "honest")
+
+
+@pytest.fixture(autouse=True)
+def _no_picture(request, monkeypatch):
+    """Drawing takes an eighth of the time of short runs; test_plot.py is for pictures."""
+    if request.module.__name__ != "tests.training.test_plot":
+        draw = "matplotlib.backends.backend_agg.FigureCanvasAgg.print_png"
+        monkeypatch.setattr(draw, lambda _, file: Path(file).touch())
 
 
 @pytest.fixture(scope="session")

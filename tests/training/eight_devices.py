@@ -1,5 +1,7 @@
 """A tiny Llama loaded and trained on meshes of 8 CPU devices; prints what came of it as JSON.
 
+The meshes are the arguments, as in "[8, 1, 1]".
+
 A program of its own, since the number of devices of a process is set before JAX starts.
 """
 
@@ -37,7 +39,7 @@ CONFIG = LlamaConfig(
     initializer_range=0.3,
 )
 STEPS, ROWS, LENGTH = 10, 16, 12
-LOADED = ([8, 1, 1], [1, 4, 2])
+LOADED, QUANTIZED = ((2, 2, 2), (1, 4, 2)), (1, 4, 2)
 # Large enough for its arrays to stand out among those of Python.
 WIDE = LlamaConfig(512, 256, 1024, 4, 8, 8, 32, tie_word_embeddings=False)
 
@@ -152,7 +154,7 @@ def main():
     folder = tempfile.mkdtemp()
     save_pretrained(folder, Llama(WIDE, rngs=nnx.Rngs(0)))
     alone, expected = run(None)
-    for sizes in json.loads(sys.argv[1]):
+    for sizes in (tuple(json.loads(text)) for text in sys.argv[1:]):
         found, params = run(sizes, accumulation_steps=2 if sizes[0] > 1 else 1)
         found["distance"] = max(
             float(np.linalg.norm(params[k] - x) / np.linalg.norm(x)) for k, x in expected.items()
@@ -163,9 +165,11 @@ def main():
         )
         if sizes in LOADED:
             found["loaded"] = load(folder, sizes)
+        if sizes == QUANTIZED:
+            both = [run(where, quantization="nf4")[0] for where in (None, sizes)]
+            found["quantized"] = [one["losses"] for one in both]
         results["x".join(map(str, sizes))] = found
-    quantized = [run(sizes, quantization="nf4")[0]["losses"] for sizes in (None, (2, 2, 2))]
-    print(json.dumps({"alone": alone, "quantized": quantized, **results}))
+    print(json.dumps({"alone": alone, **results}))
 
 
 if __name__ == "__main__":

@@ -73,10 +73,16 @@ CASES = {
     "lora-fa": ("lora-fa", {}, lora_fa),
     "lora-fa, clipped": ("lora-fa", {"max_grad_norm": 0.1}, lora_fa),
 }
+# What differs little from another one.
+SLOW = ("lora, clipped", "rslora", "riemannian, weakly damped", "lora-fa, clipped")
 
 
 @pytest.mark.parametrize(
-    ("method", "settings", "make_torch_optimizer"), CASES.values(), ids=CASES.keys()
+    ("method", "settings", "make_torch_optimizer"),
+    [
+        pytest.param(*case, id=name, marks=pytest.mark.slow if name in SLOW else ())
+        for name, case in CASES.items()
+    ],
 )
 def test_losses_are_those_of_peft(
     method, settings, make_torch_optimizer, make_config, tmp_path, monkeypatch

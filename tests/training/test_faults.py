@@ -163,6 +163,7 @@ def test_two_and_four_processes_evaluate_and_export_as_one(make_config, workspac
     common = {
         "method": "loft",
         "eps": 1e-3,
+        "target_modules": ("q_proj",),
         "steps": 10,
         "dropout": 0.1,
         "eval_path": str(workspace / "test.jsonl"),

@@ -34,7 +34,7 @@ def test_a_run_learns_and_leaves_everything(make_config, workspace, method):
     config = make_config(
         method=method,
         steps=30,
-        target_modules=("all-linear",),
+        target_modules=("all-linear",) if method == "lora" else ("q_proj", "up_proj"),
         learning_rate=1e-2 if method != "full" else 2e-3,
         eval_path=str(workspace / "test.jsonl"),
         choices=CHOICES,

@@ -1,5 +1,6 @@
 """Sharding rules, and training steps on 8 CPU devices against one."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -19,21 +20,21 @@ from loft_jax.training.config import MeshConfig
 from loft_jax.training.mesh import check_batch, make_mesh
 from loft_jax.training.shardings import parameter_spec
 from loft_jax.training.topology import load_topology
-from tests.training.eight_devices import LOADED
+from tests.training.eight_devices import LOADED, QUANTIZED
 
-MESHES = ([8, 1, 1], [1, 8, 1], [2, 2, 2], [1, 4, 2])
+DAILY, SLOW = ((8, 1, 1), (2, 2, 2)), ((1, 8, 1), (1, 4, 2))
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is for Linux on x86-64"
 )
 TABLE = Llama.parameter_table(LlamaConfig(400, 32, 48, 3, 4, 2, 8))
 
 
-@pytest.fixture(scope="module")
-def runs():
-    """What tests/training/eight_devices.py prints: all meshes in one process."""
+@functools.cache
+def runs_on(meshes):
+    """What tests/training/eight_devices.py prints: these meshes, and one device, in one process."""
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     done = subprocess.run(
-        [sys.executable, "-m", "tests.training.eight_devices", json.dumps(MESHES)],
+        [sys.executable, "-m", "tests.training.eight_devices", *map(json.dumps, meshes)],
         cwd=Path(__file__).parents[2],
         env={**os.environ, "XLA_FLAGS": flags},
         stdout=subprocess.PIPE,
@@ -44,28 +45,34 @@ def runs():
     return json.loads(done.stdout)
 
 
-def each_mesh(function):
-    return pytest.mark.parametrize("sizes", MESHES, ids=lambda s: "x".join(map(str, s)))(function)
+def run_on(sizes):
+    """What came of one mesh, and of one device ("alone")."""
+    runs = runs_on(SLOW if sizes in SLOW else DAILY)
+    return {**runs, **runs["x".join(map(str, sizes))]}
 
 
-def of(runs, sizes):
-    return runs["x".join(map(str, sizes))]
+def each_of(meshes):
+    marked = [pytest.param(s, marks=pytest.mark.slow) if s in SLOW else s for s in meshes]
+    return pytest.mark.parametrize("sizes", marked, ids=lambda s: "x".join(map(str, s)))
+
+
+each_mesh = each_of((*DAILY, *SLOW))
 
 
 @each_mesh
-def test_ten_steps_equal_those_of_one_device(runs, sizes):
-    run = of(runs, sizes)
-    np.testing.assert_allclose(run["losses"], runs["alone"]["losses"], rtol=1e-5)
+def test_ten_steps_equal_those_of_one_device(sizes):
+    run = run_on(sizes)
+    np.testing.assert_allclose(run["losses"], run["alone"]["losses"], rtol=1e-5)
     assert run["distance"] < 1e-5
     assert run["moved"] > 1e-2
     assert run["losses"][0] != run["losses"][-1]
 
 
 @each_mesh
-def test_each_device_holds_its_share_of_every_array(runs, sizes):
+def test_each_device_holds_its_share_of_every_array(sizes):
     _, fsdp, tensor = sizes
     names = set()
-    for path, (total, held) in of(runs, sizes)["bytes"].items():
+    for path, (total, held) in run_on(sizes)["bytes"].items():
         name = path.rpartition(".")[2]
         names.add(name)
         assert held * (1 if name == "scale" else fsdp * tensor) == total, path
@@ -73,34 +80,34 @@ def test_each_device_holds_its_share_of_every_array(runs, sizes):
 
 
 @each_mesh
-def test_each_device_holds_its_share_of_the_moments(runs, sizes):
-    total, held = of(runs, sizes)["state_bytes"]
+def test_each_device_holds_its_share_of_the_moments(sizes):
+    total, held = run_on(sizes)["state_bytes"]
     counters = 64
     assert held * sizes[1] * sizes[2] <= total + counters * sizes[1] * sizes[2]
 
 
 @each_mesh
-def test_weights_are_gathered_one_layer_at_a_time(runs, sizes):
-    gathers = of(runs, sizes)["all_gathers"]
+def test_weights_are_gathered_one_layer_at_a_time(sizes):
+    gathers = run_on(sizes)["all_gathers"]
     shapes = [tuple(map(int, s.split(","))) for s in re.findall(r"f32\[([\d,]+)\]", str(gathers))]
     assert not [shape for shape in shapes if shape[0] == 3 and np.prod(shape) >= 3 * 32 * 16]
     layer = [shape for shape in shapes if np.prod(shape) == 32 * 48 // sizes[2]]
     assert bool(layer) == (sizes[1] > 1)
 
 
-def test_accumulated_gradients_are_added_up_over_copies_once(runs):
+def test_accumulated_gradients_are_added_up_over_copies_once():
     """Behind the loop over the parts, in which there is no reduction; else there are some."""
-    assert not of(runs, [8, 1, 1])["reduced_in_loops"]
-    assert of(runs, [1, 8, 1])["reduced_in_loops"]
+    assert not run_on((8, 1, 1))["reduced_in_loops"]
+    assert run_on((2, 2, 2))["reduced_in_loops"]
 
 
-@pytest.mark.parametrize("sizes", LOADED)
-def test_weights_load_into_their_shards(runs, sizes):
+@each_of(LOADED)
+def test_weights_load_into_their_shards(sizes):
     """Each byte is read once, and the host holds the shard of one device at a time.
 
     JAX lets go of what it has copied a call later; and beside it there is a part of one tensor.
     """
-    loaded = of(runs, sizes)["loaded"]
+    loaded = run_on(sizes)["loaded"]
     assert loaded["same"]
     _, fsdp, tensor = sizes
     # Norms alone are whole on every device; here all devices are of one host, which reads once.
@@ -111,14 +118,17 @@ def test_weights_load_into_their_shards(runs, sizes):
 
 
 @each_mesh
-def test_the_digest_is_that_of_one_device(runs, sizes):
-    assert of(runs, sizes)["digest"] == runs["alone"]["digest"]
+def test_the_digest_is_that_of_one_device(sizes):
+    run = run_on(sizes)
+    assert run["digest"] == run["alone"]["digest"]
 
 
-def test_a_quantized_base_trains_on_a_mesh_as_on_one_device(runs):
-    alone, meshed = runs["quantized"]
+@each_of([QUANTIZED])
+def test_a_quantized_base_trains_on_a_mesh_as_on_one_device(sizes):
+    run = run_on(sizes)
+    alone, meshed = run["quantized"]
     np.testing.assert_allclose(meshed, alone, rtol=1e-5)
-    assert alone != runs["alone"]["losses"]
+    assert alone != run["alone"]["losses"]
 
 
 @needs_libtpu

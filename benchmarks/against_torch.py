@@ -192,6 +192,7 @@ def _generation(
     """Gives the generation of both sides for each set of prompts."""
     theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     theirs.eval()
+    theirs.generation_config.eos_token_id = None  # else it would take the place of none below
     new = 8 if options.quick else options.new_tokens
     # Nothing ends a text, so both sides generate as much.
     config = transformers.GenerationConfig(do_sample=False, max_new_tokens=new, pad_token_id=0)

@@ -192,9 +192,10 @@ def _generation(
     """Gives the generation of both sides for each set of prompts."""
     theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     theirs.eval()
-    theirs.generation_config.eos_token_id = None  # else it would take the place of none below
     new = 8 if options.quick else options.new_tokens
-    # Nothing ends a text, so both sides generate as much.
+    # Nothing ends a text, so both sides generate as much. The model's own setting goes first, since
+    # it is taken where the one that is given is None.
+    theirs.generation_config.eos_token_id = None
     config = transformers.GenerationConfig(do_sample=False, max_new_tokens=new, pad_token_id=0)
     for shape in ("2x16",) if options.quick else options.prompts:
         rows, length = map(int, shape.split("x"))

@@ -27,7 +27,7 @@ from tests.optim.transforms import (
     path_of,
 )
 
-# The links with a second moment of each kind, and a method that has none of them.
+# The factored and the exact second moment, and a method that has neither.
 some_aliases = each_of(ALIASES, daily=("loft", "loft, clipped", "reflora_s"))
 
 

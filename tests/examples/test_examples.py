@@ -79,6 +79,7 @@ def test_a_run_ends_where_its_callback_says(tmp_path, capsys):
 
 
 def test_clients_learn_from_each_other(capsys, monkeypatch):
+    monkeypatch.setattr(federated, "CLIENTS", range(1, 3))
     monkeypatch.setattr(federated, "ROUNDS", 2)
     monkeypatch.setattr(federated, "STEPS", 12)
     federated.main()

@@ -33,7 +33,7 @@ LAYOUT = {
     "stack": {"lora_a": P("tp", "fsdp"), "lora_b": P(None, None, ("fsdp", "tp"))},
 }
 # What runs by default; the rest of the table, for minutes, with -m slow.
-FAST = ("loft", "project_gradients", "reflora_s")
+FAST = ("loft", "reflora_s")
 EXPLICIT = {name: name in FAST for name in TRANSFORMS}
 NAMED = {
     f"{kind}, {second_moment}": second_moment == "factored"

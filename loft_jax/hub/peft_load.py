@@ -107,7 +107,9 @@ def load_peft_adapter(
     for path, kind in foreign_lora(model).items():
         raise InputError(f"{path or 'the model'}: is {kind}; load_peft_factors reads into it")
     with _retied_on_error(model):
-        config, file, filled, whole = read_unchanged(folder, lambda: _read(folder, model, rule))
+        config, file, filled, whole, names = read_unchanged(
+            folder, lambda: _read(folder, model, rule)
+        )
         existing = lora_layers(model)
         if existing:
             _check_same_layers(file, config, existing, filled)
@@ -120,9 +122,15 @@ def load_peft_adapter(
     parameters = flat_parameters(model, nnx.Param)
     for path, stored in whole.items():
         _set_whole(parameters[path], stored, dtype)
-    if isinstance(model, PretrainedModel) and (brought := whole.keys() & set(model.drawn)):
-        _log.info("%s: brings %s: what was drawn is replaced", folder, ", ".join(sorted(brought)))
-        model.drawn = tuple(path for path in model.drawn if path not in brought)
+    if isinstance(model, PretrainedModel):
+        if brought := whole.keys() & set(model.drawn):
+            _log.info("%s: brings %s: what was drawn is replaced", folder, listed(sorted(brought)))
+            model.drawn = tuple(path for path in model.drawn if path not in brought)
+        model.replaced = tuple(dict.fromkeys((*model.replaced, *names)))
+    elif names:
+        _log.warning(
+            "%s: replaces %s, which save_peft_adapter has to be told", folder, listed(names)
+        )
     layers = lora_layers(model)
     for path, arrays in values.items():
         for name, array in arrays.items():
@@ -187,7 +195,7 @@ def _untie_if_changed(model: nnx.Module, config: PeftConfig, file: AdapterFile) 
 
 def _read(
     folder: Path, model: nnx.Module, hf_name: NameRule | None
-) -> tuple[PeftConfig, AdapterFile, dict[str, _Filled], _Whole]:
+) -> tuple[PeftConfig, AdapterFile, dict[str, _Filled], _Whole, list[str]]:
     config = PeftConfig.read(inside(folder, CONFIG_NAME))
     file = AdapterFile(folder / WEIGHTS_NAME)
     _untie_if_changed(model, config, file)
@@ -196,7 +204,7 @@ def _read(
     _check_complete(file, config, model, slots, contents)
     filled = _filled(file, config, slots, contents.factors)
     whole = _whole(file, config, model, places, contents.whole)
-    return config, file, filled, whole
+    return config, file, filled, whole, list(contents.whole)
 
 
 def _slots(model: nnx.Module, hf_name: NameRule | None) -> dict[str, _Slot]:

@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -35,8 +35,12 @@ from loft_jax.lora import lora_layers
 from loft_jax.lora.foreign import foreign_lora
 from loft_jax.lora.layers import weight_axes
 from loft_jax.lora.targets import is_adaptable, named_modules, refuse_linen
-from loft_jax.models.family import flat_parameters
+from loft_jax.models.family import LanguageModel, PretrainedModel, flat_parameters
 from loft_jax.optim.pairs import DEFAULT_SPEC, FactorSpec
+
+
+Bias = Literal["none", "all", "lora_only"]
+"""Which biases an adapter holds, as PEFT names them."""
 
 
 def save_peft_adapter(
@@ -45,9 +49,9 @@ def save_peft_adapter(
     *,
     base_model: str | None = None,
     hf_name: NameRule | str | None = None,
-    task_type: str | None = "CAUSAL_LM",
+    task_type: str | None = "auto",
     modules_to_save: Sequence[str] = (),
-    bias: Literal["none", "all", "lora_only"] = "none",
+    bias: Bias = "none",
     labels: Sequence[str] = (),
     rank: int | None = None,
     alpha: Alpha | None = None,
@@ -67,6 +71,9 @@ def save_peft_adapter(
     So any reader computes the same from the unchanged base weights. Such an adapter is loaded as
     plain LoRA.
 
+    What else of the model is not its base's is written whole: the head of a classifier, modules
+    that were drawn because the checkpoint lacks them, and what `load_peft_adapter` read whole.
+
     Factors that `add_lora` did not make are found by their names, as the optimizers find them
     (`find_pairs`): Flax's `nnx.LoRA`, Qwix's, those of hand-written dicts. A tree holds them at
     any depth, beside other leaves, which are ignored. Their values are written as they are: where
@@ -83,11 +90,13 @@ def save_peft_adapter(
             library. By default `model.hf_name` if the model has it, and else the path itself.
             In a tree, the path of `"a/q/lora_a"` is `"a.q"`, and so are those of
             `"a/q/kernel_lora_a"` (also for `w`, `weight` and `embedding`) and `"a/q/lora/lora_a"`.
-        task_type: PEFT's task; None for a base model that is not a transformer.
-        modules_to_save: Paths of modules without LoRA that are written whole, such as a new head.
+        task_type: PEFT's task; None for a base model that is not a transformer. "auto" is that of
+            the model's head, and CAUSAL_LM for models that are not of this library.
+        modules_to_save: Paths of other modules without LoRA that are written whole.
         bias: Which biases of the model are written too, for a model whose biases are not those of
             its base: `"all"`, or those of the layers with LoRA.
-        labels: Names of the labels of a classifier, for a file that only this library reads.
+        labels: Names of the labels of a classifier, by default those of its configuration, for a
+            file that only this library reads.
         rank: For factors that `add_lora` did not make: the rank that all of them should have. By
             default they have the ranks of their shapes.
         alpha: For these factors, required: the forward pass scales by `alpha / rank`. A number, or
@@ -132,11 +141,19 @@ def save_peft_adapter(
         adapter = _of_factors(model, rank, alpha, rule, embeddings, spec)
     tensors, modules = adapter.tensors, adapter.modules
     heads: dict[str, None] = {}  # in order
-    if modules_to_save or bias != "none":
+    known: PretrainedModel | None = model if isinstance(model, PretrainedModel) else None
+    if known is not None:
+        modules_to_save = _outermost((*_own_modules(known), *modules_to_save))
+        bias = _with_replaced(bias, known, modules)
+        if not labels and not isinstance(known, LanguageModel):
+            labels = known.config.labels
+    if modules_to_save or bias != "none" or (known is not None and known.replaced):
         if not isinstance(model, nnx.Module):
             raise InputError("modules_to_save and bias need the model, and this is a tree")
         whole, heads = _whole(model, modules, modules_to_save, bias)
         tensors |= whole
+    if task_type == "auto":
+        task_type = "CAUSAL_LM" if known is None else known.task_type
     settings = peft_settings(
         modules,
         adapter.others,
@@ -266,13 +283,55 @@ def _whole(
             tensors[PREFIX + name] = _value(parameters, places[name])
             below = places[name].path.count(".") - module.count(".")  # names after the module's
             heads[name.rsplit(".", below)[0]] = None
+    for name, place in _replaced(model, places).items():
+        module, _, last = name.rpartition(".")
+        if last == "bias" or PREFIX + name in tensors:
+            continue
+        if module in modules:
+            name_written = f"{module}.base_layer.{last}"
+        else:
+            name_written, heads[module] = name, None
+        tensors[PREFIX + name_written] = _value(parameters, place)
     for name, place in places.items():
         module, _, last = name.rpartition(".")
+        if last == "bias" and module in heads:
+            tensors[PREFIX + name] = _value(parameters, place)
         held = module in modules or bias == "all"
         if bias != "none" and last == "bias" and held and PREFIX + name not in tensors:
             layer_name = f"{module}.base_layer" if module in modules else module
             tensors[f"{PREFIX}{layer_name}.bias"] = _value(parameters, place)
     return tensors, heads
+
+
+def _own_modules(model: PretrainedModel) -> tuple[str, ...]:
+    """Gives the paths of the modules that are not the base's: new ones, and a classifier's head."""
+    if not isinstance(model, LanguageModel):
+        return model.output_modules
+    return tuple(path.rpartition(".")[0] for path in model.drawn)
+
+
+def _outermost(modules: Iterable[str]) -> list[str]:
+    """Gives each module once, without those that are part of another."""
+    found = dict.fromkeys(modules)
+    return [m for m in found if not any(m.startswith(f"{other}.") for other in found)]
+
+
+def _replaced(model: nnx.Module, places: dict[str, Place]) -> dict[str, Place]:
+    """Finds the tensors that an adapter held whole, and heads that are tied to one of them."""
+    if not isinstance(model, PretrainedModel):
+        return {}
+    found = {name: places[name] for name in model.replaced}
+    tied = {tensor.name: tensor.tied for tensor in model.table.tensors.values() if tensor.tied}
+    return found | {tied[name]: place for name, place in found.items() if name in tied}
+
+
+def _with_replaced(bias: Bias, model: PretrainedModel, modules: Collection[str]) -> Bias:
+    """Gives PEFT's setting for the biases that an adapter held, beside those that are asked for."""
+    owners = {name.removesuffix(".bias") for name in model.replaced if name.endswith(".bias")}
+    whole = {name.rpartition(".")[0] for name in model.replaced if not name.endswith(".bias")}
+    if bias == "all" or owners - whole - set(modules):
+        return "all"
+    return "lora_only" if owners - whole else bias
 
 
 def _value(parameters: dict[str, Any], place: Place) -> np.ndarray:

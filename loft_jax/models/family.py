@@ -269,12 +269,16 @@ class PretrainedModel(nnx.Module):
         output_modules: Paths of its heads, and of other modules that were drawn because the
             checkpoint lacks them; "all-linear" excludes them, as PEFT does.
         drawn: Paths of the parameters that were drawn because the checkpoint lacks them.
+        replaced: Names, as Hugging Face has them, of the tensors that an adapter held whole.
+        task_type: PEFT's name of the task; None if it has none.
     """
 
     config: Any
     architecture: ClassVar[str]
+    task_type: ClassVar[str | None] = None
     output_modules: tuple[str, ...]
     drawn: tuple[str, ...] = ()
+    replaced: tuple[str, ...] = ()
 
     if TYPE_CHECKING:  # each model has its own, for its class of configurations
 
@@ -317,6 +321,7 @@ class LanguageModel(PretrainedModel):
     """
 
     dtype: DTypeLike
+    task_type = "CAUSAL_LM"
     output_modules = ("lm_head",)
 
     @overload
@@ -439,6 +444,8 @@ class LanguageModel(PretrainedModel):
 
 class SequenceClassifier(PretrainedModel):
     """A model that gives the logits of the labels of a text, or one number."""
+
+    task_type = "SEQ_CLS"
 
     def __call__(
         self,

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from flax import nnx
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
@@ -275,8 +275,21 @@ def test_what_is_not_supported_is_refused_by_name(field, value, said):
     assert said in str(raised.value)
 
 
+def test_a_head_is_written_without_asking(folder, tmp_path):
+    model = add_lora(loaded(folder), LoRAConfig(2), rngs=nnx.Rngs(0))
+    kernel = model.classifier.out_proj.kernel
+    kernel.set_value(kernel.get_value() + 1)
+    save_peft_adapter(tmp_path, model)
+    theirs = AutoModelForSequenceClassification.from_pretrained(folder)
+    theirs = PeftModel.from_pretrained(theirs, tmp_path).eval()
+    np.testing.assert_allclose(our_logits(model), torch_logits(theirs), atol=1e-4)
+    assert head_of(tmp_path, *load_model_config(folder))[1] == model.config.labels
+
+
 def test_an_adapter_without_a_head_is_none_of_a_classifier(folder, tmp_path):
     model = add_lora(loaded(folder), LoRAConfig(2), rngs=nnx.Rngs(0))
-    save_peft_adapter(tmp_path, model, task_type="SEQ_CLS")
+    save_peft_adapter(tmp_path, model)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if "classifier" not in k}, file)
     with pytest.raises(InputError, match=r"classifier\.out_proj\.weight' is missing, the head's"):
         head_of(tmp_path, *load_model_config(folder))

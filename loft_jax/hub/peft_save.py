@@ -38,7 +38,6 @@ from loft_jax.lora.targets import is_adaptable, named_modules, refuse_linen
 from loft_jax.models.family import LanguageModel, PretrainedModel, flat_parameters
 from loft_jax.optim.pairs import DEFAULT_SPEC, FactorSpec
 
-
 Bias = Literal["none", "all", "lora_only"]
 """Which biases an adapter holds, as PEFT names them."""
 

@@ -4,9 +4,14 @@ import math
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 
 Number = float | jax.Array
 """A hyperparameter: known, or traced as `optax.inject_hyperparams` does."""
+
+_STORABLE = ("bfloat16", "float32", "float64")
 
 
 def check(value: Number, name: str, holds: Callable[[float], bool], expected: str) -> None:
@@ -26,8 +31,14 @@ def check(value: Number, name: str, holds: Callable[[float], bool], expected: st
       Traceback (most recent call last):
       ValueError: eps is -1.0, expected a number >= 0
     """
-    if not isinstance(value, jax.core.Tracer) and not holds(float(value)):
-        raise ValueError(f"{name} is {float(value)!r}, expected {expected}")
+    if isinstance(value, jax.core.Tracer):
+        return
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} is {value!r}, expected {expected}") from error
+    if not holds(number):
+        raise ValueError(f"{name} is {number!r}, expected {expected}")
 
 
 def check_scaling(scaling: Number, name: str = "scaling") -> None:
@@ -43,6 +54,11 @@ def check_decay(decay: Number, name: str) -> None:
 def check_not_negative(value: Number, name: str) -> None:
     """Refuses a negative number."""
     check(value, name, lambda x: x >= 0, "a number >= 0")
+
+
+def check_weight_decay(value: Number) -> None:
+    """Refuses a negative or infinite decay."""
+    check(value, "weight_decay", lambda x: 0 <= x < math.inf, "a finite number >= 0")
 
 
 def check_positive(value: Number | None, name: str) -> None:
@@ -61,7 +77,7 @@ def check_adam(b1: Number, b2: Number, eps: Number, weight_decay: Number) -> Non
     check_decay(b1, "b1")
     check_decay(b2, "b2")
     check_not_negative(eps, "eps")
-    check_not_negative(weight_decay, "weight_decay")
+    check_weight_decay(weight_decay)
 
 
 def check_steps(count: Number, name: str, least: int) -> None:
@@ -72,3 +88,20 @@ def check_steps(count: Number, name: str, least: int) -> None:
         lambda x: x >= least and x == math.floor(x),
         f"a whole number of steps >= {least}",
     )
+
+
+def check_dtype(dtype: DTypeLike | None, name: str) -> None:
+    """Refuses a dtype that moments cannot have; None passes, for the dtype of the parameters."""
+    if isinstance(dtype, (jax.Array, np.ndarray)):
+        raise ValueError(
+            f"{name} is an array, expected a dtype: with optax.inject_hyperparams, give its name, "
+            f"or name {name} in static_args"
+        )
+    if dtype is None:
+        return
+    try:
+        found = str(jnp.dtype(dtype))
+    except TypeError:
+        found = repr(dtype)
+    if found not in _STORABLE:
+        raise ValueError(f"{name} is {found}, expected one of {_STORABLE}")

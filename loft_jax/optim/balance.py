@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import optax
 
 from loft_jax.optim.linear_algebra import FactorMatrix, batched, matmul, transpose
-from loft_jax.optim.meshes import on_explicit_axes, whole_on_explicit_axes
+from loft_jax.optim.meshes import on_explicit_axes, varying_like, whole_on_explicit_axes
 from loft_jax.optim.optax_types import transformation
 from loft_jax.optim.paired_updates import PairedUpdates, compute_dtype
 from loft_jax.optim.pairs import DEFAULT_SPEC, FactorSpec, find_pairs
@@ -140,6 +140,7 @@ class _Progress(NamedTuple):
     e: jax.Array
 
 
+@jax.jit  # once, also where the update is not
 def _corrections(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The D and Eᵀ that balance Gram matrices (count, r, r) of A's and of B's."""
     eps = float(jnp.finfo(a.dtype).eps)
@@ -179,7 +180,8 @@ def _corrections(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
         return (now.steps < _MOST_STEPS) & (jnp.max(jnp.abs(now.a - now.b)) > 8 * eps)
 
     zero = jnp.zeros_like(a)
-    start = _Progress(jnp.zeros([], jnp.int32), unit(a, size_a), unit(b, size_b), zero, zero)
+    none = varying_like(jnp.zeros([], jnp.int32), a, b)
+    start = _Progress(none, unit(a, size_a), unit(b, size_b), zero, zero)
     done = jax.lax.while_loop(unbalanced, body, start)
     ratio = jnp.sqrt(jnp.where(usable, size_b, 1.0) / jnp.where(usable, size_a, 1.0))
     # (ratio - 1) exactly where the sizes are nearly one.

@@ -124,7 +124,7 @@ class FullMoment:
 
 def _parts(factor: FactorGroup, state: SecondMomentState) -> Iterator[tuple[slice, FactorGroup]]:
     """Parts of a group of pairs whose states, joined to one array, are not too large a copy."""
-    most = max(1, _MOST_JOINED // state.rows[0].size)
+    most = max(1, _MOST_JOINED // max(1, state.rows[0].size))
     for start in range(0, len(factor.factors), most):
         part = slice(start, start + most)
         yield part, FactorGroup(factor.factors[part])

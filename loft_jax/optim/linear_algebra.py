@@ -38,6 +38,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from loft_jax.optim.meshes import varying_like
+
 # A matrix with a longer axis than this is not (r, r).
 _LONG = 256
 
@@ -76,7 +78,7 @@ def _layer_by_layer(x: jax.Array, y: jax.Array) -> jax.Array:
         )
         return done
 
-    out = jnp.zeros((*x.shape[:-1], y.shape[-1]), jnp.result_type(x, y))
+    out = varying_like(jnp.zeros((*x.shape[:-1], y.shape[-1]), jnp.result_type(x, y)), x, y)
     product: jax.Array = jax.lax.fori_loop(0, x.shape[-3], body, out)
     return product
 
@@ -253,7 +255,7 @@ def _eliminate(gram: jax.Array, drop: float) -> tuple[jax.Array, jax.Array]:
       rows of F that are dropped are zero.
     """
     r = gram.shape[-1]
-    eye = jnp.broadcast_to(jnp.eye(r, dtype=gram.dtype), gram.shape)
+    eye = varying_like(jnp.broadcast_to(jnp.eye(r, dtype=gram.dtype), gram.shape), gram)
 
     def body(k: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         left, vectors, forward, backward = carry

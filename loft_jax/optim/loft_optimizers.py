@@ -18,8 +18,16 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from loft_jax.optim.arguments import Number, check_decay, check_not_negative, check_positive
+from loft_jax.optim.arguments import (
+    Number,
+    check_decay,
+    check_dtype,
+    check_not_negative,
+    check_positive,
+    check_weight_decay,
+)
 from loft_jax.optim.balance import balance_factors
+from loft_jax.optim.eager import power
 from loft_jax.optim.linear_algebra import FactorMatrix, matmul
 from loft_jax.optim.links import (
     Move,
@@ -167,7 +175,7 @@ def loft(
       al., ICLR 2025, arXiv 2407.18242) and Riemannion (Bogachev et al., ICLR 2026, arXiv
       2507.12142) project gradients.
     """
-    check_not_negative(weight_decay, "weight_decay")
+    check_weight_decay(weight_decay)
     check_positive(max_grad_norm, "max_grad_norm")
     check_move(move)
     if fused and second_moment != "full":
@@ -267,6 +275,7 @@ def orthogonalize_momentum(
     check_decay(beta, "beta")
     check_not_negative(eps, "eps")
     check_positive(consistent_rms, "consistent_rms")
+    check_dtype(mu_dtype, "mu_dtype")
     if len(ns_coeffs) != 3:
         raise ValueError(f"ns_coeffs is {ns_coeffs!r}, expected three numbers")
     if ns_steps < 1:
@@ -301,10 +310,10 @@ def orthogonalize_momentum(
                     tree, group, factor, partner, mu, basis, beta
                 )
                 if nesterov:
-                    ahead = beta * m.array / (1 - beta ** next_count(count))
-                    corrected = ahead + (1 - beta) * gradient.c.array / (1 - beta**count)
+                    ahead = beta * m.array / (1 - power(beta, next_count(count)))
+                    corrected = ahead + (1 - beta) * gradient.c.array / (1 - power(beta, count))
                 else:
-                    corrected = m.array / (1 - beta**count)
+                    corrected = m.array / (1 - power(beta, count))
                 corrected = corrected.astype(m.array.dtype)
                 x = _newton_schulz(m.like(corrected), ns_coeffs, ns_steps, eps)
                 x = now.from_coordinates(x.like(x.array * _scale(shape, consistent_rms)))
@@ -386,7 +395,7 @@ def loft_muon(
     """
     check_decay(adam_b1, "adam_b1")
     check_decay(adam_b2, "adam_b2")
-    check_not_negative(weight_decay, "weight_decay")
+    check_weight_decay(weight_decay)
     check_positive(max_grad_norm, "max_grad_norm")
     check_move(move)
     spec = FactorSpec(factors, scaling, stack_axis)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -61,6 +62,28 @@ def with_auto_axes(mesh: Mesh | AbstractMesh, work: Callable[P, T]) -> Callable[
             return work(*args, **kwargs)
 
     return call
+
+
+def varying_like(tree: T, *others: Any) -> T:
+    """Marks arrays as ones that may differ between devices, as others do in a `jax.shard_map`.
+
+    A loop or a `cond` that begins with a constant and ends with what is computed from sharded data
+    has two types there.
+
+    Args:
+      tree: Arrays.
+      others: Trees of the arrays that will be computed with.
+
+    Returns:
+      The same values.
+    """
+    # JAX's names for this differ between versions. XLA takes a choice of two that are one away.
+    if not jax.tree.leaves(others):
+        return tree
+    some = [x[(slice(1),) * x.ndim] for x in jax.tree.leaves(others)]
+    either = functools.reduce(jnp.logical_or, [jnp.any(x != x) for x in some])
+    marked: T = jax.tree.map(lambda x: jnp.where(either, x, x), tree)
+    return marked
 
 
 def in_context(x: Any) -> Any:

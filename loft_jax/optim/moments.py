@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from loft_jax.optim.arguments import Number, check_decay, check_not_negative
+from loft_jax.optim.arguments import Number, check_decay, check_dtype, check_not_negative
+from loft_jax.optim.eager import choose, power
 from loft_jax.optim.full_moment import FullMoment
 from loft_jax.optim.fused_direction import check_fused
 from loft_jax.optim.linear_algebra import Basis, FactorMatrix
@@ -36,7 +37,6 @@ from loft_jax.optim.state import unboxed_structure
 SecondMoment = Literal["full", "factored", "diagonal"]
 
 # Squares of gradients underflow in float16.
-_STORABLE = [str(jnp.dtype(name)) for name in ("bfloat16", "float32", "float64")]
 
 _RULES: dict[str, SecondMomentRule] = {
     "full": FullMoment(),
@@ -215,9 +215,8 @@ def calibrate_moments(
         raise ValueError(
             f"second_moment is {second_moment!r}, expected one of {get_args(SecondMoment)}"
         )
-    for name, dtype in (("state_dtype", state_dtype), ("mu_dtype", mu_dtype)):
-        if dtype is not None and str(jnp.dtype(dtype)) not in _STORABLE:
-            raise ValueError(f"{name} is {jnp.dtype(dtype)}, expected one of {_STORABLE}")
+    check_dtype(state_dtype, "state_dtype")
+    check_dtype(mu_dtype, "mu_dtype")
     rule = _RULES[second_moment]
 
     def init(params: optax.Params) -> CalibratedMomentsState:
@@ -257,8 +256,8 @@ def calibrate_moments(
         key = jax.random.fold_in(jax.random.key(0), count)
         finish = functools.partial(
             Moments,
-            correction1=1 - b1**count,
-            correction2=1 - b2**count,
+            correction1=1 - power(b1, count),
+            correction2=1 - power(b2, count),
             limit=_adam_limit(b1, b2, count),
             second_moment=second_moment,
         )
@@ -407,7 +406,7 @@ def project_updates(
                 )
                 if move == "alternate":
                     rest = functools.partial(jax.tree.map, jnp.zeros_like, mu)
-                    x = jax.lax.cond(has_turn(factor, state.count, first), direction, rest)
+                    x = choose(has_turn(factor, state.count, first), direction, rest)
                 else:
                     x = direction()
                 tree.put_updates(factor, x)
@@ -431,9 +430,10 @@ def _adam_limit(b1: Number, b2: Number, count: jax.Array) -> jax.Array:
     """
     rho = b1**2 / jnp.maximum(b2, float(jnp.finfo(jnp.float32).tiny))
     one = jnp.abs(1 - rho) < 1e-6
-    geometric = jnp.where(one, count, (1 - rho**count) / jnp.where(one, 1.0, 1 - rho))
-    corrections = jnp.sqrt(1 - b2**count) / (1 - b1**count)
-    return corrections * (1 - b1) * jnp.sqrt(geometric / (1 - b2))
+    geometric = jnp.where(one, count, (1 - power(rho, count)) / jnp.where(one, 1.0, 1 - rho))
+    corrections = jnp.sqrt(1 - power(b2, count)) / (1 - power(b1, count))
+    limit: jax.Array = corrections * (1 - b1) * jnp.sqrt(geometric / (1 - b2))
+    return limit
 
 
 def _is_moments(x: Any) -> bool:

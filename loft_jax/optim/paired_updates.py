@@ -1,5 +1,6 @@
 """Updates with the factor pairs of their parameters, as every link sees them; shared bases."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from types import MappingProxyType
@@ -18,6 +19,7 @@ from loft_jax.optim.pairs import (
     PairGroup,
     find_pairs,
     group_pairs,
+    leaf_paths,
 )
 from loft_jax.optim.stacking import Identity, remember_stacks
 
@@ -48,7 +50,7 @@ class PairedUpdates:
           is_leaf: What counts as a leaf of the updates, in addition to arrays.
 
         Raises:
-          ValueError: The parameters are missing, the trees differ in their number of leaves, or as
+          ValueError: The parameters are missing, the paths of their leaves differ, or as
             `find_pairs`.
         """
         if params is None:
@@ -59,10 +61,12 @@ class PairedUpdates:
         self._spec = spec
         self.leaves, self._treedef = jax.tree.flatten(updates, is_leaf=is_leaf)
         self._params = jax.tree.leaves(params)
-        if len(self.leaves) != len(self._params):
+        both = (leaf_paths(updates, is_leaf), leaf_paths(params))
+        if both[0] != both[1]:
+            found, expected = next(x for x in itertools.zip_longest(*both) if x[0] != x[1])
             raise ValueError(
-                f"updates have {len(self.leaves)} leaves and the parameters {len(self._params)}: "
-                "expected trees of one structure"
+                f"updates have {found!r} where the parameters have {expected!r}: expected trees of "
+                "one structure"
             )
         pairs = find_pairs(params, spec)
         self.groups = group_pairs(pairs, self._params)

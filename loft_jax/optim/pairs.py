@@ -75,6 +75,8 @@ class FactorSpec:
     stack_axis: StackAxis = None
 
     def __post_init__(self) -> None:
+        if self.factors is not None:
+            object.__setattr__(self, "factors", tuple(self.factors))
         for endings in self.names:
             if isinstance(endings, str) or len(endings) != 2:
                 raise ValueError(
@@ -299,8 +301,8 @@ def find_pairs(params: optax.Params, spec: FactorSpec = DEFAULT_SPEC) -> list[Pa
       ('q', 4, (32,), (64,), (8, 8))
     """
     names = spec.names
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    paths = [_path_string(path) for path, _ in leaves]
+    leaves = jax.tree.leaves(params)
+    paths = leaf_paths(params)
     halves: dict[tuple[str, tuple[str, str]], dict[str, int]] = {}
     for index, path in enumerate(paths):
         for ending_pair in names:
@@ -318,12 +320,22 @@ def find_pairs(params: optax.Params, spec: FactorSpec = DEFAULT_SPEC) -> list[Pa
                 "a pair must be masked, frozen or trained as a whole"
             )
         path = prefix[:-1] or paths[found["a"]]  # without the separator
-        both_leaves = [(i, paths[i], leaves[i][1]) for i in (found["a"], found["b"])]
+        both_leaves = [(i, paths[i], leaves[i]) for i in (found["a"], found["b"])]
         for _, name, leaf in both_leaves:
             if jnp.issubdtype(getattr(leaf, "dtype", jnp.float32), jnp.complexfloating):
                 raise ValueError(f"{name!r} is {leaf.dtype}, expected real factors")
         a, b = ((i, name, tuple(leaf.shape)) for i, name, leaf in both_leaves)
         pairs.append(_pair(path, a, b, spec.stack_axes_of(path)))
+
+    owners: dict[int, Pair] = {}
+    for pair in pairs:
+        for factor in (pair.a, pair.b):
+            if (other := owners.setdefault(factor.index, pair)) is not pair:
+                both = " and ".join(f"{p.a.path} with {p.b.path}" for p in (other, pair))
+                raise ValueError(
+                    f"{factor.path!r} is a factor of two pairs, {both}; expected one: `factors` "
+                    "names it twice"
+                )
 
     # An empty tree is no mistake: Optax initializes with one to find out which parts of a state
     # are like parameters (`optax.tree.map_params`).
@@ -335,6 +347,12 @@ def find_pairs(params: optax.Params, spec: FactorSpec = DEFAULT_SPEC) -> list[Pa
             "Name them with `factors=`, or pass `factors=()` to train without pairs"
         )
     return sorted(pairs, key=lambda pair: pair.a.index)
+
+
+def leaf_paths(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[str]:
+    """Gives the path of each leaf, `"layers/q_proj/lora_a"`, without steps of Flax's variables."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    return [_path_string(path) for path, _ in leaves]
 
 
 def paired_leaves(params: optax.Params, spec: FactorSpec = DEFAULT_SPEC) -> optax.Params:

@@ -30,8 +30,9 @@ import jax.numpy as jnp
 import optax
 
 from loft_jax.optim.arguments import Number, check_adam, check_steps
+from loft_jax.optim.eager import choose
 from loft_jax.optim.linear_algebra import batched, matmul, transpose
-from loft_jax.optim.meshes import on_explicit_axes, whole_on_explicit_axes
+from loft_jax.optim.meshes import on_explicit_axes, varying_like, whole_on_explicit_axes
 from loft_jax.optim.optax_types import next_count, transformation
 from loft_jax.optim.paired_updates import PairedUpdates, compute_dtype
 from loft_jax.optim.pairs import DEFAULT_SPEC, FactorNames, FactorSpec, StackAxis, find_pairs
@@ -139,7 +140,8 @@ def precondition_by_reflora(
             }
 
         since = state.count - warmup_steps
-        metrics = jax.lax.cond((since >= 0) & (since % interval == 0), computed, lambda: kept)
+        before = varying_like(kept, [tree.param(f).array for g in tree.groups for f in (g.a, g.b)])
+        metrics = choose((since >= 0) & (since % interval == 0), computed, lambda: before)
         for group in tree.groups:
             for factor in (group.a, group.b):
                 grads = tree.folded(factor)  # (group, stack, m, r)

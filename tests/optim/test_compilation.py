@@ -14,6 +14,7 @@ from tests.optim.transforms import (
     ROUNDING,
     assert_close,
     assert_stable,
+    every_alias,
     every_transform,
     gradients,
     make,
@@ -103,3 +104,19 @@ def test_dtypes(name, dtype):
             if jnp.issubdtype(leaf.dtype, jnp.floating) and not optax_s:
                 asked = name == "loft, bfloat16" and leaf.dtype == jnp.bfloat16
                 assert asked or leaf.dtype == jnp.promote_types(dtype, jnp.float32)
+
+
+@every_alias
+def test_without_jit_nothing_is_compiled_after_the_first_steps(name, caplog):
+    tx, params = make(name), PARAMS
+    state = tx.init(params)
+
+    def step(state):
+        return tx.update(gradients(params), state, params)[1]
+
+    for _ in range(2):
+        state = step(state)
+    with jax.log_compiles():
+        for _ in range(2):
+            state = step(state)
+    assert [x.getMessage() for x in caplog.records if "ompil" in x.getMessage()] == []

@@ -205,14 +205,22 @@ def test_update_without_parameters():
 def test_updates_of_another_structure():
     params = {"q": pair(0)}
     tx = loft(0.1)
-    with pytest.raises(ValueError, match="3 leaves and the parameters 2"):
+    with pytest.raises(ValueError, match="'extra' where the parameters have 'q/lora_a'"):
         tx.update({**params, "extra": jnp.zeros(1)}, tx.init(params), params)
+    a, b = params["q"].values()
+    with pytest.raises(ValueError, match="'q/x' where the parameters have 'q/lora_a'"):
+        tx.update({"q": {"x": a, "y": b}}, tx.init(params), params)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"scaling": 0.0}, "scaling is 0.0, expected a finite number, not 0"),
+        ({"scaling": None}, "scaling is None, expected a finite number, not 0"),
+        ({"eps": "a"}, "eps is 'a', expected a number >= 0"),
+        ({"weight_decay": jnp.inf}, "weight_decay is inf, expected a finite number >= 0"),
+        ({"state_dtype": "foo"}, "state_dtype is 'foo', expected one of"),
+        ({"mu_dtype": jnp.ones(())}, "mu_dtype is an array, expected a dtype: with optax.inject"),
         ({"scaling": float("nan")}, "scaling is nan"),
         ({"scaling": np.float32(0)}, "scaling is 0.0"),
         ({"scaling": jnp.zeros(())}, "scaling is 0.0"),

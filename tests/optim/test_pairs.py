@@ -299,3 +299,17 @@ def test_a_scaling_may_be_traced():
         return spec.scaling_of(pair)
 
     assert float(scaled(3.0)) == 3.0
+
+
+def test_a_factor_of_two_pairs_is_refused():
+    endings = (("lora_a", "lora_b"), ("kernel_lora_a", "kernel_lora_b"))
+    pair = {"kernel_lora_a": np.ones((6, 2)), "kernel_lora_b": np.ones((2, 4))}
+    with pytest.raises(ValueError, match="'x/kernel_lora_a' is a factor of two pairs"):
+        find_pairs({"x": pair}, FactorSpec(endings))
+    shared = {"a": np.ones((6, 2)), "b1": np.ones((2, 4)), "b2": np.ones((2, 4))}
+    with pytest.raises(ValueError, match="two pairs, a with b1 and a with b2"):
+        find_pairs(shared, FactorSpec((("a", "b1"), ("a", "b2"))))
+
+
+def test_names_may_come_once():
+    assert FactorSpec(zip(["down"], ["up"], strict=True)) == FactorSpec((("down", "up"),))

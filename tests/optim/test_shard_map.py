@@ -1,0 +1,31 @@
+"""Updates inside of `jax.shard_map`, whose types say which axes of a mesh an array varies along."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec as P
+
+from tests.optim.transforms import ROUNDING, assert_close, each_of, gradients, make, normal, pair
+
+PARAMS = {"bias": normal(1, 1, 8), "q": pair(2, stack=(1,)), "stack": pair(4, stack=(1, 3))}
+# They differ in the loops and the branches that they have.
+DAILY = ("loft", "loft, alternate", "loft, balanced", "loft, clipped", "loft_muon", "reflora")
+
+
+@each_of(
+    (*DAILY, "loft, diagonal", "loft, bfloat16", "reflora_s", "lora_fa", "alt_lora_plus"), DAILY
+)
+def test_each_device_may_have_adapters_of_its_own(name):
+    tx = make(name)
+
+    def two_steps(params):
+        params = jax.tree.map(lambda x: x[0], params)
+        state = tx.init(params)
+        for _ in range(2):
+            updates, state = tx.update(gradients(params), state, params)
+            params = optax.apply_updates(params, updates)
+        return jax.tree.map(lambda x: jnp.asarray(x)[None], params)
+
+    mesh = jax.sharding.Mesh(jax.devices()[:1], "d")
+    mapped = jax.shard_map(two_steps, mesh=mesh, in_specs=P("d"), out_specs=P("d"))
+    assert_close(jax.jit(mapped)(PARAMS), jax.jit(two_steps)(PARAMS), *ROUNDING.get(name, ()))

@@ -75,6 +75,12 @@ def _summary(rows: int, examples: "TokenizedData") -> str:
     return f"{summary}; {learned:,} of {total:,} tokens are learned, {_BEGIN}here{_END}"
 
 
+def _names(task: "Task") -> tuple[str, ...]:
+    """Gives the names of the labels; none for regression, whose single one names no label."""
+    names = task.labels or ()
+    return names if len(names) > 1 else ()
+
+
 def _shown(index: int, examples: "TokenizedData", tokenizer: Any, task: "Task") -> str:
     """Writes an example with its special tokens, and marks around what is learned."""
     from loft_jax.data.text import decoded
@@ -82,7 +88,8 @@ def _shown(index: int, examples: "TokenizedData", tokenizer: Any, task: "Task") 
     tokens, mask = examples[index]
     if examples.labelled is not None:
         label = examples.labelled.labels[index]
-        name = f" ({task.labels[int(label)]})" if task.labels else ""
+        names = _names(task)
+        name = f" ({names[int(label)]})" if names else ""
         return (
             f"example {index + 1}: {len(tokens)} tokens, label {label:g}{name}\n"
             f"{decoded(tokenizer, tokens.tolist())}"

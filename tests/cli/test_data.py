@@ -78,6 +78,22 @@ def test_numbers_of_regression_are_shown_without_names(encoder, tmp_path, capsys
     out = capsys.readouterr().out
     assert ", label 1.5\n" in out
     assert ", label 0.25\n" in out
+    assert "labels:" not in out
+
+
+@pytest.mark.parametrize(
+    ("labels", "counts"),
+    [
+        (["pos", "Neg", "pos ", "neg", "pos"], "'Neg' 1, 'neg' 1, 'pos' 2, 'pos ' 1"),
+        ([2, 0], "'0' 1, '1' 0, '2' 1"),
+        ([f"{i:02}" for i in range(10)], ", ".join(f"'{i:02}' 1" for i in range(10))),
+        ([*"abcdefghijklm"], ", ".join([*(f"'{name}' 1" for name in "abcdefghij"), "3 more"])),
+    ],
+)
+def test_rows_of_each_label_are_counted(encoder, tmp_path, capsys, labels, counts):
+    rows = [{"text": "a joy", "label": label} for label in labels]
+    assert data(encoder, tmp_path / "a.jsonl", rows, "--show", "0") == 0
+    assert capsys.readouterr().out.endswith(f" on average; labels: {counts}\n")
 
 
 @pytest.mark.parametrize(

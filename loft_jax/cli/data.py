@@ -1,19 +1,23 @@
 """loft-jax data."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from loft_jax.data import DataConfig
-from loft_jax.errors import InputError
+from loft_jax.errors import InputError, shown
 from loft_jax.training.config import TaskConfig
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from loft_jax.data import TokenizedData
     from loft_jax.tasks.task import Task
 
 _BEGIN, _END = "⟦", "⟧"
+_COUNTED = 10  # number of labels whose rows are counted
 
 
 @dataclass(frozen=True)
@@ -56,23 +60,42 @@ class Data:
         examples = task.tokenize(rows, processor, data, vocab_size=sizes.vocab_size)
         if not isinstance(examples, TokenizedData):
             raise InputError(f"{data.path}: holds images; expected texts to show")
-        print(_summary(len(rows), examples))
+        print(_summary(len(rows), examples, task))
         for index in range(min(self.show, len(examples))):
             print(f"\n{_shown(index, examples, processor, task)}")
         return 0
 
 
-def _summary(rows: int, examples: "TokenizedData") -> str:
+def _summary(rows: int, examples: "TokenizedData", task: "Task") -> str:
     lengths = examples.lengths
     summary = (
         f"{rows:,} rows give {len(examples):,} examples of {lengths.min():,} to "
         f"{lengths.max():,} tokens, {lengths.mean():,.1f} on average"
     )
     if examples.labelled is not None:
-        return summary
+        return summary + _counted(examples.labelled.labels, _names(task))
     learned = int(examples.loss_mask.sum())
     total = len(examples.tokens)
     return f"{summary}; {learned:,} of {total:,} tokens are learned, {_BEGIN}here{_END}"
+
+
+def _counted(labels: "np.ndarray", names: Sequence[str]) -> str:
+    """Writes how many rows have each label, where labels have names."""
+    import numpy as np
+
+    if not names:
+        return ""
+    counts = np.bincount(labels, minlength=len(names))
+    # With quotes, names that differ by a space at an end are seen to differ.
+    said = [f"{shown(name)} {count:,}" for name, count in zip(names, counts, strict=True)]
+    more = [f"{len(said) - _COUNTED:,} more"] if len(said) > _COUNTED else []
+    return f"; labels: {', '.join([*said[:_COUNTED], *more])}"
+
+
+def _names(task: "Task") -> tuple[str, ...]:
+    """Gives the names of the labels; none for regression, whose single one names no label."""
+    names = task.labels or ()
+    return names if len(names) > 1 else ()
 
 
 def _shown(index: int, examples: "TokenizedData", tokenizer: Any, task: "Task") -> str:
@@ -82,7 +105,8 @@ def _shown(index: int, examples: "TokenizedData", tokenizer: Any, task: "Task") 
     tokens, mask = examples[index]
     if examples.labelled is not None:
         label = examples.labelled.labels[index]
-        name = f" ({task.labels[int(label)]})" if task.labels else ""
+        names = _names(task)
+        name = f" ({names[int(label)]})" if names else ""
         return (
             f"example {index + 1}: {len(tokens)} tokens, label {label:g}{name}\n"
             f"{decoded(tokenizer, tokens.tolist())}"

@@ -23,7 +23,7 @@ from loft_jax.training.config import TaskConfig
 if TYPE_CHECKING:
     from loft_jax.evaluation import AnswerScores, QuestionScores
     from loft_jax.models.family import Family, PretrainedConfig
-    from loft_jax.tasks.task import Task
+    from loft_jax.tasks.task import Given, Task
 
 _log = logging.getLogger(__name__)
 
@@ -175,7 +175,34 @@ class Evaluate:
         given = Given(
             self.data, rows, choices=self.choices, labels=self.task.label_names, known=known
         )
-        return find_task(self.task.name, family, given).make(dataclasses.replace(given, rows=None))
+        task = find_task(self.task.name, family, given)
+        if adapter is not None and adapter[0] == task.head:
+            self._refuse_other(task, given)
+        return task.make(dataclasses.replace(given, rows=None))
+
+    def _refuse_other(self, task: "type[Task]", given: "Given") -> None:
+        """Refuses an adapter of regression for classification, and the reverse."""
+        from loft_jax.tasks import Classification, Regression
+
+        number = len(given.known) == 1
+        if task is not (Classification if number else Regression):
+            return
+        predicted = "a number" if number else f"one of the labels {shown(list(given.known))}"
+        expected = f"task {(Regression if number else Classification).name}"
+        if given.data.preset is not None:
+            found = f"preset {given.data.preset} is for {task.name}"
+        elif self.task.name != "auto":
+            found = f"task is {shown(self.task.name)}"
+        elif given.labels:
+            found = f"label_names are {shown(list(given.labels))}"
+        else:
+            kind = "texts" if number else "decimal numbers"
+            found = f"field {given.data.label_field!r} of the rows has {kind}"
+            expected = "numbers" if number else "these labels"
+        raise InputError(
+            f"{self.source.adapter}: predicts {predicted}, but {found}; expected {expected}, or an "
+            f"adapter that was trained for {task.name}"
+        )
 
 
 def _write(scores: "Mapping[str, AnswerScores]", path: Path) -> None:

@@ -33,8 +33,8 @@ def read_csv_rows(
         The rows, from `table_of`.
 
     Raises:
-        InputError: A header names a column twice, a row has more cells than there are columns, or
-            the split does not exist.
+        InputError: A header names a column twice, a row has more cells than there are columns, a
+            quote is never closed or text follows a closed one, or the split does not exist.
     """
     return table_of(lambda file: _rows_of(file, separator, columns), by_split, split)
 
@@ -57,10 +57,10 @@ def _rows_of(file: Path, separator: str, columns: Sequence[str]) -> Iterator[tup
 
 def _cells(file: Path, separator: str) -> Iterator[tuple[list[str], int]]:
     """Yields the cells of each row that is not empty, and the number of its characters."""
-    size = 0
+    size, ended = 0, False
 
     def lines() -> Iterator[str]:
-        nonlocal size
+        nonlocal size, ended
         for number, line in enumerate(lines_of(file), 1):
             size += len(line)
             if size > text_lines.MOST_CHARACTERS:  # within quotes a row continues on the next line
@@ -70,12 +70,25 @@ def _cells(file: Path, separator: str) -> Iterator[tuple[list[str], int]]:
                     "that is never closed makes one row of all)"
                 )
             yield line
+        ended = True
 
-    reader = csv.reader(lines(), delimiter=separator)
+    # Unless strict, it takes a quote that is never closed as closed at the end of the file.
+    reader = csv.reader(lines(), delimiter=separator, strict=True)
     while True:
+        start = reader.line_num + 1
         limit = csv.field_size_limit(text_lines.MOST_CHARACTERS)  # of the whole process
         try:
             cells = next(reader, None)
+        except csv.Error as error:
+            found = (
+                "it has a quote that is never closed; expected one that closes it"
+                if ended
+                else f"at line {reader.line_num}, text follows a quote that closes a cell; "
+                f"expected {separator!r} or the end of the row, and quotes within quotes doubled"
+            )
+            raise InputError(
+                f"{file}: the row at line {start} cannot be read as csv: {found}"
+            ) from error
         finally:
             csv.field_size_limit(limit)
         if cells is None:

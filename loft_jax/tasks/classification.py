@@ -20,7 +20,7 @@ from loft_jax.data.text import check_tokens
 from loft_jax.data.token_cache import cached
 from loft_jax.errors import InputError, explained, shown
 from loft_jax.models.family import SequenceClassifier
-from loft_jax.tasks.row_task import RowTask, names_of_numbers, same_names
+from loft_jax.tasks.row_task import RowTask, names_of_numbers, plain, same_names
 from loft_jax.tasks.task import Arrays, Given, Measured, Rows
 
 if TYPE_CHECKING:
@@ -252,13 +252,14 @@ class LabelTask(RowTask):
 
     def label(self, value: object, where: str) -> int:
         """Gives the index of a label, from its name or, unless names are numbers, its number."""
+        value = plain(value)
         if not isinstance(value, bool):
             place = self._places.get(str(value), self._folded.get(str(value).casefold()))
             if place is not None:
                 return place
         number: Any = _number(value) if isinstance(value, str) else value
         named = not all(isinstance(_number(name), int) for name in self.labels)
-        whole = isinstance(number, (int, np.integer)) and not isinstance(number, bool)
+        whole = isinstance(number, int) and not isinstance(number, bool)
         if named and whole and 0 <= number < len(self.labels):
             return int(number)
         raise InputError(
@@ -328,8 +329,11 @@ class Regression(_OfTexts):
 
     def label(self, value: object, where: str) -> float:
         """Checks the number, or reads it from a text."""
+        value = plain(value)
+        if isinstance(value, bool):
+            raise InputError(f"{where} is {value}; expected a finite number: write 0 and 1")
         number: Any = _number(value) if isinstance(value, str) else value
-        is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
+        is_number = isinstance(number, (int, float))
         if is_number and math.isfinite(number):
             return float(number)
         raise InputError(f"{where} is {shown(value)}; expected a finite number")
@@ -391,14 +395,17 @@ def labels_of(rows: Rows, field: str) -> tuple[str, ...] | None:
     """
     if names := names_of_numbers(rows, field):
         return names
-    values: list[Any] = [rows[index].get(field) for index in range(len(rows))]
+    values: list[Any] = [plain(rows[index].get(field)) for index in range(len(rows))]
     texts = all(isinstance(value, str) for value in values)
     for index, value in enumerate(values):
         where = f"row {index}: field {field!r}"
         if value == "":
             raise InputError(f"{where} is empty; expected a label")
         if not texts and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise InputError(f"{where} is {shown(value)}; expected texts or numbers in all rows")
+            instead = ": write 0 and 1, or texts" if isinstance(value, bool) else ""
+            raise InputError(
+                f"{where} is {shown(value)}; expected texts or numbers in all rows{instead}"
+            )
     numbers: list[Any] = [_number(value) if texts else value for value in values]
     whole = all(isinstance(number, int) for number in numbers)
     if not whole and all(isinstance(number, (int, float)) for number in numbers):

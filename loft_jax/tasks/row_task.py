@@ -92,7 +92,7 @@ class RowTask(Task):
             names = ()
 
         def label_of(row: Mapping[str, Any], index: int) -> float:
-            value = row.get(field)
+            value = plain(row.get(field))
             if type(value) is int and 0 <= value < len(names):
                 value = names[value]
             return self.label(value, f"row {index}: field {field!r}")
@@ -168,6 +168,11 @@ def _loss_and_logits(
     logits = task.logits(nnx.merge(graphdef, state), inputs)
     losses = task.losses(logits, jnp.asarray(inputs["labels"]))
     return gathered(jnp.sum(losses * jnp.asarray(inputs["weights"]))), gathered(logits)
+
+
+def plain(value: object) -> Any:
+    """Gives a scalar of NumPy, as arrays and data frames hold them, as the value of Python."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def same_names(some: Sequence[str], others: Sequence[str]) -> bool:

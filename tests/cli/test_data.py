@@ -54,15 +54,46 @@ def test_spaces_at_the_start_of_what_is_learned_are_shown(folder, tmp_path, caps
     assert "a joy⟦ from start</s>⟧" in capsys.readouterr().out
 
 
-def test_labels_are_shown_with_their_names(folder, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A model of labels, without weights."""
+    folder = tmp_path_factory.mktemp("encoder")
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    BertConfig(vocab_size=500, intermediate_size=16, **sizes).save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
+    BertConfig(vocab_size=500, intermediate_size=16, **sizes).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_labels_are_shown_with_their_names(encoder, tmp_path, capsys):
     rows = [{"text": "a joy", "label": "good"}, {"text": "dull", "label": "bad"}]
-    assert data(tmp_path, tmp_path / "a.jsonl", rows) == 0
+    assert data(encoder, tmp_path / "a.jsonl", rows) == 0
     out = capsys.readouterr().out
     assert ", label 1 (good)\n<s>a joy\n" in out
     assert "learned" not in out
+
+
+def test_numbers_of_regression_are_shown_without_names(encoder, tmp_path, capsys):
+    rows = [{"text": "a joy", "label": 1.5}, {"text": "dull", "label": 0.25}]
+    assert data(encoder, tmp_path / "a.jsonl", rows) == 0
+    out = capsys.readouterr().out
+    assert ", label 1.5\n" in out
+    assert ", label 0.25\n" in out
+    assert "labels:" not in out
+
+
+@pytest.mark.parametrize(
+    ("labels", "counts"),
+    [
+        (["pos", "Neg", "pos ", "neg", "pos"], "'Neg' 1, 'neg' 1, 'pos' 2, 'pos ' 1"),
+        ([2, 0], "'0' 1, '1' 0, '2' 1"),
+        ([f"{i:02}" for i in range(10)], ", ".join(f"'{i:02}' 1" for i in range(10))),
+        ([*"abcdefghijklm"], ", ".join([*(f"'{name}' 1" for name in "abcdefghij"), "3 more"])),
+    ],
+)
+def test_rows_of_each_label_are_counted(encoder, tmp_path, capsys, labels, counts):
+    rows = [{"text": "a joy", "label": label} for label in labels]
+    assert data(encoder, tmp_path / "a.jsonl", rows, "--show", "0") == 0
+    assert capsys.readouterr().out.endswith(f" on average; labels: {counts}\n")
 
 
 @pytest.mark.parametrize(

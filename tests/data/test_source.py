@@ -412,6 +412,32 @@ def test_columns_of_files_without_a_header_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "text", "found"),
+    [
+        ("a.csv", 'a, b\nc," d\ne, f\ng, h\n', "line 3 .*: it has a quote that is never closed"),
+        ("a.csv", 'a,"b\n\nc"\n\nd,"', "line 6 .*: it has a quote that is never closed"),
+        ("a.tsv", 'a\tb\n"c" d\te', "line 3 .*: at line 3, text follows .* expected '.t' or"),
+        ("a.csv", 'a,"b\nc","d\ne" f\n', "line 2 .*: at line 4, text follows .* expected ',' or"),
+    ],
+)
+def test_quotes_that_are_not_closed_or_not_doubled_are_refused(tmp_path, name, text, found):
+    header = "prompt\tcompletion\n" if name == "a.tsv" else "prompt,completion\n"
+    (tmp_path / name).write_text(header + text)
+    with pytest.raises(InputError, match=f"{name}: the row at {found}"):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize(("name", "separator"), [("a.csv", ","), ("a.tsv", "\t")])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_quotes_within_cells_are_read(tmp_path, name, separator, end):
+    lines = ["text,label", '"say ""a""","b', "", 'c"', '5" long, "d"', 'it"s,""', 'e,"f"']
+    text = end.join(lines).replace(",", separator)
+    (tmp_path / name).write_bytes(text.encode())
+    rows = [('say "a"', f"b{end}{end}c"), ('5" long', ' "d"'), ('it"s', ""), ("e", "f")]
+    assert read(tmp_path / name) == [{"text": text, "label": label} for text, label in rows]
+
+
+@pytest.mark.parametrize(
     ("name", "place"),
     [
         ("a.csv", "line 4001"),

@@ -126,6 +126,10 @@ def test_a_stream_carries_labels_and_knows_them_again():
         ([-1, 0.5], None),
         ([2, 0], ("0", "1", "2")),
         ([0.5, 1], None),
+        (np.asarray([2, 0]), ("0", "1", "2")),
+        (np.asarray([0.5, 1], np.float32), None),
+        (np.asarray(["b", "a"]), ("a", "b")),
+        ([np.int8(1), 0], ("0", "1")),
     ],
 )
 def test_labels_are_read_from_the_rows(values, labels):
@@ -149,6 +153,11 @@ def test_names_of_whole_numbers_are_those_of_the_dataset():
         (lambda: labels_of([{"label": "a"}, {"label": 1}], "label"), r"row 0: .* all rows"),
         (lambda: labels_of([{"label": None}], "label"), r"row 0: field 'label' is None"),
         (lambda: labels_of([{"label": "a"}, {"label": ""}], "label"), "row 1: .* is empty"),
+        (lambda: labels_of([{"label": True}], "label"), "True; .*: write 0 and 1, or texts"),
+        (lambda: labels_of([{"label": np.True_}], "label"), "True; .*: write 0 and 1, or texts"),
+        (lambda: Regression().label(False, "here"), "here is False; .*: write 0 and 1"),
+        (lambda: Regression().label(np.float32("nan"), "here"), "here is nan; expected a finite"),
+        (lambda: Classification(["False", "True"]).label(np.True_, "here"), "here is True; "),
         (lambda: Classification(["a"]), "expected two at least"),
         (lambda: Classification(["a", "a"]), "expected each once"),
         (
@@ -216,6 +225,21 @@ def test_a_label_is_found_by_its_name_or_its_number(labels, value, place):
 def test_a_number_that_is_no_name_is_refused():
     with pytest.raises(InputError, match=r"here is 0; expected one of \['1', '2'\]"):
         Classification(("1", "2")).label(0, "here")
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, np.float16, np.float32, np.float64])
+def test_numbers_of_numpy_are_numbers(kind):
+    assert Regression().label(kind(2), "here") == 2.0
+    assert type(Regression().label(kind(2), "here")) is float
+
+
+def test_numbers_of_numpy_stand_for_the_names_of_the_data():
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
+    rows = Dataset.from_list([{"text": "a", "label": 1}], features=features).with_format("numpy")
+    label_of = Classification(["yes", "no"]).reader(rows, "label")
+    assert label_of(rows[0], 0) == 0
 
 
 def test_numbers_of_a_text_file_are_read():

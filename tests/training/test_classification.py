@@ -1,16 +1,18 @@
 """A run of classification as its users see it: trained, resumed, exported, evaluated, merged."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from peft import PeftModel
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from loft_jax.cli import main
+from loft_jax.cli.source import Source
 from loft_jax.data import DataConfig
 from loft_jax.errors import InputError
 from loft_jax.training.checkpoint import Checkpoints
@@ -143,6 +145,57 @@ def test_labels_in_an_order_of_ones_own_are_those_of_the_adapter(folder, tmp_pat
     assert main(["evaluate", "--adapter", str(result.trained), *data]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["accuracy"] == pytest.approx(result.after["accuracy"])
+
+
+@pytest.fixture(scope="module")
+def of_numbers(trained, tmp_path_factory):
+    """The trained adapter with a head of one output, as regression has it."""
+    adapter = shutil.copytree(trained[0] / "adapter", tmp_path_factory.mktemp("number") / "adapter")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    heads = {name: value[:1] for name, value in tensors.items() if ".classifier." in name}
+    save_file({**tensors, **heads}, adapter / "adapter_model.safetensors")
+    (adapter / "labels.json").write_text('["LABEL_0"]')
+    return adapter
+
+
+@pytest.mark.parametrize(
+    ("numbers", "flags", "message"),
+    [
+        (True, [], "predicts a number, but field 'label' of the rows has texts; expected numbers"),
+        (
+            True,
+            ["--task", "classification"],
+            "predicts a number, but task is 'classification'; expected task regression",
+        ),
+        (True, ["--label-names", "bad", "good"], "but label_names are ['bad', 'good']"),
+        (
+            False,
+            [],
+            "predicts one of the labels ['bad', 'good'], but field 'label' of the rows has decimal "
+            "numbers; expected these labels, or an adapter that was trained for regression",
+        ),
+        (False, ["--task", "regression"], "['bad', 'good'], but task is 'regression'"),
+    ],
+)
+def test_an_adapter_of_another_task_is_refused_before_it_is_loaded(
+    trained, of_numbers, tmp_path, monkeypatch, capsys, numbers, flags, message
+):
+    monkeypatch.setattr(Source, "load", None)
+    data = tmp_path / "rows.tsv"
+    data.write_text(f"text\tlabel\na joy\t{'good' if numbers else 0.5}\n")
+    adapter = of_numbers if numbers else trained[0] / "adapter"
+    flags = ["--adapter", str(adapter), "--data.path", str(data), *flags]
+    assert main(["evaluate", *flags]) == 2
+    said = capsys.readouterr().err
+    assert str(adapter) in said
+    assert message in said
+
+
+def test_an_adapter_of_numbers_is_measured_on_numbers(of_numbers, tmp_path, capsys):
+    data = tmp_path / "rows.tsv"
+    data.write_text("text\tlabel\na joy\t1\ndull\t0\n")
+    assert main(["evaluate", "--adapter", str(of_numbers), "--data.path", str(data)]) == 0
+    assert "pearson" in json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
 def test_a_head_that_nobody_trained_is_not_measured(folder):

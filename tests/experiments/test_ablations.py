@@ -96,6 +96,7 @@ def test_every_part_matters(float64):
         assert np.abs(dense_loft(part) - whole)[-1].max() > 1e-3, part
 
 
+@pytest.mark.slow
 def test_the_plain_clip_is_of_the_factors_own_gradients(float64):
     # After a clip to a norm, Adam with an epsilon above it makes steps in proportion to that norm.
     schedule = optax.constant_schedule(0.1)

@@ -182,7 +182,7 @@ def test_a_head_that_an_adapter_brings_is_told(tmp_path, caplog):
     save_peft_adapter(tmp_path / "adapter", first, task_type="SEQ_CLS", modules_to_save=heads)
     with caplog.at_level(logging.INFO, logger="loft_jax"):
         load_peft_adapter(tmp_path / "adapter", second)
-    assert "brings classifier.bias, classifier.kernel" in caplog.text
+    assert "brings 'classifier.bias', 'classifier.kernel'" in caplog.text
     assert not {"classifier.bias", "classifier.kernel"} & set(second.drawn)
     kernel = first.classifier.kernel[...]
     np.testing.assert_array_equal(second.classifier.kernel[...], kernel)

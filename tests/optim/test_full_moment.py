@@ -66,7 +66,7 @@ def laid_out(x, rank_last):
 @pytest.mark.parametrize(
     ("batch", "stack", "m", "n"), [(1, 1, 7, 5), (2, 3, 24, 18), (1, 20, 6, 4)]
 )
-@pytest.mark.parametrize("tile", [1 << 18, 60, 1])
+@pytest.mark.parametrize("tile", [1 << 18, pytest.param(60, marks=pytest.mark.slow), 1])
 @pytest.mark.parametrize("role", ["a", "b"])
 def test_is_the_dense_one_in_any_tiles(batch, stack, m, n, tile, role, monkeypatch):
     """One update and one direction against whole matrices in NumPy, float64."""

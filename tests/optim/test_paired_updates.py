@@ -116,7 +116,9 @@ def test_links_of_another_scaling_have_bases_of_their_own():
         assert_trees_close(updated(shared, pair(0)), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("transform", ["vmap", "grad", "nested jit", "cond"])
+@pytest.mark.parametrize(
+    "transform", ["vmap", pytest.param("grad", marks=pytest.mark.slow), "nested jit", "cond"]
+)
 def test_bases_leave_no_transformation(transform):
     """Bases of traced parameters are used where they were traced, and nowhere else."""
     project, clip = loft_jax.project_gradients(), loft_jax.clip_by_projected_norm(0.5)

@@ -74,7 +74,14 @@ CASES = {
     "lora-fa, clipped": ("lora-fa", {"max_grad_norm": 0.1}, lora_fa),
 }
 # What differs little from another one.
-SLOW = ("lora, clipped", "rslora", "riemannian, weakly damped", "lora-fa, clipped")
+SLOW = (
+    "lora, clipped",
+    "rslora",
+    "pissa",
+    "lora-fa",
+    "riemannian, weakly damped",
+    "lora-fa, clipped",
+)
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,8 @@ def test_a_run_is_handed_from_process_to_process(make_config, tmp_path, count):
         np.testing.assert_array_equal(tensor, adapter(folder)[name], err_msg=name)
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
 def test_two_and_four_processes_evaluate_and_export_as_one(make_config, workspace, tmp_path, count):
     common = {
         "method": "loft",

@@ -22,7 +22,7 @@ from loft_jax.training.shardings import parameter_spec
 from loft_jax.training.topology import load_topology
 from tests.training.eight_devices import LOADED, QUANTIZED
 
-DAILY, SLOW = ((2, 2, 2),), ((8, 1, 1), (1, 8, 1), (1, 4, 2))
+DAILY, SLOW = ((8, 1, 1), (2, 2, 2)), ((1, 8, 1), (1, 4, 2))
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is for Linux on x86-64"
 )

@@ -129,7 +129,9 @@ def load_peft_adapter(
         model.replaced = tuple(dict.fromkeys((*model.replaced, *names)))
     elif names:
         _log.warning(
-            "%s: replaces %s, which save_peft_adapter has to be told", folder, listed(names)
+            "%s: replaces %s; save_peft_adapter writes them if modules_to_save or bias say so",
+            folder,
+            listed(names),
         )
     layers = lora_layers(model)
     for path, arrays in values.items():

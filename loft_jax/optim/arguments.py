@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 Number = float | jax.Array
 """A hyperparameter: known, or traced as `optax.inject_hyperparams` does."""
 
+# Squares of gradients underflow in float16.
 _STORABLE = ("bfloat16", "float32", "float64")
 
 

@@ -77,10 +77,11 @@ def varying_like(tree: T, *others: Any) -> T:
     Returns:
       The same values.
     """
-    # JAX's names for this differ between versions. XLA takes a choice of two that are one away.
-    if not jax.tree.leaves(others):
+    if not (leaves := jax.tree.leaves(others)):
         return tree
-    some = [x[(slice(1),) * x.ndim] for x in jax.tree.leaves(others)]
+    # A choice that hangs on the others is of their type. JAX's own function for this has another
+    # name in each version. XLA removes a choice between a value and itself.
+    some = [x[(slice(1),) * x.ndim] for x in leaves]
     either = functools.reduce(jnp.logical_or, [jnp.any(x != x) for x in some])
     marked: T = jax.tree.map(lambda x: jnp.where(either, x, x), tree)
     return marked

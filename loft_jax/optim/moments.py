@@ -36,8 +36,6 @@ from loft_jax.optim.state import unboxed_structure
 
 SecondMoment = Literal["full", "factored", "diagonal"]
 
-# Squares of gradients underflow in float16.
-
 _RULES: dict[str, SecondMomentRule] = {
     "full": FullMoment(),
     "factored": FactoredMoment(),

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -223,7 +224,8 @@ def test_a_hub_that_does_not_answer_is_named():
     )
     ran = subprocess.run(
         [sys.executable, "-c", script],
-        env={"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": "/nonexistent", "HOME": "/"},
+        env={k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+        | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": "/nonexistent"},
         capture_output=True,
         text=True,
         timeout=120,

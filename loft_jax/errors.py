@@ -2,7 +2,7 @@
 
 import contextlib
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 _SHOWN = 200  # largest number of characters of untrusted text in a message
@@ -21,6 +21,24 @@ class InputError(ValueError):
 
 class NotFiniteError(InputError):
     """Training cannot go on: losses, gradients or parameters are infinite or NaN."""
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Checks that an argument is one of some words.
+
+    Args:
+        name: Of the argument, for the message.
+        value: Anything.
+        choices: The words.
+
+    Raises:
+        InputError: It is none of them.
+
+    Example:
+        >>> check_choice("quantization", "nf4", ("none", "int8", "nf4"))
+    """
+    if value not in choices:
+        raise InputError(f"{name} is {shown(value)}, expected {' or '.join(map(repr, choices))}")
 
 
 def shown(value: Any) -> str:

@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args, overload
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
-from loft_jax.errors import InputError, cut, explained, naming, shown
+from loft_jax.errors import InputError, check_choice, cut, explained, naming, shown
 from loft_jax.files import MOST_CONFIG, inside, new_folder, read_json, regular_file
 from loft_jax.hub.gguf_io import open_gguf
 from loft_jax.hub.gguf_tokenizer import gguf_tokenizer
@@ -245,12 +245,14 @@ def load_pretrained(
     Example:
         >>> model = load_pretrained("HuggingFaceTB/SmolLM2-135M")  # doctest: +SKIP
     """
+    check_choice("remat", remat, get_args(Remat))
     family, config, source = _open(_resolve(path_or_hub_id, _WEIGHT_PATTERNS))
     with naming(source.path):
         make = family.model(head)
     if labels is not None:
+        relabelled = with_labels(config, labels)
         source = _without_other_head(source, make, config, labels)
-        config = with_labels(config, labels)
+        config = relabelled
 
     def made() -> PretrainedModel:
         rngs = nnx.Rngs(seed)
@@ -630,7 +632,8 @@ def hf_tensors(
         Names and arrays, in the order of the parameters and, for each, of the layers.
     """
     for path, parameter in parameters.items():
-        values, tensor = gather_to_host(parameter.get_value()), table.tensor(path)
+        # Indexed, since it gives numbers where they are quantized.
+        values, tensor = gather_to_host(parameter[...]), table.tensor(path)
         layers = values if tensor.stacked else values[None]
         for layer, name in zip(layers, table.names(path, parameter.shape), strict=True):
             yield name, layer.transpose(tensor.stored_axes(layer.ndim))

@@ -1,5 +1,6 @@
 """Sums and means of adapters of one base, as adapters of low rank."""
 
+import operator
 import re
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -249,7 +250,7 @@ def _whole_parameters(
     for path in dict.fromkeys(path for some in parameters for path in some):
         name = ".".join(map(str, path))
         values = [some.get(path) for some in parameters]
-        if all(other is values[0] for other in values):
+        if all(_is_same(other, values[0]) for other in values):
             continue
         arrays = [other for other in values if isinstance(other, jax.Array)]
         if len(arrays) != len(models) or len({array.shape for array in arrays}) > 1:
@@ -266,3 +267,11 @@ def _whole_parameters(
         total = sum(w * array.astype(dtype) for w, array in zip(weights, arrays, strict=True))
         combined[path] = jnp.asarray(total).astype(arrays[0].dtype)
     return combined
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    """Whether two models share a value; a clone wraps quantized arrays anew."""
+    structure: Any = jax.tree.structure(value)
+    return structure == jax.tree.structure(other) and all(
+        map(operator.is_, jax.tree.leaves(value), jax.tree.leaves(other))
+    )

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Literal, TypeGuard, get_args
@@ -178,7 +178,7 @@ def _check_modules(name: str, modules: str | Sequence[str]) -> None:
     if isinstance(modules, str):
         Patterns(name).check(modules)
         return
-    if not isinstance(modules, Iterable):
+    if not isinstance(modules, Collection):  # what can be read once is read here
         raise InputError(f"{name} is {shown(modules)}, expected a name, names or a pattern")
     for module in modules:
         if not isinstance(module, str) or not module:

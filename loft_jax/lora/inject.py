@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from loft_jax.errors import InputError
+from loft_jax.errors import InputError, shown
 from loft_jax.lora.axes import WeightAxes
 from loft_jax.lora.config import Initializer, LoRAConfig, product_scaling
 from loft_jax.lora.dora import magnitude_scale, weight_norms
@@ -399,6 +399,8 @@ def _dropout(plan: _Plan, config: LoRAConfig, rngs: nnx.Rngs) -> nnx.Dropout | N
 
 
 def _stream(rngs: nnx.Rngs, name: str) -> nnx.RngStream:
+    if not isinstance(rngs, nnx.Rngs):
+        raise InputError(f"rngs is {shown(rngs)}, expected nnx.Rngs")
     try:
         stream: nnx.RngStream = rngs[name]
     except KeyError as error:

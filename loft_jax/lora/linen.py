@@ -475,6 +475,9 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _
         kinds[path] = _class_name(type(module))
         if (method := METHODS.get(_function(context))) is None:
             return y
+        if any("." in step for step in module.path):
+            refused[path] = f"{kinds[path]} whose path has a dot within a name"
+            return y
         try:
             axes = method.axes(module, *args, **kwargs)
         except InputError as error:  # an equation without low-rank factors

@@ -40,15 +40,13 @@ def with_full_stacks(model: nnx.Module, state: nnx.State[Any, Any]) -> nnx.State
         ((2, 4, 2), (3, 4, 2))
     """
     partial = {
-        tuple(path.split(".")) if path else (): layer
-        for path, layer in lora_layers(model).items()
-        if layer.lora_numbers is not None
+        path: layer for path, layer in lora_layers(model).items() if layer.lora_numbers is not None
     }
     if not partial:
         return state
     full = []
     for path, variable in nnx.to_flat_state(state):
-        layer = partial.get(tuple(map(str, path[:-1])))
+        layer = partial.get(".".join(map(str, path[:-1])))
         if layer is not None and path[-1] in _OF_ADAPTED_LAYERS:
             some, stack = variable.get_value(), layer.lora_axes(layer).stack
             zeros = jnp.zeros((*stack, *some.shape[1:]), some.dtype)

@@ -369,8 +369,7 @@ class BertForSequenceClassification(SequenceClassifier):
         token_types: jax.Array | None = None,
     ) -> jax.Array:
         """Gives one logit for each label; see `SequenceClassifier.__call__`."""
-        if segment_ids is None:
-            segment_ids = jnp.ones_like(tokens)
+        segment_ids = self._segments(tokens, segment_ids)
         if token_types is None:
             token_types = jnp.zeros_like(tokens)
         visible = (segment_ids != 0)[:, None, :]  # (b, 1, t)

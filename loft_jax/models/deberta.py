@@ -597,8 +597,7 @@ class DebertaV2ForSequenceClassification(SequenceClassifier):
         token_types: jax.Array | None = None,
     ) -> jax.Array:
         """Gives one logit for each label; see `SequenceClassifier.__call__`."""
-        if segment_ids is None:
-            segment_ids = jnp.ones_like(tokens)
+        segment_ids = self._segments(tokens, segment_ids)
         if token_types is None:
             token_types = jnp.zeros_like(tokens)
         real = segment_ids != 0  # (b, t)

@@ -39,6 +39,7 @@ class DecoderConfig:
         "hidden_act": "silu",
         "attention_dropout": 0.0,
         "partial_rotary_factor": 1.0,
+        "is_causal": True,
         "quantization_config": None,
     }
 

@@ -120,6 +120,10 @@ class DecoderGGUF:
                 raise InputError(f"{key} is {shown(metadata[key])}, which is not supported")
         hidden_size = _field(metadata, f"{own}.embedding_length")
         heads = _field(metadata, f"{own}.attention.head_count")
+        if type(heads) is not int or heads < 1:
+            raise InputError(
+                f"{own}.attention.head_count is {shown(heads)}, expected an integer of 1 or more"
+            )
         head_dim = metadata.get(f"{own}.attention.key_length", hidden_size // heads)
         for key in (f"{own}.attention.value_length", f"{own}.rope.dimension_count"):
             if metadata.get(key, head_dim) != head_dim:
@@ -161,7 +165,7 @@ class DecoderGGUF:
     ) -> RopeScaling:
         """Gives the scaling of a file with a divisor of each frequency, as those of Llama 3.x."""
         own = self.architecture
-        kind = metadata.get(f"{own}.rope.scaling.type", "none")
+        kind, _ = self._named_scaling(metadata)
         if kind != "none":
             raise InputError(
                 f"{own}.rope.scaling.type is {shown(kind)} beside the tensor 'rope_freqs.weight', "
@@ -183,15 +187,28 @@ class DecoderGGUF:
         return LongRopeScaling(each, each, context, context, attention_factor=1.0)
 
     def _rope_scaling(self, metadata: Mapping[str, Any]) -> RopeScaling | None:
-        own = self.architecture
-        kind = metadata.get(f"{own}.rope.scaling.type", "none")
+        own = f"{self.architecture}.rope.scaling"
+        kind, factor = self._named_scaling(metadata)
+        if kind not in ("none", "linear"):
+            raise InputError(f"{own}.type is {shown(kind)}, only 'none' and 'linear' are supported")
         if kind == "none":
             return None
-        if kind == "linear":
-            return LinearScaling(_shortest(_field(metadata, f"{own}.rope.scaling.factor")))
-        raise InputError(
-            f"{own}.rope.scaling.type is {shown(kind)}, only 'none' and 'linear' are supported"
-        )
+        if factor is None:
+            raise InputError(f"field '{own}.factor' is missing")
+        return LinearScaling(_shortest(factor))
+
+    def _named_scaling(self, metadata: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Gives the kind and the factor of a scaling: without a kind, a factor is a linear one's.
+
+        As in llama.cpp, which also reads a factor's older name.
+        """
+        own = f"{self.architecture}.rope"
+        if (attention := metadata.get(f"{own}.scaling.attn_factor", 1.0)) != 1.0:
+            raise InputError(
+                f"{own}.scaling.attn_factor is {shown(attention)}, only 1.0 is supported"
+            )
+        factor = metadata.get(f"{own}.scaling.factor", metadata.get(f"{own}.scale_linear"))
+        return metadata.get(f"{own}.scaling.type", "none" if factor is None else "linear"), factor
 
 
 def _key_of(value: str, names: Mapping[str, str]) -> str:

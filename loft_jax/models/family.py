@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from loft_jax.errors import InputError
+from loft_jax.errors import InputError, shown
 from loft_jax.models.attention import KVCache
 
 Head = Literal["causal-lm", "sequence-classification", "image-classification"]
@@ -313,6 +313,16 @@ class PretrainedModel(nnx.Module):
         return self.table.module_name(path, layer)
 
 
+def check_positions(length: int, most: int | None) -> None:
+    """Checks that rows of tokens are not longer than there are embeddings of positions.
+
+    Raises:
+        InputError: They are.
+    """
+    if most is not None and length > most:
+        raise InputError(f"tokens has rows of {length}, and the model has {most} positions")
+
+
 class LanguageModel(PretrainedModel):
     """A model that gives the logits of the token after each token.
 
@@ -464,8 +474,18 @@ class SequenceClassifier(PretrainedModel):
 
         Returns:
             Logits `(b, labels)` float32.
+
+        Raises:
+            InputError: Rows without padding are longer than there are positions.
         """
         raise NotImplementedError
+
+    def _segments(self, tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+        """Gives the segments of tokens, by default one text in each row, which has to fit."""
+        if segment_ids is not None:
+            return segment_ids
+        check_positions(tokens.shape[1], self.config.max_length)
+        return jnp.ones_like(tokens)
 
 
 class ImageClassifier(PretrainedModel):
@@ -609,8 +629,17 @@ def flat_parameters(model: nnx.Module, *filters: Any) -> dict[str, Any]:
 
 
 def with_labels(config: Any, labels: Sequence[str]) -> Any:
-    """Gives a configuration other labels; one label is for regression."""
-    return dataclasses.replace(config, labels=tuple(labels))
+    """Gives a configuration other labels; one label is for regression.
+
+    Raises:
+        InputError: They are not different texts, or the family has no head with labels.
+    """
+    if not hasattr(config, "labels"):
+        raise InputError(f"labels is {shown(labels)}, and a {type(config).__name__} has none")
+    names = () if isinstance(labels, str) else tuple(labels)
+    if not names or not all(isinstance(x, str) for x in names) or len({*names}) < len(names):
+        raise InputError(f"labels is {shown(labels)}, expected different names")
+    return dataclasses.replace(config, labels=names)
 
 
 def with_end_tokens(config: Any, tokens: Any) -> Any:

@@ -43,6 +43,7 @@ class Gemma2Config(DecoderConfig):
         "hidden_activation": "gelu_pytorch_tanh",
         "attention_dropout": 0.0,
         "use_bidirectional_attention": False,
+        "is_causal": True,
         "quantization_config": None,
     }
     # Those of transformers for absent fields; null is no cap, or no such token.

@@ -25,6 +25,7 @@ from loft_jax.models.family import (
     LanguageModel,
     ParameterTable,
     Remat,
+    check_positions,
     embedding,
     linear,
     norm,
@@ -40,7 +41,16 @@ _ONLY: Mapping[str, Any] = {
     "scale_attn_by_inverse_layer_idx": False,
     "reorder_and_upcast_attn": False,
     "add_cross_attention": False,
+    "is_causal": True,
     "quantization_config": None,
+}
+
+# Fields under the names that other families give them, which transformers reads before these.
+_ALIASES: Mapping[str, str] = {
+    "max_position_embeddings": "n_positions",
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
 }
 
 
@@ -115,6 +125,7 @@ class GPT2Config:
         config_checks.check_kind(
             config, model_type="gpt2", architectures=[_ARCHITECTURE, "GPT2Model"], only=_ONLY
         )
+        config = {**config, **{_ALIASES[key]: config[key] for key in _ALIASES if key in config}}
         names = [f.name for f in dataclasses.fields(cls) if not f.name.endswith("token_id")]
         fields = config_checks.present(config, names)
         width = fields.get("n_embd", cls.n_embd)
@@ -270,6 +281,8 @@ class GPT2(LanguageModel):
         batch, length = tokens.shape
         visible, cache = visibility(batch, length, segment_ids, cache, branch_ids)
         if positions is None:
+            if cache is None and segment_ids is None and branch_ids is None:
+                check_positions(length, self.config.max_length)
             positions = positions_from(visible)
         positions = jnp.broadcast_to(positions, (batch, length))
         x = embeddings_laid_out(self.wte(tokens)) + embeddings_laid_out(self.wpe(positions))

@@ -47,6 +47,7 @@ class Phi3Config(DecoderConfig):
         "attention_dropout": 0.0,
         "resid_pdrop": 0.0,
         "embd_pdrop": 0.0,
+        "is_causal": True,
         "quantization_config": None,
     }
 

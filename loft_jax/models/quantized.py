@@ -12,14 +12,14 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Sharding
 
-from loft_jax.errors import InputError
+from loft_jax.errors import InputError, check_choice
 from loft_jax.models.family import PretrainedModel
 
 Quantization = Literal["none", "int8", "nf4"]
@@ -56,8 +56,8 @@ def quantize_kernels(model: PretrainedModel, quantization: Quantization) -> None
             a scale for each output and 64 inputs. "none" does nothing.
 
     Raises:
-        InputError: Qwix is not installed, or the number of inputs of a kernel cannot be divided
-            into tiles.
+        InputError: There is no such storage, Qwix is not installed, or the number of inputs of a
+            kernel cannot be divided into tiles.
 
     Example:
         >>> from loft_jax.models.llama import Llama, LlamaConfig
@@ -69,6 +69,7 @@ def quantize_kernels(model: PretrainedModel, quantization: Quantization) -> None
     Source:
         Dettmers et al., QLoRA, arXiv 2305.14314; https://github.com/google/qwix.
     """
+    check_choice("quantization", quantization, get_args(Quantization))
     if quantization == "none":
         return
     tensors = model.table.tensors

@@ -156,8 +156,7 @@ class RobertaForSequenceClassification(SequenceClassifier):
 
         A model with one token type gives it to all tokens.
         """
-        if segment_ids is None:
-            segment_ids = jnp.ones_like(tokens)
+        segment_ids = self._segments(tokens, segment_ids)
         if token_types is None:
             token_types = jnp.zeros_like(tokens)
         visible = (segment_ids != 0)[:, None, :]  # (b, 1, t)

@@ -67,6 +67,8 @@ def read_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     if original is not None:
         rope["original_max_position_embeddings"] = original
     rope.setdefault("original_max_position_embeddings", rope["max_position_embeddings"])
+    if "truncate" in rope and rope["truncate"] is None:
+        rope["truncate"] = False  # to transformers, null is not the default here
     values = {}
     for field in dataclasses.fields(kind):
         if rope.get(field.name) is not None or field.default is dataclasses.MISSING:

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from loft_jax.errors import InputError
 from loft_jax.hub.gguf_io import GGUF, open_gguf
 from loft_jax.hub.pretrained import load_pretrained, save_pretrained
-from loft_jax.models.rope_scaling import Llama3Scaling
+from loft_jax.models.rope_scaling import LinearScaling, Llama3Scaling
 from tests.models.decoder_checks import SIZES, save_decoder
 from tests.tiny import save_tiny_llama
 
@@ -218,6 +218,13 @@ def test_other_divisors_of_frequencies_are_used_and_saved(tmp_path, folder):
     np.testing.assert_allclose(again, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
+def test_a_factor_alone_is_that_of_linear_scaling(tmp_path, folder, key):
+    """As in llama.cpp, for files older than the kinds of scaling."""
+    path = write_gguf(tmp_path / "x.gguf", folder, numbers={key: 4})
+    assert GGUF(path).config.rope_scaling == LinearScaling(4.0)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -233,6 +240,12 @@ def test_other_divisors_of_frequencies_are_used_and_saved(tmp_path, folder):
             "llama.rope.scaling.type is 'linear' beside the tensor 'rope_freqs.weight'",
         ),
         ({"numbers": {"attention.head_count_kv": 3}}, "num_key_value_heads is 3"),
+        ({"numbers": {"attention.head_count": 0}}, "llama.attention.head_count is 0, expected"),
+        ({"numbers": {"rope.scaling.attn_factor": 2}}, "llama.rope.scaling.attn_factor is 2, only"),
+        (
+            {"rope_freqs": [1.0] * 4, "numbers": {"rope.scale_linear": 4}},
+            "llama.rope.scaling.type is 'linear' beside the tensor 'rope_freqs.weight'",
+        ),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(tmp_path, folder, change, said):

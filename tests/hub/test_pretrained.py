@@ -254,6 +254,13 @@ def test_what_was_downloaded_is_used_when_the_hub_is_gone(tmp_path, tiny_llama):
     assert ran.stdout.strip() == "400", ran.stderr
 
 
+def test_what_a_model_does_not_have_is_refused(tiny_llama):
+    with pytest.raises(InputError, match=r"labels is .*, and a LlamaConfig has none"):
+        load_pretrained(tiny_llama, labels=["a", "b"])
+    with pytest.raises(InputError, match=r"^remat is 'all', expected 'none' or 'dots' or 'full'"):
+        load_pretrained(tiny_llama, remat="all")
+
+
 def test_a_hub_id_is_downloaded_and_loaded(tiny_llama, monkeypatch):
     import huggingface_hub
 

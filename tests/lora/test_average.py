@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from loft_jax import LoRAConfig, add_lora, average_adapters, lora_layers, sum_adapters
 from loft_jax.errors import InputError
 from loft_jax.lora.average import best_factors
+from loft_jax.models.llama import Llama, LlamaConfig
+from loft_jax.models.quantized import quantize_kernels
 
 WEIGHTS = (1.0, 2.0, 3.0)
 
@@ -115,6 +117,16 @@ def test_what_was_trained_whole_is_the_mean_of_arrays(three):
     np.testing.assert_allclose(average_adapters(models, (1, 3)).linear.bias[...], 0.75)
     with pytest.raises(InputError, match=r"sum to 2.*linear\.bias"):
         sum_adapters(models, (1, 1))
+
+
+def test_clones_of_a_quantized_base_share_it():
+    base = Llama(LlamaConfig(32, 16, 24, 2, 2, 1, 8), rngs=nnx.Rngs(0))
+    quantize_kernels(base, "int8")
+    first, second = (adapted(base, seed, rank=2, target_modules=["q_proj"]) for seed in (1, 2))
+    mean = average_adapters([first, second], rank=4)
+    for path, product in products(mean).items():
+        expected = (products(first)[path] + products(second)[path]) / 2
+        np.testing.assert_allclose(product, expected, atol=1e-5)
 
 
 def test_one_adapter_is_its_own_mean(three):

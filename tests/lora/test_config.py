@@ -32,6 +32,7 @@ from loft_jax.lora import LoRAConfig
         ("target_modules", [3]),
         ("target_modules", "(q_proj"),
         ("exclude_modules", "["),
+        ("exclude_modules", iter(["q_proj"])),
         ("rank_pattern", {"q_proj": 0}),
         ("rank_pattern", {"(": 1}),
         ("alpha_pattern", {"q_proj": 0.0}),

@@ -192,6 +192,12 @@ def test_the_same_layer_twice_is_refused_others_may_follow():
     assert {path: layer.lora_rank for path, layer in lora_layers(model).items()} == {DOWN: 3, UP: 2}
 
 
+@pytest.mark.parametrize("rngs", [0, jax.random.key(0), None])
+def test_what_is_no_rngs_is_refused(rngs):
+    with pytest.raises(InputError, match=r"^rngs is .*, expected nnx\.Rngs"):
+        add_lora(Stacked(rngs=nnx.Rngs(0)), LoRAConfig(2), rngs=rngs)
+
+
 def test_missing_streams_are_named():
     with pytest.raises(InputError, match="'params'"):
         add_lora(Stacked(rngs=nnx.Rngs(0)), LoRAConfig(2), rngs=nnx.Rngs(dropout=0))

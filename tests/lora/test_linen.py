@@ -443,6 +443,14 @@ def test_all_linear_is_without_the_head_and_other_layers():
     assert list(add_lora(Mixed(), LoRAConfig(rank=2), X).layers) == ["up"]
 
 
+class Dotted(nn.Module):
+    def setup(self):
+        self.named = {"a.b": nn.Dense(4)}
+
+    def __call__(self, x):
+        return self.named["a.b"](x)
+
+
 def test_models_that_cannot_be_adapted_are_refused():
     with pytest.raises(InputError, match=r"no linear layer; Replaced: not supported"):
         add_lora(Replaced(4), LoRAConfig(rank=2), X)
@@ -452,6 +460,8 @@ def test_models_that_cannot_be_adapted_are_refused():
         )
     with pytest.raises(InputError, match=r"'attention.query': ToLinen is not supported"):
         add_lora(Bridged(), LoRAConfig(rank=1, target_modules="query"), X)
+    with pytest.raises(InputError, match=r"nn\.Dense whose path has a dot within a name: not sup"):
+        add_lora(Dotted(), LoRAConfig(rank=2), X)
     with pytest.raises(InputError, match=r"expected a Linen module; loft_jax\.add_lora"):
         add_lora(object(), LoRAConfig(), X)
 

@@ -10,6 +10,7 @@ from flax import nnx
 from loft_jax import loft
 from loft_jax.errors import InputError
 from loft_jax.lora import LoRAConfig, add_lora, lora_layers, merge_lora
+from loft_jax.lora.stacks import with_full_stacks
 from loft_jax.models.llama import Llama, LlamaConfig
 from tests.lora.models import Block, Stacked
 
@@ -54,6 +55,14 @@ def test_only_the_factors_of_these_layers_are_held(layers):
         Q: (LAYERS, (2, 16, 2), (2, 2, 16)),
         DOWN: (LAYERS, (2, 24, 2), (2, 2, 16)),
     }
+
+
+def test_names_may_have_dots():
+    stack = nnx.vmap(lambda rngs: nnx.Linear(4, 5, rngs=rngs))(nnx.Rngs(0).fork(split=3))
+    model = nnx.Sequential(nnx.Dict({"x.y": stack}))
+    add_lora(model, LoRAConfig(rank=2, layers=[0]), rngs=nnx.Rngs(1))
+    full = nnx.to_flat_state(with_full_stacks(model, nnx.state(model, nnx.LoRAParam)))
+    assert sorted(value.shape for _, value in full) == [(3, 2, 5), (3, 4, 2)]
 
 
 def test_all_layers_are_those_of_no_numbers():

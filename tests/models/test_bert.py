@@ -173,6 +173,19 @@ def test_a_head_is_drawn_where_there_is_none_and_heads_of_pretraining_are_passed
     np.testing.assert_array_equal(one.embeddings.word_embeddings.embedding[...], words)
 
 
+@pytest.mark.parametrize("labels", ["pos", [], ["a", "a"], [0, 1]])
+def test_labels_are_different_names(tmp_path, labels):
+    with pytest.raises(InputError, match=r"labels is .*, expected different names"):
+        load_pretrained(save_bert(tmp_path / "model"), head=HEAD, labels=labels)
+
+
+def test_a_text_beyond_the_positions_is_refused(tmp_path):
+    model = load_pretrained(save_bert(tmp_path / "model"), head=HEAD)
+    most = model.config.max_length
+    with pytest.raises(InputError, match=f"rows of {most + 1}, and the model has {most} positions"):
+        model(np.ones((1, most + 1), np.int32))
+
+
 def test_a_head_that_an_adapter_brings_is_told(tmp_path, caplog):
     """After the warning that the base has none: it is that of the adapter."""
     folder = save_bert(tmp_path / "model", transformers.BertForMaskedLM)

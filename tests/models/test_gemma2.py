@@ -192,6 +192,7 @@ def test_known_sizes_are_those_of_the_published_models():
     [
         ("hidden_activation", "gelu", "hidden_activation is 'gelu', only 'gelu_pytorch_tanh'"),
         ("use_bidirectional_attention", True, "use_bidirectional_attention is True"),
+        ("is_causal", False, "is_causal is False"),
         ("attention_dropout", 0.1, "attention_dropout is 0.1"),
         ("num_key_value_heads", 3, "num_key_value_heads is 3, expected a divisor"),
         ("head_dim", 15, "head_dim is 15, expected an even number"),

@@ -199,6 +199,7 @@ def test_a_pattern_of_windows_is_checked_where_it_is_used():
     [
         ("attn_logit_softcapping", 50.0, "attn_logit_softcapping is 50.0, only None is supported"),
         ("use_bidirectional_attention", True, "use_bidirectional_attention is True"),
+        ("is_causal", False, "is_causal is False"),
         ("rope_local_base_freq", -1.0, "rope_local_base_freq is -1.0, expected a positive number"),
         ("rope_scaling", {"rope_type": "mystery"}, "rope_scaling.rope_type is 'mystery'"),
         ("rope_parameters", {"rope_type": "linear"}, "expected an object for each of 'full_atten"),

@@ -126,6 +126,11 @@ def test_greedy_continuations_are_those_of_transformers(folder):
     assert new[0] == expected[0, 5:].tolist()
 
 
+def test_a_text_beyond_the_positions_is_refused(folder):
+    with pytest.raises(InputError, match="tokens has rows of 65, and the model has 64 positions"):
+        load_pretrained(folder)(np.ones((1, 65), np.int32))
+
+
 def test_a_continuation_beyond_the_positions_is_refused(folder):
     with pytest.raises(InputError, match="has 60 tokens and max_new_tokens is 5, expected 64 tog"):
         generate(load_pretrained(folder), [[1] * 60], max_new_tokens=5)
@@ -196,6 +201,14 @@ def test_configurations_go_to_transformers_and_back():
     assert GPT2Config.from_hf(theirs.to_dict()) == config
 
 
+def test_names_of_other_families_are_those_of_transformers():
+    named = {"hidden_size": 48, "num_hidden_layers": 3, "max_position_embeddings": 40}
+    for more in ({}, {"n_embd": 24, "n_positions": 20}):
+        hf = {"num_attention_heads": 3, **named, **more}
+        theirs = GPT2Config.from_hf(transformers.GPT2Config(**hf).to_dict())
+        assert GPT2Config.from_hf({"model_type": "gpt2", **hf}) == theirs
+
+
 def test_a_family_and_its_positions_are_known(folder):
     family, config = load_model_config(folder)
     assert (family.model_type, config.max_length) == ("gpt2", 64)
@@ -208,6 +221,8 @@ def test_a_family_and_its_positions_are_known(folder):
         ("n_head", 5, "n_embd is 32, expected a multiple of n_head"),
         ("scale_attn_by_inverse_layer_idx", True, "scale_attn_by_inverse_layer_idx is True"),
         ("resid_pdrop", 1.0, "resid_pdrop is 1.0"),
+        ("is_causal", False, "is_causal is False"),
+        ("num_attention_heads", 5, "n_embd is 32, expected a multiple of n_head (5)"),
         ("architectures", ["GPT2DoubleHeadsModel"], "GPT2DoubleHeadsModel"),
         ("n_layer", 0, "n_layer is 0"),
     ],

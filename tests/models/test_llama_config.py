@@ -152,6 +152,7 @@ def test_transformers_reads_what_we_write_as_it_read_the_original(extra):
         ("hidden_act", "gelu", "hidden_act is 'gelu'"),
         ("pretraining_tp", 2, "pretraining_tp is 2"),
         ("attention_dropout", 0.1, "attention_dropout is 0.1"),
+        ("is_causal", False, "is_causal is False, only True is supported"),
         ("quantization_config", {"bits": 4}, "quantization_config"),
         ("rope_scaling", {"rope_type": "su", "factor": 2.0}, "rope_scaling.rope_type is 'su'"),
         ("rope_scaling", {"rope_type": "proportional"}, "rope_type is 'proportional'"),

@@ -149,6 +149,7 @@ def test_names_of_longrope_in_early_releases_are_read(name):
         ("embd_pdrop", 0.1, "embd_pdrop is 0.1"),
         ("attention_dropout", 0.1, "attention_dropout is 0.1"),
         ("attention_bias", True, "attention_bias is True"),
+        ("is_causal", False, "is_causal is False"),
         ("hidden_act", "gelu", "hidden_act is 'gelu'"),
         ("sliding_window", 0, "sliding_window is 0, expected an integer"),
         ("original_max_position_embeddings", "x", "original_max_position_embeddings is 'x'"),

@@ -8,7 +8,7 @@ import qwix
 from flax import nnx
 
 from loft_jax.errors import InputError
-from loft_jax.hub import load_peft_adapter, load_pretrained, save_peft_adapter
+from loft_jax.hub import load_peft_adapter, load_pretrained, save_peft_adapter, save_pretrained
 from loft_jax.lora import LoRAConfig, add_lora, merge_lora
 from loft_jax.models.quantized import QuantizedParam, dequantize, quantize, quantize_kernels
 
@@ -88,6 +88,24 @@ def test_kernels_only(tiny_llama):
     assert len(quantized) == 7
     assert all(path.startswith("layers.") and path.endswith(".kernel") for path in quantized)
     assert model.layers.mlp.up_proj.kernel.get_value().scale.dtype == jnp.bfloat16
+
+
+@KINDS
+def test_a_model_is_saved_with_its_dequantized_kernels(tmp_path, tiny_llama, kind):
+    config = LoRAConfig(rank=2, target_modules=("q_proj",))
+    base = load_pretrained(tiny_llama, quantization=kind)
+    merged = merge_lora(add_lora(base, config, rngs=nnx.Rngs(0)))
+    save_pretrained(tmp_path / "model", merged)
+    saved = load_pretrained(tmp_path / "model")
+    np.testing.assert_allclose(saved(TOKENS), merged(TOKENS), atol=1e-5)
+
+
+@pytest.mark.parametrize("unknown", [None, "int4", "INT8", ["nf4"]])
+def test_another_storage_is_refused(tiny_llama, unknown):
+    with pytest.raises(
+        InputError, match=r"^quantization is .*, expected 'none' or 'int8' or 'nf4'"
+    ):
+        load_pretrained(tiny_llama, quantization=unknown)
 
 
 def test_inputs_that_share_no_tile():

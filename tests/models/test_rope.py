@@ -49,6 +49,7 @@ SCALINGS = {
     "yarn, its original context not said": {"rope_type": "yarn", "factor": 8.0},
     "yarn, ramp between dimensions": YARN | {"truncate": False, "beta_fast": 20, "beta_slow": 2.5},
     "yarn, ramp of no width": YARN | {"beta_fast": 3.0, "beta_slow": 3.0, "truncate": False},
+    "yarn, ramp of null": YARN | {"truncate": None, "beta_fast": 20, "beta_slow": 2.5},
     "yarn, ramp before the first": YARN | {"original_max_position_embeddings": 3},
     "yarn, mscale": YARN | {"mscale": 0.7, "mscale_all_dim": 1.2},
     "yarn, mscale alone": YARN | {"mscale": 0.7},

@@ -161,14 +161,18 @@ def generate_text(
     Raises:
         InputError: As for `generate`, or a conversation cannot be rendered.
     """
+    encoded = _encoded(model.config, tokenizer, prompts)
     continued = generate(
         model,
-        _encoded(model, tokenizer, prompts),
+        encoded,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         eos_token_ids=ending_tokens(model, tokenizer),
     )
-    return [decoded(tokenizer, new, special=False) for new in continued]
+    return [
+        _continuation(tokenizer, prompt, ids, new)
+        for prompt, ids, new in zip(prompts, encoded, continued, strict=True)
+    ]
 
 
 def stream_text(
@@ -197,13 +201,13 @@ def stream_text(
     Raises:
         InputError: As for `generate_text`.
     """
-    prompts = _encoded(model, tokenizer, [prompt])
+    prompts = _encoded(model.config, tokenizer, [prompt])
     ends = ending_tokens(model, tokenizer)
     generation = _Generation(model, prompts, max_new_tokens, sampling, ends)
     given = ""
     for count in range(1, max_new_tokens + 1):
         going = generation.advance(count) and count < max_new_tokens
-        text = decoded(tokenizer, generation.tokens()[0], special=False)
+        text = _continuation(tokenizer, prompt, prompts[0], generation.tokens()[0])
         # An incomplete character is decoded as U+FFFD.
         if len(text) > len(given) and not (going and text.endswith("\ufffd")):
             yield text[len(given) :]
@@ -212,14 +216,53 @@ def stream_text(
             return
 
 
+def _continuation(
+    tokenizer: "PreTrainedTokenizerBase",
+    prompt: "str | Sequence[Message]",
+    ids: Sequence[int],
+    new: Sequence[int],
+) -> str:
+    """Decodes what follows a prompt; alone, some tokenizers drop the space before its first word.
+
+    An answer in a conversation begins a text of its own, without that space.
+    """
+    if isinstance(prompt, str):
+        before = decoded(tokenizer, ids[-1:], special=False)
+        whole = decoded(tokenizer, [*ids[-1:], *new], special=False)
+        if before and whole.startswith(before):  # not where a character is of both
+            return whole.removeprefix(before)
+    return decoded(tokenizer, new, special=False)
+
+
+def check_prompts(
+    config: Any,
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: "Sequence[str | Sequence[Message]]",
+    *,
+    max_new_tokens: int,
+) -> None:
+    """Checks that a model can continue some prompts, before there is one.
+
+    Args:
+        config: Configuration of the model.
+        tokenizer: As for `generate_text`, like the other arguments.
+        prompts: Texts or conversations.
+        max_new_tokens: Largest number of new tokens.
+
+    Raises:
+        InputError: As for `generate_text`.
+    """
+    _check(_encoded(config, tokenizer, prompts), config, max_new_tokens)
+
+
 def _encoded(
-    model: LanguageModel,
+    config: Any,
     tokenizer: "PreTrainedTokenizerBase",
     prompts: "Sequence[str | Sequence[Message]]",
 ) -> list[list[int]]:
     tokens = encode_prompts(tokenizer, prompts)
     for number, ids in enumerate(tokens):
-        check_tokens(ids, tokenizer, model.config.vocab_size, where=f"prompt {number}")
+        check_tokens(ids, tokenizer, config.vocab_size, where=f"prompt {number}")
     return tokens
 
 

@@ -1,5 +1,6 @@
 """Callbacks: functions of the user that a run calls as it goes on, and that may end it."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -189,8 +190,18 @@ class Callbacks:
             callback.on_end(run, result)
 
     def get_state(self) -> list[list[Any]]:
-        """Gives the names and states of the callbacks that have a state."""
-        return [[type(each).__name__, each.get_state()] for each in self._with_state()]
+        """Gives the names and states of the callbacks that have a state.
+
+        Raises:
+            InputError: JSON cannot hold a state.
+        """
+        states = []
+        for callback in self._with_state():
+            name, state = type(callback).__name__, callback.get_state()
+            with explained(f"callback {name}: JSON cannot hold its state"):
+                json.dumps(state)
+            states.append([name, state])
+        return states
 
     def set_state(self, saved: Sequence[Sequence[Any]]) -> None:
         """Restores the states of a checkpoint.

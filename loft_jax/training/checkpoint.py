@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from loft_jax.errors import InputError, explained, reason
-from loft_jax.files import read_json, read_text
+from loft_jax.files import read_json, read_text, replacing
 from loft_jax.hub.host_arrays import gather_to_host
 from loft_jax.training.checksum import tree_checksum
 from loft_jax.training.distributed import all_agree, is_main, wait_for_all
@@ -167,7 +167,8 @@ class Checkpoints:
         """Starts to save a checkpoint, which is written in the background.
 
         The previous checkpoint is complete when this returns. With several processes, all of them
-        call this at the same step, and each writes its part.
+        call this at the same step, and each writes its part. Where there is a checkpoint of this
+        step, its plain values are replaced: its evaluation was left to the resumed run.
 
         Args:
             state: What to save; it may be donated afterwards.
@@ -180,19 +181,33 @@ class Checkpoints:
         """
         step = int(gather_to_host(state.step))
         if step in self._manager.all_steps():
+            self._replace_values(step, run, score)
             return
         items = _items(state)
         checksums = {name: tree_checksum(item) for name, item in items.items()}
-        plain = {**run, "score": score, "digest": checksums}
         with self._writable():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     **{name: ocp.args.StandardSave(item) for name, item in items.items()},
-                    run=ocp.args.JsonSave({**plain, "checksum": _checksum(plain)}),
+                    run=ocp.args.JsonSave(_with_checksum(run, score, checksums)),
                 ),
                 metrics=None if score is None else {"score": score},
             )
+
+    def _replace_values(self, step: int, run: dict[str, Any], score: float | None) -> None:
+        """Replaces the plain values and the score of a checkpoint; its arrays stay."""
+        folder = self.folder / str(step)
+        digest = self.run_of(step)["digest"]
+        wait_for_all("values of the checkpoint read")
+        with self._writable():
+            if is_main():
+                if score is not None:
+                    (folder / "metrics").mkdir(exist_ok=True)
+                    _write_json(folder / "metrics" / "metrics", {"score": score})
+                _write_json(folder / "run" / "metadata", _with_checksum(run, score, digest))
+            wait_for_all("values of the checkpoint replaced")
+            self._manager.reload()
 
     def wait(self) -> None:
         """Waits until the last checkpoint is complete.
@@ -415,6 +430,17 @@ def _why(error: Exception) -> str:
     """Gives the disk's error, which TensorStore puts after long paths, or else the error's text."""
     number = re.search(r"os_error_code='(\d+)'", str(error))
     return os.strerror(int(number[1])) if number else reason(error)
+
+
+def _with_checksum(run: dict[str, Any], score: float | None, digest: Any) -> dict[str, Any]:
+    """Gives the plain values of a checkpoint, with the checksum of what will be read of them."""
+    plain = json.loads(json.dumps({**run, "score": score, "digest": digest}))
+    return {**plain, "checksum": _checksum(plain)}
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(values), encoding="utf-8")
 
 
 def _checksum(plain: dict[str, Any]) -> str:

@@ -25,8 +25,12 @@ class EarlyStopping(Callback):
         self._best_step = self._count = 0
 
     def on_evaluate(self, run: Progress, metrics: Mapping[str, float], score: float | None) -> None:
-        """Compares an evaluation during training with the best one."""
-        if run.step == 0 or score is None:
+        """Compares an evaluation during training with the best one.
+
+        Not the one after the last step, unless it is due: with more steps it would not have been.
+        """
+        every = run.config.evaluation.every
+        if score is None or run.step == 0 or not every or run.step % every:
             return
         if not math.isnan(score) and (self._best is None or score < self._best):
             self._best, self._best_step, self._count = score, run.step, 0

@@ -149,16 +149,23 @@ def finetune(
             save_config(config, folder / "config.yaml")
         resumed_at = int(gather_to_host(state.step)) if restored else None
         wandb = config.logging.wandb
-        log = MetricsLog(folder, resumed_at=resumed_at, wandb=wandb) if is_main() else None
+        postponed = bool(plain.get("postponed"))
+        log = (
+            MetricsLog(folder, resumed_at=resumed_at, measures_again=postponed, wandb=wandb)
+            if is_main()
+            else None
+        )
         try:
-            if not restored or plain.get("postponed"):
+            if not restored:
                 _evaluate(run, state, view, log)
-            state = _train(run, state, view, log, checkpoints, stop)
+            elif postponed:
+                measured = _evaluate(run, state, view, log)
+                run.save(checkpoints, state, measured, stopped=view.stopped)
+            state, finished = _train(run, state, view, log, checkpoints, stop)
         finally:
             if log is not None:
                 log.close()
         done = int(gather_to_host(state.step))
-        finished = done == run.steps or bool(view.stopped)
         trained = run.export(state) if finished else None
         wait_for_all("metrics and adapter written")
         rows = read_metrics(folder / "metrics.jsonl")
@@ -283,7 +290,8 @@ def _train(
     log: MetricsLog | None,
     checkpoints: Checkpoints,
     stop: StopRequest,
-) -> TrainState:
+) -> tuple[TrainState, bool]:
+    """Takes the steps that are left; gives the state, and whether the run has ended."""
     config, done, skipped = (
         run.config,
         int(gather_to_host(state.step)),
@@ -300,11 +308,12 @@ def _train(
         unit="step",
     )
     compilations = Compilations(bar, config.method.name, speed)
+    last = done == run.steps or bool(view.stopped)
     with (
         bar,
         StepProfiler(Path(config.output) / "profile", config.logging.profile_steps) as profiler,
     ):
-        while done < run.steps and not view.stopped:
+        while not last:
             with speed.spent_on("data"):
                 batch = next(run.stream)
                 placed = run.placed(batch)
@@ -359,11 +368,11 @@ def _train(
             if stopped and not last:
                 break
     checkpoints.wait()
-    if view.stopped:
-        _log.warning("ended at step %d of %d: %s", done, run.steps, view.stopped)
-    elif done < run.steps:
+    if not last:
         _log.warning("stopped at step %d of %d, checkpoint saved", done, run.steps)
-    return state
+    elif view.stopped:
+        _log.warning("ended at step %d of %d: %s", done, run.steps, view.stopped)
+    return state, last
 
 
 def _check_skipped(state: TrainState, run: Run, known: int) -> int:

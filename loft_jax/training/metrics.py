@@ -30,6 +30,7 @@ class MetricsLog:
         folder: str | os.PathLike[str],
         *,
         resumed_at: int | None = None,
+        measures_again: bool = False,
         wandb: str = "",
     ) -> None:
         """Opens the log.
@@ -38,6 +39,7 @@ class MetricsLog:
             folder: The run's folder.
             resumed_at: The step that a run is resumed at; later rows are removed, since the run
                 will write them again. None removes all rows.
+            measures_again: Whether the run evaluates at that step; an evaluation there is removed.
             wandb: Weights & Biases project to report to in addition.
 
         Raises:
@@ -46,6 +48,8 @@ class MetricsLog:
         self.path = Path(folder) / "metrics.jsonl"
         last = -1 if resumed_at is None else resumed_at
         kept = [row for row in read_metrics(self.path) if row["step"] <= last]
+        if measures_again:
+            kept = [row for row in kept if row["step"] < last or not any(map(_is_measured, row))]
         with self._writable():
             with replacing(self.path) as partial:
                 text = "".join(json.dumps(row) + "\n" for row in kept)
@@ -91,6 +95,11 @@ class MetricsLog:
 
     def _writable(self) -> contextlib.AbstractContextManager[None]:
         return explained(f"{self.path.parent}: cannot write metrics")
+
+
+def _is_measured(name: str) -> bool:
+    """Whether a value of a row is of an evaluation."""
+    return name.startswith("eval_")
 
 
 _GROUPS = {

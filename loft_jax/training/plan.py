@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -267,7 +268,7 @@ def plan_model(name: str) -> tuple[Family, PretrainedConfig]:
     Raises:
         InputError: There is no such model, or its family is not known.
     """
-    if name.lower() in WELL_KNOWN:
+    if name.lower() in WELL_KNOWN and not Path(name).exists():
         return WELL_KNOWN[name.lower()]
     try:
         return load_model_config(name)

@@ -148,7 +148,7 @@ class Run:
         self.chats = False
         if isinstance(self.task, CausalLM):
             self.chats = are_chats(rows, self.processor, data)
-        own = _callbacks_of(evaluation, self.task, chats=self.chats)
+        own = _callbacks_of(evaluation, self.task, self.processor, sizes, chats=self.chats)
         self.callbacks = Callbacks([*own, *callbacks])
         base = objects.base(config, self.task, mesh)
         self._fingerprints = {
@@ -223,6 +223,7 @@ class Run:
                 other examples, or the number of steps is less than was done.
         """
         own, self._own = self._own, None
+        self.callbacks.get_state()  # one that cannot be saved is refused before any work
         if not checkpoints.steps():
             return self._initial(*own), {}
         with explained(f"{checkpoints.folder}: does not say what the run was started with"):
@@ -400,7 +401,9 @@ class Run:
         return self.parts.merged(state.params, state.streams)
 
 
-def _callbacks_of(config: EvaluationConfig, task: Task, *, chats: bool) -> Iterator[Callback]:
+def _callbacks_of(
+    config: EvaluationConfig, task: Task, processor: Any, sizes: Any, *, chats: bool
+) -> Iterator[Callback]:
     """Makes the callbacks that the configuration of a run asks for."""
     if config.sample_prompts:
         if not isinstance(task, CausalLM):
@@ -408,7 +411,9 @@ def _callbacks_of(config: EvaluationConfig, task: Task, *, chats: bool) -> Itera
                 f"evaluation.sample_prompts are {shown(list(config.sample_prompts))}, but task "
                 f"{task.name} generates no text"
             )
-        yield SampleGenerations(config.sample_prompts, as_chat=chats)
+        samples = SampleGenerations(config.sample_prompts, as_chat=chats)
+        samples.check(processor, sizes)
+        yield samples
     if config.patience:
         yield EarlyStopping(config.patience)
 

@@ -4,14 +4,18 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from loft_jax.data.templates import Message
-from loft_jax.errors import InputError, explained, shown
+from loft_jax.errors import InputError, explained, naming, shown
 from loft_jax.files import own_file, replacing
-from loft_jax.generation import generate_text
+from loft_jax.generation import check_prompts, generate_text
 from loft_jax.training.callbacks import Callback, Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
 
@@ -46,6 +50,15 @@ class SampleGenerations(Callback):
         self._asked: list[str | Sequence[Message]] = [
             [{"role": "user", "content": prompt}] if as_chat else prompt for prompt in prompts
         ]
+
+    def check(self, tokenizer: "PreTrainedTokenizerBase", config: Any) -> None:
+        """Checks that a model of a configuration can continue the prompts.
+
+        Raises:
+            InputError: One is empty, too long, or cannot be rendered as a chat.
+        """
+        with naming("evaluation.sample_prompts"):
+            check_prompts(config, tokenizer, self._asked, max_new_tokens=_NEW_TOKENS)
 
     def on_evaluate(self, run: Progress, metrics: Mapping[str, float], score: float | None) -> None:
         """Generates the texts."""

@@ -159,7 +159,7 @@ def make_step(
 
     def mean_gradients(params: Tree, streams: Tree, frozen: Tree, batch: Arrays) -> Sums:
         total, weight, grads, streams = gradients(params, streams, frozen, batch)
-        count = jnp.maximum(weight, 1.0)
+        count = jnp.where(weight > 0, weight, 1.0)  # weights of classes may add up to less than 1
         return total, count, jax.tree.map(lambda g: g / count, grads), streams
 
     def updated(

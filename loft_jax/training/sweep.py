@@ -12,7 +12,7 @@ from loft_jax.errors import InputError, NotFiniteError
 from loft_jax.files import replacing
 from loft_jax.training.checkpoint import Checkpoints
 from loft_jax.training.config import FinetuneConfig
-from loft_jax.training.config_io import config_from_dict, load_config
+from loft_jax.training.export import trained_with
 from loft_jax.training.held_out import held_out_data
 from loft_jax.training.loop import finetune
 from loft_jax.training.metrics import read_metrics
@@ -104,12 +104,16 @@ def run_sweep(
 
 
 def _is_finished(config: FinetuneConfig) -> bool:
-    """Whether a run has written its adapter or model, with the same settings."""
+    """Whether a run of the same settings has ended, and written its adapter or model."""
     folder = Path(config.output)
     written = "adapter/adapter_config.json" if config.method.adapts else "model/config.json"
-    if not (folder / written).exists() or not (folder / "config.yaml").exists():
+    if not (folder / written).exists():
         return False
-    return config_from_dict(load_config(folder / "config.yaml")) == with_precision(config)
+    with contextlib.closing(Checkpoints(folder / "checkpoints", read_only=True)) as checkpoints:
+        steps, saved = checkpoints.steps(), checkpoints.newest_run()
+    if saved is None or trained_with(saved, str(checkpoints.folder)) != with_precision(config):
+        return False
+    return bool(saved["stopped"]) or steps[0] == saved["steps"]
 
 
 def _result(run: GridRun) -> GridResult:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,6 +11,7 @@ from loft_jax.cli import main
 from loft_jax.cli.sweep import Sweep
 from loft_jax.errors import InputError, NotFiniteError
 from loft_jax.training import sweep
+from loft_jax.training.config_io import save_config
 from loft_jax.training.metrics import read_metrics
 from tests.training.conftest import workspace  # noqa: F401
 
@@ -120,6 +122,35 @@ def test_a_sweep_goes_on_and_names_the_best(flags, tmp_path, capsys, monkeypatch
     capsys.readouterr()
     assert main([*command, "--seed", "1"]) == 2
     assert "cannot resume with another seed" in capsys.readouterr().err
+
+
+def test_an_extended_run_that_was_stopped_is_not_finished(flags, tmp_path, monkeypatch):
+    """Its adapter is that of fewer steps, and its config.yaml that of all."""
+    grid = [*flags, "--schedule", "constant", "--warmup-steps", "0", "--rank", "2", "4"]
+    assert main(["sweep", *grid]) == 0
+    done, finetune = [], sweep.finetune
+
+    def stopped(config, **options):
+        save_config(config, Path(config.output) / "config.yaml")
+        return SimpleNamespace(interrupted=True)
+
+    steps = grid.index("--steps") + 1
+    longer = ["sweep", *grid[:steps], "3", *grid[steps + 1 :]]
+    monkeypatch.setattr(sweep, "finetune", stopped)
+    main(longer)
+
+    def counted(config, **options):
+        done.append(Path(config.output).name)
+        return finetune(config, **options)
+
+    monkeypatch.setattr(sweep, "finetune", counted)
+    for expected in (["rank=2", "rank=4"], []):
+        done.clear()
+        assert main(longer) == 0
+        assert done == expected
+    for rank in (2, 4):
+        rows = read_metrics(tmp_path / "sweep" / f"rank={rank}" / "metrics.jsonl")
+        assert rows[-1]["step"] == 3
 
 
 def test_a_run_whose_scores_are_not_numbers_comes_last(flags, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 import dataclasses
 import gc
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from loft_jax.data.encode import encode_prompts
 from loft_jax.errors import InputError
 from loft_jax.generation import Sampling, generate, generate_text, stream_text
 from loft_jax.lora import LoRAConfig, add_lora
-from tests.tiny import tiny_tokenizer
+from tests.tiny import tiny_sentencepiece_tokenizer, tiny_tokenizer
 
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(5, 400, length).tolist() for length in (3, 17, 8)]
@@ -222,6 +223,24 @@ def test_a_character_of_several_tokens_is_streamed_whole(tiny_llama, monkeypatch
     monkeypatch.setattr(module._Generation, "advance", lambda *_: done.append(1) or len(done) < 4)
     monkeypatch.setattr(module._Generation, "tokens", lambda *_: [ids[: len(done)]])
     assert list(stream_text(model, tokenizer, "a", max_new_tokens=9)) == ["n", "é", "!"]
+
+
+def test_the_space_before_the_first_word_is_kept(monkeypatch):
+    """Which tokenizers with a space before every text drop from new tokens alone."""
+    tokenizer = tiny_sentencepiece_tokenizer()
+    ids = tokenizer("a joy of a film")["input_ids"]
+    known = tokenizer("a joy")["input_ids"]
+    assert ids[: len(known)] == known
+    new = ids[len(known) :]
+    assert tokenizer.decode(new) == "of a film"
+    generation = SimpleNamespace(advance=lambda _: False, tokens=lambda: [new])
+    monkeypatch.setattr(module, "_Generation", lambda *_: generation)
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=500, eos_token_id=None))
+    assert generate_text(model, tokenizer, ["a joy"], max_new_tokens=9) == [" of a film"]
+    assert list(stream_text(model, tokenizer, "a joy", max_new_tokens=9)) == [" of a film"]
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    chat = [{"role": "user", "content": "a joy"}]
+    assert generate_text(model, tokenizer, [chat], max_new_tokens=9) == ["of a film"]
 
 
 def test_prompts_are_encoded_as_in_training(tiny_llama):

@@ -1,5 +1,6 @@
 """Callbacks: when they are called, how they end a run, what a resumed run knows of them."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -7,15 +8,19 @@ import signal
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import transformers
 
 from loft_jax.errors import InputError
 from loft_jax.generation import generate_text
 from loft_jax.hub import load_tokenizer
 from loft_jax.training import loop, sample_generations
 from loft_jax.training.callbacks import Callback, Callbacks
+from loft_jax.training.checkpoint import Checkpoints
 from loft_jax.training.early_stopping import EarlyStopping
 from loft_jax.training.loop import finetune
+from tests.tiny import tiny_tokenizer
 from tests.training.processes import adapter, losses
 
 
@@ -80,6 +85,75 @@ def test_calls_in_their_order_and_an_end_before_the_last_step(make_config, works
         finetune(config, resume=True, progress=False)
 
 
+def test_an_end_that_is_asked_for_at_a_save_is_after_the_next_step(make_config, workspace):
+    class EndAtSave(Callback):
+        def on_save(self, run, folder):
+            run.stop("saved")
+
+    path = str(workspace / "test.jsonl")
+    config = make_config(steps=12, save_every=3, eval_path=path, eval_every=4)
+    result = finetune(config, callbacks=[EndAtSave()], progress=False)
+    assert (result.steps, result.interrupted, result.stopped) == (4, False, "saved")
+    assert set(result.after) == {"loss"}
+    again = finetune(config, resume=True, progress=False)
+    assert (again.steps, again.stopped) == (4, "saved")
+
+
+def test_an_evaluation_left_to_the_resumed_run_is_that_of_its_checkpoint(make_config, workspace):
+    """Also if that run is killed before its next checkpoint: it is measured and logged once."""
+
+    class At(Callback):
+        def __init__(self, step, act):
+            self.step, self.act = step, act
+
+        def on_step(self, run, metrics):
+            if run.step == self.step:
+                self.act()
+
+    def kill():
+        raise KeyboardInterrupt
+
+    path = str(workspace / "test.jsonl")
+    # Of no evaluation but the best one is a checkpoint kept.
+    config = make_config(
+        steps=5, save_every=9, keep_last=1, keep_best=3, eval_path=path, eval_every=2
+    )
+    terminate = At(2, lambda: signal.raise_signal(signal.SIGTERM))
+    stopped = finetune(config, callbacks=[terminate], progress=False)
+    assert (stopped.interrupted, stopped.steps) == (True, 2)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(config, callbacks=[At(3, kill)], resume=True, progress=False)
+    result = finetune(config, resume=True, progress=False)
+    measured = {row["step"]: row["eval_loss"] for row in result.history if "eval_loss" in row}
+    assert [row["step"] for row in result.history if "eval_loss" in row] == [0, 2, 4, 5]
+    folder = result.folder / "checkpoints"
+    with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:
+        scores = {step: checkpoints.run_of(step)["score"] for step in checkpoints.steps()}
+    assert scores == {step: measured[step] for step in (5, 4, 2)}
+
+
+def test_a_state_that_json_cannot_hold_is_refused_before_training(make_config):
+    class Kept(Callback):
+        def get_state(self):
+            return {"loss": np.float32(1.0)}
+
+        def on_step(self, run, metrics):
+            pytest.fail("has trained")
+
+    with pytest.raises(InputError, match="callback Kept: JSON cannot hold its state: TypeError"):
+        finetune(make_config(steps=4), callbacks=[Kept()], progress=False)
+
+
+def test_sample_prompts_that_are_too_long_are_refused_before_training(make_config, tmp_path):
+    model = tmp_path / "model"
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 128, "vocab_size": 400}
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    config = make_config(model=str(model), target_modules=("c_attn",), sample_prompts=("a " * 99,))
+    with pytest.raises(InputError, match=r"^evaluation\.sample_prompts: a prompt has \d+ tokens"):
+        finetune(config, progress=False)
+
+
 def test_patience_counts_across_a_resumed_run(make_config, workspace, tmp_path):
     """At a rate of which the loss rises: the run ends where an undisturbed one does, to the bit."""
     common = {
@@ -132,6 +206,18 @@ def test_patience_without_held_out_examples_is_refused(make_config):
         finetune(make_config(patience=2, eval_every=2), progress=False)
 
 
+EVERY_STEP = SimpleNamespace(evaluation=SimpleNamespace(every=1))
+
+
+def test_an_evaluation_after_the_last_step_alone_does_not_count():
+    """A run that is extended has none there, had it had its steps from the beginning."""
+    stopping = EarlyStopping(1)
+    run = SimpleNamespace(config=SimpleNamespace(evaluation=SimpleNamespace(every=2)), steps=3)
+    for run.step, score in ((2, 2.0), (3, 1.0)):
+        stopping.on_evaluate(run, {}, score)
+    assert stopping.get_state() == {"best": 2.0, "best_step": 2, "count": 0}
+
+
 def test_patience_goes_by_the_score_and_not_by_the_start():
     class Run:
         steps, stopped = 99, ""
@@ -140,6 +226,7 @@ def test_patience_goes_by_the_score_and_not_by_the_start():
             self.stopped = reason
 
     run, stopping = Run(), EarlyStopping(2)
+    run.config = EVERY_STEP
     for step, score in enumerate([1.0, 3.0, 2.0, 2.0, 2.5]):
         assert not run.stopped
         run.step = step
@@ -156,6 +243,7 @@ def test_what_is_not_a_number_is_no_better_and_never_the_best():
 
     def ended(scores):
         run, stopping = Run(), EarlyStopping(2)
+        run.config = EVERY_STEP
         for run.step, score in enumerate(scores, start=1):
             assert not run.stopped
             stopping.on_evaluate(run, {}, score)

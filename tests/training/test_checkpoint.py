@@ -1,3 +1,4 @@
+import contextlib
 import os
 import shutil
 
@@ -32,6 +33,12 @@ def checkpoints(tmp_path):
     opened.close()
 
 
+def opened_again(checkpoints, **options):
+    """Opens the folder as a resumed run does."""
+    checkpoints.wait()
+    return contextlib.closing(Checkpoints(checkpoints.folder, keep_best=1, **options))
+
+
 def assert_same(x, y):
     assert jax.tree.structure(x) == jax.tree.structure(y)
     jax.tree.map(np.testing.assert_array_equal, x, y)
@@ -46,6 +53,25 @@ def test_round_trip(checkpoints):
     state, run = checkpoints.restore_newest(jax.eval_shape(lambda: state_at(0)))
     assert_same(state, state_at(3))
     assert run["data"] == {"next_index": 7}
+
+
+def test_keys_that_are_numbers_are_texts_once_they_are_read(checkpoints):
+    checkpoints.save(state_at(3), {"seen": {10: 1, 9: {2: 3}}}, None)
+    checkpoints.wait()
+    assert checkpoints.run_of(3)["seen"] == {"10": 1, "9": {"2": 3}}
+
+
+def test_an_evaluation_after_the_save_counts(checkpoints):
+    for step, loss in ((1, None), (2, 3.0)):
+        checkpoints.save(state_at(step), {"postponed": loss is None}, loss)
+    checkpoints.save(state_at(1), {"postponed": False}, 2.0)
+    assert checkpoints.best_step() == 1
+    assert checkpoints.run_of(1)["postponed"] is False
+    assert_same(checkpoints.restore_params(1, state_at(0).params), state_at(1).params)
+    with opened_again(checkpoints, keep_last=1) as again:
+        for step in (3, 4):
+            again.save(state_at(step), {}, None)
+        assert again.steps() == [4, 1]
 
 
 def test_keeps_the_newest_and_the_best(checkpoints):

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shutil
 
 import jax
 import pytest
@@ -227,6 +228,13 @@ def test_the_users_environment_stays(monkeypatch):
     assert len(load_topology("v4:2x2x2").devices) == 8  # chips, not cores
     assert os.environ["TPU_WORKER_ID"] == "7"
     assert os.environ["TPU_SKIP_MDS_QUERY"] == "1"
+
+
+def test_a_folder_goes_before_a_model_that_is_known_by_name(config_json, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert plan_model("gpt2")[1].vocab_size == 50_257
+    shutil.copytree(config_json.parent, tmp_path / "gpt2")
+    assert plan_model("gpt2")[1].vocab_size == VOCAB
 
 
 def test_models_by_name_have_their_published_sizes():

@@ -60,6 +60,26 @@ def test_loss_and_gradient_are_those_of_every_position(parts, learned):
     np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-4)
 
 
+def test_weights_are_relative(parts):
+    """Those of a batch may sum to less than 1, as class weights of frequent labels do."""
+
+    def lighter(*args, **kwargs):
+        total, weight = LOSS(*args, **kwargs)
+        return 1e-4 * total, 1e-4 * weight
+
+    tx, batch = optax.sgd(1.0), predicted(random_batch(0))
+    (plain, one), (light, other) = (
+        make_step(parts, loss, tx)(initial_state(parts, tx), parts.frozen, batch)
+        for loss in (LOSS, lighter)
+    )
+    np.testing.assert_allclose(other["loss"], one["loss"], rtol=1e-5)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6),
+        light.params,
+        plain.params,
+    )
+
+
 @pytest.mark.parametrize(
     "tx",
     [optax.sgd(1.0), pytest.param(loft(1e-2, eps=1e-3), marks=pytest.mark.slow)],

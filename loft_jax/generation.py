@@ -27,6 +27,9 @@ _MOST_NEW = 2**20  # largest number of new tokens; the cache has room for them f
 _BUCKET = 64  # lengths are rounded up to powers of two from here, so that few shapes are compiled
 
 
+_LEAST_TEMPERATURE = 1e-6  # logits divided by it are finite in float32
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen: the likeliest, or a random one of the likeliest.
@@ -67,8 +70,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise InputError(f"temperature is {self.temperature}, expected 0 or more")
+        if self.temperature != 0 and not _LEAST_TEMPERATURE <= self.temperature < math.inf:
+            raise InputError(
+                f"temperature is {self.temperature}, expected 0, or {_LEAST_TEMPERATURE} or more"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise InputError(f"top_k is {shown(self.top_k)}, expected 1 or more")
         if not 0 < self.top_p <= 1:

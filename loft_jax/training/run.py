@@ -148,8 +148,16 @@ class Run:
         self.chats = False
         if isinstance(self.task, CausalLM):
             self.chats = are_chats(rows, self.processor, data)
+        if isinstance(callbacks, Callback):
+            raise InputError(f"callbacks is a {type(callbacks).__name__}, expected a list")
         own = _callbacks_of(evaluation, self.task, self.processor, sizes, chats=self.chats)
-        self.callbacks = Callbacks([*own, *callbacks])
+        called = [*own, *callbacks]
+        if evaluation.every and held_out is None and not called:
+            raise InputError(
+                f"evaluation.every is {evaluation.every}, but there are no held-out examples to "
+                "measure; expected an evaluation.path"
+            )
+        self.callbacks = Callbacks(called)
         base = objects.base(config, self.task, mesh)
         self._fingerprints = {
             "model": base_fingerprint(base),

@@ -310,6 +310,7 @@ def test_what_makes_no_sense_is_refused(tiny_llama, prompts, options, said):
     ("options", "said"),
     [
         ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": 1e-45}, "temperature is 1e-45, expected 0, or 1e-06 or more"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_k": 0}, "top_k is 0"),
         ({"top_p": 0.0}, "top_p is 0.0"),

@@ -201,6 +201,16 @@ def test_patience_counts_across_a_resumed_run(make_config, workspace, tmp_path):
         finetune(dataclasses.replace(whole, evaluation=other), resume=True, progress=False)
 
 
+def test_evaluations_without_anything_to_evaluate_are_refused(make_config):
+    with pytest.raises(InputError, match=r"evaluation\.every is 2, but there are no held-out exam"):
+        finetune(make_config(eval_every=2), progress=False)
+
+
+def test_one_callback_is_no_list(make_config):
+    with pytest.raises(InputError, match="callbacks is a Recorder, expected a list"):
+        finetune(make_config(), callbacks=Recorder(), progress=False)
+
+
 def test_patience_without_held_out_examples_is_refused(make_config):
     with pytest.raises(InputError, match="patience is 2, but there are no held-out examples"):
         finetune(make_config(patience=2, eval_every=2), progress=False)

@@ -212,6 +212,11 @@ class LabelTask(RowTask):
         if given.labels:
             return given.labels
         if given.rows is None:
+            if len(given.known) == 1:
+                raise InputError(
+                    f"the model has one output, {given.known[0]!r}, as of a regression; expected "
+                    "numbers as labels of rows, or a model with two labels at least"
+                )
             return given.known
         field = given.data.label_field
         if (found := labels_of(given.rows, field)) is None:

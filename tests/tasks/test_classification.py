@@ -159,6 +159,10 @@ def test_names_of_whole_numbers_are_those_of_the_dataset():
         (lambda: Regression().label(np.float32("nan"), "here"), "here is nan; expected a finite"),
         (lambda: Classification(["False", "True"]).label(np.True_, "here"), "here is True; "),
         (lambda: Classification(["a"]), "expected two at least"),
+        (
+            lambda: Classification.make(Given(DATA, known=["LABEL_0"])),
+            "the model has one output, 'LABEL_0', as of a regression; expected numbers as labels",
+        ),
         (lambda: Classification(["a", "a"]), "expected each once"),
         (
             lambda: Classification(["a", "b"]).tokenize(ROWS, TOKENIZER, DATA),

@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -124,33 +123,20 @@ def test_a_sweep_goes_on_and_names_the_best(flags, tmp_path, capsys, monkeypatch
     assert "cannot resume with another seed" in capsys.readouterr().err
 
 
-def test_an_extended_run_that_was_stopped_is_not_finished(flags, tmp_path, monkeypatch):
+def test_an_extended_run_that_was_stopped_is_not_finished(flags, tmp_path):
     """Its adapter is that of fewer steps, and its config.yaml that of all."""
     grid = [*flags, "--schedule", "constant", "--warmup-steps", "0", "--rank", "2", "4"]
-    assert main(["sweep", *grid]) == 0
-    done, finetune = [], sweep.finetune
-
-    def stopped(config, **options):
-        save_config(config, Path(config.output) / "config.yaml")
-        return SimpleNamespace(interrupted=True)
-
     steps = grid.index("--steps") + 1
-    longer = ["sweep", *grid[:steps], "3", *grid[steps + 1 :]]
-    monkeypatch.setattr(sweep, "finetune", stopped)
-    main(longer)
-
-    def counted(config, **options):
-        done.append(Path(config.output).name)
-        return finetune(config, **options)
-
-    monkeypatch.setattr(sweep, "finetune", counted)
-    for expected in (["rank=2", "rank=4"], []):
-        done.clear()
-        assert main(longer) == 0
-        assert done == expected
-    for rank in (2, 4):
-        rows = read_metrics(tmp_path / "sweep" / f"rank={rank}" / "metrics.jsonl")
-        assert rows[-1]["step"] == 3
+    short, longer = (
+        Sweep((*grid[:steps], count, *grid[steps + 1 :])).runs()[1][0].config for count in "23"
+    )
+    assert not sweep._is_finished(short)
+    sweep.finetune(short, progress=False)
+    assert sweep._is_finished(short)
+    save_config(longer, Path(longer.output) / "config.yaml")  # as a run that is stopped at once
+    assert not sweep._is_finished(longer)
+    sweep.finetune(longer, resume=True, progress=False)
+    assert sweep._is_finished(longer)
 
 
 def test_a_run_whose_scores_are_not_numbers_comes_last(flags, tmp_path, monkeypatch):

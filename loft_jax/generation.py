@@ -38,8 +38,8 @@ class Sampling:
     `top_p`, `min_p`.
 
     Args:
-        temperature: Logits are divided by it; 0 takes the likeliest token, and higher values give
-            more varied texts.
+        temperature: Logits are divided by it; 0 takes the likeliest token, and higher values (1e-6
+            at least) give more varied texts.
         top_k: Draw among this many likeliest tokens; by default among all.
         top_p: Draw among the likeliest tokens, as few as reach this total probability.
         min_p: Draw among tokens at least this many times as likely as the likeliest one.
@@ -232,9 +232,9 @@ def _continuation(
     An answer in a conversation begins a text of its own, without that space.
     """
     if isinstance(prompt, str):
-        before = decoded(tokenizer, ids[-1:], special=False)
-        whole = decoded(tokenizer, [*ids[-1:], *new], special=False)
-        if before and whole.startswith(before):  # not where a character is of both
+        before = decoded(tokenizer, ids, special=False)
+        whole = decoded(tokenizer, [*ids, *new], special=False)
+        if whole.startswith(before):  # not where a character is of both
             return whole.removeprefix(before)
     return decoded(tokenizer, new, special=False)
 

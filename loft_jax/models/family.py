@@ -636,10 +636,11 @@ def with_labels(config: Any, labels: Sequence[str]) -> Any:
     """
     if not hasattr(config, "labels"):
         raise InputError(f"labels is {shown(labels)}, and a {type(config).__name__} has none")
-    names = () if isinstance(labels, str) else tuple(labels)
+    several = isinstance(labels, (Sequence, np.ndarray)) and not isinstance(labels, str)
+    names = tuple(labels) if several else ()
     if not names or not all(isinstance(x, str) for x in names) or len({*names}) < len(names):
         raise InputError(f"labels is {shown(labels)}, expected different names")
-    return dataclasses.replace(config, labels=names)
+    return dataclasses.replace(config, labels=tuple(map(str, names)))
 
 
 def with_end_tokens(config: Any, tokens: Any) -> Any:

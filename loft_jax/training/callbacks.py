@@ -80,7 +80,8 @@ class Progress:
     def stop(self, reason: str) -> None:
         """Ends the run after this step: it is evaluated, saved and exported.
 
-        Asked for in `on_save`, the run ends after the next step. With several processes, each one
+        Asked for in `on_save`, the run ends after the next step; a run that is interrupted there
+        forgets it. With several processes, each one
         has to ask at the same step.
 
         Args:
@@ -142,7 +143,10 @@ class Callback:
         """
 
     def get_state(self) -> dict[str, Any]:
-        """Gives what checkpoints keep of the callback, in values that JSON can hold."""
+        """Gives what checkpoints keep of the callback, in values that JSON can hold.
+
+        It is also called before the first step, to find then what JSON cannot hold.
+        """
         return {}
 
     def set_state(self, state: dict[str, Any]) -> None:

@@ -158,6 +158,7 @@ def finetune(
         try:
             if not restored:
                 _evaluate(run, state, view, log)
+                run.callbacks.get_state()  # one that cannot be saved is refused before any step
             elif postponed:
                 measured = _evaluate(run, state, view, log)
                 run.save(checkpoints, state, measured, stopped=view.stopped)
@@ -184,7 +185,7 @@ def finetune(
             before=_evaluation(rows, 0),
             after=_evaluation(rows, done) if finished else {},
             trained=trained,
-            stopped=view.stopped,
+            stopped=view.stopped if finished else "",
             history=rows,
             model=view.model() if finished else None,
         )

@@ -231,7 +231,6 @@ class Run:
                 other examples, or the number of steps is less than was done.
         """
         own, self._own = self._own, None
-        self.callbacks.get_state()  # one that cannot be saved is refused before any work
         if not checkpoints.steps():
             return self._initial(*own), {}
         with explained(f"{checkpoints.folder}: does not say what the run was started with"):

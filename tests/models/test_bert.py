@@ -173,7 +173,7 @@ def test_a_head_is_drawn_where_there_is_none_and_heads_of_pretraining_are_passed
     np.testing.assert_array_equal(one.embeddings.word_embeddings.embedding[...], words)
 
 
-@pytest.mark.parametrize("labels", ["pos", [], ["a", "a"], [0, 1]])
+@pytest.mark.parametrize("labels", ["pos", [], ["a", "a"], [0, 1], {"a": 0}, iter("ab"), 2])
 def test_labels_are_different_names(tmp_path, labels):
     with pytest.raises(InputError, match=r"labels is .*, expected different names"):
         load_pretrained(save_bert(tmp_path / "model"), head=HEAD, labels=labels)

@@ -243,6 +243,47 @@ def test_the_space_before_the_first_word_is_kept(monkeypatch):
     assert generate_text(model, tokenizer, [chat], max_new_tokens=9) == ["of a film"]
 
 
+def bytes_tokenizer():
+    """Of two letters and all bytes, with a space before every text, as that of Llama 2."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    known = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "▁a"]
+    vocabulary = {token: number for number, token in enumerate(known)}
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, [("▁", "a")], unk_token="<unk>", byte_fallback=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    spaces = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*spaces, decoders.Strip(content=" ", left=1)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"), [("a", " a"), ("a ", " a"), ("a 😀", "😀a"), ("a中", "文"), ("a😀", " a")]
+)
+def test_a_continuation_is_what_the_whole_text_has_more(monkeypatch, prompt, text):
+    """Also where tokens of one character are next to those of another."""
+    tokenizer = bytes_tokenizer()
+    before = tokenizer(prompt)["input_ids"]
+    new = tokenizer(prompt + text)["input_ids"][len(before) :]
+    generation = SimpleNamespace(done=0)
+
+    def advance(count):
+        generation.done = count
+        return count < len(new)
+
+    generation.advance, generation.tokens = advance, lambda: [new[: generation.done]]
+    monkeypatch.setattr(module, "_Generation", lambda *_: generation)
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=500, eos_token_id=None))
+    assert "".join(stream_text(model, tokenizer, prompt, max_new_tokens=9)) == text
+    generation.advance(len(new))
+    assert generate_text(model, tokenizer, [prompt], max_new_tokens=9) == [text]
+
+
 def test_prompts_are_encoded_as_in_training(tiny_llama):
     from tokenizers import processors
 

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 _MOST_NEW = 2**20  # largest number of new tokens; the cache has room for them from the start
 _BUCKET = 64  # lengths are rounded up to powers of two from here, so that few shapes are compiled
-
-
 _LEAST_TEMPERATURE = 1e-6  # logits divided by it are finite in float32
 
 
@@ -234,7 +232,7 @@ def _continuation(
     if isinstance(prompt, str):
         before = decoded(tokenizer, ids, special=False)
         whole = decoded(tokenizer, [*ids, *new], special=False)
-        if whole.startswith(before):  # not where a character is of both
+        if whole.startswith(before):  # else a character has tokens of both
             return whole.removeprefix(before)
     return decoded(tokenizer, new, special=False)
 

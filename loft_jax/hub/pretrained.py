@@ -632,7 +632,7 @@ def hf_tensors(
         Names and arrays, in the order of the parameters and, for each, of the layers.
     """
     for path, parameter in parameters.items():
-        # Indexed, since it gives numbers where they are quantized.
+        # Indexing dequantizes a quantized kernel.
         values, tensor = gather_to_host(parameter[...]), table.tensor(path)
         layers = values if tensor.stacked else values[None]
         for layer, name in zip(layers, table.names(path, parameter.shape), strict=True):

@@ -178,7 +178,7 @@ def _check_modules(name: str, modules: str | Sequence[str]) -> None:
     if isinstance(modules, str):
         Patterns(name).check(modules)
         return
-    if not isinstance(modules, Collection):  # what can be read once is read here
+    if not isinstance(modules, Collection):  # an iterator would be used up here
         raise InputError(f"{name} is {shown(modules)}, expected a name, names or a pattern")
     for module in modules:
         if not isinstance(module, str) or not module:

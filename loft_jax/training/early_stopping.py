@@ -27,7 +27,8 @@ class EarlyStopping(Callback):
     def on_evaluate(self, run: Progress, metrics: Mapping[str, float], score: float | None) -> None:
         """Compares an evaluation during training with the best one.
 
-        Not the one after the last step, unless it is due: with more steps it would not have been.
+        One after the last step counts only if `every` divides the step: extended to more steps, the
+        run would have none there.
         """
         every = run.config.evaluation.every
         if score is None or run.step == 0 or not every or run.step % every:

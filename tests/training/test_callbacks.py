@@ -114,7 +114,7 @@ def test_an_evaluation_left_to_the_resumed_run_is_that_of_its_checkpoint(make_co
         raise KeyboardInterrupt
 
     path = str(workspace / "test.jsonl")
-    # Of no evaluation but the best one is a checkpoint kept.
+    # At the end, the scores alone keep the checkpoints before the last.
     config = make_config(
         steps=5, save_every=9, keep_last=1, keep_best=3, eval_path=path, eval_every=2
     )

@@ -146,6 +146,8 @@ def finetune(
             stopped=_still_stopped(run, plain),
         )
         if is_main():
+            if restored and plain["steps"] != run.steps:
+                _set_aside(folder / ("adapter" if config.method.adapts else "model"))
             save_config(config, folder / "config.yaml")
         resumed_at = int(gather_to_host(state.step)) if restored else None
         wandb = config.logging.wandb
@@ -214,10 +216,7 @@ def _checkpoints(config: FinetuneConfig, resume: bool | Literal["auto"]) -> Iter
             raise InputError(f"{folder / 'model'}: exists already; choose another output")
         if resume:
             saved = _started_with(checkpoints, folder)
-            now = config_to_dict(config)
-            check_same_run(saved, now, same_content=bool(checkpoints.steps()))
-            if not config.method.adapts and saved["schedule"] != now["schedule"]:
-                _set_model_aside(folder)
+            check_same_run(saved, config_to_dict(config), same_content=bool(checkpoints.steps()))
         yield checkpoints
     finally:
         checkpoints.close()
@@ -232,12 +231,12 @@ def _still_stopped(run: Run, plain: Mapping[str, Any]) -> str:
     return stopped
 
 
-def _set_model_aside(folder: Path) -> None:
-    """Renames the model of a finished run that is extended, since it writes another."""
-    if is_main() and (model := folder / "model").exists():
-        aside = folder / f"model-{time.strftime('%Y%m%d-%H%M%S')}"
-        model.rename(aside)
-        _log.warning("%s: is of fewer steps; now %s", model, aside.name)
+def _set_aside(trained: Path) -> None:
+    """Renames what a finished run that is extended has written, since it writes another."""
+    if trained.exists():
+        aside = trained.with_name(f"{trained.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        trained.rename(aside)
+        _log.warning("%s: is of fewer steps; now %s", trained, aside.name)
 
 
 def _started_with(checkpoints: Checkpoints, folder: Path) -> dict[str, Any]:

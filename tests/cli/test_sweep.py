@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -12,6 +13,7 @@ from loft_jax.errors import InputError, NotFiniteError
 from loft_jax.training import sweep
 from loft_jax.training.config_io import save_config
 from loft_jax.training.metrics import read_metrics
+from loft_jax.training.run import Run
 from tests.training.conftest import workspace  # noqa: F401
 
 
@@ -123,8 +125,8 @@ def test_a_sweep_goes_on_and_names_the_best(flags, tmp_path, capsys, monkeypatch
     assert "cannot resume with another seed" in capsys.readouterr().err
 
 
-def test_an_extended_run_that_was_stopped_is_not_finished(flags, tmp_path):
-    """Its adapter is that of fewer steps, and its config.yaml that of all."""
+def test_an_extended_run_that_was_stopped_is_not_finished(flags, tmp_path, monkeypatch):
+    """Before its first step, or after its last and before its adapter."""
     grid = [*flags, "--schedule", "constant", "--warmup-steps", "0", "--rank", "2", "4"]
     steps = grid.index("--steps") + 1
     short, longer = (
@@ -134,6 +136,11 @@ def test_an_extended_run_that_was_stopped_is_not_finished(flags, tmp_path):
     sweep.finetune(short, progress=False)
     assert sweep._is_finished(short)
     save_config(longer, Path(longer.output) / "config.yaml")  # as a run that is stopped at once
+    assert not sweep._is_finished(longer)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "export", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            sweep.finetune(longer, resume=True, progress=False)
     assert not sweep._is_finished(longer)
     sweep.finetune(longer, resume=True, progress=False)
     assert sweep._is_finished(longer)

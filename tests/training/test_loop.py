@@ -270,13 +270,14 @@ def test_a_finished_run_of_all_weights_resumes_to_its_end(make_config):
     assert (model / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_an_extended_run_of_all_weights_writes_a_new_model(make_config):
-    settings = {"method": "full", "schedule": "constant"}
+@pytest.mark.parametrize(("method", "name"), [("full", "model"), ("lora", "adapter_model")])
+def test_an_extended_run_sets_aside_what_it_had_written(make_config, method, name):
+    settings = {"method": method, "schedule": "constant"}
     first = finetune(make_config(**settings, steps=1), progress=False).trained
-    weights = load_file(first / "model.safetensors")
+    weights = load_file(first / f"{name}.safetensors")
     finetune(make_config(**settings, steps=2), resume=True, progress=False)
-    (aside,) = first.parent.glob("model-*")
-    kept, new = load_file(aside / "model.safetensors"), load_file(first / "model.safetensors")
+    (aside,) = first.parent.glob(f"{first.name}-*")
+    kept, new = (load_file(folder / f"{name}.safetensors") for folder in (aside, first))
     assert all(np.array_equal(kept[name], weights[name]) for name in weights)
     assert any(not np.array_equal(new[name], weights[name]) for name in weights)
 

@@ -48,18 +48,18 @@ def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
     """Multiplies matrices in all bits of float32.
 
     TPUs and newer GPUs multiply in fewer bits by default; a basis needs all of them. On TPUs, a
-    product over a stack of layers compiles to one program per layer, of a megabyte each in the
-    memory of the chip: there, products of long matrices run in a loop over the layers.
+    product over several layers compiles to one program per layer, of a megabyte each in the memory
+    of the chip: there, products of long matrices run in a loop over the layers.
 
     Args:
-      x: (..., stack, n, k).
-      y: (..., stack, k, l).
+      x: (..., n, k); the layers of pairs are (group, stack, n, k).
+      y: (..., k, l).
 
     Returns:
-      (..., stack, n, l).
+      (..., n, l).
     """
-    stacked = x.ndim > 3 and x.shape[-3] > 1
-    if stacked and max(*x.shape[-2:], y.shape[-1]) >= _LONG:
+    several = x.ndim == 4 and x.shape[0] * x.shape[1] > 1
+    if several and max(*x.shape[-2:], y.shape[-1]) >= _LONG:
         product: jax.Array = jax.lax.platform_dependent(x, y, tpu=_layer_by_layer, default=_matmul)
         return product
     return _matmul(x, y)
@@ -71,15 +71,16 @@ def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _layer_by_layer(x: jax.Array, y: jax.Array) -> jax.Array:
+    group, stack, n, _ = x.shape
+
     def body(t: jax.Array, out: jax.Array) -> jax.Array:
-        layers = (jax.lax.dynamic_index_in_dim(z, t, z.ndim - 3, keepdims=False) for z in (x, y))
-        done: jax.Array = jax.lax.dynamic_update_index_in_dim(
-            out, _matmul(*layers), t, out.ndim - 3
-        )
+        start = (t // stack, t % stack, 0, 0)
+        layers = (jax.lax.dynamic_slice(z, start, (1, 1, *z.shape[2:])) for z in (x, y))
+        done: jax.Array = jax.lax.dynamic_update_slice(out, _matmul(*layers), start)
         return done
 
-    out = varying_like(jnp.zeros((*x.shape[:-1], y.shape[-1]), jnp.result_type(x, y)), x, y)
-    product: jax.Array = jax.lax.fori_loop(0, x.shape[-3], body, out)
+    out = varying_like(jnp.zeros((group, stack, n, y.shape[-1]), jnp.result_type(x, y)), x, y)
+    product: jax.Array = jax.lax.fori_loop(0, group * stack, body, out)
     return product
 
 

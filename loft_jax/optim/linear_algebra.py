@@ -42,6 +42,9 @@ from loft_jax.optim.meshes import varying_like
 
 # A matrix with a longer axis than this is not (r, r).
 _LONG = 256
+# Up to this many elements of a product, a TPU's sums take less time than its units for matrices,
+# which multiply (128, 128) at once.
+_SMALL = 32 * 32
 
 
 def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -49,7 +52,7 @@ def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
 
     TPUs and newer GPUs multiply in fewer bits by default; a basis needs all of them. On TPUs, a
     product over several layers compiles to one program per layer, of a megabyte each in the memory
-    of the chip: there, products of long matrices run in a loop over the layers.
+    of the chip: there, products of long matrices are made without it, or in a loop over the layers.
 
     Args:
       x: (..., n, k); the layers of pairs are (group, stack, n, k).
@@ -59,15 +62,23 @@ def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
       (..., n, l).
     """
     several = x.ndim == 4 and x.shape[0] * x.shape[1] > 1
-    if several and max(*x.shape[-2:], y.shape[-1]) >= _LONG:
-        product: jax.Array = jax.lax.platform_dependent(x, y, tpu=_layer_by_layer, default=_matmul)
-        return product
-    return _matmul(x, y)
+    if not several or max(*x.shape[-2:], y.shape[-1]) < _LONG:
+        return _matmul(x, y)
+    small = x.shape[-1] >= _LONG and x.shape[-2] * y.shape[-1] <= _SMALL
+    way = _by_sums if small else _layer_by_layer
+    product: jax.Array = jax.lax.platform_dependent(x, y, tpu=way, default=_matmul)
+    return product
 
 
 def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
     product: jax.Array = jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
     return product
+
+
+def _by_sums(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Multiplies in one program for all layers, with one sum over devices where k is split."""
+    # (group, stack, n, l, k), never in memory: the products are summed as they are made.
+    return jnp.sum(x[..., :, None, :] * transpose(y)[..., None, :, :], axis=-1)
 
 
 def _layer_by_layer(x: jax.Array, y: jax.Array) -> jax.Array:

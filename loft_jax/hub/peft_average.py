@@ -6,20 +6,24 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from loft_jax.errors import InputError, shown
+from loft_jax.errors import InputError, explained, shown
 from loft_jax.files import inside
 from loft_jax.hub.peft_base import check_folder, read_labels
 from loft_jax.hub.peft_config import PeftConfig
 from loft_jax.hub.peft_file import AdapterFile
 from loft_jax.hub.peft_names import CONFIG_NAME, FACTOR, WEIGHTS_NAME
 from loft_jax.hub.peft_save import write_adapter
+from loft_jax.hub.tokenizer_folder import adapter_tokenizer, save_processor
 from loft_jax.lora.average import best_factors, check_weights
 from loft_jax.lora.config import product_scaling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +42,9 @@ def average_peft_adapters(
     """Writes the weighted mean of adapters, as the best adapter of a rank.
 
     Products are averaged as `loft_jax.average_adapters` does it, module by module, and modules and
-    biases that are held whole become the mean of their tensors. The base model is not read.
+    biases that are held whole become the mean of their tensors. The tokenizer is that of the first
+    adapter, if it holds one, with the chat template by which it was trained. The base model is not
+    read.
 
     Args:
         folders: Adapters of one base model.
@@ -47,9 +53,9 @@ def average_peft_adapters(
         rank: Largest rank of the result; by default all ranks together, so that it is exact.
 
     Raises:
-        InputError: An adapter is missing, damaged or has DoRA; the adapters are of different tasks
-            or of base models of different shapes; or weights do not fit. The message names the file
-            and the setting or the tensor.
+        InputError: An adapter is missing, damaged or has DoRA; the adapters are of
+            different tasks or of base models of different shapes; or weights do not fit. The
+            message names the file and the setting or the tensor.
 
     Example:
         >>> import tempfile
@@ -81,6 +87,8 @@ def average_peft_adapters(
         ranks[module] = a.shape[0]
     for name in adapters[0].whole:
         tensors[name] = _mean_tensor(name, adapters, shares)
+    with explained(f"{output}: cannot write the adapter"):  # which its configuration completes
+        save_processor(Path(output), adapters[0].tokenizer)
     write_adapter(Path(output), _settings(adapters, ranks), tensors, adapters[0].labels)
 
 
@@ -92,6 +100,7 @@ class _Adapter(NamedTuple):
     factors: dict[str, dict[str, str]]
     whole: tuple[str, ...]
     labels: tuple[str, ...]
+    tokenizer: "PreTrainedTokenizerBase | None"
 
 
 def _read(folder: Path) -> _Adapter:
@@ -121,7 +130,8 @@ def _read(folder: Path) -> _Adapter:
             )
     if not factors:
         raise InputError(f"{file.path}: holds no LoRA factors")
-    return _Adapter(config, file, factors, tuple(whole), read_labels(folder))
+    tokenizer = adapter_tokenizer(folder)
+    return _Adapter(config, file, factors, tuple(whole), read_labels(folder), tokenizer)
 
 
 def _check_alike(adapters: Sequence[_Adapter]) -> None:
@@ -132,6 +142,12 @@ def _check_alike(adapters: Sequence[_Adapter]) -> None:
             _log.warning(
                 "%s names the base model %s and %s names %s; are they one model?",
                 *(first.config.path, shown(bases[0]), other.config.path, shown(bases[1])),
+            )
+        if _template(other) != _template(first):
+            _log.warning(
+                "%s: its tokenizer has another chat template, or none, than that of %s; the mean "
+                "will be asked by the latter",
+                *(other.config.path.parent, first.config.path.parent),
             )
         for name in _COMMON:
             own, found = (x.config.settings.get(name) for x in (first, other))
@@ -150,6 +166,11 @@ def _check_alike(adapters: Sequence[_Adapter]) -> None:
                 f"{other.file.path}: tensor {shown(different[0])} is in one adapter only, and is "
                 f"not a LoRA factor; expected those of {first.file.path}"
             )
+
+
+def _template(adapter: _Adapter) -> Any:
+    """The chat template that an adapter brings: "" for none, None where the base's counts."""
+    return None if adapter.tokenizer is None else adapter.tokenizer.chat_template or ""
 
 
 def _mean_product(

@@ -109,7 +109,7 @@ def module_names(
     """
     rule = hf_name or getattr(model, "hf_name", None)
     if axes.batch:
-        raise InputError(f"{path}: has a batch axis, which PEFT has no place for")
+        raise InputError(f"{path or 'the model'}: has a batch axis, which PEFT has no place for")
     if len(axes.stack) > 1:
         raise InputError(f"{path}: is a stack of stacks {axes.stack}, which has no layer numbers")
     names: tuple[str, ...]

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
+"""A folder with this file holds a tokenizer."""
+
 _MOST_BYTES = 2**27  # largest size of a file; the largest vocabularies have a quarter
 _MOST_GROWTH = 1000  # largest factor by which normalizers and special tokens may lengthen a text
 
@@ -24,7 +27,7 @@ _IS_TOKENIZER = re.compile(r"Tokenizer|Backend$")
 _READ = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "additional_chat_templates/*.jinja")
 _JSON = {
     "config.json": MOST_CONFIG,
-    "tokenizer_config.json": MOST_CONFIG,
+    TOKENIZER_CONFIG: MOST_CONFIG,
     "tokenizer.json": _MOST_BYTES,
     "special_tokens_map.json": MOST_CONFIG,
     "added_tokens.json": MOST_CONFIG,
@@ -57,7 +60,7 @@ def folder_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
         for name, most in _JSON.items()
         if (folder / name).exists()
     }
-    _check_names(folder, contents.get("tokenizer_config.json", {}))
+    _check_names(folder, contents.get(TOKENIZER_CONFIG, {}))
     file = folder / "tokenizer.json"
     with explained(f"{file}: cannot be read as a tokenizer"):
         _check_growth(file, contents.get(file.name, {}))
@@ -81,6 +84,39 @@ def folder_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
+def adapter_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
+    """Loads the tokenizer that an adapter's folder holds.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        As `folder_tokenizer`, or None if there is none, so that the base's is the adapter's.
+
+    Raises:
+        InputError: As for `folder_tokenizer`.
+    """
+    return folder_tokenizer(folder) if (folder / TOKENIZER_CONFIG).exists() else None
+
+
+def save_processor(folder: Path, processor: Any) -> None:
+    """Writes the tokenizer or image processor of an adapter.
+
+    Args:
+        folder: The adapter's, made if needed. What an earlier tokenizer there says of itself and of
+            its chat template goes.
+        processor: It; None for none.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (TOKENIZER_CONFIG, "chat_template.jinja"):
+        (folder / name).unlink(missing_ok=True)
+    if processor is not None:
+        processor.save_pretrained(str(folder))
+
+
 def with_template_of(processor: Any, adapter: str, *, training: bool = False) -> Any:
     """Gives a base's tokenizer the chat template of an adapter, by which that was trained.
 
@@ -96,9 +132,10 @@ def with_template_of(processor: Any, adapter: str, *, training: bool = False) ->
     Raises:
         InputError: The adapter's tokenizer cannot be read.
     """
-    held = adapter and (Path(adapter) / "tokenizer_config.json").exists()
-    if held and hasattr(processor, "chat_template"):
-        template = folder_tokenizer(Path(adapter)).chat_template
+    if not adapter or not hasattr(processor, "chat_template"):
+        return processor
+    if (own := adapter_tokenizer(Path(adapter))) is not None:
+        template = own.chat_template
         if processor.chat_template and not template:
             if training:
                 return processor
@@ -113,7 +150,7 @@ def with_template_of(processor: Any, adapter: str, *, training: bool = False) ->
 
 def _check_class(folder: Path, contents: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuses a class that is not a tokenizer's, since transformers would instantiate it."""
-    for name in ("tokenizer_config.json", "config.json"):
+    for name in (TOKENIZER_CONFIG, "config.json"):
         found = contents.get(name, {}).get("tokenizer_class")
         if found is None or (isinstance(found, str) and _IS_TOKENIZER.search(found)):
             continue

@@ -1,7 +1,7 @@
 """Adds LoRA factors to a model in place, merges them into the weights, and removes them."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
@@ -57,10 +57,10 @@ def add_lora(model: Model, config: LoRAConfig, *, rngs: nnx.Rngs) -> Model:
         The same model.
 
     Raises:
-        InputError: A target matches nothing or cannot be adapted; a layer has LoRA already; a
-            number of `layers` is of no layer; a rank is above `min(in, out)` of a layer; DoRA is
-            requested for a layer other than `nnx.Linear`, or "balanced" or "pissa" for an
-            embedding. The message names the path.
+        InputError: A target matches nothing or cannot be adapted, as layers under `nnx.WeightNorm`;
+            a layer has LoRA already; a number of `layers` is of no layer; a rank is above
+            `min(in, out)` of a layer; DoRA is requested for a layer other than `nnx.Linear`, or
+            "balanced" or "pissa" for an embedding. The message names the path.
 
     Example:
         >>> import optax
@@ -219,12 +219,29 @@ class _Plan(NamedTuple):
 def _planned(model: nnx.Module, config: LoRAConfig) -> list[_Plan]:
     foreign = foreign_lora(model)
     selected = select(model, config).items()
+    _check_not_normalized(model, selected)
     plans = [_plan(path, layer, config, foreign.get(path)) for path, layer in selected]
     if config.layers is None:
         return plans
     numbers = numbered_layers({plan.name: plan.axes for plan in plans}, model, config)
     chosen = [plan._replace(numbers=numbers[plan.name]) for plan in plans]
     return [plan for plan in chosen if plan.numbers != ()]
+
+
+def _check_not_normalized(model: nnx.Module, selected: Iterable[tuple[str, nnx.Module]]) -> None:
+    """Refuses layers whose wrapper puts other weights in place at each call."""
+    wrapper_of = {
+        id(module): wrapper
+        for wrapper in named_modules(model).values()
+        if isinstance(wrapper, nnx.WeightNorm | nnx.SpectralNorm)
+        for module in named_modules(wrapper).values()
+    }
+    for path, layer in selected:
+        if (wrapper := wrapper_of.get(id(layer))) is not None:
+            raise InputError(
+                f"{path}: is under nnx.{type(wrapper).__name__}, which computes with other weights "
+                "than it holds, so that factors could not be merged; exclude it"
+            )
 
 
 def _plan(path: str, layer: nnx.Module, config: LoRAConfig, foreign: str | None) -> _Plan:

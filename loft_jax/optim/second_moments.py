@@ -69,7 +69,7 @@ class SecondMomentRule(Protocol):
     has_gram: bool
 
     def width(self, rank: int) -> int:
-        """Numbers kept for each row of a factor."""
+        """Numbers kept for each row of a factor, 1 or more: checkpoints hold no empty arrays."""
 
     def update(
         self,

@@ -13,6 +13,7 @@ from loft_jax.errors import InputError, explained
 from loft_jax.files import replacing
 from loft_jax.hub import save_peft_adapter, save_pretrained
 from loft_jax.hub.repository import push_folder
+from loft_jax.hub.tokenizer_folder import save_processor
 from loft_jax.models.family import PretrainedModel
 from loft_jax.tasks.causal_lm import CausalLM
 from loft_jax.tasks.registry import TASKS
@@ -140,9 +141,7 @@ def export_trained(
     if config.method.adapts:
         if is_main():  # before the adapter, which is complete when its configuration is there
             with explained(f"{target}: cannot write the adapter"):
-                target.mkdir(parents=True, exist_ok=True)
-                if processor is not None:
-                    processor.save_pretrained(str(target))
+                save_processor(target, processor)
             _write_card(target, card)
         save_peft_adapter(
             target,

@@ -13,6 +13,8 @@ from loft_jax import average_adapters, load_peft_adapter, load_pretrained
 from loft_jax.cli import main
 from loft_jax.errors import InputError
 from loft_jax.hub.peft_average import average_peft_adapters
+from loft_jax.hub.tokenizer_folder import with_template_of
+from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 9))
 OPTIONS = [
@@ -154,6 +156,30 @@ def test_the_command(adapters, tmp_path, capsys):
         np.testing.assert_array_equal(tensor, second[name])
     assert main(["average", *names, "--weights", "1", "--output", output]) == 2
     assert "1 weights for 3 adapters" in capsys.readouterr().err
+
+
+def test_the_mean_is_asked_as_its_first_adapter_was_trained(adapters, tmp_path, caplog):
+    _, folders = adapters
+    plain, chat = (
+        write(tmp_path / "plain", 0, **OPTIONS[0]),
+        write(tmp_path / "chat", 1, **OPTIONS[0]),
+    )
+    tiny_tokenizer(chat_template=None).save_pretrained(plain)
+    tiny_tokenizer().save_pretrained(chat)
+    mean = tmp_path / "mean"
+
+    def template(*adapters):
+        average_peft_adapters(adapters, mean)
+        return with_template_of(tiny_tokenizer(chat_template="base"), str(mean)).chat_template
+
+    assert template(chat, chat) == CHAT_TEMPLATE
+    assert template(plain, plain) is None
+    assert template(folders[0], folders[0]) == "base"
+    assert not caplog.records
+    for pair, expected in (((plain, chat), None), ((folders[0], plain), "base")):
+        caplog.clear()
+        assert template(*pair) == expected
+        assert f"{pair[1]}: its tokenizer has another chat template" in caplog.text
 
 
 @pytest.mark.parametrize(

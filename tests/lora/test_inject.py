@@ -178,6 +178,20 @@ def test_an_error_leaves_the_model_as_it_was(fields, message):
     assert nnx.split(model)[0] == before
 
 
+@pytest.mark.parametrize("wrapper", [nnx.WeightNorm, nnx.SpectralNorm])
+def test_weights_that_a_wrapper_replaces_are_refused(wrapper):
+    """Merged, the factors would be normalized as well."""
+    rngs = nnx.Rngs(0)
+    wrapped = wrapper(nnx.Sequential(nnx.Linear(4, 8, rngs=rngs)), rngs=rngs)
+    model = nnx.Sequential(wrapped, nnx.Linear(8, 4, rngs=rngs))
+    with pytest.raises(
+        InputError, match=rf"layers\.0: is under nnx\.{wrapper.__name__}, .*exclude"
+    ):
+        add_lora(model, LoRAConfig(2), rngs=rngs)
+    add_lora(model, LoRAConfig(2, target_modules=[r"layers.1"]), rngs=rngs)
+    assert list(lora_layers(model)) == ["layers.1"]
+
+
 def test_an_error_about_a_lone_layer_names_its_class():
     with pytest.raises(InputError, match=r"^Linear: rank 5 is above 4"):
         add_lora(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), LoRAConfig(5), rngs=nnx.Rngs(1))

@@ -55,7 +55,8 @@ def register_lora_layer(
     Args:
         module_class: A subclass of `nnx.Module`.
         weight: Name of the attribute that holds the weight, an `nnx.Variable` of floating dtype.
-        equation: `"input,weight->output"`, or the name of the attribute that holds it.
+        equation: `"input,weight->output"`, the input first whatever the module's own order, or the
+            name of the attribute that holds it.
         ins: Axes of the weight that are contracted with the input: a number, numbers, or a function
             of the module that gives them.
         outs: Axes of the output.

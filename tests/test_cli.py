@@ -239,6 +239,7 @@ def test_settings_of_methods_are_flags_and_fields_of_the_config_file(flags, tmp_
         (["--data.max-length", "1"], "truncated away"),
         (["--mesh.tensor", "3"], "do not make up 1 devices"),
         (["--output", "gs://bucket/run"], "output is 'gs://bucket/run', expected a folder"),
+        (["--output", "~/run"], "output is '~/run', and only shells read the ~; expected /"),
         (["--process-id", "0"], "process_id is 0; expected all or none"),
         (["--process-count", "2"], "process_count is 2, process_id is None; expected all or none"),
         (["--profile-steps", "3", "1"], "profile_steps is [3, 1], expected a first and a last"),

@@ -181,6 +181,10 @@ def read_images(
     return ImageData(rows, kept_labels, processor, config, digest.hexdigest())
 
 
+# Pillow's modes of numbers that need not lie in 0 to 255, where its conversion would cut them off.
+_DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
+
+
 def open_image(value: Any, where: str) -> "Image":
     """Decodes an image.
 
@@ -192,7 +196,8 @@ def open_image(value: Any, where: str) -> "Image":
         The image in RGB, upright.
 
     Raises:
-        InputError: It is not an image, is damaged or too large; the message names row and file.
+        InputError: It is not an image, is damaged or too large, or has more than 8 bits a channel;
+            the message names row and file.
     """
     from PIL import Image, ImageOps
 
@@ -214,6 +219,10 @@ def open_image(value: Any, where: str) -> "Image":
             raise ValueError(
                 f"found {shown(value)}; expected the bytes of a file, an array of pixels, or an "
                 "image of Pillow"
+            )
+        if image.mode in _DEEP:
+            raise ValueError(
+                f"its pixels are of mode {image.mode}, expected 8 bits; scale them first"
             )
         return ImageOps.exif_transpose(image).convert("RGB")
 

@@ -85,7 +85,7 @@ def average_peft_adapters(
         names = next(x.factors[module] for x in adapters if module in x.factors)
         tensors[names["A"]], tensors[names["B"]] = a, b
         ranks[module] = a.shape[0]
-    for name in adapters[0].whole:
+    for name in dict.fromkeys(name for adapter in adapters for name in adapter.whole):
         tensors[name] = _mean_tensor(name, adapters, shares)
     with explained(f"{output}: cannot write the adapter"):  # which its configuration completes
         save_processor(Path(output), adapters[0].tokenizer)
@@ -161,11 +161,17 @@ def _check_alike(adapters: Sequence[_Adapter]) -> None:
                 f"{other.config.path.parent}: labels are {shown(other.labels)}, expected "
                 f"{shown(first.labels)} as in {first.config.path.parent}"
             )
-        if different := sorted(set(first.whole) ^ set(other.whole)):
+        different = sorted(x for x in set(first.whole) ^ set(other.whole) if not _of_base(x))
+        if different:
             raise InputError(
                 f"{other.file.path}: tensor {shown(different[0])} is in one adapter only, and is "
                 f"not a LoRA factor; expected those of {first.file.path}"
             )
+
+
+def _of_base(tensor: str) -> bool:
+    """Whether it is a weight of the base, which PEFT writes beside factors of an embedding."""
+    return tensor.endswith(".base_layer.weight")
 
 
 def _template(adapter: _Adapter) -> Any:
@@ -200,15 +206,21 @@ def _mean_product(
 
 def _mean_tensor(name: str, adapters: Sequence[_Adapter], shares: Sequence[float]) -> np.ndarray:
     """Gives the mean of a tensor; one that is the same in all adapters is kept to the bit."""
-    values = [adapter.file.read(name) for adapter in adapters]
-    for adapter, value in zip(adapters, values, strict=True):
+    holders = [adapter for adapter in adapters if name in adapter.whole]
+    values = [adapter.file.read(name) for adapter in holders]
+    for adapter, value in zip(holders, values, strict=True):
         if value.shape != values[0].shape:
             raise InputError(
                 f"{adapter.file.path}: tensor {shown(name)} is {value.shape}, expected "
-                f"{values[0].shape} as in {adapters[0].file.path}"
+                f"{values[0].shape} as in {holders[0].file.path}"
             )
     if all(np.array_equal(value, values[0]) for value in values):
         return values[0]
+    if _of_base(name):
+        raise InputError(
+            f"{holders[0].file.path}: tensor {shown(name)} is another one than in other adapters, "
+            "expected one base model"
+        )
     total = sum(s * value.astype(np.float64) for s, value in zip(shares, values, strict=True))
     return np.asarray(total).astype(values[0].dtype)
 

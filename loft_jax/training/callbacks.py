@@ -81,8 +81,8 @@ class Progress:
         """Ends the run after this step: it is evaluated, saved and exported.
 
         Asked for in `on_save`, the run ends after the next step; a run that is interrupted there
-        forgets it. With several processes, each one
-        has to ask at the same step.
+        forgets it. Of several processes, any one may ask: they end together, after the next step
+        that is logged or evaluated.
 
         Args:
             reason: For the log and the result.

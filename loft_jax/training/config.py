@@ -6,6 +6,7 @@ A command-line flag has the name of its field, without the name of its section. 
 
 import dataclasses
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -37,7 +38,8 @@ def check_output(folder: str) -> None:
         folder: As the user gives it.
 
     Raises:
-        InputError: It is a bucket, or its name is not UTF-8, which writers of weights need.
+        InputError: It is a bucket, begins with `~`, or its name is not UTF-8, which writers of
+            weights need.
 
     Example:
         >>> check_output("gs://bucket/run")
@@ -46,6 +48,8 @@ def check_output(folder: str) -> None:
     """
     if "://" in folder:
         raise InputError(f"output is {shown(folder)}, expected a folder; mount the bucket")
+    if folder != (home := os.path.expanduser(folder)):
+        raise InputError(f"output is {shown(folder)}, and only shells read the ~; expected {home}")
     if any("\ud800" <= letter <= "\udfff" for letter in folder):  # Python's for other bytes
         raise InputError(f"output is {shown(folder)}, expected a name in UTF-8")
 

@@ -29,7 +29,7 @@ from loft_jax.training.config_io import (
     load_config,
     save_config,
 )
-from loft_jax.training.distributed import is_main, wait_for_all
+from loft_jax.training.distributed import all_agree, is_main, wait_for_all
 from loft_jax.training.export import trained_with
 from loft_jax.training.interrupt import StopRequest
 from loft_jax.training.mesh import check_batch, make_mesh
@@ -308,7 +308,7 @@ def _train(
         unit="step",
     )
     compilations = Compilations(bar, config.method.name, speed)
-    last = done == run.steps or bool(view.stopped)
+    last = done == run.steps or _asked_to_stop(view, logs=True)
     with (
         bar,
         StepProfiler(Path(config.output) / "profile", config.logging.profile_steps) as profiler,
@@ -341,7 +341,8 @@ def _train(
                 )
             view.moved(done, functools.partial(run.trained, state))
             run.callbacks.on_step(view, values)
-            last, stopped = done == run.steps or bool(view.stopped), stop.reached(done)
+            last = done == run.steps or _asked_to_stop(view, logs=logs)
+            stopped = stop.reached(done)
             due = eval_every > 0 and done % eval_every == 0
             evaluates = last or (due and not stopped)  # a notice of preemption leaves little time
             best = evaluates and due and keep_best > 0
@@ -350,7 +351,7 @@ def _train(
                 jax.block_until_ready(state.step)
                 with speed.spent_on("eval"):
                     measured = _evaluate(run, state, view, log)
-                last = last or bool(view.stopped)
+                last = last or _asked_to_stop(view, logs=True)
             saves = last or stopped or best or done % save_every == 0
             if saves:
                 jax.block_until_ready(state.step)
@@ -361,7 +362,7 @@ def _train(
                             checkpoints,
                             state,
                             measured,
-                            stopped=view.stopped,
+                            stopped=view.stopped if last else "",
                             postponed=due and not evaluates,
                         )
                         run.callbacks.on_save(view, checkpoints.folder / str(done))
@@ -373,6 +374,20 @@ def _train(
     elif view.stopped:
         _log.warning("ended at step %d of %d: %s", done, run.steps, view.stopped)
     return state, last
+
+
+def _asked_to_stop(view: Progress, *, logs: bool) -> bool:
+    """Whether the run ends, since a callback of any process asked for it.
+
+    Several processes have to end at the same step. They agree on it at those that are logged, where
+    they wait for the devices in any case.
+    """
+    if jax.process_count() == 1:
+        return bool(view.stopped)
+    if not logs or all_agree(not view.stopped):
+        return False
+    view.stopped = view.stopped or "a callback of another process ended the run"
+    return True
 
 
 def _check_skipped(state: TrainState, run: Run, known: int) -> int:

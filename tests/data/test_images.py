@@ -134,6 +134,8 @@ def test_a_photo_that_lies_on_its_side_is_turned():
         (None, "row 1: cannot be read as an image: found None"),
         (np.zeros((4, 4)), "row 1: cannot be read as an image: it is float64, expected whole"),
         ([[256]], "row 1: cannot be read as an image: it is int64, expected whole numbers"),
+        (png(PIXELS[0][..., 0].astype(np.uint16) * 257), "its pixels are of mode I;16, expected 8"),
+        (Image.fromarray(np.zeros((4, 4), np.float32)), "its pixels are of mode F, expected 8"),
         (np.zeros((4, 4, 2), np.uint8), r"it is \(4, 4, 2\), expected \(height, width\)"),
     ],
 )

@@ -1,6 +1,7 @@
 """The mean of adapters on disk, judged by PEFT."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -72,7 +73,7 @@ def deltas(model, adapter):
     layers = {
         name: module
         for name, module in model.named_modules()
-        if adapter in getattr(module, "lora_A", {})
+        if adapter in {**getattr(module, "lora_A", {}), **getattr(module, "lora_embedding_A", {})}
     }
     return {name: layer.get_delta_weight(adapter).detach() for name, layer in layers.items()}
 
@@ -156,6 +157,27 @@ def test_the_command(adapters, tmp_path, capsys):
         np.testing.assert_array_equal(tensor, second[name])
     assert main(["average", *names, "--weights", "1", "--output", output]) == 2
     assert "1 weights for 3 adapters" in capsys.readouterr().err
+
+
+def test_the_weight_under_an_embedding_is_that_of_the_base(tmp_path):
+    """PEFT writes it beside the factors."""
+    both = write(tmp_path / "both", 0, r=2, target_modules=["embed_tokens", "q_proj"])
+    one = write(tmp_path / "one", 1, r=3, target_modules=["q_proj"])
+    [name] = [x for x in load_file(both / "adapter_model.safetensors") if "base_layer" in x]
+    average_peft_adapters([one, both], tmp_path / "mean")
+    found = PeftModel.from_pretrained(base(), tmp_path / "mean")
+    parts = [PeftModel.from_pretrained(base(), folder) for folder in (one, both)]
+    wanted, embedded = (deltas(model, "default") for model in parts)
+    for module, delta in deltas(found, "default").items():
+        mean = (wanted.get(module, 0) + embedded[module]) / 2
+        np.testing.assert_allclose(delta, mean, atol=1e-5, err_msg=module)
+    tensors = load_file(both / "adapter_model.safetensors")
+    save_file(tensors | {name: tensors[name] + 1}, both / "other.safetensors")
+    other = tmp_path / "other"
+    shutil.copytree(both, other)
+    (other / "other.safetensors").replace(other / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"embed_tokens\.base_layer\.weight' is another one"):
+        average_peft_adapters([both, other], tmp_path / "mean")
 
 
 def test_the_mean_is_asked_as_its_first_adapter_was_trained(adapters, tmp_path, caplog):

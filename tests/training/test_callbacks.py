@@ -323,3 +323,17 @@ def test_samples_are_written_at_every_evaluation(make_config, workspace):
     shutil.rmtree(result.folder / "checkpoints" / "4")
     finetune(config, resume=True, progress=False)
     assert [json.loads(line) for line in file.read_text().splitlines()] == rows
+
+
+def test_several_processes_end_together(monkeypatch):
+    """After a step that all of them log."""
+    monkeypatch.setattr(loop.jax, "process_count", lambda: 2)
+    asked, other = SimpleNamespace(stopped="the loss is low"), SimpleNamespace(stopped="")
+    monkeypatch.setattr(loop, "all_agree", lambda goes_on: False)  # one has asked
+    assert not loop._asked_to_stop(asked, logs=False)
+    assert loop._asked_to_stop(asked, logs=True)
+    assert loop._asked_to_stop(other, logs=True)
+    assert asked.stopped == "the loss is low"
+    assert other.stopped == "a callback of another process ended the run"
+    monkeypatch.setattr(loop, "all_agree", lambda goes_on: goes_on)
+    assert not loop._asked_to_stop(SimpleNamespace(stopped=""), logs=True)

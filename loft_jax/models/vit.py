@@ -107,7 +107,12 @@ class ImageEncoderConfig:
     def fields_of(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """Reads the fields of this class, and the labels, from a `config.json`."""
         names = [field.name for field in dataclasses.fields(cls) if field.name != "labels"]
-        return {**config_checks.present(config, names), "labels": config_checks.labels(config)}
+        found = config_checks.present(config, names)
+        for name in ("image_size", "patch_size"):
+            match found.get(name):
+                case [height, width] if height == width:
+                    found[name] = height
+        return {**found, "labels": config_checks.labels(config)}
 
     def to_hf(self) -> dict[str, Any]:
         """Gives the contents of a `config.json` that transformers loads."""

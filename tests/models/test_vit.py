@@ -40,6 +40,7 @@ VARIANTS = {
     "no biases of queries, keys and values": {"qkv_bias": False, "hidden_act": "gelu_new"},
     "one head, one patch": {"num_attention_heads": 1, "hidden_size": 24, "patch_size": 16},
     "patches that leave a border": {"patch_size": 5, "hidden_act": "relu"},
+    "sizes of two sides": {"image_size": [16, 16], "patch_size": [4, 4]},
 }
 IMAGES = np.random.default_rng(0).normal(size=(3, 16, 16, 3)).astype(np.float32)
 

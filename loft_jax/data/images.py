@@ -196,8 +196,8 @@ def open_image(value: Any, where: str) -> "Image":
         The image in RGB, upright.
 
     Raises:
-        InputError: It is not an image, is damaged or too large, or has more than 8 bits a channel;
-            the message names row and file.
+        InputError: It is not an image, is damaged or too large, or its one channel has more than 8
+            bits; the message names row and file.
     """
     from PIL import Image, ImageOps
 

@@ -1,5 +1,6 @@
 """The weighted mean of adapters in PEFT's format, without their base model."""
 
+import contextlib
 import functools
 import logging
 import os
@@ -42,9 +43,10 @@ def average_peft_adapters(
     """Writes the weighted mean of adapters, as the best adapter of a rank.
 
     Products are averaged as `loft_jax.average_adapters` does it, module by module, and modules and
-    biases that are held whole become the mean of their tensors. The tokenizer is that of the first
-    adapter, if it holds one, with the chat template by which it was trained. The base model is not
-    read.
+    biases that are held whole become the mean of their tensors. Base weights beside the factors of
+    embeddings may be in some adapters only, if they are the same in these. The tokenizer is that of
+    the first adapter, if it holds one, with the chat template by which it was trained. The base
+    model is not read.
 
     Args:
         folders: Adapters of one base model.
@@ -77,6 +79,7 @@ def average_peft_adapters(
         raise InputError(f"rank is {rank}, expected 1 or more")
     adapters = [_read(path) for path in paths]
     _check_alike(adapters)
+    tokenizer = _first_tokenizer(paths)
     shares = [weight / total for weight in weights]
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
@@ -87,8 +90,8 @@ def average_peft_adapters(
         ranks[module] = a.shape[0]
     for name in dict.fromkeys(name for adapter in adapters for name in adapter.whole):
         tensors[name] = _mean_tensor(name, adapters, shares)
-    with explained(f"{output}: cannot write the adapter"):  # which its configuration completes
-        save_processor(Path(output), adapters[0].tokenizer)
+    with explained(f"{output}: cannot write the adapter"):
+        save_processor(Path(output), tokenizer)
     write_adapter(Path(output), _settings(adapters, ranks), tensors, adapters[0].labels)
 
 
@@ -100,7 +103,6 @@ class _Adapter(NamedTuple):
     factors: dict[str, dict[str, str]]
     whole: tuple[str, ...]
     labels: tuple[str, ...]
-    tokenizer: "PreTrainedTokenizerBase | None"
 
 
 def _read(folder: Path) -> _Adapter:
@@ -130,8 +132,7 @@ def _read(folder: Path) -> _Adapter:
             )
     if not factors:
         raise InputError(f"{file.path}: holds no LoRA factors")
-    tokenizer = adapter_tokenizer(folder)
-    return _Adapter(config, file, factors, tuple(whole), read_labels(folder), tokenizer)
+    return _Adapter(config, file, factors, tuple(whole), read_labels(folder))
 
 
 def _check_alike(adapters: Sequence[_Adapter]) -> None:
@@ -142,12 +143,6 @@ def _check_alike(adapters: Sequence[_Adapter]) -> None:
             _log.warning(
                 "%s names the base model %s and %s names %s; are they one model?",
                 *(first.config.path, shown(bases[0]), other.config.path, shown(bases[1])),
-            )
-        if _template(other) != _template(first):
-            _log.warning(
-                "%s: its tokenizer has another chat template, or none, than that of %s; the mean "
-                "will be asked by the latter",
-                *(other.config.path.parent, first.config.path.parent),
             )
         for name in _COMMON:
             own, found = (x.config.settings.get(name) for x in (first, other))
@@ -174,9 +169,23 @@ def _of_base(tensor: str) -> bool:
     return tensor.endswith(".base_layer.weight")
 
 
-def _template(adapter: _Adapter) -> Any:
+def _first_tokenizer(folders: Sequence[Path]) -> "PreTrainedTokenizerBase | None":
+    """Loads the tokenizer of the first adapter, and warns of others with another chat template."""
+    first = adapter_tokenizer(folders[0])
+    for folder in folders[1:]:
+        with contextlib.suppress(InputError):  # it is not needed
+            if _template(adapter_tokenizer(folder)) == _template(first):
+                continue
+        _log.warning(
+            "%s: its chat template is not that of %s, which is the mean's, or is not there",
+            *(folder, folders[0]),
+        )
+    return first
+
+
+def _template(tokenizer: "PreTrainedTokenizerBase | None") -> Any:
     """The chat template that an adapter brings: "" for none, None where the base's counts."""
-    return None if adapter.tokenizer is None else adapter.tokenizer.chat_template or ""
+    return None if tokenizer is None else tokenizer.chat_template or ""
 
 
 def _mean_product(
@@ -216,10 +225,10 @@ def _mean_tensor(name: str, adapters: Sequence[_Adapter], shares: Sequence[float
             )
     if all(np.array_equal(value, values[0]) for value in values):
         return values[0]
-    if _of_base(name):
+    if len(holders) < len(adapters):
         raise InputError(
             f"{holders[0].file.path}: tensor {shown(name)} is another one than in other adapters, "
-            "expected one base model"
+            "and some have none; expected one base model"
         )
     total = sum(s * value.astype(np.float64) for s, value in zip(shares, values, strict=True))
     return np.asarray(total).astype(values[0].dtype)

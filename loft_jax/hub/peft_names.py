@@ -111,7 +111,9 @@ def module_names(
     if axes.batch:
         raise InputError(f"{path or 'the model'}: has a batch axis, which PEFT has no place for")
     if len(axes.stack) > 1:
-        raise InputError(f"{path}: is a stack of stacks {axes.stack}, which has no layer numbers")
+        raise InputError(
+            f"{path or 'the model'}: is a stack of stacks {axes.stack}, which has no layer numbers"
+        )
     names: tuple[str, ...]
     if not axes.stack:
         names = (_one(path, rule(path, None)) if rule else path,)

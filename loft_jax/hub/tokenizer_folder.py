@@ -3,12 +3,14 @@
 import logging
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loft_jax.errors import InputError, explained, shown
 from loft_jax.files import MOST_CONFIG, inside, read_json, regular_file
+from loft_jax.hub.peft_names import CONFIG_NAME
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,6 +27,12 @@ _IS_TOKENIZER = re.compile(r"Tokenizer|Backend$")
 
 # Files that transformers may open to read a tokenizer.
 _READ = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "additional_chat_templates/*.jinja")
+_SETTINGS = (
+    TOKENIZER_CONFIG,
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 _JSON = {
     "config.json": MOST_CONFIG,
     TOKENIZER_CONFIG: MOST_CONFIG,
@@ -100,19 +108,21 @@ def adapter_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
 
 
 def save_processor(folder: Path, processor: Any) -> None:
-    """Writes the tokenizer or image processor of an adapter.
+    """Writes the tokenizer or image processor of an adapter that is to be written next.
 
     Args:
-        folder: The adapter's, made if needed. What an earlier tokenizer there says of itself and of
-            its chat template goes.
+        folder: The adapter's, made if needed. An adapter there is no longer complete, and what a
+            tokenizer there says of itself goes.
         processor: It; None for none.
 
     Raises:
         OSError: The folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (TOKENIZER_CONFIG, "chat_template.jinja"):
+    (folder / CONFIG_NAME).unlink(missing_ok=True)
+    for name in _SETTINGS:
         (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)
     if processor is not None:
         processor.save_pretrained(str(folder))
 

@@ -57,10 +57,10 @@ def add_lora(model: Model, config: LoRAConfig, *, rngs: nnx.Rngs) -> Model:
         The same model.
 
     Raises:
-        InputError: A target matches nothing or cannot be adapted, as layers under `nnx.WeightNorm`;
-            a layer has LoRA already; a number of `layers` is of no layer; a rank is above
-            `min(in, out)` of a layer; DoRA is requested for a layer other than `nnx.Linear`, or
-            "balanced" or "pissa" for an embedding. The message names the path.
+        InputError: A target matches nothing or cannot be adapted, as layers under `nnx.WeightNorm`
+            or `nnx.SpectralNorm`; a layer has LoRA already; a number of `layers` is of no layer; a
+            rank is above `min(in, out)` of a layer; DoRA is requested for a layer other than
+            `nnx.Linear`, or "balanced" or "pissa" for an embedding. The message names the path.
 
     Example:
         >>> import optax

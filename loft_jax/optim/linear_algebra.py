@@ -52,11 +52,11 @@ def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
 
     TPUs and newer GPUs multiply in fewer bits by default; a basis needs all of them. On TPUs, a
     product over several layers compiles to one program per layer, of a megabyte each in the memory
-    of the chip: there, products of long matrices are made without it, or in a loop over the layers.
+    of the chip: there, products of long matrices are sums, or are made in a loop over the layers.
 
     Args:
       x: (..., n, k); the layers of pairs are (group, stack, n, k).
-      y: (..., k, l).
+      y: (..., k, l), of as many layers.
 
     Returns:
       (..., n, l).

@@ -80,9 +80,9 @@ class Progress:
     def stop(self, reason: str) -> None:
         """Ends the run after this step: it is evaluated, saved and exported.
 
-        Asked for in `on_save`, the run ends after the next step; a run that is interrupted there
-        forgets it. Of several processes, any one may ask: they end together, after the next step
-        that is logged or evaluated.
+        Asked for in `on_save`, the run ends after the next step. Of several processes, any one may
+        ask: they end together, after the next step that is logged or evaluated. A run that is
+        interrupted before it ends forgets it.
 
         Args:
             reason: For the log and the result.

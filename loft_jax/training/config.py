@@ -38,18 +38,23 @@ def check_output(folder: str) -> None:
         folder: As the user gives it.
 
     Raises:
-        InputError: It is a bucket, begins with `~`, or its name is not UTF-8, which writers of
-            weights need.
+        InputError: It is a bucket, begins with the `~` of a home folder, or its name is not UTF-8,
+            which writers of weights need.
 
     Example:
         >>> check_output("gs://bucket/run")
         Traceback (most recent call last):
         loft_jax.errors.InputError: output is 'gs://bucket/run', expected a folder; mount the bucket
     """
-    if "://" in folder:
-        raise InputError(f"output is {shown(folder)}, expected a folder; mount the bucket")
+    _check_name(folder)
     if folder != (home := os.path.expanduser(folder)):
         raise InputError(f"output is {shown(folder)}, and only shells read the ~; expected {home}")
+
+
+def _check_name(folder: str) -> None:
+    """Refuses what no run can have been written to."""
+    if "://" in folder:
+        raise InputError(f"output is {shown(folder)}, expected a folder; mount the bucket")
     if any("\ud800" <= letter <= "\udfff" for letter in folder):  # Python's for other bytes
         raise InputError(f"output is {shown(folder)}, expected a name in UTF-8")
 
@@ -491,4 +496,4 @@ class FinetuneConfig:
             )
         # The command line builds a configuration before it has parsed the value of `output`.
         if isinstance(self.output, str):
-            check_output(self.output)
+            _check_name(self.output)

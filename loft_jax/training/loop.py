@@ -21,7 +21,7 @@ from loft_jax.tasks.own_loss import RowLoss
 from loft_jax.tasks.task import Measured
 from loft_jax.training.callbacks import Callback, Progress, RunResult
 from loft_jax.training.checkpoint import Checkpoints
-from loft_jax.training.config import FinetuneConfig
+from loft_jax.training.config import FinetuneConfig, check_output
 from loft_jax.training.config_io import (
     check_same_run,
     config_from_dict,
@@ -122,6 +122,7 @@ def finetune(
     """
     objects = Objects(model, tokenizer, data, held_out, loss)
     config = objects.settled(config)
+    check_output(config.output)
     folder = Path(config.output)
     check_wandb(config.logging.wandb)
     mesh = make_mesh(config.mesh)
@@ -146,7 +147,7 @@ def finetune(
             stopped=_still_stopped(run, plain),
         )
         if is_main():
-            if restored and plain["steps"] != run.steps:
+            if plain.get("steps") != run.steps:
                 _set_aside(folder / ("adapter" if config.method.adapts else "model"))
             save_config(config, folder / "config.yaml")
         resumed_at = int(gather_to_host(state.step)) if restored else None
@@ -163,7 +164,8 @@ def finetune(
                 run.callbacks.get_state()  # one that cannot be saved is refused before any step
             elif postponed:
                 measured = _evaluate(run, state, view, log)
-                run.save(checkpoints, state, measured, stopped=view.stopped)
+                ends = _asked_to_stop(view, logs=True)
+                run.save(checkpoints, state, measured, stopped=view.stopped if ends else "")
             state, finished = _train(run, state, view, log, checkpoints, stop)
         finally:
             if log is not None:
@@ -232,11 +234,11 @@ def _still_stopped(run: Run, plain: Mapping[str, Any]) -> str:
 
 
 def _set_aside(trained: Path) -> None:
-    """Renames what a finished run that is extended has written, since it writes another."""
+    """Renames what an earlier run has written here, such as that of fewer steps."""
     if trained.exists():
         aside = trained.with_name(f"{trained.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         trained.rename(aside)
-        _log.warning("%s: is of fewer steps; now %s", trained, aside.name)
+        _log.warning("%s: is of an earlier run; now %s", trained, aside.name)
 
 
 def _started_with(checkpoints: Checkpoints, folder: Path) -> dict[str, Any]:

@@ -176,8 +176,11 @@ def test_the_weight_under_an_embedding_is_that_of_the_base(tmp_path):
     other = tmp_path / "other"
     shutil.copytree(both, other)
     (other / "other.safetensors").replace(other / "adapter_model.safetensors")
+    average_peft_adapters([both, other], tmp_path / "mean")
+    mean = load_file(tmp_path / "mean" / "adapter_model.safetensors")[name]
+    np.testing.assert_allclose(mean, tensors[name] + 0.5, atol=1e-6)
     with pytest.raises(InputError, match=r"embed_tokens\.base_layer\.weight' is another one"):
-        average_peft_adapters([both, other], tmp_path / "mean")
+        average_peft_adapters([both, other, one], tmp_path / "mean")
 
 
 def test_the_mean_is_asked_as_its_first_adapter_was_trained(adapters, tmp_path, caplog):
@@ -201,7 +204,7 @@ def test_the_mean_is_asked_as_its_first_adapter_was_trained(adapters, tmp_path, 
     for pair, expected in (((plain, chat), None), ((folders[0], plain), "base")):
         caplog.clear()
         assert template(*pair) == expected
-        assert f"{pair[1]}: its tokenizer has another chat template" in caplog.text
+        assert f"{pair[1]}: its chat template is not that of {pair[0]}" in caplog.text
 
 
 @pytest.mark.parametrize(

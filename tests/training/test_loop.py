@@ -270,11 +270,17 @@ def test_a_finished_run_of_all_weights_resumes_to_its_end(make_config):
     assert (model / "model.safetensors").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize(("method", "name"), [("full", "model"), ("lora", "adapter_model")])
-def test_an_extended_run_sets_aside_what_it_had_written(make_config, method, name):
+@pytest.mark.parametrize(
+    ("method", "name", "lost"),
+    [("full", "model", False), ("lora", "adapter_model", False), ("full", "model", True)],
+)
+def test_an_extended_run_sets_aside_what_it_had_written(make_config, method, name, lost):
+    """Also one that starts again, since its checkpoints are gone."""
     settings = {"method": method, "schedule": "constant"}
     first = finetune(make_config(**settings, steps=1), progress=False).trained
     weights = load_file(first / f"{name}.safetensors")
+    if lost:
+        shutil.rmtree(first.parent / "checkpoints")
     finetune(make_config(**settings, steps=2), resume=True, progress=False)
     (aside,) = first.parent.glob(f"{first.name}-*")
     kept, new = (load_file(folder / f"{name}.safetensors") for folder in (aside, first))

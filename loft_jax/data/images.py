@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from loft_jax.hub.image_processor import ImageProcessor
 
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # others run programs, or are rare
+# Pillow's modes of numbers that need not lie in 0 to 255, where its conversion would cut them off.
+_DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 _MOST_PIXELS = 2**27  # of an image; more may be meant to exhaust memory
 _AREAS = (0.08, 1.0)  # of a random crop, as a share of the image; as torchvision has it
 _RATIOS = (3 / 4, 4 / 3)  # of its width to its height
@@ -179,10 +181,6 @@ def read_images(
     kept_labels = np.asarray(labels, np.int32)
     digest.update(kept_labels.tobytes())
     return ImageData(rows, kept_labels, processor, config, digest.hexdigest())
-
-
-# Pillow's modes of numbers that need not lie in 0 to 255, where its conversion would cut them off.
-_DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 
 
 def open_image(value: Any, where: str) -> "Image":

@@ -55,9 +55,9 @@ def average_peft_adapters(
         rank: Largest rank of the result; by default all ranks together, so that it is exact.
 
     Raises:
-        InputError: An adapter is missing, damaged or has DoRA; the adapters are of
-            different tasks or of base models of different shapes; or weights do not fit. The
-            message names the file and the setting or the tensor.
+        InputError: An adapter is missing, damaged or has DoRA; the adapters are of different tasks
+            or of different base models; or weights do not fit. The message names the file and the
+            setting or the tensor.
 
     Example:
         >>> import tempfile
@@ -177,7 +177,7 @@ def _first_tokenizer(folders: Sequence[Path]) -> "PreTrainedTokenizerBase | None
             if _template(adapter_tokenizer(folder)) == _template(first):
                 continue
         _log.warning(
-            "%s: its chat template is not that of %s, which is the mean's, or is not there",
+            "%s: has another chat template than %s, or brings none; the mean has the latter's",
             *(folder, folders[0]),
         )
     return first

@@ -27,6 +27,7 @@ _IS_TOKENIZER = re.compile(r"Tokenizer|Backend$")
 
 # Files that transformers may open to read a tokenizer.
 _READ = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "additional_chat_templates/*.jinja")
+# What a tokenizer there says of itself.
 _SETTINGS = (
     TOKENIZER_CONFIG,
     "chat_template.jinja",

@@ -42,8 +42,8 @@ from loft_jax.optim.meshes import varying_like
 
 # A matrix with a longer axis than this is not (r, r).
 _LONG = 256
-# Up to this many elements of a product, a TPU's sums take less time than its units for matrices,
-# which multiply (128, 128) at once.
+# A TPU multiplies (128, 128) matrices at once. By the count of operations, sums take no longer for
+# products of up to this many elements.
 _SMALL = 32 * 32
 
 

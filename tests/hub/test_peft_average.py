@@ -204,7 +204,7 @@ def test_the_mean_is_asked_as_its_first_adapter_was_trained(adapters, tmp_path, 
     for pair, expected in (((plain, chat), None), ((folders[0], plain), "base")):
         caplog.clear()
         assert template(*pair) == expected
-        assert f"{pair[1]}: its chat template is not that of {pair[0]}" in caplog.text
+        assert f"{pair[1]}: has another chat template than {pair[0]}" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,8 @@ class DecoderGGUF:
         for key in (f"{own}.expert_count", f"{own}.attention.sliding_window"):
             if metadata.get(key):
                 raise InputError(f"{key} is {shown(metadata[key])}, which is not supported")
+        if not metadata.get(causal := f"{own}.attention.causal", True):
+            raise InputError(f"{causal} is {shown(metadata[causal])}, only true is supported")
         hidden_size = _field(metadata, f"{own}.embedding_length")
         heads = _field(metadata, f"{own}.attention.head_count")
         if type(heads) is not int or heads < 1:
@@ -168,7 +170,7 @@ class DecoderGGUF:
         kind, _ = self._named_scaling(metadata)
         if kind != "none":
             raise InputError(
-                f"{own}.rope.scaling.type is {shown(kind)} beside the tensor 'rope_freqs.weight', "
+                f"{own}.rope.scaling is {shown(kind)} beside the tensor 'rope_freqs.weight', "
                 "expected one of them"
             )
         if divisors.shape != (head_dim // 2,) or not all(

@@ -230,6 +230,7 @@ def test_a_factor_alone_is_that_of_linear_scaling(tmp_path, folder, key):
     [
         ({"architecture": "stablelm"}, "architecture is 'stablelm'"),
         ({"numbers": {"expert_count": 8}}, "llama.expert_count is 8"),
+        ({"numbers": {"attention.causal": 0}}, "llama.attention.causal is 0, only true"),
         ({"numbers": {"rope.dimension_count": 4}}, "llama.rope.dimension_count is 4"),
         ({"strings": {"rope.scaling.type": "yarn"}}, "llama.rope.scaling.type is 'yarn'"),
         ({"strings": {"rope.scaling.type": "linear"}}, "llama.rope.scaling.factor' is missing"),
@@ -237,14 +238,14 @@ def test_a_factor_alone_is_that_of_linear_scaling(tmp_path, folder, key):
         ({"rope_freqs": [1.0, 2.0, 0.0, 4.0]}, "'rope_freqs.weight' of shape (4,) is [1.0, 2.0, 0"),
         (
             {"rope_freqs": [1.0] * 4, "strings": {"rope.scaling.type": "linear"}},
-            "llama.rope.scaling.type is 'linear' beside the tensor 'rope_freqs.weight'",
+            "llama.rope.scaling is 'linear' beside the tensor 'rope_freqs.weight'",
         ),
         ({"numbers": {"attention.head_count_kv": 3}}, "num_key_value_heads is 3"),
         ({"numbers": {"attention.head_count": 0}}, "llama.attention.head_count is 0, expected"),
         ({"numbers": {"rope.scaling.attn_factor": 2}}, "llama.rope.scaling.attn_factor is 2, only"),
         (
             {"rope_freqs": [1.0] * 4, "numbers": {"rope.scale_linear": 4}},
-            "llama.rope.scaling.type is 'linear' beside the tensor 'rope_freqs.weight'",
+            "llama.rope.scaling is 'linear' beside the tensor 'rope_freqs.weight'",
         ),
     ],
 )

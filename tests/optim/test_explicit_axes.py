@@ -44,7 +44,7 @@ NAMED = {
 
 def on_mesh(name):
     """How far a mesh is from one device, and whether all lies there as it does with AdamW."""
-    mesh = jax.make_mesh((2, 4), ("fsdp", "tp"))
+    mesh = jax.make_mesh((2, 4), ("fsdp", "tp"), axis_types=(AxisType.Explicit,) * 2)
     layout = jax.tree.map(lambda spec: NamedSharding(mesh, spec), LAYOUT)
     given = jax.device_put(PARAMS, layout)
     factory, numbers, others = TRANSFORMS[name]

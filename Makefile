@@ -18,7 +18,9 @@ SITE := NO_MKDOCS_2_WARNING=1 JAX_PLATFORMS=cpu $(BIN)/mkdocs build
 # Many tests start processes, which find modules compiled, whatever the user wants elsewhere.
 test: export PYTHONDONTWRITEBYTECODE :=
 test: export PYTHONPYCACHEPREFIX := $(CURDIR)/.venv/pycache
-test: .venv/.test assets
+# Packages and weights are fetched side by side.
+test:
+	$(MAKE) --no-print-directory --jobs=2 .venv/.test assets
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(MAKE) --no-print-directory --jobs=2 types site tests

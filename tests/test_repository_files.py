@@ -11,7 +11,8 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 
 def test_hooks_are_the_checks_that_make_runs_before_the_tests():
     recipes = dict(re.findall(r"^(\w+):.*\n((?:\t.*\n)+)", MAKEFILE, flags=re.MULTILINE))
-    *lint, others = recipes["test"].splitlines()
+    fetched, *lint, others = recipes["test"].splitlines()
+    assert fetched.endswith("--jobs=2 .venv/.test assets")
     assert others.endswith("--jobs=2 types site tests")
     commands = [*lint, *recipes["types"].splitlines()]
     checks = [command.replace("\t$(BIN)", ".venv/bin") for command in commands]

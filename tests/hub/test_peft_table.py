@@ -138,8 +138,8 @@ OPTIONS = {
     "gaussian": lambda f: {"init_lora_weights": "gaussian", "lora_dropout": 0.3},
     "wide": lambda f: {"r": 20},
 }
-# Its head has two layers, positions begin after the padding, and modules have names of their own.
-OWN_TO_ROBERTA = {"names", "all linear", "embedding", "whole modules", "biases"}
+# Its head has two layers, and positions begin after the padding.
+OWN_TO_ROBERTA = {"embedding", "whole modules"}
 
 
 @nnx.jit

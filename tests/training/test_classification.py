@@ -16,7 +16,6 @@ from loft_jax.cli.source import Source
 from loft_jax.data import DataConfig
 from loft_jax.errors import InputError
 from loft_jax.training.checkpoint import Checkpoints
-from loft_jax.training.interrupt import StopRequest
 from loft_jax.training.loop import finetune
 from tests.flat_config import flat_config
 from tests.models.test_bert import save_bert
@@ -124,14 +123,12 @@ def test_the_best_checkpoint_is_exported_and_merged(folder, trained, tmp_path):
     assert model.config.id2label == {0: "bad", 1: "good"}
 
 
-def test_a_resumed_run_is_the_run_to_the_bit(folder, trained, tmp_path, monkeypatch):
+def test_a_resumed_run_is_the_run_to_the_bit(folder, trained, tmp_path):
     whole, _ = trained
-    run = config(folder, tmp_path / "run", method="loft")
-    reached = StopRequest.reached
-    monkeypatch.setattr(StopRequest, "reached", lambda self, step: step == 30)
-    assert finetune(run, progress=False).interrupted
-    monkeypatch.setattr(StopRequest, "reached", reached)
-    again = finetune(run, resume=True, progress=False)
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "60")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    again = finetune(config(folder, tmp_path / "run", method="loft"), resume=True, progress=False)
     first = load_file(whole / "adapter" / "adapter_model.safetensors")
     second = load_file(again.trained / "adapter_model.safetensors")
     assert first.keys() == second.keys()
@@ -139,12 +136,13 @@ def test_a_resumed_run_is_the_run_to_the_bit(folder, trained, tmp_path, monkeypa
 
 
 def test_labels_in_an_order_of_ones_own_are_those_of_the_adapter(folder, tmp_path, capsys):
-    run = config(folder, tmp_path / "run", label_names=("good", "bad"))
+    run = config(folder, tmp_path / "run", label_names=("good", "bad"), steps=20)
     result = finetune(run, progress=False)
     data = ["--data.path", str(folder / "test.tsv"), "--data.text-field", "sentence"]
     assert main(["evaluate", "--adapter", str(result.trained), *data]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["accuracy"] == pytest.approx(result.after["accuracy"])
+    assert found["nll"] == pytest.approx(result.after["loss"], rel=1e-4)
 
 
 @pytest.fixture(scope="module")

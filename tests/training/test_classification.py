@@ -234,6 +234,7 @@ def test_a_preset_needs_the_folder_of_the_data_alone(folder, tmp_path, capsys):
     assert "evaluation has no weights" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_all_weights_train_and_labels_are_kept(folder, tmp_path):
     run = config(folder, tmp_path / "run", method="full", learning_rate=1e-3, steps=4, save_every=4)
     result = finetune(run, progress=False)

@@ -29,7 +29,7 @@ def flags(workspace, tmp_path):  # noqa: F811
         *("--model", str(workspace / "model"), "--output", str(tmp_path / "run")),
         *("--data.path", str(workspace / "train.jsonl"), "--data.max-length", "64"),
         *("--rank", "4", "--steps", "2", "--batch-size", "4", "--log-every", "1"),
-        *("--target-modules", "q_proj", "down_proj"),
+        *("--target-modules", "q_proj", "o_proj"),
     ]
 
 

@@ -57,7 +57,7 @@ def test_batches_are_full_and_as_long_as_a_bucket(packing):
     assert len(stream.buckets) == (1 if packing else len(set(stream.buckets)))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.integers(1, 20), st.integers(1, 7), st.booleans(), st.integers(0, 2**32 - 1))
 def test_every_epoch_holds_every_example_once(count, batch_size, packing, seed):
     data = make_data(count)

@@ -42,6 +42,7 @@ def test_rates_are_those_of_the_readme():
     rates.draw(losses)
 
 
+@pytest.mark.slow
 def test_loft_has_one_path_from_three_splits():
     found = subspace.compute()
     assert np.ptp(found.loft, axis=0).max() < 1e-4

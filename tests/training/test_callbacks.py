@@ -85,6 +85,7 @@ def test_calls_in_their_order_and_an_end_before_the_last_step(make_config, works
         finetune(config, resume=True, progress=False)
 
 
+@pytest.mark.slow
 def test_an_end_that_is_asked_for_at_a_save_is_after_the_next_step(make_config, workspace):
     class EndAtSave(Callback):
         def on_save(self, run, folder):
@@ -99,6 +100,7 @@ def test_an_end_that_is_asked_for_at_a_save_is_after_the_next_step(make_config, 
     assert (again.steps, again.stopped) == (4, "saved")
 
 
+@pytest.mark.slow
 def test_an_evaluation_left_to_the_resumed_run_is_that_of_its_checkpoint(make_config, workspace):
     """Also if that run is killed before its next checkpoint: it is measured and logged once."""
 

@@ -25,6 +25,7 @@ def test_run_goes_on_after_a_preemption(cloud):
     assert (cloud / "state").read_text().startswith("READY")
 
 
+@pytest.mark.slow
 def test_run_starts_again_if_lost_before_it_wrote_anything(cloud):
     (cloud / "plan").write_text("early")
     output = cloud / "output"

@@ -90,8 +90,6 @@ def test_clients_learn_from_each_other(capsys, monkeypatch):
     monkeypatch.setattr(federated, "CLIENTS", range(1, 3))
     monkeypatch.setattr(federated, "ROUNDS", 2)
     monkeypatch.setattr(federated, "STEPS", 12)
-    # Kernels of one shape are one stack, whose step is compiled once.
-    monkeypatch.setattr(federated, "SIZES", {**federated.SIZES, "intermediate_size": 32})
     federated.main()
     products, factors = (numbers(line) for line in capsys.readouterr().out.splitlines())
     assert len(products) == len(factors) == federated.ROUNDS

@@ -239,6 +239,11 @@ def test_both_libraries_compute_the_same(family, option, tmp_path):
         assert len(written["target_modules"]) == len(given["target_modules"])
 
 
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "bert", *(pytest.param(x, marks=pytest.mark.slow) for x in ("gpt2", "roberta"))],
+    indirect=True,
+)
 def test_some_layers_compute_the_same_before_they_are_merged(family, tmp_path):
     options = OPTIONS["dora, ranks and some layers"](family)
     expected = made_by_peft(family, tmp_path, **options)

@@ -97,6 +97,7 @@ def test_clients_learn_from_each_other(capsys, monkeypatch):
         assert losses[-1] < losses[0] - 0.5
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_bits(capsys):
     resume_orbax.main()
     assert capsys.readouterr().out.splitlines() == [

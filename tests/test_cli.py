@@ -29,7 +29,7 @@ def flags(workspace, tmp_path):  # noqa: F811
         *("--model", str(workspace / "model"), "--output", str(tmp_path / "run")),
         *("--data.path", str(workspace / "train.jsonl"), "--data.max-length", "64"),
         *("--rank", "4", "--steps", "2", "--batch-size", "4", "--log-every", "1"),
-        *("--target-modules", "q_proj", "down_proj"),
+        *("--target-modules", "q_proj", "o_proj"),
     ]
 
 
@@ -67,7 +67,7 @@ def test_finetune_export_evaluate_generate_merge(workspace, tmp_path, flags, cap
 
 
 def test_adapters_of_some_layers_are_trained_and_written(tmp_path, flags):
-    assert main(["finetune", *flags, "--layers", "-1"]) == 0
+    assert main(["finetune", *flags, "--method", "lora", "--layers", "-1"]) == 0
     adapter = tmp_path / "run" / "adapter"
     assert json.loads((adapter / "adapter_config.json").read_text())["layers_to_transform"] == [1]
     written = load_file(adapter / "adapter_model.safetensors")
@@ -170,10 +170,9 @@ def test_evaluating_on_a_quantized_base(workspace, capsys):  # noqa: F811
     found = json.loads(capsys.readouterr().out)
     config = DataConfig(path)
     tokens = tokenize(load_examples(config), load_tokenizer(workspace / "model"), config)
-    for quantization, same in (("nf4", True), ("none", False)):
-        model = load_pretrained(workspace / "model", quantization=quantization)
-        expected = perplexity(model, eval_batches(tokens, config, batch_size=16), progress=False)
-        assert (found["nll"] == pytest.approx(expected.nll, rel=1e-6)) == same
+    model = load_pretrained(workspace / "model", quantization="nf4")
+    expected = perplexity(model, eval_batches(tokens, config, batch_size=16), progress=False)
+    assert found["nll"] == pytest.approx(expected.nll, rel=1e-6)
 
 
 def test_weights_that_are_no_numbers_are_told(workspace, tmp_path, capsys):  # noqa: F811
@@ -188,37 +187,30 @@ def test_weights_that_are_no_numbers_are_told(workspace, tmp_path, capsys):  # n
     assert not out.out
 
 
-def test_flags_go_before_the_config_file(tmp_path, flags, capsys):
-    assert main(["finetune", *flags]) == 0
-    config = str(tmp_path / "run" / "config.yaml")
-    again = str(tmp_path / "again")
-    assert main(["finetune", "--config", config, "--output", again, "--steps", "1"]) == 0
-    text = Path(again, "config.yaml").read_text()
-    assert "steps: 1\n" in text
-    assert "rank: 4\n" in text
-
-
-def test_settings_of_methods_are_flags_and_fields_of_the_config_file(flags, tmp_path, monkeypatch):
+def test_settings_are_flags_and_fields_of_the_config_file(flags, tmp_path, monkeypatch):
+    """Flags go before the file."""
     runs = []
 
     def started(run, **_):
-        runs.append(run.method)
+        runs.append(run)
         save_config(run, tmp_path / "config.yaml")
         return RunResult(Path(), 0, False, {}, {}, None)
 
     monkeypatch.setattr("loft_jax.training.loop.finetune", started)
     assert main(["finetune", *flags, "--second-moment", "full", "--balance"]) == 0
     config = ["finetune", "--config", str(tmp_path / "config.yaml")]
-    assert main([*config, "--move", "alternate", "--no-balance"]) == 0
+    assert main([*config, "--move", "alternate", "--no-balance", "--steps", "1"]) == 0
     assert main([*config, "--second-moment", "factored", "--move", "tangent"]) == 0
     assert main([*config, "--method", "lora-plus", "--lora-plus-ratio", "4"]) == 0
     assert main([*config, "--method", "reflora", "--reflora-warmup-steps", "7"]) == 2
-    assert runs == [
+    assert [run.method for run in runs] == [
         LoFT("full", balance=True),
         LoFT("full", move="alternate"),
         LoFT(),
         LoRAPlus(4.0),
     ]
+    assert [run.schedule.steps for run in runs] == [2, 1, 1, 1]
+    assert {run.lora.rank for run in runs} == {4}
 
 
 @pytest.mark.parametrize(
@@ -284,18 +276,6 @@ def test_weights_that_do_not_fit(flags, edit, message, workspace, tmp_path, caps
     assert main(["finetune", *flags, "--model", str(model)]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run" / "config.yaml").exists()
-
-
-def test_resuming_another_run(flags, tmp_path, capsys):
-    assert main(["finetune", *flags]) == 0
-    capsys.readouterr()
-    assert main(["finetune", *flags, "--resume", "--rank", "2"]) == 2
-    assert (
-        "cannot resume with another lora.rank: the run was started with 4"
-        in capsys.readouterr().err
-    )
-    assert main(["finetune", *flags]) == 2
-    assert "holds a run at step 2 already" in capsys.readouterr().err
 
 
 def test_an_adapter_for_another_base(workspace, tmp_path, capsys):  # noqa: F811

@@ -46,7 +46,9 @@ def test_progress_that_cannot_be_kept_is_none(monkeypatch):
     sys.stderr.close()
 
 
-@pytest.mark.parametrize("streams", ["2>&- | true", ">&- 2>&-"])
+@pytest.mark.parametrize(
+    "streams", ["2>&- | true", pytest.param(">&- 2>&-", marks=pytest.mark.slow)]
+)
 def test_a_real_command(streams):
     code = "import sys, loft_jax.cli as cli; sys.exit(cli.main(['--help']))"
     done = subprocess.run(

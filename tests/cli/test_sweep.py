@@ -82,7 +82,7 @@ def test_what_is_no_grid_is_refused(flags, more, told, monkeypatch):
 
 def test_a_sweep_goes_on_and_names_the_best(flags, tmp_path, capsys, monkeypatch):
     """With one rate at which no loss stays finite."""
-    grid = ["--learning-rate", "1e-3", "3e-2", "1.0"]
+    grid = ["--method", "lora", "--learning-rate", "1e-3", "3e-2", "1.0"]
     trained = []
 
     def counted(config, **options):
@@ -127,7 +127,8 @@ def test_a_sweep_goes_on_and_names_the_best(flags, tmp_path, capsys, monkeypatch
 
 def test_an_extended_run_that_was_stopped_is_not_finished(flags, tmp_path, monkeypatch):
     """Before its first step, or after its last and before its adapter."""
-    grid = [*flags, "--schedule", "constant", "--warmup-steps", "0", "--rank", "2", "4"]
+    constant = ("--schedule", "constant", "--warmup-steps", "0")
+    grid = [*flags, "--method", "lora", *constant, "--rank", "2", "4"]
     steps = grid.index("--steps") + 1
     short, longer = (
         Sweep((*grid[:steps], count, *grid[steps + 1 :])).runs()[1][0].config for count in "23"

@@ -57,7 +57,7 @@ def test_batches_are_full_and_as_long_as_a_bucket(packing):
     assert len(stream.buckets) == (1 if packing else len(set(stream.buckets)))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.integers(1, 20), st.integers(1, 7), st.booleans(), st.integers(0, 2**32 - 1))
 def test_every_epoch_holds_every_example_once(count, batch_size, packing, seed):
     data = make_data(count)
@@ -105,7 +105,7 @@ def test_next_seed_is_not_the_next_epoch():
 
 
 @pytest.mark.parametrize("packing", [False, True])
-@pytest.mark.parametrize("place", [0, 1, 5, 17])
+@pytest.mark.parametrize("place", [0, 17])
 def test_restored_stream_continues_to_the_bit(packing, place):
     stream = make_stream(packing=packing)
     list(islice(stream, place))
@@ -127,23 +127,26 @@ def test_state_is_of_what_was_taken_not_of_what_was_made_ahead():
     assert_same([next(stream)], [expected])
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_restored_in_another_process_continues_to_the_bit(tmp_path, packing):
-    stream = make_stream(packing=packing)
-    list(islice(stream, 9))
-    (tmp_path / "state.json").write_text(json.dumps(stream.get_state()))
+def test_restored_in_another_process_continues_to_the_bit(tmp_path):
+    streams = [make_stream(packing=packing) for packing in (False, True)]
+    for stream in streams:
+        list(islice(stream, 9))
+    states = [stream.get_state() for stream in streams]
+    (tmp_path / "states.json").write_text(json.dumps(states))
     program = (
         "import json, sys, numpy as np; from itertools import islice\n"
         "from tests.data.test_stream import make_stream\n"
-        f"stream = make_stream(packing={packing})\n"
-        "stream.set_state(json.load(open(sys.argv[1] + '/state.json')))\n"
-        "for i, batch in enumerate(islice(stream, 10)):\n"
-        "    np.savez(f'{sys.argv[1]}/{i}.npz', **batch)\n"
+        "for packing, state in enumerate(json.load(open(sys.argv[1] + '/states.json'))):\n"
+        "    stream = make_stream(packing=bool(packing))\n"
+        "    stream.set_state(state)\n"
+        "    for i, batch in enumerate(islice(stream, 10)):\n"
+        "        np.savez(f'{sys.argv[1]}/{packing}-{i}.npz', **batch)\n"
     )
     root = __file__.split("/tests/")[0]
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, cwd=root)
-    restored = [dict(np.load(tmp_path / f"{i}.npz")) for i in range(10)]
-    assert_same(restored, list(islice(stream, 10)))
+    for packing, stream in enumerate(streams):
+        restored = [dict(np.load(tmp_path / f"{packing}-{i}.npz")) for i in range(10)]
+        assert_same(restored, list(islice(stream, 10)))
 
 
 @pytest.mark.parametrize(

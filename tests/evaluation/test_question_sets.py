@@ -66,6 +66,7 @@ def test_one_command_trains_and_one_evaluates(workspace, questions, tmp_path, ca
     train = [
         *("finetune", "--model", str(workspace / "model"), *data, "--output", str(tmp_path / "r")),
         *("--steps", "1", "--batch-size", "2", "--rank", "2", "--target-modules", "q_proj"),
+        *("--method", "lora"),
         *("--data.max-length", "160", "--data.buckets", "160"),
     ]
     assert main(train) == 0

@@ -1,4 +1,7 @@
-"""The examples run, and print what they promise."""
+"""The examples run, and print what they promise.
+
+Daily, those that no page, notebook or other test does the like of.
+"""
 
 import ast
 import re
@@ -53,6 +56,7 @@ def test_an_example_is_short_and_says_its_idea(file):
     assert ast.get_docstring(ast.parse(text))
 
 
+@pytest.mark.slow
 def test_loft_goes_one_way_from_two_splits_of_one_product(capsys):
     optax_loop.main()
     _, *losses = capsys.readouterr().out.splitlines()
@@ -61,7 +65,9 @@ def test_loft_goes_one_way_from_two_splits_of_one_product(capsys):
     assert abs(adam - adam_split) > 10 * abs(loft - loft_split)
 
 
-@pytest.mark.parametrize("example", [nnx_optimizer, linen_train_state])
+@pytest.mark.parametrize(
+    "example", [pytest.param(nnx_optimizer, marks=pytest.mark.slow), linen_train_state]
+)
 def test_a_model_of_your_own_learns(example, capsys):
     example.main()
     before, after, merged = numbers(capsys.readouterr().out)
@@ -70,6 +76,7 @@ def test_a_model_of_your_own_learns(example, capsys):
     assert merged == pytest.approx(after, abs=0.005)  # rounding may turn a row
 
 
+@pytest.mark.slow
 def test_a_run_ends_where_its_callback_says(tmp_path, capsys):
     own_model_and_loss.main(str(tmp_path / "run"))
     said = capsys.readouterr().out
@@ -78,6 +85,7 @@ def test_a_run_ends_where_its_callback_says(tmp_path, capsys):
     assert "ended early: a held-out loss of 0." in said
 
 
+@pytest.mark.slow
 def test_clients_learn_from_each_other(capsys, monkeypatch):
     monkeypatch.setattr(federated, "CLIENTS", range(1, 3))
     monkeypatch.setattr(federated, "ROUNDS", 2)
@@ -89,6 +97,7 @@ def test_clients_learn_from_each_other(capsys, monkeypatch):
         assert losses[-1] < losses[0] - 0.5
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_bits(capsys):
     resume_orbax.main()
     assert capsys.readouterr().out.splitlines() == [

@@ -201,7 +201,7 @@ def test_lora_rite_does_not_depend_on_the_factorization():
 # Riemannion
 
 
-@pytest.mark.parametrize("shape", [(M, N, R), (5, 6, 4)])
+@pytest.mark.parametrize("shape", [(M, N, R), pytest.param((5, 6, 4), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("b", [1.0, 0.0])
 def test_riemannion(b, shape):
     """The second shape has no room for a core of twice the rank."""

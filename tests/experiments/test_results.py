@@ -34,11 +34,15 @@ def test_the_pages_are_what_the_logs_come_to(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "cell",
     [
-        Cell("matrix", "lora", 8, 0.03, 1, 1e-4),
+        pytest.param(Cell("matrix", "lora", 8, 0.03, 1, 1e-4), marks=pytest.mark.slow),
         pytest.param(Cell("matrix", "loft", 8, 0.3, 0, 1e-4), marks=pytest.mark.slow),
         Cell("square", "loft", 13, 1e-2, 2),
-        pytest.param(Cell("stories", "lora", 4, 3e-3, 0), marks=needs_experiments),
-        pytest.param(Cell("stories", "loft", 4, 3e-3, 1), marks=needs_experiments),
+        pytest.param(
+            Cell("stories", "lora", 4, 3e-3, 0), marks=[needs_experiments, pytest.mark.slow]
+        ),
+        pytest.param(
+            Cell("stories", "loft", 4, 3e-3, 1), marks=[needs_experiments, pytest.mark.slow]
+        ),
     ],
     ids=lambda c: f"{c.task}-{c.method}",
 )

@@ -32,6 +32,7 @@ def test_a_run_that_diverges_is_one_of_infinite_loss(assets, tiny):
     assert fell.diverged
 
 
+@pytest.mark.slow
 def test_images_are_a_task_like_others(tmp_path):
     save_vit(tmp_path / "model", ViTModel)
     (tmp_path / "model" / "preprocessor_config.json").write_text(
@@ -62,6 +63,7 @@ def test_images_are_a_task_like_others(tmp_path):
     assert found.train[-1] < found.train[0]
 
 
+@pytest.mark.slow
 def test_loft_at_full_rank_is_full_fine_tuning():
     task = dataclasses.replace(MATRIX_TASKS["square"], steps=60)
     run_of = MatrixRuns(task)

@@ -100,6 +100,7 @@ def test_it_is_the_weighted_adapter_of_peft(adapters, tmp_path, rank):
         np.testing.assert_allclose(delta, theirs[name], atol=1e-5 * float(delta.abs().max()))
 
 
+@pytest.mark.slow
 def test_the_mean_of_files_is_that_of_models(adapters, tmp_path):
     folder, folders = adapters
     average_peft_adapters(folders, tmp_path / "mean", rank=3)

@@ -47,7 +47,14 @@ OURS = {
 }
 
 
-@pytest.fixture(scope="module", params=OURS)
+# What differs little from another one.
+SLOW = ("all linear", "alpha", "dropout", "balanced dora")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(x, marks=pytest.mark.slow if x in SLOW else ()) for x in OURS],
+)
 def written(request, llama_folder, tmp_path_factory):
     """One of our models with an adapter, and the folder that the adapter was written to."""
     fields = OURS[request.param]

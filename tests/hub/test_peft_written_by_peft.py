@@ -43,7 +43,14 @@ THEIRS = {
 }
 
 
-@pytest.fixture(scope="module", params=THEIRS)
+# Logits of such are compared in test_peft_table.py too.
+SLOW = ("plain", "all linear", "regex", "excluded", "gaussian")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(x, marks=pytest.mark.slow if x in SLOW else ()) for x in THEIRS],
+)
 def written(request, llama_folder, tmp_path_factory):
     """The folder of an adapter by PEFT, and the logits and our model of it."""
     fields = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", **THEIRS[request.param]}

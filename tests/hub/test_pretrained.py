@@ -215,43 +215,30 @@ def test_a_path_that_does_not_exist_is_not_asked_of_the_hub(name, tmp_path, monk
         load_pretrained(name)
 
 
-def test_a_hub_that_does_not_answer_is_named():
-    script = (
-        "from loft_jax.errors import InputError\n"
-        "from loft_jax.hub.pretrained import load_pretrained\n"
-        "try:\n    load_pretrained('nobody/nothing')\n"
-        "except InputError as error:\n    print(error)\n"
-    )
-    ran = subprocess.run(
-        [sys.executable, "-c", script],
-        env={k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
-        | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": "/nonexistent"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert ran.stdout.startswith("nobody/nothing: no such file or folder, and the Hugging Face hub")
-
-
-def test_what_was_downloaded_is_used_when_the_hub_is_gone(tmp_path, tiny_llama):
+def test_a_hub_that_does_not_answer_is_named_and_what_it_gave_before_is_used(tmp_path, tiny_llama):
     """As when a run is resumed: it had its model before."""
     model = tmp_path / "models--someone--tiny"
     shutil.copytree(tiny_llama, model / "snapshots" / "abc")
     (model / "refs").mkdir()
     (model / "refs" / "main").write_text("abc")
     script = (
+        "from loft_jax.errors import InputError\n"
         "from loft_jax.hub.pretrained import load_pretrained\n"
         "print(load_pretrained('someone/tiny').config.vocab_size)\n"
+        "try:\n    load_pretrained('nobody/nothing')\n"
+        "except InputError as error:\n    print(error)\n"
     )
-    hub = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": str(tmp_path), "HOME": "/"}
+    online = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
     ran = subprocess.run(
         [sys.executable, "-c", script],
-        env={**hub, "JAX_PLATFORMS": "cpu"},
+        env=online | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": str(tmp_path)},
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert ran.stdout.strip() == "400", ran.stderr
+    rows, message = ran.stdout.splitlines()
+    assert rows == "400", ran.stderr
+    assert message.startswith("nobody/nothing: no such file or folder, and the Hugging Face hub")
 
 
 def test_what_a_model_does_not_have_is_refused(tiny_llama):
@@ -276,23 +263,3 @@ def test_a_hub_id_is_downloaded_and_loaded(tiny_llama, monkeypatch):
     assert name == "someone/tiny-llama"
     assert "config.json" in patterns
     assert not any(pattern in ("*", "*.bin") for pattern in patterns)
-
-
-def test_loading_needs_neither_torch_nor_transformers(tiny_llama):
-    script = (
-        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
-        "from loft_jax.hub.pretrained import load_pretrained\n"
-        f"print(load_pretrained({str(tiny_llama)!r}).config.vocab_size)\n"
-    )
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert ran.stdout.strip() == "400", ran.stderr
-
-
-def test_a_gguf_tokenizer_needs_no_torch(smollm2):
-    script = (
-        "import sys; sys.modules['torch'] = None\n"
-        "from loft_jax.hub.pretrained import load_tokenizer\n"
-        f"print(load_tokenizer({str(smollm2)!r})('Hello world').input_ids)\n"
-    )
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert ran.stdout.strip() == "[19556, 905]", ran.stderr

@@ -338,7 +338,7 @@ def adapter(tmp_path, tiny_llama):
     "settings",
     [
         {"target_modules": "((((a{1000}){1000}){1000}){1000})"},
-        {"target_modules": "(?:.|..|...|....)+[^a-z._0-9]"},
+        pytest.param({"target_modules": "(?:.|..|...|....)+[^a-z._0-9]"}, marks=pytest.mark.slow),
         {"rank_pattern": {"(?:.|..|...|....)+[^a-z._0-9]": 4}},
         {"r": 10**400},
         {"lora_alpha": 10**400},
@@ -381,7 +381,7 @@ def test_an_adapter_that_is_replaced_while_it_is_read_is_never_mixed(tmp_path):
     read = []
     deadline = time.monotonic() + 60
     try:
-        while len(read) < 100 and time.monotonic() < deadline:
+        while len(read) < 50 and time.monotonic() < deadline:
             model = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
             try:
                 load_peft_adapter(tmp_path, model)
@@ -442,15 +442,20 @@ def refuse(*arguments, **named):
     asked.append(arguments)
     raise OSError("no network")
 socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
+sys.modules["torch"] = sys.modules["transformers"] = None
 from loft_jax.hub import load_peft_adapter, load_pretrained, load_tokenizer
-model, adapter = sys.argv[1:]
-load_tokenizer(model)
+model, adapter, gguf = sys.argv[1:]
 load_peft_adapter(adapter, load_pretrained(model))
+del sys.modules["transformers"]
+load_tokenizer(model)
+print(load_tokenizer(gguf)("Hello world").input_ids)
 assert not asked, asked
 """
 
 
-def test_what_is_here_is_loaded_without_asking_anyone(folder, adapter):
+def test_what_is_here_is_loaded_without_a_network_or_pytorch(folder, adapter, smollm2):
+    """And weights without transformers."""
     online = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
-    code = [sys.executable, "-c", WITHOUT_A_NETWORK, str(folder), str(adapter)]
-    subprocess.run(code, check=True, env=online)
+    code = [sys.executable, "-c", WITHOUT_A_NETWORK, str(folder), str(adapter), str(smollm2)]
+    ran = subprocess.run(code, capture_output=True, text=True, env=online)
+    assert ran.stdout.strip() == "[19556, 905]", ran.stderr

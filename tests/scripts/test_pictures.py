@@ -42,6 +42,7 @@ def test_rates_are_those_of_the_readme():
     rates.draw(losses)
 
 
+@pytest.mark.slow
 def test_loft_has_one_path_from_three_splits():
     found = subspace.compute()
     assert np.ptp(found.loft, axis=0).max() < 1e-4
@@ -50,6 +51,7 @@ def test_loft_has_one_path_from_three_splits():
     np.testing.assert_allclose(kept, formula, atol=0.02)
 
 
+@pytest.mark.slow
 def test_carried_moments_are_right():
     found = calibration.compute()
     assert max(found.first["carried"].max(), found.second["full, carried"].max()) < 1e-5
@@ -63,6 +65,7 @@ def test_carried_moments_are_right():
     assert (round(of_full), round(of_factored), round(of_lora)) == (168, 33, 32)
 
 
+@pytest.mark.slow
 def test_the_whole_step_alone_is_adamws():
     found = whole_step.compute()
     twice, alternate, tangent = found.distances.values()

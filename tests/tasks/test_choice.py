@@ -134,7 +134,7 @@ def test_uniform_model_has_the_nll_of_the_whole_vocabulary_and_ties_go_to_the_fi
     assert found.accuracy == 3 / 5
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_of_answers_that_are_the_same_the_first_is_taken(tiny_llama, batch_size):
     texts = [f"question {i}:" for i in range(12)]
     rows = [{"prompt": text, "choices": [" a joy"] * 3, "answer": 0} for text in texts]

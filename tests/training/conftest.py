@@ -1,3 +1,4 @@
+import functools
 import json
 from pathlib import Path
 
@@ -11,12 +12,14 @@ from tests.tiny import save_tiny_llama, tiny_tokenizer
 WORDS = ("joy", "plot", "acting", "film", "dull", "funny", "loud", "moving", "long", "honest")
 
 
-@pytest.fixture(autouse=True)
-def _no_picture(request, monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def _no_picture(request):
     """Drawing takes an eighth of the time of short runs; test_plot.py is for pictures."""
-    if request.module.__name__ != "tests.training.test_plot":
-        draw = "matplotlib.backends.backend_agg.FigureCanvasAgg.print_png"
-        monkeypatch.setattr(draw, lambda _, file: Path(file).touch())
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__ != "tests.training.test_plot":
+            draw = "matplotlib.backends.backend_agg.FigureCanvasAgg.print_png"
+            patch.setattr(draw, lambda _, file: Path(file).touch())
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -36,24 +39,25 @@ def workspace(tmp_path_factory):
     return folder
 
 
+def short_run(workspace, folder, **changes):
+    """The configuration of a short run on the tiny model, from names of flags."""
+    fields = {
+        "model": str(workspace / "model"),
+        "data": DataConfig(str(workspace / "train.jsonl"), max_length=64, buckets=(64,)),
+        "output": str(folder / "run"),
+        "method": "lora",  # its update compiles in a tenth of the time
+        "rank": 4,
+        "target_modules": ("q_proj", "down_proj"),  # all would compile three times as long
+        "learning_rate": 3e-3,
+        "steps": 12,
+        "batch_size": 8,
+        "save_every": 4,
+        "log_every": 1,
+    }
+    return flat_config(**{**fields, **changes})
+
+
 @pytest.fixture
 def make_config(workspace, tmp_path):
-    """Builds the configuration of a short run on the tiny model, from names of flags."""
-
-    def build(**changes):
-        fields = {
-            "model": str(workspace / "model"),
-            "data": DataConfig(str(workspace / "train.jsonl"), max_length=64, buckets=(64,)),
-            "output": str(tmp_path / "run"),
-            "method": "lora",  # its update compiles in a tenth of the time
-            "rank": 4,
-            "target_modules": ("q_proj", "down_proj"),  # all would compile three times as long
-            "learning_rate": 3e-3,
-            "steps": 12,
-            "batch_size": 8,
-            "save_every": 4,
-            "log_every": 1,
-        }
-        return flat_config(**{**fields, **changes})
-
-    return build
+    """Builds the configuration of a short run in a folder of its own."""
+    return functools.partial(short_run, workspace, tmp_path)

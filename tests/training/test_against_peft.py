@@ -73,8 +73,9 @@ CASES = {
     "lora-fa": ("lora-fa", {}, lora_fa),
     "lora-fa, clipped": ("lora-fa", {"max_grad_norm": 0.1}, lora_fa),
 }
-# What differs little from another one.
+# What differs little from another one, or from going on from an adapter.
 SLOW = (
+    "lora",
     "lora, clipped",
     "rslora",
     "pissa",
@@ -113,7 +114,7 @@ def test_losses_are_those_of_peft(
     check_same_losses(config, model, theirs, make_torch_optimizer(theirs))
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("dora", marks=pytest.mark.slow)])
 def test_going_on_from_an_adapter_of_peft(method, make_config, tmp_path):
     """Rank, alpha, their patterns, modules, layers, rsLoRA and DoRA are those of its folder."""
     config = make_config(

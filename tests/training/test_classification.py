@@ -16,12 +16,12 @@ from loft_jax.cli.source import Source
 from loft_jax.data import DataConfig
 from loft_jax.errors import InputError
 from loft_jax.training.checkpoint import Checkpoints
-from loft_jax.training.interrupt import StopRequest
 from loft_jax.training.loop import finetune
 from tests.flat_config import flat_config
 from tests.models.test_bert import save_bert
 from tests.tiny import tiny_tokenizer
 
+LABELS = ("good", "bad")  # in an order of one's own
 WORDS = ("plot", "acting", "film", "dull", "funny", "loud", "moving", "long", "honest")
 
 
@@ -70,10 +70,12 @@ def config(folder, output, **changes):
 @pytest.fixture(scope="module")
 def trained(folder, tmp_path_factory):
     output = tmp_path_factory.mktemp("run") / "run"
-    return output, finetune(config(folder, output, method="loft"), progress=False)
+    run = config(folder, output, method="loft", label_names=LABELS)
+    return output, finetune(run, progress=False)
 
 
 def rows(folder):
+    """Texts of the test with their labels."""
     lines = (folder / "test.tsv").read_text().splitlines()[1:]
     return [line.split("\t") for line in lines]
 
@@ -86,7 +88,7 @@ def torch_accuracy(folder, adapter):
     for text, label in rows(folder):
         with torch.no_grad():
             ids = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
-            right += ["bad", "good"][int(model(**ids).logits.argmax())] == label
+            right += LABELS[int(model(**ids).logits.argmax())] == label
     return right / len(rows(folder))
 
 
@@ -109,7 +111,7 @@ def test_the_command_measures_the_adapter_alike(folder, trained, capsys):
     data = ["--data.path", str(folder / "test.tsv"), "--data.text-field", "sentence"]
     assert main([*command, *data]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert json.loads((output / "adapter" / "labels.json").read_text()) == ["bad", "good"]
+    assert json.loads((output / "adapter" / "labels.json").read_text()) == list(LABELS)
     assert found["accuracy"] == pytest.approx(result.after["accuracy"])
     assert found["nll"] == pytest.approx(result.after["loss"], rel=1e-4)
     assert found["count"] == 48
@@ -121,30 +123,23 @@ def test_the_best_checkpoint_is_exported_and_merged(folder, trained, tmp_path):
     merged = tmp_path / "merged"
     assert main(["merge", "--adapter", str(tmp_path / "adapter"), "--output", str(merged)]) == 0
     model = AutoModelForSequenceClassification.from_pretrained(merged)
-    assert model.config.id2label == {0: "bad", 1: "good"}
+    assert model.config.id2label == dict(enumerate(LABELS))
 
 
-def test_a_resumed_run_is_the_run_to_the_bit(folder, trained, tmp_path, monkeypatch):
+def test_a_resumed_run_is_the_run_to_the_bit(folder, trained, tmp_path):
     whole, _ = trained
-    run = config(folder, tmp_path / "run", method="loft")
-    reached = StopRequest.reached
-    monkeypatch.setattr(StopRequest, "reached", lambda self, step: step == 30)
-    assert finetune(run, progress=False).interrupted
-    monkeypatch.setattr(StopRequest, "reached", reached)
-    again = finetune(run, resume=True, progress=False)
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "60")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    again = finetune(
+        config(folder, tmp_path / "run", method="loft", label_names=LABELS),
+        resume=True,
+        progress=False,
+    )
     first = load_file(whole / "adapter" / "adapter_model.safetensors")
     second = load_file(again.trained / "adapter_model.safetensors")
     assert first.keys() == second.keys()
     assert all(np.array_equal(first[name], second[name]) for name in first)
-
-
-def test_labels_in_an_order_of_ones_own_are_those_of_the_adapter(folder, tmp_path, capsys):
-    run = config(folder, tmp_path / "run", label_names=("good", "bad"))
-    result = finetune(run, progress=False)
-    data = ["--data.path", str(folder / "test.tsv"), "--data.text-field", "sentence"]
-    assert main(["evaluate", "--adapter", str(result.trained), *data]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found["accuracy"] == pytest.approx(result.after["accuracy"])
 
 
 @pytest.fixture(scope="module")
@@ -171,10 +166,10 @@ def of_numbers(trained, tmp_path_factory):
         (
             False,
             [],
-            "predicts one of the labels ['bad', 'good'], but field 'label' of the rows has decimal "
+            "predicts one of the labels ['good', 'bad'], but field 'label' of the rows has decimal "
             "numbers; expected these labels, or an adapter that was trained for regression",
         ),
-        (False, ["--task", "regression"], "['bad', 'good'], but task is 'regression'"),
+        (False, ["--task", "regression"], "['good', 'bad'], but task is 'regression'"),
     ],
 )
 def test_an_adapter_of_another_task_is_refused_before_it_is_loaded(
@@ -236,6 +231,7 @@ def test_a_preset_needs_the_folder_of_the_data_alone(folder, tmp_path, capsys):
     assert "evaluation has no weights" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_all_weights_train_and_labels_are_kept(folder, tmp_path):
     run = config(folder, tmp_path / "run", method="full", learning_rate=1e-3, steps=4, save_every=4)
     result = finetune(run, progress=False)

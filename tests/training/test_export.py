@@ -23,7 +23,7 @@ def pushed(workspace, tmp_path_factory):
         *("--data.path", str(workspace / "train.jsonl"), "--data.max-length", "64"),
         *("--eval-path", str(workspace / "test.jsonl")),
         *("--rank", "4", "--steps", "2", "--batch-size", "4", "--target-modules", "q_proj"),
-        *("--base-model-name", "org/base", "--push-to-hub", "me/first"),
+        *("--method", "lora", "--base-model-name", "org/base", "--push-to-hub", "me/first"),
     ]
     with pytest.MonkeyPatch.context() as monkeypatch, hub_server(monkeypatch) as hub:
         assert main(["finetune", *flags]) == 0
@@ -60,7 +60,7 @@ def test_the_model_card_has_the_metadata_of_peft_and_the_figures(pushed, workspa
     (later,) = (row["eval_loss"] for row in after if "eval_loss" in row)
     assert f"| loss | {loss:.4f} | {later:.4f} |" in card.text
     assert f"| train_loss | | {after[0]['train_loss']:.4f} |" in card.text
-    for said in ("| method | loft |", "| data | `train.jsonl` |", "2, of 4 rows each"):
+    for said in ("| method | lora |", "| data | `train.jsonl` |", "2, of 4 rows each"):
         assert said in card.text
 
 

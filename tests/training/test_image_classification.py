@@ -1,6 +1,7 @@
 """A run of image classification as its users see it: trained, resumed, evaluated, merged."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +13,6 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Vi
 from loft_jax.cli import main
 from loft_jax.data import DataConfig
 from loft_jax.errors import InputError
-from loft_jax.training.interrupt import StopRequest
 from loft_jax.training.loop import finetune
 from tests.flat_config import flat_config
 from tests.models.test_vit import save_vit
@@ -102,15 +102,13 @@ def test_the_merged_model_gives_in_torch_what_it_gives_here(folder, trained, tmp
     assert loss == pytest.approx(result.after["loss"], rel=1e-3)
 
 
-def test_a_resumed_run_is_the_run_to_the_bit(folder, trained, tmp_path, monkeypatch):
+def test_a_resumed_run_is_the_run_to_the_bit(folder, trained, tmp_path):
     """Random crops included."""
     whole, _ = trained
-    run = config(folder, tmp_path / "run")
-    reached = StopRequest.reached
-    monkeypatch.setattr(StopRequest, "reached", lambda self, step: step == 15)
-    assert finetune(run, progress=False).interrupted
-    monkeypatch.setattr(StopRequest, "reached", reached)
-    again = finetune(run, resume=True, progress=False)
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "30")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    again = finetune(config(folder, tmp_path / "run"), resume=True, progress=False)
     first = load_file(whole / "adapter" / "adapter_model.safetensors")
     second = load_file(again.trained / "adapter_model.safetensors")
     assert first.keys() == second.keys()

@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import jax
 import numpy as np
@@ -16,15 +17,38 @@ from safetensors.numpy import load_file, save_file
 from loft_jax.errors import InputError
 from loft_jax.hub import load_peft_adapter, load_pretrained, load_tokenizer
 from loft_jax.tasks.causal_lm import CausalLM
-from loft_jax.training.config_io import save_config
+from loft_jax.training.config_io import config_from_dict, load_config, save_config
 from loft_jax.training.loop import finetune
 from loft_jax.training.metrics import read_metrics
 from loft_jax.training.model import base_fingerprint, load_base
 from loft_jax.training.run import Run
 from tests.tiny import save_tiny_llama, tiny_tokenizer
+from tests.training.conftest import short_run
 from tests.training.processes import adapter, losses
 
 CHOICES = (" negative", " positive")
+
+
+@pytest.fixture(scope="module")
+def finished(workspace, tmp_path_factory):
+    """The configuration of a run that has ended, with all of its checkpoints."""
+    config = short_run(
+        workspace,
+        tmp_path_factory.mktemp("finished"),
+        steps=6,
+        save_every=2,
+        keep_last=9,
+        profile_steps=(2, 3),
+    )
+    finetune(config, progress=False)
+    return config
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """The same of a copy, to go on from."""
+    shutil.copytree(finished.output, tmp_path / "copy")
+    return dataclasses.replace(finished, output=str(tmp_path / "copy"))
 
 
 @pytest.mark.parametrize(
@@ -34,7 +58,7 @@ def test_a_run_learns_and_leaves_everything(make_config, workspace, method):
     config = make_config(
         method=method,
         steps=30,
-        target_modules=("all-linear",) if method == "lora" else ("q_proj", "up_proj"),
+        target_modules=("all-linear",) if method == "lora" else ("q_proj", "o_proj"),
         learning_rate=1e-2 if method != "full" else 2e-3,
         eval_path=str(workspace / "test.jsonl"),
         choices=CHOICES,
@@ -61,16 +85,12 @@ def test_a_run_learns_and_leaves_everything(make_config, workspace, method):
         load_tokenizer(folder / "model")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [
-        "dora",
-        "reflora-s",
-        *(
-            pytest.param(method, marks=pytest.mark.slow)
-            for method in ("loft-muon", "lora-plus", "rslora", "lora-fa", "pissa", "riemannian")
-        ),
-        *(pytest.param(method, marks=pytest.mark.slow) for method in ("altlora-plus", "reflora")),
+        *("dora", "loft-muon", "lora-plus", "rslora", "lora-fa", "pissa", "riemannian"),
+        *("altlora-plus", "reflora", "reflora-s"),
     ],
 )
 def test_every_method_resumes_and_exports(make_config, method):
@@ -92,7 +112,7 @@ def test_every_method_resumes_and_exports(make_config, method):
     load_peft_adapter(result.trained, load_pretrained(config.model.path))
 
 
-def test_the_state_is_told_before_training(make_config, caplog):
+def test_the_state_is_told_before_training(make_config, monkeypatch, caplog):
     """With all that LoFT can be set to, since these settings reach the optimizer here only."""
     config = make_config(
         method="loft",
@@ -102,7 +122,8 @@ def test_the_state_is_told_before_training(make_config, caplog):
         state_dtype="bfloat16",
         balance=True,
     )
-    with caplog.at_level(logging.INFO, logger="loft_jax"):
+    monkeypatch.setattr(Run, "placed", Mock(side_effect=KeyboardInterrupt))  # before it compiles
+    with caplog.at_level(logging.INFO, logger="loft_jax"), pytest.raises(KeyboardInterrupt):
         finetune(config, progress=False)
     told = re.search(
         r"loft: ([\d,]+) trained parameters, optimizer state of ([\d,]+) bytes", caplog.text
@@ -112,13 +133,12 @@ def test_the_state_is_told_before_training(make_config, caplog):
     assert 0 < held - rows * (2 + 2 * 4 + 2 * 4) < 2000  # weights in bfloat16, mu, basis; grams
 
 
-def test_checkpoints_hold_no_base_weights(make_config):
-    config = make_config(steps=4)
-    finetune(config, progress=False)
-    sizes = [f.stat().st_size for f in Path(config.output, "checkpoints").rglob("*") if f.is_file()]
-    model = load_pretrained(config.model.path)
+def test_checkpoints_hold_no_base_weights(finished):
+    folder = Path(finished.output, "checkpoints", "4")
+    sizes = [f.stat().st_size for f in folder.rglob("*") if f.is_file()]
+    model = load_pretrained(finished.model.path)
     base = sum(x.nbytes for x in jax.tree.leaves(model.embed_tokens.embedding[...]))
-    state = json.loads((Path(config.output) / "checkpoints/4/params/_METADATA").read_text())
+    state = json.loads((folder / "params" / "_METADATA").read_text())
     assert "embed_tokens" not in json.dumps(state)
     assert "kernel" not in json.dumps(state)
     assert sum(sizes) < 40 * base
@@ -135,14 +155,13 @@ def test_lora_fa_refuses_embeddings(make_config):
         finetune(config, progress=False)
 
 
-def test_resume_refuses_another_run(make_config):
-    config = make_config(steps=4)
-    finetune(config, progress=False)
+def test_resume_refuses_another_run(copied):
+    schedule = dataclasses.replace(copied.schedule, learning_rate=0.5)
     with pytest.raises(InputError, match=r"another schedule\.learning_rate: .*0\.003, now "):
-        finetune(make_config(steps=4, learning_rate=0.5), resume=True, progress=False)
-    with pytest.raises(InputError, match="holds a run at step 4 already; resume it"):
-        finetune(config, progress=False)
-    assert finetune(config, resume=True, progress=False).steps == 4
+        finetune(dataclasses.replace(copied, schedule=schedule), resume=True, progress=False)
+    with pytest.raises(InputError, match="holds a run at step 6 already; resume it"):
+        finetune(copied, progress=False)
+    assert finetune(copied, resume=True, progress=False).steps == 6
 
 
 def test_a_run_goes_on_from_where_its_files_have_moved_to(make_config, workspace, tmp_path, caplog):
@@ -206,19 +225,18 @@ def test_resume_without_a_checkpoint(make_config):
         finetune(make_config(), resume=True, progress=False)
 
 
-def test_killed_before_the_first_checkpoint(make_config, tmp_path, caplog):
-    whole = make_config(output=str(tmp_path / "whole"), steps=3)
-    finetune(whole, progress=False)
-    config = make_config(output=str(tmp_path / "killed"), steps=3, save_every=100)
+def test_killed_before_the_first_checkpoint(finished, tmp_path, caplog):
+    config = dataclasses.replace(finished, output=str(tmp_path / "killed"))
     folder = Path(config.output)
-    (folder / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir(parents=True)
+    (folder / "checkpoints" / "2.orbax-checkpoint-tmp").mkdir(parents=True)
     save_config(config, folder / "config.yaml")
     (folder / "metrics.jsonl").write_text('{"step": 1, "train_loss": 9.0}\n{"step": 2, "tr')
+    other = dataclasses.replace(config, lora=dataclasses.replace(config.lora, rank=2))
     with pytest.raises(InputError, match=r"another lora\.rank"):
-        finetune(make_config(output=config.output, rank=2, steps=3), resume=True, progress=False)
+        finetune(other, resume=True, progress=False)
     finetune(config, resume=True, progress=False)
     assert "stopped before its first checkpoint; starting again" in caplog.text
-    assert losses(config.output) == losses(whole.output)
+    assert losses(config.output) == losses(finished.output)
 
 
 def test_a_finished_run_of_constant_rates_goes_on(make_config, tmp_path, caplog):
@@ -247,40 +265,40 @@ def test_what_more_steps_would_have_been_otherwise_is_refused(make_config):
         Run._check_steps(longer, 2, {"steps": 2})
 
 
-def test_resume_from_a_damaged_checkpoint(make_config, tmp_path, caplog):
-    config = make_config(steps=6, save_every=2)
-    finetune(config, progress=False)
-    folder = Path(config.output)
+def test_resume_from_a_damaged_checkpoint(copied, caplog):
+    folder = Path(copied.output)
     expected, weights = losses(folder), adapter(folder)
     for file in (folder / "checkpoints" / "6" / "optimizer").rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[:-1])
-    assert finetune(config, resume=True, progress=False).steps == 6
+    assert finetune(copied, resume=True, progress=False).steps == 6
     assert "falling back to the checkpoint of step 4" in caplog.text
     assert losses(folder) == expected
     for name, tensor in adapter(folder).items():
         np.testing.assert_array_equal(tensor, weights[name], err_msg=name)
 
 
-def test_a_finished_run_of_all_weights_resumes_to_its_end(make_config):
-    config = make_config(method="full", steps=2)
-    model = finetune(config, progress=False).trained
-    before = (model / "model.safetensors").stat().st_mtime_ns
-    assert finetune(config, resume=True, progress=False).trained == model
-    assert (model / "model.safetensors").stat().st_mtime_ns == before
-
-
 @pytest.mark.parametrize(
     ("method", "name", "lost"),
-    [("full", "model", False), ("lora", "adapter_model", False), ("full", "model", True)],
+    [
+        ("full", "model", False),
+        ("lora", "adapter_model", True),
+        pytest.param("lora", "adapter_model", False, marks=pytest.mark.slow),
+        pytest.param("full", "model", True, marks=pytest.mark.slow),
+    ],
 )
 def test_an_extended_run_sets_aside_what_it_had_written(make_config, method, name, lost):
-    """Also one that starts again, since its checkpoints are gone."""
+    """Also one that starts again, since its checkpoints are gone; one that had ended does not."""
     settings = {"method": method, "schedule": "constant"}
     first = finetune(make_config(**settings, steps=1), progress=False).trained
     weights = load_file(first / f"{name}.safetensors")
     if lost:
         shutil.rmtree(first.parent / "checkpoints")
+    else:
+        before = (first / f"{name}.safetensors").stat().st_mtime_ns
+        ended = finetune(make_config(**settings, steps=1), resume=True, progress=False)
+        assert ended.trained == first
+        assert (first / f"{name}.safetensors").stat().st_mtime_ns == before
     finetune(make_config(**settings, steps=2), resume=True, progress=False)
     (aside,) = first.parent.glob(f"{first.name}-*")
     kept, new = (load_file(folder / f"{name}.safetensors") for folder in (aside, first))
@@ -305,7 +323,6 @@ def test_a_tokenizer_of_another_model_is_refused(make_config, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(make_config):
     config = make_config(
-        method="lora",
         target_modules=("all-linear",),
         learning_rate=1e30,
         max_grad_norm=0.0,
@@ -339,19 +356,14 @@ def test_a_loss_that_rose_is_told_at_the_end(make_config, caplog):
     assert re.search(told, caplog.text)
 
 
-def test_config_survives_in_the_run(make_config):
-    config = make_config(steps=1)
-    finetune(config, progress=False)
-    from loft_jax.training.config_io import config_from_dict, load_config
-
-    saved = config_from_dict(load_config(Path(config.output) / "config.yaml"))
-    assert saved == make_config(steps=1, dtype="float32", param_dtype="float32")
+def test_config_survives_in_the_run(finished):
+    saved = config_from_dict(load_config(Path(finished.output) / "config.yaml"))
+    model = dataclasses.replace(finished.model, dtype="float32", param_dtype="float32")
+    assert saved == dataclasses.replace(finished, model=model)
 
 
-def test_a_trace_of_some_steps(make_config):
-    config = make_config(steps=4, profile_steps=(2, 3))
-    finetune(config, progress=False)
-    traces = list(Path(config.output, "profile").rglob("*.xplane.pb"))
+def test_a_trace_of_some_steps(finished):
+    traces = list(Path(finished.output, "profile").rglob("*.xplane.pb"))
     assert len(traces) == 1
     assert traces[0].stat().st_size > 1000
 

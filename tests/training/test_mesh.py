@@ -22,7 +22,7 @@ from loft_jax.training.shardings import parameter_spec
 from loft_jax.training.topology import load_topology
 from tests.training.eight_devices import LOADED, QUANTIZED
 
-DAILY, SLOW = ((8, 1, 1), (2, 2, 2)), ((1, 8, 1), (1, 4, 2))
+DAILY, SLOW = ((2, 2, 2),), ((8, 1, 1), (1, 8, 1), (1, 4, 2))
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is for Linux on x86-64"
 )
@@ -95,6 +95,7 @@ def test_weights_are_gathered_one_layer_at_a_time(sizes):
     assert bool(layer) == (sizes[1] > 1)
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_added_up_over_copies_once():
     """Behind the loop over the parts, in which there is no reduction; else there are some."""
     assert not run_on((8, 1, 1))["reduced_in_loops"]

@@ -17,7 +17,7 @@ LOSS = CausalLM().loss
 
 @pytest.fixture(scope="module")
 def parts(workspace):
-    config = LoRAConfig(rank=2, target_modules=("k_proj", "down_proj"))
+    config = LoRAConfig(rank=2, target_modules=("k_proj",))
     model = add_lora(load_pretrained(workspace / "model"), config, rngs=nnx.Rngs(0))
     for _, layer in nnx.iter_graph(model):
         if hasattr(layer, "lora_b"):
@@ -45,7 +45,7 @@ def plain_loss(parts, params, batch):
     return jnp.sum(nll * mask) / mask.sum()
 
 
-@pytest.mark.parametrize("learned", [0.1, 1.0])
+@pytest.mark.parametrize("learned", [0.1, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_loss_and_gradient_are_those_of_every_position(parts, learned):
     batch = random_batch(0, learned=learned)
     value, grads = jax.value_and_grad(lambda p: plain_loss(parts, p, batch))(parts.params)
@@ -125,7 +125,7 @@ def test_the_base_has_no_gradient_and_no_optimizer_state(parts):
 
 
 def test_dropout_draws_anew_at_every_step(workspace):
-    config = LoRAConfig(rank=2, dropout=0.5)
+    config = LoRAConfig(rank=2, dropout=0.5, target_modules=("q_proj",))
     model = add_lora(load_pretrained(workspace / "model"), config, rngs=nnx.Rngs(0))
     for _, layer in nnx.iter_graph(model):
         if hasattr(layer, "lora_b"):

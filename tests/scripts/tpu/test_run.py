@@ -25,6 +25,7 @@ def test_run_goes_on_after_a_preemption(cloud):
     assert (cloud / "state").read_text().startswith("READY")
 
 
+@pytest.mark.slow
 def test_run_starts_again_if_lost_before_it_wrote_anything(cloud):
     (cloud / "plan").write_text("early")
     output = cloud / "output"
@@ -41,6 +42,7 @@ def test_run_gives_up_after_max_restarts(cloud):
     assert len(started(cloud)) == 1
 
 
+@pytest.mark.slow
 def test_run_goes_on_when_another_host_was_restarted(cloud):
     (cloud / "plan").write_text("lose")
     found = act(cloud, "run", "--", "--config", "c.yaml")
@@ -51,7 +53,7 @@ def test_run_goes_on_when_another_host_was_restarted(cloud):
     assert [words[3] for words in calls(cloud, "create", "delete")] == ["create"]
 
 
-@pytest.mark.parametrize("plan", ["fail", "tell"])
+@pytest.mark.parametrize("plan", ["fail", pytest.param("tell", marks=pytest.mark.slow)])
 def test_run_ends_with_the_status_of_a_host_that_fails(cloud, plan):
     (cloud / "plan").write_text(plan)
     found = act(cloud, "run", "--", "--output", "o")

@@ -14,8 +14,15 @@ def test_up_uses_a_slice_that_is_there(cloud):
     assert not calls(cloud, "delete")
 
 
-@pytest.mark.parametrize("queued", [(), ("--queued",)])
-@pytest.mark.parametrize("state", ["PREEMPTED", "TERMINATED"])
+@pytest.mark.parametrize(
+    ("state", "queued"),
+    [
+        ("PREEMPTED", ()),
+        ("TERMINATED", ("--queued",)),
+        pytest.param("PREEMPTED", ("--queued",), marks=pytest.mark.slow),
+        pytest.param("TERMINATED", (), marks=pytest.mark.slow),
+    ],
+)
 def test_up_replaces_a_slice_that_is_lost(cloud, state, queued):
     (cloud / "state").write_text(state)
     if queued:

@@ -23,7 +23,8 @@ _COUNT = re.compile(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}")
 
 
 class Patterns:
-    """Matches the patterns of one source, as Python's `re` does, within four seconds in all.
+    """Matches the patterns of one source, as Python's `re` does, within four seconds of a processor's
+    time in all.
 
     A pattern such as `(a|aa)*!` takes time exponential in the length of the text, and Python's `re`
     cannot be interrupted. Where the package `regex` is missing, it matches, without that limit;
@@ -55,7 +56,7 @@ class Patterns:
             InputError: It is not a regular expression, has too many repetitions, or takes too long.
         """
         if pattern not in self._compiled:
-            before = time.monotonic()
+            before = time.thread_time()
             with explained(f"{self._source}: {shown(pattern)} is no regular expression"):
                 if len(pattern) > _LONGEST:
                     raise ValueError(f"it has more than {_LONGEST} characters")
@@ -84,7 +85,7 @@ class Patterns:
     def _matched(self, function: Callable[..., Any], text: str) -> Any:
         if regex is None:
             return function(text)
-        before = time.monotonic()
+        before = time.thread_time()
         try:
             # The limit is of the processor's time, and comes at twice what is given.
             return function(text, timeout=max(self._left / 2, 1e-3))
@@ -95,6 +96,6 @@ class Patterns:
             self._spend(before)
 
     def _spend(self, before: float) -> None:
-        self._left -= time.monotonic() - before
+        self._left -= time.thread_time() - before
         if self._left <= 0:
             raise InputError(f"{self._source}: matching its regular expressions takes too long")

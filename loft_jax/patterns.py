@@ -23,8 +23,7 @@ _COUNT = re.compile(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}")
 
 
 class Patterns:
-    """Matches the patterns of one source, as Python's `re` does, within four seconds of a processor's
-    time in all.
+    """Matches the patterns of one source as Python's `re` does, in four seconds of processor time.
 
     A pattern such as `(a|aa)*!` takes time exponential in the length of the text, and Python's `re`
     cannot be interrupted. Where the package `regex` is missing, it matches, without that limit;

@@ -135,7 +135,7 @@ def test_too_many_numbers_for_triton():
         lowered(on_cuda, "cuda", *shapes(64, 11008, 4096, 128, True))
 
 
-@pytest.mark.parametrize("move", ["tangent", "alternate"])
+@pytest.mark.parametrize("move", ["tangent", pytest.param("alternate", marks=pytest.mark.slow)])
 def test_the_device_of_the_program_decides(move):
     params = {
         "lora_a": jax.ShapeDtypeStruct((24, 4), jnp.float32),

@@ -36,7 +36,7 @@ LAYOUT = {
 FAST = ("loft", "reflora_s")
 EXPLICIT = {name: name in FAST for name in TRANSFORMS}
 NAMED = {
-    f"{kind}, {second_moment}": second_moment == "factored"
+    f"{kind}, {second_moment}": (kind, second_moment) == ("Explicit", "factored")
     for kind in ("Auto", "Explicit")
     for second_moment in ("full", "factored", "diagonal")
 }

@@ -1,4 +1,9 @@
-"""What holds of every decoder, as checks that the tests of one call; see `family_checks` too."""
+"""What holds of every decoder, as checks that the tests of one call; see `family_checks` too.
+
+Most decoders are made of parts of others: what those parts do for gradients, caches, adapters and
+quantization is checked daily for the last of a line, as Gemma 3 after Gemma 2, and for one whose
+layers are its own, as Phi-3's; for the others with -m slow. Logits are checked daily for all.
+"""
 
 import jax
 import numpy as np

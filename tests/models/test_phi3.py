@@ -77,6 +77,7 @@ def test_gradients_are_those_of_torch(folder):
     check_gradients(folder, names, layer=1)
 
 
+@pytest.mark.slow
 def test_continuations_beyond_the_window_are_those_of_transformers(tmp_path):
     check_greedy(save_phi3(tmp_path, **LONG | {"original_max_position_embeddings": 32}))
 

@@ -101,9 +101,8 @@ def test_losses_and_gradients_are_those_of_torch(tmp_path):
     model, task = loaded(folder), ImageClassification(["a", "b", "c"])
     labels = np.asarray([2, 0, 1], np.int32)
     inputs = {"pixel_values": IMAGES, "labels": labels, "weights": np.ones(3, np.float32)}
-    (total, weight), grads = nnx.value_and_grad(
-        lambda model: task.loss(model, inputs), has_aux=True
-    )(model)
+    loss = nnx.value_and_grad(lambda model: task.loss(model, inputs), has_aux=True)
+    (total, weight), grads = nnx.jit(loss)(model)
     theirs = AutoModelForImageClassification.from_pretrained(folder).eval()
     out = theirs(torch.tensor(IMAGES.transpose(0, 3, 1, 2)), labels=torch.tensor(labels).long())
     np.testing.assert_allclose(total / weight, out.loss.item(), rtol=1e-4)
@@ -182,7 +181,13 @@ def test_all_linear_layers_are_those_that_peft_adapts(folder):
     assert ours == {name for name, module in theirs.named_modules() if hasattr(module, "lora_A")}
 
 
-@pytest.mark.parametrize("kind", [transformers.ViTModel, transformers.ViTForMaskedImageModeling])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(transformers.ViTModel, marks=pytest.mark.slow),
+        transformers.ViTForMaskedImageModeling,
+    ],
+)
 def test_a_head_is_drawn_where_there_is_none_and_that_of_pretraining_is_passed_over(tmp_path, kind):
     """Without the prefix and with a pooler, or with a mask token and a decoder."""
     folder = save_vit(tmp_path / "model", kind, encoder_stride=4)

@@ -75,7 +75,10 @@ def our_logits(model):
     return np.asarray(compiled(model))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(x, marks=pytest.mark.slow) if x == "three labels" else x for x in VARIANTS],
+)
 def test_logits_are_those_of_transformers(tmp_path, variant):
     folder = save_bert(tmp_path / "model", **VARIANTS[variant])
     model = load_pretrained(folder, head=HEAD)

@@ -91,6 +91,7 @@ def test_padding_changes_nothing(folder, side):
         np.testing.assert_allclose(found[row, where], alone[0], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_torch(folder):
     model = load_pretrained(folder)
     model.eval()

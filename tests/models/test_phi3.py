@@ -72,6 +72,7 @@ def test_padded_and_packed_texts_give_what_they_give_alone(folder):
     check_texts_in_rows(folder)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_torch(folder):
     names = ["self_attn.qkv_proj.weight", "mlp.gate_up_proj.weight", "input_layernorm.weight"]
     check_gradients(folder, names, layer=1)

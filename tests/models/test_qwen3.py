@@ -56,6 +56,7 @@ def test_padded_and_packed_texts_give_what_they_give_alone(folder):
     check_texts_in_rows(folder)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_torch(folder):
     names = ["self_attn.q_proj.weight", "self_attn.q_norm.weight", "self_attn.k_norm.weight"]
     check_gradients(folder, names, layer=0)

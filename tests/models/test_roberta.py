@@ -89,7 +89,10 @@ def loaded(folder, **options):
     return model
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(x, marks=pytest.mark.slow) if x == "three labels" else x for x in VARIANTS],
+)
 def test_logits_are_those_of_transformers(tmp_path, variant):
     folder = save_roberta(tmp_path / "model", **VARIANTS[variant])
     theirs = AutoModelForSequenceClassification.from_pretrained(folder).eval()
@@ -98,6 +101,7 @@ def test_logits_are_those_of_transformers(tmp_path, variant):
     np.testing.assert_allclose(our_logits(loaded(folder), tokens), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_stands_in_padding_changes_nothing(folder):
     model = loaded(folder)
     expected = our_logits(model)
@@ -241,6 +245,7 @@ def test_names_of_older_checkpoints_are_read(folder, tmp_path):
     np.testing.assert_array_equal(our_logits(loaded(tmp_path)), our_logits(loaded(folder)))
 
 
+@pytest.mark.slow
 def test_dropout_is_that_of_the_configuration(folder):
     model = load_pretrained(folder, head=HEAD)
     quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

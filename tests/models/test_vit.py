@@ -75,7 +75,10 @@ def loaded(folder, **options):
     return model
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(x, marks=pytest.mark.slow) if x == "three labels" else x for x in VARIANTS],
+)
 def test_logits_are_those_of_transformers(tmp_path, variant):
     folder = save_vit(tmp_path / "model", **VARIANTS[variant])
     theirs = AutoModelForImageClassification.from_pretrained(folder).eval()
@@ -83,7 +86,7 @@ def test_logits_are_those_of_transformers(tmp_path, variant):
     np.testing.assert_allclose(our_logits(loaded(folder)), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("size", [(24, 24), (27, 13)])
+@pytest.mark.parametrize("size", [pytest.param((24, 24), marks=pytest.mark.slow), (27, 13)])
 def test_positions_are_interpolated_for_images_of_other_sizes(folder, size):
     images = np.random.default_rng(1).normal(size=(2, *size, 3)).astype(np.float32)
     theirs = AutoModelForImageClassification.from_pretrained(folder).eval()

@@ -148,7 +148,9 @@ def test_a_stack_starts_as_the_base(param_dtype):
     np.testing.assert_allclose(run(model, TOKENS), run(base, TOKENS), rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("init", ["kaiming_uniform", "balanced"])
+@pytest.mark.parametrize(
+    "init", [pytest.param("kaiming_uniform", marks=pytest.mark.slow), "balanced"]
+)
 def test_a_stack_merges_layer_by_layer_and_is_restored_to_the_bit(init):
     def model():
         config = LoRAConfig(2, alpha=3.0, use_dora=True, init=init)

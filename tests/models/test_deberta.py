@@ -231,6 +231,7 @@ def test_no_array_has_more_than_two_numbers_for_a_pair_of_tokens_and_head():
     assert max(math.prod(map(int, shape.split(","))) for shape in shapes) == 2 * 2 * length**2
 
 
+@pytest.mark.slow
 def test_an_adapter_and_its_head_go_to_peft_and_merge_for_transformers(folder, tmp_path):
     check_adapter_out(
         folder,

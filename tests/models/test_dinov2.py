@@ -59,6 +59,7 @@ def folder(tmp_path_factory):
     return save_dinov2(tmp_path_factory.mktemp("dinov2") / "model", **GATED)
 
 
+# The gated one is read in other tests too.
 @pytest.mark.parametrize(
     "variant",
     [pytest.param(x, marks=pytest.mark.slow) if x == "gated" else x for x in VARIANTS],

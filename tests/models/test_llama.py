@@ -93,6 +93,8 @@ def test_bfloat16_compute_loses_no_more_than_in_transformers(folder, model):
     assert 1e-3 < lost < 1.1 * lost_there
 
 
+# Daily in test_gemma2.py, against transformers.
+@pytest.mark.slow
 def test_a_branch_is_the_text_alone_with_it_behind(model):
     prompt, *branches = (random_tokens((1, size)) for size in (6, 3, 4))
     tokens = np.concatenate([prompt, *branches], axis=1)

@@ -95,7 +95,7 @@ def test_kernels_only(tiny_llama):
     assert model.layers.mlp.up_proj.kernel.get_value().scale.dtype == jnp.bfloat16
 
 
-@KINDS
+@pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
 def test_a_model_is_saved_with_its_dequantized_kernels(tmp_path, tiny_llama, kind):
     config = LoRAConfig(rank=2, target_modules=("q_proj",))
     base = load_pretrained(tiny_llama, quantization=kind)

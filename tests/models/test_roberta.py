@@ -89,9 +89,13 @@ def loaded(folder, **options):
     return model
 
 
+# The plain one is read in other tests too.
 @pytest.mark.parametrize(
     "variant",
-    [pytest.param(x, marks=pytest.mark.slow) if x == "three labels" else x for x in VARIANTS],
+    [
+        pytest.param(x, marks=pytest.mark.slow) if x in ("plain", "three labels") else x
+        for x in VARIANTS
+    ],
 )
 def test_logits_are_those_of_transformers(tmp_path, variant):
     folder = save_roberta(tmp_path / "model", **VARIANTS[variant])
@@ -159,6 +163,7 @@ def test_losses_and_gradients_are_those_of_torch(tmp_path, kind):
         np.testing.assert_allclose(found, expected.grad.T, atol=1e-4 * scale)
 
 
+@pytest.mark.slow
 def test_an_adapter_and_its_head_go_to_peft_and_merge_for_transformers(folder, tmp_path):
     check_adapter_out(
         folder,

@@ -69,7 +69,7 @@ def three():
     ]
 
 
-@pytest.mark.parametrize("rank", [1, 3, None])
+@pytest.mark.parametrize("rank", [1, pytest.param(3, marks=pytest.mark.slow), None])
 def test_every_product_is_the_best_approximation_of_the_mean(three, rank):
     found = products(average_adapters(three, WEIGHTS, rank=rank))
     given = [products(model) for model in three]

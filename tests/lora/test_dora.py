@@ -133,7 +133,9 @@ def test_norms_are_those_of_the_weight_written_out(sizes, seed, scaling, kind):
     np.testing.assert_array_less(np.abs(norms**2 - exact**2), 1e-5 * size**2 + 1e-30)
 
 
-@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "param_dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"]
+)
 def test_a_stack_starts_as_the_base(param_dtype):
     base = Stacked(rngs=nnx.Rngs(0), param_dtype=param_dtype)
     model = Stacked(rngs=nnx.Rngs(0), param_dtype=param_dtype)
@@ -146,7 +148,9 @@ def test_a_stack_starts_as_the_base(param_dtype):
     np.testing.assert_allclose(run(model, TOKENS), run(base, TOKENS), rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("init", ["kaiming_uniform", "balanced"])
+@pytest.mark.parametrize(
+    "init", [pytest.param("kaiming_uniform", marks=pytest.mark.slow), "balanced"]
+)
 def test_a_stack_merges_layer_by_layer_and_is_restored_to_the_bit(init):
     def model():
         config = LoRAConfig(2, alpha=3.0, use_dora=True, init=init)

@@ -154,8 +154,15 @@ def test_copies_compute_the_same(kind, how):
     np.testing.assert_array_equal(copied(x), layer(x))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("how", ["dtype", "params"])
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        # Daily each kind, and each way for every other one.
+        pytest.param(kind, how, marks=() if (i + j) % 2 == 0 else pytest.mark.slow)
+        for i, kind in enumerate(KINDS)
+        for j, how in enumerate(["dtype", "params"])
+    ],
+)
 def test_bfloat16_base_keeps_float32_factors_and_computes_in_bfloat16(kind, how):
     make, x, _ = KINDS[kind]
     if how == "dtype":

@@ -105,7 +105,9 @@ def weight(layer):
     return vars(layer)[layer.lora_weight]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(x, marks=pytest.mark.slow) if x == "output" else x for x in KINDS]
+)
 def test_it_computes_with_the_weight_and_the_product(kind):
     base, layer, x, product = made(kind, trained=False)
     start = base(x)

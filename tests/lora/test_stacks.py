@@ -113,6 +113,8 @@ def trained(loss, params, steps=3):
     return params, state
 
 
+# Daily, other tests have LoFT on a stack beside separate pairs, and the model with these layers.
+@pytest.mark.slow
 def test_loft_trains_them_as_if_each_layer_had_its_own_pair():
     """Against adapters on all layers, whose other factors are constants of zero."""
     model = randomize(llama(layers=LAYERS, target_modules="q_proj"))

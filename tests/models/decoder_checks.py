@@ -1,4 +1,9 @@
-"""What holds of every decoder, as checks that the tests of one call; see `family_checks` too."""
+"""What holds of every decoder, as checks that the tests of one call; see `family_checks` too.
+
+Logits are checked daily for all. Most decoders are made of parts of others: gradients, caches,
+adapters and quantization are checked daily for the last of a line, as Gemma 3 after Gemma 2, or
+where a family has tensors of its own, as Phi-3; for the others with -m slow.
+"""
 
 import jax
 import numpy as np

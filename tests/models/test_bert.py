@@ -66,11 +66,23 @@ def torch_logits(model):
         ).logits.numpy()
 
 
+@nnx.jit
+def compiled(model, tokens=TOKENS, mask=MASK, types=TYPES):
+    return model(tokens, segment_ids=mask, token_types=types)
+
+
 def our_logits(model):
-    return np.asarray(model(TOKENS, segment_ids=MASK, token_types=TYPES))
+    return np.asarray(compiled(model))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+# The plain one is read in other tests too.
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(x, marks=pytest.mark.slow) if x in ("plain", "three labels") else x
+        for x in VARIANTS
+    ],
+)
 def test_logits_are_those_of_transformers(tmp_path, variant):
     folder = save_bert(tmp_path / "model", **VARIANTS[variant])
     model = load_pretrained(folder, head=HEAD)
@@ -83,7 +95,7 @@ def test_what_stands_in_padding_changes_nothing(folder):
     model = load_pretrained(folder, head=HEAD)
     model.eval()
     spoilt = np.where(MASK, TOKENS, 7)
-    found = model(spoilt, segment_ids=MASK, token_types=TYPES)
+    found = compiled(model, spoilt)
     np.testing.assert_array_equal(found, our_logits(model))
     alone = model(TOKENS[1:2, :9], token_types=TYPES[1:2, :9])
     np.testing.assert_allclose(alone[0], our_logits(model)[1], atol=1e-5)
@@ -108,9 +120,8 @@ def test_losses_and_gradients_are_those_of_torch(tmp_path, kind):
         "labels": labels,
         "weights": np.ones(3, np.float32),
     }
-    (total, weight), grads = nnx.value_and_grad(
-        lambda model: task.loss(model, inputs), has_aux=True
-    )(model)
+    loss = nnx.value_and_grad(lambda model: task.loss(model, inputs), has_aux=True)
+    (total, weight), grads = nnx.jit(loss)(model)
     theirs = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     out = theirs(
         torch.tensor(TOKENS),
@@ -219,7 +230,7 @@ def test_padding_beyond_the_positions_changes_nothing(tmp_path):
     model = load_pretrained(folder, head=HEAD)
     model.eval()
     wider = np.pad(TOKENS, ((0, 0), (0, 7))), np.pad(MASK, ((0, 0), (0, 7)))
-    found = model(wider[0], segment_ids=wider[1], token_types=np.pad(TYPES, ((0, 0), (0, 7))))
+    found = compiled(model, *wider, np.pad(TYPES, ((0, 0), (0, 7))))
     np.testing.assert_allclose(found, our_logits(model), atol=1e-5)
 
 

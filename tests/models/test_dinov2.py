@@ -59,7 +59,11 @@ def folder(tmp_path_factory):
     return save_dinov2(tmp_path_factory.mktemp("dinov2") / "model", **GATED)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+# The gated one is read in other tests too.
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(x, marks=pytest.mark.slow) if x == "gated" else x for x in VARIANTS],
+)
 def test_logits_are_those_of_transformers(tmp_path, variant):
     folder = save_dinov2(tmp_path / "model", **VARIANTS[variant])
     theirs = AutoModelForImageClassification.from_pretrained(folder).eval()
@@ -67,7 +71,7 @@ def test_logits_are_those_of_transformers(tmp_path, variant):
     np.testing.assert_allclose(our_logits(loaded(folder)), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("size", [(24, 24), (27, 13)])
+@pytest.mark.parametrize("size", [pytest.param((24, 24), marks=pytest.mark.slow), (27, 13)])
 def test_positions_are_interpolated_for_images_of_other_sizes(folder, size):
     images = np.random.default_rng(1).normal(size=(2, *size, 3)).astype(np.float32)
     theirs = AutoModelForImageClassification.from_pretrained(folder).eval()
@@ -75,14 +79,14 @@ def test_positions_are_interpolated_for_images_of_other_sizes(folder, size):
     np.testing.assert_allclose(our_logits(loaded(folder), images), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_losses_and_gradients_are_those_of_torch(tmp_path):
     folder = save_dinov2(tmp_path / "model", num_labels=3)
     model, task = loaded(folder), ImageClassification(["a", "b", "c"])
     labels = np.asarray([2, 0, 1], np.int32)
     inputs = {"pixel_values": IMAGES, "labels": labels, "weights": np.ones(3, np.float32)}
-    (total, weight), grads = nnx.value_and_grad(
-        lambda model: task.loss(model, inputs), has_aux=True
-    )(model)
+    loss = nnx.value_and_grad(lambda model: task.loss(model, inputs), has_aux=True)
+    (total, weight), grads = nnx.jit(loss)(model)
     theirs = AutoModelForImageClassification.from_pretrained(folder).eval()
     out = theirs(torch.tensor(IMAGES.transpose(0, 3, 1, 2)), labels=torch.tensor(labels).long())
     np.testing.assert_allclose(total / weight, out.loss.item(), rtol=1e-4)

@@ -93,15 +93,18 @@ def test_branches_of_a_text_give_what_each_gives_after_it(folder):
         np.testing.assert_allclose(logits[ids == branch], alone[0, 7:], **TOLERANCE)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_torch(folder):
     names = ("self_attn.q_proj.weight", "mlp.gate_proj.weight", "post_feedforward_layernorm.weight")
     check_gradients(folder, names, layer=1)
 
 
+@pytest.mark.slow
 def test_continuations_beyond_the_window_are_those_of_transformers(folder):
     check_greedy(folder)
 
 
+@pytest.mark.slow
 def test_adapters_go_to_peft_and_come_from_it(folder, tmp_path):
     check_adapters(folder, tmp_path)
 
@@ -120,6 +123,7 @@ def test_an_adapter_of_scaled_embeddings_is_read(folder, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_quantized_model_is_that_of_its_dequantized_kernels(folder):
     check_quantized(folder)
 

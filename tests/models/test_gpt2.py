@@ -66,7 +66,11 @@ def our_logits(model):
     return np.asarray(model(TOKENS))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+# The plain one is read in other tests too.
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(x, marks=pytest.mark.slow) if x == "plain" else x for x in VARIANTS],
+)
 def test_logits_are_those_of_transformers(tmp_path, variant):
     folder = save_gpt2(tmp_path / "model", **VARIANTS[variant])
     model = load_pretrained(folder)
@@ -91,6 +95,7 @@ def test_padding_changes_nothing(folder, side):
         np.testing.assert_allclose(found[row, where], alone[0], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_torch(folder):
     model = load_pretrained(folder)
     model.eval()

@@ -52,6 +52,7 @@ def test_padded_and_packed_texts_give_what_they_give_alone(folder):
     check_texts_in_rows(folder)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_torch(folder):
     check_gradients(folder, ["self_attn.q_proj.weight", "input_layernorm.weight"], layer=1)
 
@@ -60,10 +61,12 @@ def test_continuations_beyond_the_window_are_those_of_transformers(folder):
     check_greedy(folder)
 
 
+@pytest.mark.slow
 def test_adapters_go_to_peft_and_come_from_it(folder, tmp_path):
     check_adapters(folder, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_quantized_model_is_that_of_its_dequantized_kernels(folder):
     check_quantized(folder)
 

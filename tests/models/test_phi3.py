@@ -72,11 +72,13 @@ def test_padded_and_packed_texts_give_what_they_give_alone(folder):
     check_texts_in_rows(folder)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_torch(folder):
     names = ["self_attn.qkv_proj.weight", "mlp.gate_up_proj.weight", "input_layernorm.weight"]
     check_gradients(folder, names, layer=1)
 
 
+@pytest.mark.slow
 def test_continuations_beyond_the_window_are_those_of_transformers(tmp_path):
     check_greedy(save_phi3(tmp_path, **LONG | {"original_max_position_embeddings": 32}))
 

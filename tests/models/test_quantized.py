@@ -16,6 +16,11 @@ KINDS = pytest.mark.parametrize("kind", ["int8", "nf4"])
 TOKENS = np.random.default_rng(0).integers(0, 400, (2, 20))
 
 
+@nnx.jit
+def run(model):
+    return model(TOKENS)
+
+
 @KINDS
 def test_values_are_qwixs(kind):
     kernel = jax.random.normal(jax.random.key(0), (3, 128, 24))
@@ -51,9 +56,9 @@ def test_a_quantized_model_is_the_model_of_its_dequantized_weights(tiny_llama, k
         if isinstance(module, nnx.Linear):
             kernel = quantize(module.kernel[...], kind, name="kernel")
             module.kernel.set_value(dequantize(kernel))
-    logits = quantized(TOKENS)
-    np.testing.assert_allclose(logits, plain(TOKENS), atol=1e-5)
-    assert float(jnp.abs(logits - load_pretrained(tiny_llama)(TOKENS)).max()) > 1e-3
+    logits = run(quantized)
+    np.testing.assert_allclose(logits, run(plain), atol=1e-5)
+    assert float(jnp.abs(logits - run(load_pretrained(tiny_llama))).max()) > 1e-3
     codes = quantized.layers.mlp.up_proj.kernel.get_value().qvalue
     assert codes.dtype == {"int8": jnp.int8, "nf4": jnp.uint4}[kind]
 
@@ -69,13 +74,13 @@ def test_lora_on_top_trains_exports_and_loads_as_ever(tmp_path, tiny_llama, kind
     def loss(model):
         return model(TOKENS).std()
 
-    grads = nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
+    grads = nnx.jit(nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam)))(model)
     assert all(jnp.isfinite(g).all() and jnp.any(g) for g in jax.tree.leaves(grads))
     save_peft_adapter(tmp_path, model, base_model="base")
     again = load_peft_adapter(tmp_path, load_pretrained(tiny_llama, quantization=kind))
-    np.testing.assert_array_equal(again(TOKENS), model(TOKENS))
-    merged = merge_lora(again)
-    np.testing.assert_allclose(merged(TOKENS), model(TOKENS), atol=1e-4)
+    logits = run(model)
+    np.testing.assert_array_equal(run(again), logits)
+    np.testing.assert_allclose(run(merge_lora(again)), logits, atol=1e-4)
 
 
 def test_kernels_only(tiny_llama):
@@ -90,14 +95,14 @@ def test_kernels_only(tiny_llama):
     assert model.layers.mlp.up_proj.kernel.get_value().scale.dtype == jnp.bfloat16
 
 
-@KINDS
+@pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
 def test_a_model_is_saved_with_its_dequantized_kernels(tmp_path, tiny_llama, kind):
     config = LoRAConfig(rank=2, target_modules=("q_proj",))
     base = load_pretrained(tiny_llama, quantization=kind)
     merged = merge_lora(add_lora(base, config, rngs=nnx.Rngs(0)))
     save_pretrained(tmp_path / "model", merged)
     saved = load_pretrained(tmp_path / "model")
-    np.testing.assert_allclose(saved(TOKENS), merged(TOKENS), atol=1e-5)
+    np.testing.assert_allclose(run(saved), run(merged), atol=1e-5)
 
 
 @pytest.mark.parametrize("unknown", [None, "int4", "INT8", ["nf4"]])

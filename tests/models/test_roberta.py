@@ -74,8 +74,13 @@ def torch_logits(model, tokens=TOKENS, mask=MASK):
         return model(torch.tensor(tokens), attention_mask=torch.tensor(mask)).logits.numpy()
 
 
+@nnx.jit
+def compiled(model, tokens, mask):
+    return model(tokens, segment_ids=mask)
+
+
 def our_logits(model, tokens=TOKENS, mask=MASK):
-    return np.asarray(model(tokens, segment_ids=mask))
+    return np.asarray(compiled(model, tokens, mask))
 
 
 def loaded(folder, **options):
@@ -84,7 +89,14 @@ def loaded(folder, **options):
     return model
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+# The plain one is read in other tests too.
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(x, marks=pytest.mark.slow) if x in ("plain", "three labels") else x
+        for x in VARIANTS
+    ],
+)
 def test_logits_are_those_of_transformers(tmp_path, variant):
     folder = save_roberta(tmp_path / "model", **VARIANTS[variant])
     theirs = AutoModelForSequenceClassification.from_pretrained(folder).eval()
@@ -93,6 +105,7 @@ def test_logits_are_those_of_transformers(tmp_path, variant):
     np.testing.assert_allclose(our_logits(loaded(folder), tokens), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_stands_in_padding_changes_nothing(folder):
     model = loaded(folder)
     expected = our_logits(model)
@@ -111,7 +124,10 @@ def test_the_longest_text_has_all_positions_after_that_of_padding(folder):
     np.testing.assert_allclose(model(tokens), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["classification", "regression"])
+# Regression: daily for BERT.
+@pytest.mark.parametrize(
+    "kind", ["classification", pytest.param("regression", marks=pytest.mark.slow)]
+)
 def test_losses_and_gradients_are_those_of_torch(tmp_path, kind):
     count = 3 if kind == "classification" else 1
     folder = save_roberta(tmp_path / "model", num_labels=count)
@@ -129,9 +145,8 @@ def test_losses_and_gradients_are_those_of_torch(tmp_path, kind):
         "labels": labels,
         "weights": np.ones(3, np.float32),
     }
-    (total, weight), grads = nnx.value_and_grad(
-        lambda model: task.loss(model, inputs), has_aux=True
-    )(model)
+    loss = nnx.value_and_grad(lambda model: task.loss(model, inputs), has_aux=True)
+    (total, weight), grads = nnx.jit(loss)(model)
     theirs = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     out = theirs(torch.tensor(TOKENS), attention_mask=torch.tensor(MASK), labels=given)
     np.testing.assert_allclose(total / weight, out.loss.item(), rtol=1e-4)
@@ -148,6 +163,7 @@ def test_losses_and_gradients_are_those_of_torch(tmp_path, kind):
         np.testing.assert_allclose(found, expected.grad.T, atol=1e-4 * scale)
 
 
+@pytest.mark.slow
 def test_an_adapter_and_its_head_go_to_peft_and_merge_for_transformers(folder, tmp_path):
     check_adapter_out(
         folder,
@@ -165,7 +181,9 @@ def test_an_adapter_and_its_head_go_to_peft_and_merge_for_transformers(folder, t
     )
 
 
-@pytest.mark.parametrize("targets", [["query", "value", "dense"], "all-linear"])
+@pytest.mark.parametrize(
+    "targets", [pytest.param(["query", "value", "dense"], marks=pytest.mark.slow), "all-linear"]
+)
 def test_an_adapter_of_peft_is_read_with_its_head(folder, tmp_path, targets):
     """Both targets name the layers of the head, which PEFT then holds whole."""
     check_adapter_in(
@@ -195,7 +213,13 @@ def test_all_linear_layers_are_those_that_peft_adapts(folder):
     assert ours == {name for name, module in theirs.named_modules() if hasattr(module, "lora_A")}
 
 
-@pytest.mark.parametrize("kind", [transformers.RobertaForMaskedLM, transformers.RobertaModel])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        transformers.RobertaForMaskedLM,
+        pytest.param(transformers.RobertaModel, marks=pytest.mark.slow),
+    ],
+)
 def test_a_head_is_drawn_where_there_is_none_and_that_of_pretraining_is_passed_over(tmp_path, kind):
     """With the prefix and `lm_head`, or without the prefix and with a pooler."""
     folder = save_roberta(tmp_path / "model", kind)
@@ -226,6 +250,7 @@ def test_names_of_older_checkpoints_are_read(folder, tmp_path):
     np.testing.assert_array_equal(our_logits(loaded(tmp_path)), our_logits(loaded(folder)))
 
 
+@pytest.mark.slow
 def test_dropout_is_that_of_the_configuration(folder):
     model = load_pretrained(folder, head=HEAD)
     quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

@@ -75,7 +75,14 @@ def loaded(folder, **options):
     return model
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+# The plain one is read in other tests too.
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(x, marks=pytest.mark.slow) if x in ("plain", "three labels") else x
+        for x in VARIANTS
+    ],
+)
 def test_logits_are_those_of_transformers(tmp_path, variant):
     folder = save_vit(tmp_path / "model", **VARIANTS[variant])
     theirs = AutoModelForImageClassification.from_pretrained(folder).eval()
@@ -83,7 +90,7 @@ def test_logits_are_those_of_transformers(tmp_path, variant):
     np.testing.assert_allclose(our_logits(loaded(folder)), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("size", [(24, 24), (27, 13)])
+@pytest.mark.parametrize("size", [pytest.param((24, 24), marks=pytest.mark.slow), (27, 13)])
 def test_positions_are_interpolated_for_images_of_other_sizes(folder, size):
     images = np.random.default_rng(1).normal(size=(2, *size, 3)).astype(np.float32)
     theirs = AutoModelForImageClassification.from_pretrained(folder).eval()
@@ -101,9 +108,8 @@ def test_losses_and_gradients_are_those_of_torch(tmp_path):
     model, task = loaded(folder), ImageClassification(["a", "b", "c"])
     labels = np.asarray([2, 0, 1], np.int32)
     inputs = {"pixel_values": IMAGES, "labels": labels, "weights": np.ones(3, np.float32)}
-    (total, weight), grads = nnx.value_and_grad(
-        lambda model: task.loss(model, inputs), has_aux=True
-    )(model)
+    loss = nnx.value_and_grad(lambda model: task.loss(model, inputs), has_aux=True)
+    (total, weight), grads = nnx.jit(loss)(model)
     theirs = AutoModelForImageClassification.from_pretrained(folder).eval()
     out = theirs(torch.tensor(IMAGES.transpose(0, 3, 1, 2)), labels=torch.tensor(labels).long())
     np.testing.assert_allclose(total / weight, out.loss.item(), rtol=1e-4)
@@ -182,7 +188,13 @@ def test_all_linear_layers_are_those_that_peft_adapts(folder):
     assert ours == {name for name, module in theirs.named_modules() if hasattr(module, "lora_A")}
 
 
-@pytest.mark.parametrize("kind", [transformers.ViTModel, transformers.ViTForMaskedImageModeling])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(transformers.ViTModel, marks=pytest.mark.slow),
+        transformers.ViTForMaskedImageModeling,
+    ],
+)
 def test_a_head_is_drawn_where_there_is_none_and_that_of_pretraining_is_passed_over(tmp_path, kind):
     """Without the prefix and with a pooler, or with a mask token and a decoder."""
     folder = save_vit(tmp_path / "model", kind, encoder_stride=4)

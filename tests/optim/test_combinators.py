@@ -77,7 +77,8 @@ def test_multi_steps(name):
 
 
 @every_transform
-@pytest.mark.parametrize("wrap", ["masked", "partition"])
+# A partition is made of masked transformations.
+@pytest.mark.parametrize("wrap", [pytest.param("masked", marks=pytest.mark.slow), "partition"])
 def test_whole_pairs_left_out(name, wrap):
     """What is left out does not matter: before, between and after ours, a plain leaf or a pair."""
     params = {"a": normal(6, 2), **PARAMS, "k": pair(2), "z": normal(7, 2)}

@@ -9,12 +9,15 @@ import pytest
 
 from tests.optim.transforms import (
     ADAM_OF_OPTAX,
+    ALIASES,
     PARAMS,
     PROJECTED_GRADIENTS,
     ROUNDING,
+    TRANSFORMS,
     assert_close,
     assert_stable,
-    every_alias,
+    each_of,
+    every_form,
     every_transform,
     gradients,
     make,
@@ -44,8 +47,13 @@ def compiled_twice(name):
 
 @every_transform
 def test_compiled_once_with_extra_arguments(name):
-    programs, _, path = compiled_twice(name)
+    programs, _, _ = compiled_twice(name)
     assert programs == 1
+
+
+@each_of(TRANSFORMS, daily=("loft", "reflora_s"))
+def test_the_program_computes_what_single_operations_do(name):
+    _, _, path = compiled_twice(name)
     rtol, atol = ROUNDING.get(name, (1e-3, 1e-4))
     assert_close(path, path_of(name), rtol, atol)
 
@@ -62,7 +70,7 @@ def test_donated_buffers_are_used(name):
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(last))
 
 
-@every_transform
+@every_form
 def test_scan_and_cond(name):
     """The state may be carried by a scan, and chosen by a condition: no type may change."""
     tx = make(name)
@@ -82,7 +90,7 @@ def test_scan_and_cond(name):
     jax.eval_shape(run, PARAMS, jnp.zeros(3, bool))
 
 
-@every_transform
+@every_form
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_dtypes(name, dtype):
     """Updates come in the dtype of the parameters, and states in float32 at least unless asked."""
@@ -106,7 +114,8 @@ def test_dtypes(name, dtype):
                 assert asked or leaf.dtype == jnp.promote_types(dtype, jnp.float32)
 
 
-@every_alias
+# What chooses between branches, by moments, turns and metrics.
+@each_of(ALIASES, daily=("loft", "loft_muon", "reflora", "reflora_s"))
 def test_without_jit_nothing_is_compiled_after_the_first_steps(name, caplog):
     tx, params = make(name), PARAMS
     state = tx.init(params)

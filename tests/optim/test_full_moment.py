@@ -25,7 +25,7 @@ def pack(p):
     )
 
 
-@pytest.mark.parametrize("r", [1, 2, 5, 50])
+@pytest.mark.parametrize("r", [1, pytest.param(2, marks=pytest.mark.slow), 5, 50])
 def test_packed_algebra(r):
     rng = np.random.default_rng(r)
     x, y = rng.normal(size=(2, 3, 4, r))
@@ -64,10 +64,17 @@ def laid_out(x, rank_last):
 
 
 @pytest.mark.parametrize(
-    ("batch", "stack", "m", "n"), [(1, 1, 7, 5), (2, 3, 24, 18), (1, 20, 6, 4)]
+    ("batch", "stack", "m", "n", "tile", "role"),
+    [
+        # Daily each size in the least and the largest tiles, and any two together.
+        pytest.param(
+            *size, tile, role, marks=() if tile != 60 and (i + j + k) % 2 else pytest.mark.slow
+        )
+        for i, size in enumerate([(1, 1, 7, 5), (2, 3, 24, 18), (1, 20, 6, 4)])
+        for j, tile in enumerate([1 << 18, 1, 60])
+        for k, role in enumerate("ab")
+    ],
 )
-@pytest.mark.parametrize("tile", [1 << 18, pytest.param(60, marks=pytest.mark.slow), 1])
-@pytest.mark.parametrize("role", ["a", "b"])
 def test_is_the_dense_one_in_any_tiles(batch, stack, m, n, tile, role, monkeypatch):
     """One update and one direction against whole matrices in NumPy, float64."""
     monkeypatch.setattr(full_moment, "_TILE_ELEMENTS", tile)

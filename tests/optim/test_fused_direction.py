@@ -59,8 +59,9 @@ def distance(kernel, p, mu, q, step):
 
 @pytest.mark.parametrize(
     ("kernel", "rank_last", "dtype"),
-    [(on_tpu, True, "float32"), (on_tpu, False, "bfloat16"), (on_cuda, True, "bfloat16"),
-     (on_cuda, False, "float32")],
+    [(on_tpu, True, "float32"), (on_cuda, False, "bfloat16"),
+     pytest.param(on_tpu, False, "bfloat16", marks=pytest.mark.slow),
+     pytest.param(on_cuda, True, "float32", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_is_plain_jax(kernel, rank_last, dtype):
     assert distance(kernel, *arguments(*SIZES, 2, rank_last, dtype)) < 1e-6
@@ -135,7 +136,7 @@ def test_too_many_numbers_for_triton():
         lowered(on_cuda, "cuda", *shapes(64, 11008, 4096, 128, True))
 
 
-@pytest.mark.parametrize("move", ["tangent", "alternate"])
+@pytest.mark.parametrize("move", ["tangent", pytest.param("alternate", marks=pytest.mark.slow)])
 def test_the_device_of_the_program_decides(move):
     params = {
         "lora_a": jax.ShapeDtypeStruct((24, 4), jnp.float32),

@@ -16,15 +16,16 @@ from tests.optim.problems import assert_trees_close, normal, pair, random_grads,
 def full_gradients(params, full):
     """Raw factor gradients of gradients (m, n) of the full weights."""
     return {
-        name: {"lora_a": g @ params[name]["lora_b"].T, "lora_b": params[name]["lora_a"].T @ g}
+        name: {"lora_a": g @ params[name]["lora_b"].mT, "lora_b": params[name]["lora_a"].mT @ g}
         for name, g in full.items()
     }
 
 
 @pytest.mark.parametrize("turn", ["a", "b", "both"])
 def test_clip_norm_is_the_dense_one(turn):
-    params = {"q": pair(0), "k": pair(2, m=7, n=20, r=5)}
-    full = {"q": normal(7, 12, 9), "k": normal(8, 7, 20)}
+    """Of a pair, a stack of pairs and a plain leaf."""
+    params = {"q": pair(0), "k": pair(2, m=7, n=20, r=5, stack=(2,))}
+    full = {"q": normal(7, 12, 9), "k": normal(8, 2, 7, 20)}
     grads = {**full_gradients(params, full), "bias": normal(9, 6)}
     params["bias"] = jnp.zeros(6)
 
@@ -34,7 +35,7 @@ def test_clip_norm_is_the_dense_one(turn):
     squares = [np.sum(np.square(grads["bias"]))]
     for name, g in full.items():
         rows = projector(np.asarray(params[name]["lora_a"])) @ g
-        columns = projector(np.asarray(params[name]["lora_b"]).T)
+        columns = projector(np.asarray(params[name]["lora_b"]).swapaxes(-1, -2))
         seen = {"a": g @ columns, "b": rows, "both": rows + g @ columns - rows @ columns}
         squares.append(np.sum(np.square(seen[turn])))
     norm = np.sqrt(sum(squares))

@@ -15,6 +15,7 @@ import loft_jax
 from tests.optim.transforms import (
     ADAMW,
     ALIASES,
+    LR,
     PARAMS,
     TRANSFORMS,
     assert_close,
@@ -27,8 +28,8 @@ from tests.optim.transforms import (
     path_of,
 )
 
-# The factored and the exact second moment, and a method that has neither.
-some_aliases = each_of(ALIASES, daily=("loft", "loft, clipped", "reflora_s"))
+# A method with moments in bases, and one with those of Optax.
+some_aliases = each_of(ALIASES, daily=("loft", "reflora_s"))
 
 
 @flax.struct.dataclass
@@ -158,7 +159,17 @@ def test_stack_axis(name):
     assert_close(follow(tx, mixed, 2), [p | {"k": second(p["k"])} for p in expected])
 
 
-def test_seeds_and_steps_of_a_stack_on_axis_1():
+def links(stack_axis=None):
+    spec = loft_jax.FactorSpec(stack_axis=stack_axis)
+    return optax.chain(loft_jax.project_gradients(spec=spec), optax.trace(0.9), optax.scale(-LR))
+
+
+def whole(stack_axis=None):
+    return loft_jax.loft(**ADAMW, stack_axis=stack_axis)
+
+
+@pytest.mark.parametrize("make", [links, pytest.param(whole, marks=pytest.mark.slow)])
+def test_seeds_and_steps_of_a_stack_on_axis_1(make):
     """Under `vmap` over seeds and `scan` over steps, with as many layers as input features."""
 
     def train(tx, params):
@@ -175,8 +186,8 @@ def test_seeds_and_steps_of_a_stack_on_axis_1():
     found, expected = (
         jax.jit(jax.vmap(lambda p, tx=tx: train(tx, p)))(params)
         for tx, params in (
-            (loft_jax.loft(**ADAMW, stack_axis=1), jax.vmap(second)(leading)),
-            (loft_jax.loft(**ADAMW), leading),
+            (make(stack_axis=1), jax.vmap(second)(leading)),
+            (make(), leading),
         )
     )
     assert found["q"]["lora_a"].shape == (2, 3, 5, 5, 2)

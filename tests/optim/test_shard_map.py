@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec as P
 
 from tests.optim.transforms import ROUNDING, assert_close, each_of, gradients, make, normal, pair
 
-PARAMS = {"bias": normal(1, 1, 8), "q": pair(2, stack=(1,)), "stack": pair(4, stack=(1, 3))}
+PARAMS = {"bias": normal(1, 1, 8), "stack": pair(4, stack=(1, 3))}
 # They differ in the loops and the branches that they have; those of OTHERS are slow.
 OTHERS = (
     "loft",

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from loft_jax import loft, reflora, reflora_s, state_bytes, state_shardings
 from tests.optim.transforms import PARAMS as MIXED_PARAMS
-from tests.optim.transforms import PROJECTED_GRADIENTS, every_transform, kinds, make
+from tests.optim.transforms import PROJECTED_GRADIENTS, every_form, kinds, make
 
 MESH = Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), ("x", "y", "z"))
 STACK, IN, HEADS, OUT, RANK = 3, 64, 4, 8, 2
@@ -110,7 +110,7 @@ def test_a_parameter_without_a_named_sharding_is_named():
         state_shardings(loft(1e-3), PARAMS, {**LAYOUT, "head": None})
 
 
-@every_transform
+@every_form
 def test_map_params(name):
     """Optax finds the parts of a state that belong to parameters, and to which one each belongs."""
     tx = make(name)

@@ -10,13 +10,13 @@ from tests.optim.transforms import (
     PARAMS,
     TRANSFORMS,
     assert_close,
-    every_transform,
+    every_form,
     follow,
     make,
 )
 
 
-@every_transform
+@every_form
 def test_empty_trees(name):
     tx = make(name)
     state = tx.init({})
@@ -24,13 +24,13 @@ def test_empty_trees(name):
     assert updates == {}
 
 
-@every_transform
+@every_form
 def test_no_pair_is_an_error(name):
     with pytest.raises(ValueError, match=r"no factor pair.*kernel.*factors=\(\)"):
         make(name).init({"kernel": jnp.zeros((3, 3))})
 
 
-@every_transform
+@every_form
 def test_half_a_pair_is_an_error(name):
     """A mask may not go through a pair."""
     mask = {"head": True, "q": {"lora_a": True, "lora_b": False}}

@@ -95,8 +95,11 @@ ALIASES = [
 ROUNDING = {"loft, bfloat16": (2e-2, 2e-2)}
 # Links whose results go on to the moments, in no less than float32.
 PROJECTED_GRADIENTS = ("project_gradients", "clip_by_projected_norm")
+# Links that are part of others here, and daily only where nothing is computed.
+LINKS = ("project_gradients", "clip_by_projected_norm", "assign_overlap", "balance_factors")
 # What is part of others here: in "loft, clipped" the full moments, say.
 SLOW = (
+    *LINKS,
     "full moments",
     "factored moments",
     "diagonal moments",
@@ -112,7 +115,10 @@ SLOW = (
 )
 
 
-def each_of(names, daily=tuple(name for name in TRANSFORMS if name not in SLOW)):
+DAILY = tuple(name for name in TRANSFORMS if name not in SLOW)
+
+
+def each_of(names, daily=DAILY):
     marked = [
         name if name in daily else pytest.param(name, marks=pytest.mark.slow) for name in names
     ]
@@ -120,6 +126,7 @@ def each_of(names, daily=tuple(name for name in TRANSFORMS if name not in SLOW))
 
 
 every_transform, every_alias = each_of(TRANSFORMS), each_of(ALIASES)
+every_form = each_of(TRANSFORMS, (*DAILY, *LINKS))
 
 
 def make(name):

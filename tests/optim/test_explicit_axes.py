@@ -127,8 +127,8 @@ def with_named_axes(name):
 
 @pytest.fixture(scope="module")
 def probes(request):
-    slow = "slow" in request.config.option.markexpr.replace("not slow", "")
-    names = [name for name, fast in {**EXPLICIT, **NAMED}.items() if fast != slow]
+    items = [item for item in request.session.items if item.module is request.module]
+    names = dict.fromkeys(item.callspec.params["name"] for item in items)
     run = subprocess.run(
         [sys.executable, "-m", __name__, *names],
         cwd=Path(__file__).parents[2],

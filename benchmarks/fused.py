@@ -20,6 +20,7 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import tyro
 
 from benchmarks.history import table
 from loft_jax.optim import full_moment
@@ -112,4 +113,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, prog="python -m benchmarks.fused", description=__doc__)

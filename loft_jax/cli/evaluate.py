@@ -5,7 +5,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -95,7 +95,7 @@ class Evaluate:
             sample=self.sample,
             max_new_tokens=32 if self.max_new_tokens is None else self.max_new_tokens,
         )
-        with replacing(self.predictions) if self.predictions else nullcontext() as file:
+        with self._file_of_predictions() as file:
             scores = evaluate(self.source.load(quantization=self.quantization)[0])
             if file is not None:
                 _write({name: one.generated for name, one in scores.items()}, file)
@@ -115,13 +115,20 @@ class Evaluate:
             answer_pattern=self.answer_pattern,
             max_new_tokens=256 if self.max_new_tokens is None else self.max_new_tokens,
         )
-        with replacing(self.predictions) if self.predictions else nullcontext() as file:
+        with self._file_of_predictions() as file:
             scores = evaluate(self.source.load(quantization=self.quantization)[0])
             if file is not None:
                 _write({"": scores}, file)
         _show(scores)
         print(json.dumps({k: getattr(scores, k) for k in ("accuracy", "unanswered", "count")}))
         return 0
+
+    def _file_of_predictions(self) -> AbstractContextManager[Path | None]:
+        if not self.predictions:
+            return nullcontext()
+        if not Path(self.predictions).parent.is_dir():
+            raise InputError(f"{self.predictions}: there is no such folder to write predictions in")
+        return replacing(self.predictions)
 
     def _prepared(self) -> dict[str, Any]:
         """Gives what evaluations by generation need of the model before it is loaded."""

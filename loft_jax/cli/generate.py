@@ -144,10 +144,12 @@ class _Session:
 
     def answer(self, text: str) -> None:
         """Prints the answer to a text, token by token, and keeps both in the conversation."""
-        from loft_jax.generation import stream_text
+        from loft_jax.generation import check_prompts, stream_text
 
         prompt = self._asked(text)
         if not self._chat:
+            count = self._options["max_new_tokens"]
+            check_prompts(self._model.config, self._tokenizer, [prompt], max_new_tokens=count)
             print(text, end="", flush=True)
         pieces = []
         with _interruptible() as check:

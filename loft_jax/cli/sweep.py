@@ -61,6 +61,9 @@ class Sweep:
         print(f"plot: {folder / 'sweep.png'}\nbest: {output}, at step {best.step}")
         export = f"loft-jax export {output} --checkpoint {best.step} --output {folder / 'best'}"
         print(f"to export it: {export}")
+        if failed := [result for result in results if result.error]:
+            name = Path(failed[0].run.config.output).name
+            raise InputError(f"{len(failed)} of {len(runs)} runs failed: {name}: {failed[0].error}")
         return 0
 
     def runs(self) -> tuple[Path, list["GridRun"]]:

@@ -135,7 +135,7 @@ def generated_answers(
     room = data.max_length - max_new_tokens
     if room < 1:
         raise InputError(
-            f"max_length is {data.max_length}; expected more than the {max_new_tokens} new tokens"
+            f"max_new_tokens is {max_new_tokens}, expected less than max_length, {data.max_length}"
         )
     prompts, completions = _questions(rows, tokenizer, data)
     expected = _true_answers(completions, pattern)

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import jax
@@ -60,55 +60,19 @@ class _OfTexts(RowTask):
         filler = pad_id(tokenizer)
         check_tokens([filler], tokenizer, vocab_size, where="padding")
         label_of = self.reader(rows, data.label_field)
+        given = rows if isinstance(rows, Sequence) else rows.select_columns(data.label_field)
+        # Not from the cache, which does not know the code of another task's labels.
+        labels = [label_of(row, index) for index, row in enumerate(given)]
 
         def make() -> dict[str, np.ndarray]:
-            return self._tokenized(rows, tokenizer, data, used[:-1], label_of, vocab_size)
+            return _tokenized(rows, tokenizer, data, used[:-1], vocab_size)
 
-        settings = {"fields": used, "max_length": data.max_length, "vocab": vocab_size}
-        settings |= {"task": self.name, "labels": self.labels}
+        settings = {"fields": used[:-1], "max_length": data.max_length, "vocab": vocab_size}
         arrays = cached(make, rows, tokenizer, settings)
         tokens = arrays["tokens"]
-        labelled = Labelled(arrays["token_types"], arrays["labels"])
+        labelled = Labelled(arrays["token_types"], np.asarray(labels, self.label_dtype))
         every = np.ones(len(tokens), bool)
         return TokenizedData(tokens, every, arrays["offsets"], filler, labelled)
-
-    def _tokenized(
-        self,
-        rows: Rows,
-        tokenizer: "PreTrainedTokenizerBase",
-        data: DataConfig,
-        fields: Sequence[str],
-        label_of: Callable[[Mapping[str, Any], int], float],
-        vocab_size: int | None,
-    ) -> dict[str, np.ndarray]:
-        """Makes the arrays of `TokenizedData` and `Labelled`."""
-        labels: list[float] = []
-        tokens: list[np.ndarray] = []
-        types: list[np.ndarray] = []
-        cut = 0
-        with tqdm(total=len(rows), desc="tokenizing", unit="row", leave=False, delay=2) as bar:
-            for start in range(0, len(rows), _CHUNK):
-                some = [(i, rows[i]) for i in range(start, min(start + _CHUNK, len(rows)))]
-                labels += [label_of(row, index) for index, row in some]
-                texts = [[text_of(row, field, i) for i, row in some] for field in fields]
-                for (index, _), (ids, kinds, shorter) in zip(
-                    some, _encode(tokenizer, texts, data.max_length), strict=True
-                ):
-                    check_tokens(ids, tokenizer, vocab_size, where=f"row {index}")
-                    cut += shorter
-                    tokens.append(np.asarray(ids, np.int32))
-                    types.append(np.asarray(kinds, np.int32))
-                bar.update(len(some))
-        if empty := [index for index, ids in enumerate(tokens) if not len(ids)]:
-            raise InputError(f"row {empty[0]}: the text has no token; expected some text")
-        if cut:
-            log_now(f"shortened {cut} of {len(rows)} examples to max_length {data.max_length}")
-        return {
-            "tokens": np.concatenate(tokens),
-            "token_types": np.concatenate(types),
-            "offsets": np.cumsum([0, *map(len, tokens)], dtype=np.int64),
-            "labels": np.asarray(labels, self.label_dtype),
-        }
 
     def inputs(self, batch: Batch) -> Batch:
         """Selects tokens, token types and labels, with a weight of 0 for rows of padding."""
@@ -129,6 +93,40 @@ class _OfTexts(RowTask):
         """Computes the logits of a batch, (b, labels) float32."""
         tokens, *kinds = (jnp.asarray(inputs[n]) for n in ("tokens", "segment_ids", "token_types"))
         return model(tokens, segment_ids=kinds[0], token_types=kinds[1])
+
+
+def _tokenized(
+    rows: Rows,
+    tokenizer: "PreTrainedTokenizerBase",
+    data: DataConfig,
+    fields: Sequence[str],
+    vocab_size: int | None,
+) -> dict[str, np.ndarray]:
+    """Makes the arrays of `TokenizedData` and `Labelled`, but for the labels."""
+    tokens: list[np.ndarray] = []
+    types: list[np.ndarray] = []
+    cut = 0
+    with tqdm(total=len(rows), desc="tokenizing", unit="row", leave=False, delay=2) as bar:
+        for start in range(0, len(rows), _CHUNK):
+            some = [(i, rows[i]) for i in range(start, min(start + _CHUNK, len(rows)))]
+            texts = [[text_of(row, field, i) for i, row in some] for field in fields]
+            for (index, _), (ids, kinds, shorter) in zip(
+                some, _encode(tokenizer, texts, data.max_length), strict=True
+            ):
+                check_tokens(ids, tokenizer, vocab_size, where=f"row {index}")
+                cut += shorter
+                tokens.append(np.asarray(ids, np.int32))
+                types.append(np.asarray(kinds, np.int32))
+            bar.update(len(some))
+    if empty := [index for index, ids in enumerate(tokens) if not len(ids)]:
+        raise InputError(f"row {empty[0]}: the text has no token; expected some text")
+    if cut:
+        log_now(f"shortened {cut} of {len(rows)} examples to max_length {data.max_length}")
+    return {
+        "tokens": np.concatenate(tokens),
+        "token_types": np.concatenate(types),
+        "offsets": np.cumsum([0, *map(len, tokens)], dtype=np.int64),
+    }
 
 
 def _encode(

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 from dataclasses import dataclass
 from typing import NoReturn
@@ -81,10 +82,13 @@ def join(config: DistributedConfig) -> None:
 
 def is_of_another_process(error: Exception) -> bool:
     """Whether an error is one that a process gets when another process is gone."""
-    words = ("unavailable", "aborted", "deadline_exceeded", "gloo", "connection")
-    return isinstance(error, jax.errors.JaxRuntimeError) and any(
-        word in str(error).lower() for word in words
+    text = str(error)
+    # JAX raises some errors of the runtime as a ValueError, whose text begins with their code.
+    of_runtime = isinstance(error, jax.errors.JaxRuntimeError) or (
+        isinstance(error, ValueError) and re.match(r"[A-Z_]+: ", text)
     )
+    words = ("unavailable", "aborted", "deadline_exceeded", "gloo", "connection")
+    return bool(of_runtime) and any(word in text.lower() for word in words)
 
 
 def leave(code: int) -> NoReturn:

@@ -41,11 +41,12 @@ class GridResult:
 
     Attributes:
         run: The run.
-        step: Step of that checkpoint; None for a run whose loss was not finite, or whose score
-            never was a number.
+        step: Step of that checkpoint; None for a run that failed, whose loss was not finite, or
+            whose score never was a number.
         score: Score of its evaluation; lower is better.
         decides: Names of the metrics that the score is of.
         metrics: The evaluation, by name.
+        error: Message of a run that failed.
     """
 
     run: GridRun
@@ -53,6 +54,7 @@ class GridResult:
     score: float = math.inf
     decides: tuple[str, ...] = ()
     metrics: Mapping[str, float] | None = None
+    error: str = ""
 
 
 def run_sweep(
@@ -62,8 +64,8 @@ def run_sweep(
 
     After every run, `sweep.md` in the folder holds the table of `sweep_table`, and `sweep.png`
     (with matplotlib) a plot. Called again, it goes on: finished runs are not trained again, and
-    one that was stopped or killed is resumed. A run whose loss does not stay finite, or
-    that has no score, comes last.
+    one that was stopped or killed is resumed. A run whose loss does not stay finite, that has no
+    score, or that fails after others have finished, comes last.
 
     Args:
         runs: With output folders below `folder`.
@@ -74,8 +76,8 @@ def run_sweep(
         The results, best first; None if a run was asked to stop.
 
     Raises:
-        InputError: A run has no held-out examples to compare it by, or cannot be started, or its
-            folder holds a run of other settings.
+        InputError: A run has no held-out examples to compare it by; or the first one cannot be
+            started, or its folder holds a run of other settings.
     """
     for run in runs:
         if held_out_data(run.config) is None:
@@ -94,6 +96,11 @@ def run_sweep(
             except NotFiniteError as error:
                 _log.warning("%s: %s", run.config.output, error)
                 result = GridResult(run, None)
+            except InputError as error:
+                if not results:  # most likely all runs have what is wrong with it
+                    raise
+                _log.warning("%s: %s", run.config.output, error)
+                result = GridResult(run, None, error=str(error))
         results.append(result or _result(run))
         results.sort(key=lambda result: result.score)
         with replacing(folder / "sweep.md") as partial:
@@ -164,6 +171,7 @@ def sweep_table(results: Sequence[GridResult]) -> str:
         values = [
             f"{v:.4f}" if (v := (result.metrics or {}).get(n)) is not None else "" for n in names
         ]
-        step = "not finite" if result.step is None else str(result.step)
+        without = "failed" if result.error else "not finite"
+        step = without if result.step is None else str(result.step)
         lines.append([*result.run.settings.values(), step, *values])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -185,11 +185,14 @@ def test_an_empty_answer_is_said(model, capsys, monkeypatch):
         (["--prompts", "none.txt"], "none.txt: no such file, expected a text with prompts"),
         (["--prompt", "a", "--top-p", "0.9"], "top_p is 0.9 at temperature 0"),
         (["--prompt", "a", "--min-p", "2"], "min_p is 2.0, expected 0 to 1"),
+        (["--prompt", "a", "--no-chat", "--max-new-tokens", "0"], "max_new_tokens is 0, expected"),
     ],
 )
 def test_flags_that_do_not_fit_are_refused(model, flags, message, capsys):
     assert generate(model, *flags) == 2
-    assert message in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert not shown.out
 
 
 def test_sampling_follows_its_flags(model, capsys):

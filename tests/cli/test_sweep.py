@@ -147,8 +147,7 @@ def test_an_extended_run_that_was_stopped_is_not_finished(flags, tmp_path, monke
     assert sweep._is_finished(longer)
 
 
-def test_a_run_whose_scores_are_not_numbers_comes_last(flags, tmp_path, monkeypatch):
-    runs = Sweep((*flags, "--rank", "2", "4")).runs()[1]
+def test_runs_that_fail_or_have_no_score_come_last(flags, tmp_path, monkeypatch, capsys):
     (tmp_path / "sweep").mkdir()
     scores = {"rank=2": None, "rank=4": 1.5}
 
@@ -166,9 +165,14 @@ def test_a_run_whose_scores_are_not_numbers_comes_last(flags, tmp_path, monkeypa
             return {"score": self._score, "best_metrics": ["loss"]}
 
     monkeypatch.setattr(sweep, "Checkpoints", Scored)
-    monkeypatch.setattr(sweep, "_is_finished", lambda config: True)
+    monkeypatch.setattr(sweep, "_is_finished", lambda config: not config.output.endswith("=8"))
+    monkeypatch.setattr(sweep, "finetune", Mock(side_effect=InputError("no such file")))
     monkeypatch.setattr(sweep, "read_metrics", lambda file: [{"step": 2, "eval_loss": 1.5}])
-    results = sweep.run_sweep(runs, tmp_path / "sweep")
-    assert [result.step for result in results] == [2, None]
+    assert main(["sweep", *flags, "--rank", "2", "8", "4"]) == 2
     table = (tmp_path / "sweep" / "sweep.md").read_text().splitlines()
-    assert table[2:] == ["| 4 | 2 | 1.5000 |", "| 2 | not finite |  |"]
+    assert table[2:] == ["| 4 | 2 | 1.5000 |", "| 2 | not finite |  |", "| 8 | failed |  |"]
+    shown = capsys.readouterr()
+    assert "best: " in shown.out
+    assert "1 of 3 runs failed: rank=8: no such file" in shown.err
+    assert main(["sweep", *flags, "--rank", "8", "2", "4"]) == 2
+    assert capsys.readouterr().err.endswith("loft-jax sweep: no such file\n")

@@ -98,10 +98,19 @@ def test_what_is_tokenized_at_once_is_not_kept_and_old_files_are_removed(folder,
     assert len(list(folder.iterdir())) == 1
 
 
-def test_labels_are_kept_with_their_texts(folder):
-    rows = [{"text": text, "label": label} for text, label in (("a", "x"), ("b", "y"))]
-    for labels, expected in ((["x", "y"], [0, 1]), (["y", "x"], [1, 0]), (["x", "y"], [0, 1])):
-        found = Classification(labels).tokenize(rows, tiny_tokenizer(), DATA).labelled
+@pytest.mark.parametrize("kind", [list, datasets.Dataset.from_list])
+def test_labels_are_those_of_the_task_whatever_is_kept(folder, kind):
+    class Turned(Classification):
+        def label(self, value, where):
+            return 1 - super().label(value, where)
+
+    rows = kind([{"text": text, "label": label} for text, label in (("a", "x"), ("b", "y"))])
+    for task, labels, expected in (
+        (Classification, ["x", "y"], [0, 1]),
+        (Classification, ["y", "x"], [1, 0]),
+        (Turned, ["x", "y"], [1, 0]),
+    ):
+        found = task(labels).tokenize(rows, tiny_tokenizer(), DATA).labelled
         assert found.labels.tolist() == expected
         assert (found.labels.dtype, found.token_types.dtype) == (np.int32, np.int32)
-    assert len(list(folder.iterdir())) == 2
+    assert len(list(folder.iterdir())) == 1

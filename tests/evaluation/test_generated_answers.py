@@ -146,7 +146,7 @@ def test_completions_that_are_answers_already(tiny_llama):
          r"answer_pattern '\(' is no regular expression"),
         ([{"prompt": "a", "completion": "b"}], {"max_new_tokens": 0}, "max_new_tokens is 0"),
         ([{"prompt": "a", "completion": "b"}], {"max_new_tokens": 40},
-         "max_length is 40; expected more than the 40 new tokens"),
+         "max_new_tokens is 40, expected less than max_length, 40"),
         ([{"prompt": "a", "completion": "b"}], {"batch_size": 0}, "batch size is 0"),
         ([{"prompt": "a", "completion": "b"}], {"vocab_size": 9}, "row 0: the tokenizer gives"),
     ],
@@ -184,7 +184,10 @@ def test_the_command(workspace, tmp_path, capsys):
         (pattern, "answer_pattern is 'positive|negative', and is used with --generate only"),
         (["--generate", "--choices", " a"], "choices is (' a',), and is not used with"),
         (["--generate", "--task", "choice"], "task is 'choice', and is not used with --generate"),
-        (["--generate", "--predictions", str(tmp_path / "no" / "file")], "No such file"),
+        (
+            ["--generate", "--predictions", str(tmp_path / "no" / "file")],
+            "no such folder to write",
+        ),
     ):
         assert main([*evaluate, *flags]) == 2
         assert message in capsys.readouterr().err

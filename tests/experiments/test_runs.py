@@ -14,6 +14,7 @@ from experiments.tasks import PretrainedTask
 from tests.models.test_vit import save_vit
 
 
+@pytest.mark.slow
 def test_rates_of_one_method_share_a_step_and_are_what_they_say(assets, tiny):
     make = runs_of(tiny, assets)
     low, high = (make(Cell("tiny", "lora", 2, rate), test=False) for rate in (1e-3, 1e-2))

@@ -127,7 +127,7 @@ def with_named_axes(name):
 
 @pytest.fixture(scope="module")
 def probes(request):
-    items = [item for item in request.session.items if item.module is request.module]
+    items = [item for item in request.session.items if item.path == request.path]
     names = dict.fromkeys(item.callspec.params["name"] for item in items)
     run = subprocess.run(
         [sys.executable, "-m", __name__, *names],

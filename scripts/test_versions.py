@@ -22,8 +22,12 @@ RESOLUTIONS = {"oldest": "lowest-direct", "newest": "highest"}
 SHOWN = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "datasets")
 TESTS = (
     "tests/test_patterns.py",
+    "tests/optim/test_full_rank.py",
     "tests/optim/test_imports.py",
+    "tests/optim/test_linear_algebra.py",
+    "tests/optim/test_oracle.py",
     "tests/optim/test_pairs.py",
+    "tests/optim/test_stacking.py",
     "tests/optim/test_state.py",
     "tests/lora/test_config.py",
     "tests/lora/test_inject.py",

@@ -100,7 +100,7 @@ def predicted(batch: Batch) -> Batch:
     """
     learned = batch["loss_mask"][:, 1:] > 0  # (b, t - 1)
     length = learned.shape[1] + 1
-    most = max(1, int(learned.sum(axis=1).max()))
+    most = max(1, int(np.max(learned.sum(axis=1))))
     k = min(length, 1 << (most - 1).bit_length())
     # A stable sort brings the learned positions to the front, in order.
     places = np.argsort(~learned, axis=1, kind="stable")[:, :k].astype(np.int32)

@@ -416,7 +416,7 @@ def _batches(
     groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     longest = np.asarray([len(rows[group[-1]].tokens) for group in groups])
     buckets = bucket_lengths(longest, batch_size=1)
-    lengths = [smallest_bucket(buckets, length) for length in longest]
+    lengths = [smallest_bucket(buckets, int(length)) for length in longest]
     answers = max(row.answers[-1] + 1 for row in rows)
     predicted = dict.fromkeys(lengths, 0)
     for group, length in zip(groups, lengths, strict=True):

@@ -242,7 +242,7 @@ class LabelTask(RowTask):
         places = [int(label_of(given.rows[index], index)) for index in range(len(given.rows))]
         counts = np.bincount(places, minlength=len(self.labels))
         if (counts == 0).any():
-            name = self.labels[int(counts.argmin())]
+            name = self.labels[int(np.argmin(counts))]
             raise InputError(
                 f"class_weights are 'balanced', but no row has the label {shown(name)}; expected "
                 "some rows of each label"

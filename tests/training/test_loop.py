@@ -294,7 +294,7 @@ def test_an_extended_run_sets_aside_what_it_had_written(make_config, method, nam
     weights = load_file(first / f"{name}.safetensors")
     if lost:
         shutil.rmtree(first.parent / "checkpoints")
-    else:
+    elif method == "full":  # an adapter is small, and is written again
         before = (first / f"{name}.safetensors").stat().st_mtime_ns
         ended = finetune(make_config(**settings, steps=1), resume=True, progress=False)
         assert ended.trained == first

@@ -79,7 +79,7 @@ class RowTask(Task):
             field: With the label.
 
         Returns:
-            A function of a row and its index.
+            A function of a row, which may hold this field alone, and its index.
         """
         names = names_of_numbers(rows, field)
         if not same_names(names, self.labels or ()):

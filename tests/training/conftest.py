@@ -1,4 +1,5 @@
 import functools
+import importlib.util
 import json
 from pathlib import Path
 
@@ -16,7 +17,8 @@ WORDS = ("joy", "plot", "acting", "film", "dull", "funny", "loud", "moving", "lo
 def _no_picture(request):
     """Drawing takes an eighth of the time of short runs; test_plot.py is for pictures."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.module.__name__ != "tests.training.test_plot":
+        drawn = request.module.__name__ == "tests.training.test_plot"
+        if not drawn and importlib.util.find_spec("matplotlib"):
             draw = "matplotlib.backends.backend_agg.FigureCanvasAgg.print_png"
             patch.setattr(draw, lambda _, file: Path(file).touch())
         yield

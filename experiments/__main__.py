@@ -70,6 +70,7 @@ class Run:
         done = {r.cell for r in before if r.test or not test}
         mine = [cell for cell in self._shared(cells) if cell not in done]
         make = runs_of(task, Path(self.assets))
+        log.path.parent.mkdir(parents=True, exist_ok=True)  # before a run that would be lost
         with tqdm(mine, desc=self.task, unit="run") as bar:
             for cell in bar:
                 result = make(cell, test=test or cell.method == BEFORE)
@@ -149,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = tyro.cli(Command, args=arguments, prog="python -m experiments", description=__doc__)
     try:
         command()
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"experiments: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -147,7 +147,7 @@ class ResultLog:
         """Opens the log.
 
         Args:
-            path: The file; it need not be there.
+            path: The file, in a folder that is there once results are added.
         """
         self.path = Path(path)
 
@@ -175,7 +175,6 @@ class ResultLog:
         """Adds a result: one write, so that several processes may share the file."""
         values = dataclasses.asdict(result)
         line = json.dumps({**values.pop("cell"), **_finite(values)}, allow_nan=False)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab+") as file:
             # After a line that was cut off, one of its own.
             cut_off = file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"

@@ -14,6 +14,7 @@ from experiments.registry import TASKS, read_results, summaries_of
 from experiments.runs import PACKAGES
 from experiments.summary import Summary
 from experiments.tasks import BEFORE, WHOLE, Task
+from loft_jax.errors import InputError
 
 _INTRODUCTION = """\
 # What the methods come to
@@ -133,15 +134,17 @@ def write_report(results: Path, page: Path) -> None:
         page: The page; those of the tasks and the plots go into the folder of its name.
 
     Raises:
-        InputError: A log is damaged, or of another form of its task.
+        InputError: There is no log; or one is damaged, or of another form of its task.
     """
-    folder = page.with_suffix("")
-    folder.mkdir(parents=True, exist_ok=True)
     logs = {
         name: read_results(ResultLog(results / f"{name}.jsonl"), task)
         for name, task in TASKS.items()
     }
     logs = {name: found for name, found in logs.items() if found}
+    if not logs:
+        raise InputError(f"{results}: holds no results, expected a log such as stories.jsonl")
+    folder = page.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
     lines = [_INTRODUCTION, *_made_with(itertools.chain.from_iterable(logs.values()))]
     summaries = {name: summaries_of(TASKS[name], found) for name, found in logs.items()}
     found = {

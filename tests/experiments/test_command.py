@@ -193,3 +193,12 @@ def test_runs_of_another_form_of_the_task_are_not_mixed(
 def test_mistakes_are_named(arguments, message, tiny, tmp_path, capsys):
     assert main(["run", *arguments, "--results", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_results_that_are_not_there_or_cannot_be_kept_are_told_before_any_work(tmp_path, capsys):
+    assert report(tmp_path / "none", tmp_path / "pages" / "page.md") == 2
+    assert "none: holds no results, expected a log" in capsys.readouterr().err
+    assert not (tmp_path / "pages").exists()
+    (tmp_path / "file").touch()
+    assert main(["run", "matrix", "--results", str(tmp_path / "file" / "logs")]) == 2
+    assert "file/logs" in capsys.readouterr().err

@@ -43,7 +43,7 @@ def test_a_setting_gives_back_its_cells():
 
 
 def test_a_log_gives_back_what_it_was_given(tmp_path):
-    log = ResultLog(tmp_path / "logs" / "toy.jsonl")
+    log = ResultLog(tmp_path / "toy.jsonl")
     assert log.read() == []
     given = [result(seed=0, test=0.5), result(seed=1, loss=math.inf), result(alpha=2.0)]
     for one in given:

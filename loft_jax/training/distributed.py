@@ -83,12 +83,13 @@ def join(config: DistributedConfig) -> None:
 def is_of_another_process(error: Exception) -> bool:
     """Whether an error is one that a process gets when another process is gone."""
     text = str(error)
-    # JAX raises some errors of the runtime as a ValueError, whose text begins with their code.
-    of_runtime = isinstance(error, jax.errors.JaxRuntimeError) or (
-        isinstance(error, ValueError) and re.match(r"[A-Z_]+: ", text)
-    )
+    if isinstance(error, ValueError):
+        # JAX raises some errors of its runtime so, with a text that begins with their code.
+        of_runtime = re.match(r"[A-Z_]+: ", text) is not None
+    else:
+        of_runtime = isinstance(error, jax.errors.JaxRuntimeError)
     words = ("unavailable", "aborted", "deadline_exceeded", "gloo", "connection")
-    return bool(of_runtime) and any(word in text.lower() for word in words)
+    return of_runtime and any(word in text.lower() for word in words)
 
 
 def leave(code: int) -> NoReturn:

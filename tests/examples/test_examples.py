@@ -1,6 +1,6 @@
 """The examples run, and print what they promise.
 
-Daily, those that no page, notebook or other test does the like of.
+Those that do what a page, a notebook or another test does are slow.
 """
 
 import ast

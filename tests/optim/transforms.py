@@ -126,6 +126,7 @@ def each_of(names, daily=DAILY):
 
 
 every_transform, every_alias = each_of(TRANSFORMS), each_of(ALIASES)
+# For tests that compute nothing: of shapes, dtypes and messages.
 every_form = each_of(TRANSFORMS, (*DAILY, *LINKS))
 
 

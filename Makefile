@@ -1,6 +1,6 @@
 # make test: everything checked, from nothing but Python 3.11+ and make. make demo: the main job.
 # make docs: the site, in build/site. make test-versions: the fast tests at the oldest and the newest
-# versions of what this depends on.
+# versions of what this depends on. make test-slow: what make test leaves out; an hour.
 #
 # PYTHON names the interpreter for .venv.
 
@@ -13,11 +13,11 @@ UV_INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python
 # Warnings are errors; Material's notice of its end of life is none.
 SITE := NO_MKDOCS_2_WARNING=1 JAX_PLATFORMS=cpu $(BIN)/mkdocs build
 
-.PHONY: test types site tests test-tunix test-versions docs demo assets clean
+.PHONY: test types site tests test-slow test-tunix test-versions docs demo assets clean
 
 # Many tests start processes, which find modules compiled, whatever the user wants elsewhere.
-test: export PYTHONDONTWRITEBYTECODE :=
-test: export PYTHONPYCACHEPREFIX := $(CURDIR)/.venv/pycache
+test test-slow: export PYTHONDONTWRITEBYTECODE :=
+test test-slow: export PYTHONPYCACHEPREFIX := $(CURDIR)/.venv/pycache
 # Packages and weights are fetched side by side.
 test:
 	$(MAKE) --no-print-directory --jobs=2 .venv/.test assets
@@ -35,6 +35,9 @@ site:
 
 tests:
 	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+test-slow: .venv/.test assets
+	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m slow
 
 # Tunix has ceilings of its own on what it needs, so it gets an environment of its own.
 test-tunix: .venvs/tunix/.test

@@ -156,9 +156,8 @@ def read_text(path: Path, expected: str, *, most_bytes: int = _MOST_JSON) -> str
         pieces = []
         while piece := file.read(_PIECE):
             pieces.append(piece)
-            if (
-                len(pieces) * _PIECE > most_bytes + _PIECE
-            ):  # files of /proc have size 0 and may not end
+            # Files of /proc have size 0 and may not end.
+            if len(pieces) * _PIECE > most_bytes + _PIECE:
                 raise InputError(f"{path}: expected {expected} of at most {size_of(most_bytes)}")
         return b"".join(pieces).decode("utf-8")
 

@@ -364,9 +364,8 @@ class _Generation:
         width = _bucket(max(map(len, prompts)))
         tokens = np.zeros((len(prompts), width), np.int32)
         real = np.zeros((len(prompts), width), np.int32)
-        for row, prompt in enumerate(
-            prompts
-        ):  # padded on the left, so that all rows continue at the same slot
+        # Padded on the left, so that all rows continue at the same slot.
+        for row, prompt in enumerate(prompts):
             tokens[row, width - len(prompt) :] = prompt
             real[row, width - len(prompt) :] = 1
         ends = np.zeros(vocab, bool)

@@ -12,33 +12,72 @@ import numpy as np
 from loft_jax.errors import InputError, shown
 
 
-def convert_settings(settings: Any, section: str = "") -> None:
-    """Gives settings the types of their fields, in place, and refuses values of other types.
+def check_settings(
+    settings: Any,
+    section: str = "",
+    *,
+    at_least: Mapping[str, float] | None = None,
+    positive: Sequence[str] = (),
+    fractions: Sequence[str] = (),
+    largest: int = 2**31 - 1,
+) -> None:
+    """Gives settings the types of their fields, in place; refuses other types and other ranges.
 
     Paths become texts, lists become tuples, and numbers of NumPy become Python's. A number that is
-    given as a text is refused.
+    given as a text is refused. Settings whose type is a `Literal` must be one of its values.
+    Numbers must be finite, also in tuples and mappings. None is an unset setting, and is accepted.
 
     Args:
         settings: A frozen dataclass. A value that is none of Python's plain types is left alone:
             the command line fills in some values after it has made the dataclass.
         section: Its name in a configuration, for messages; empty for the configuration itself.
+        at_least: The least value of settings by name.
+        positive: Names of settings that must be above zero.
+        fractions: Names of settings that must be in [0, 1).
+        largest: The largest integer.
 
     Raises:
-        InputError: A value is of another type than its field; the message names the field.
+        InputError: A setting is of another type or out of its range; the message names it.
 
     Example:
         >>> from loft_jax.data import DataConfig
         >>> DataConfig("rows.jsonl", max_length="512")
         Traceback (most recent call last):
         loft_jax.errors.InputError: data.max_length is '512', expected an integer
+        >>> check_settings(DataConfig("rows.jsonl"), "data", at_least={"max_length": 2048})
+        Traceback (most recent call last):
+        loft_jax.errors.InputError: data.max_length is 1024, expected at least 2048
     """
-    hints = get_type_hints(type(settings))
+    prefix, hints = f"{section}." if section else "", get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
         value, hint = _plain(getattr(settings, field.name)), hints[field.name]
         if not _fits(value, hint):
-            name = f"{section}.{field.name}" if section else field.name
-            raise InputError(f"{name} is {shown(value)}, expected {_expected(hint)}")
+            raise InputError(f"{prefix}{field.name} is {shown(value)}, expected {_expected(hint)}")
         object.__setattr__(settings, field.name, value)
+
+    def check(name: str, value: Any, holds: bool, expected: str) -> None:
+        if value is not None and not holds:
+            raise InputError(f"{prefix}{name} is {shown(value)}, expected {expected}")
+
+    for name, number in _numbers(vars(settings)):
+        if isinstance(number, int):
+            limit = f"at most {largest}" if number > 0 else f"at least {-largest}"
+            check(name, number, abs(number) <= largest, limit)
+        else:
+            check(name, number, math.isfinite(number), "a finite number")
+    for name, hint in hints.items():
+        if get_origin(hint) is Literal:
+            value, known = getattr(settings, name), get_args(hint)
+            check(name, value, value in known, f"one of {', '.join(known)}")
+    for name, low in (at_least or {}).items():
+        value = getattr(settings, name)
+        check(name, value, value is None or value >= low, f"at least {low}")
+    for name in positive:
+        value = getattr(settings, name)
+        check(name, value, value > 0, "a positive number")
+    for name in fractions:
+        value = getattr(settings, name)
+        check(name, value, 0 <= value < 1, "a number in [0, 1)")
 
 
 def _plain(value: Any) -> Any:
@@ -86,66 +125,6 @@ def _expected(hint: Any) -> str:
     text = _EXPECTED.get(get_origin(hint) or hint, f"a {getattr(hint, '__name__', hint)}")
     inner = [each for each in get_args(hint) if each in _EXPECTED]
     return f"{text}, each {_expected(inner[-1])}" if inner else text
-
-
-def check_settings(
-    settings: Any,
-    section: str = "",
-    *,
-    at_least: Mapping[str, float] | None = None,
-    positive: Sequence[str] = (),
-    fractions: Sequence[str] = (),
-    largest: int = 2**31 - 1,
-) -> None:
-    """Refuses settings of another type, or out of their range.
-
-    Types are those of `convert_settings`. Settings whose type is a `Literal` must be one of its
-    values. Numbers must be finite, also in tuples and mappings. None is an unset setting, and is
-    accepted.
-
-    Args:
-        settings: A dataclass.
-        section: Its name in a configuration, for messages; empty for the configuration itself.
-        at_least: The least value of settings by name.
-        positive: Names of settings that must be above zero.
-        fractions: Names of settings that must be in [0, 1).
-        largest: The largest integer.
-
-    Raises:
-        InputError: A setting is of another type or out of its range; the message names it.
-
-    Example:
-        >>> from loft_jax.data import DataConfig
-        >>> check_settings(DataConfig("rows.jsonl"), "data", at_least={"max_length": 2048})
-        Traceback (most recent call last):
-        loft_jax.errors.InputError: data.max_length is 1024, expected at least 2048
-    """
-    convert_settings(settings, section)
-    prefix = f"{section}." if section else ""
-
-    def check(name: str, value: Any, holds: bool, expected: str) -> None:
-        if value is not None and not holds:
-            raise InputError(f"{prefix}{name} is {shown(value)}, expected {expected}")
-
-    for name, number in _numbers(vars(settings)):
-        if isinstance(number, int):
-            limit = f"at most {largest}" if number > 0 else f"at least {-largest}"
-            check(name, number, abs(number) <= largest, limit)
-        else:
-            check(name, number, math.isfinite(number), "a finite number")
-    for name, hint in get_type_hints(type(settings)).items():
-        if get_origin(hint) is Literal:
-            value, known = getattr(settings, name), get_args(hint)
-            check(name, value, value in known, f"one of {', '.join(known)}")
-    for name, low in (at_least or {}).items():
-        value = getattr(settings, name)
-        check(name, value, value is None or value >= low, f"at least {low}")
-    for name in positive:
-        value = getattr(settings, name)
-        check(name, value, value > 0, "a positive number")
-    for name in fractions:
-        value = getattr(settings, name)
-        check(name, value, 0 <= value < 1, "a number in [0, 1)")
 
 
 def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, int | float]]:

@@ -1,13 +1,13 @@
 """Time and temporaries of the `update` group, drawn."""
 
 import itertools
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.history import Row
 from benchmarks.optimizer.aims import shape_of
+from loft_jax.files import replacing
 
 
 def plot(rows: Sequence[Row], path: Path) -> bool:
@@ -67,6 +67,5 @@ def save(figure: Any, path: Path) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    partial = path.with_suffix(".partial.png")
-    FigureCanvasAgg(figure).print_png(partial)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        FigureCanvasAgg(figure).print_png(partial)

@@ -117,8 +117,7 @@ def scale_by_adapre_lora(
                 x = weighted[1 - k].project(m.like(m.array / _nonzero(roots[k])))
                 q = weighted[k].q
                 x = x.like((x.array - q.times(q.inner(x)).array / 2) / _nonzero(roots[k]))
-                for i, leaf in zip(own.indices, own.unfold(x), strict=True):
-                    tree.put_update(i, leaf)
+                tree.put_updates(own, x)
         trees = (jax.tree.unflatten(treedef, x) for x in (mu, nu))
         return tree.rebuilt(), AdaPreLoRAState(count, *trees)
 

@@ -67,9 +67,7 @@ def adjust_gradients(
                 (group.a, grad_a.array - a.times(x).array),
                 (group.b, grad_b.array + b.times(transpose(x)).array),
             ):
-                leaves = own.unfold(a.like(changed) if own.rank_last else b.like(changed))
-                for i, leaf in zip(own.indices, leaves, strict=True):
-                    tree.leaves[i] = leaf.astype(tree.leaves[i].dtype)
+                tree.put_gradients(own, (a if own.rank_last else b).like(changed))
         return tree.rebuilt(), state
 
     return transformation(init, update)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from experiments.peers.shared import apart, finite
-from loft_jax.optim.arguments import Number, check, check_adam
+from loft_jax.optim.arguments import Number, check_adam, check_decay, check_positive
 from loft_jax.optim.linear_algebra import (
     FactorMatrix,
     batched,
@@ -92,11 +92,10 @@ def riemannion(
         Bogachev et al., LoRA meets Riemannion: Muon Optimizer for Parametrization-independent
         Low-Rank Adapters, ICLR 2026 (arXiv 2507.12142).
     """
-    check(beta, "beta", lambda x: 0 <= x < 1, "a number in [0, 1)")
+    check_decay(beta, "beta")
+    check_positive(consistent_rms, "consistent_rms")
     check_adam(adam_b1, adam_b2, eps, weight_decay)
     spec = FactorSpec(factors, scaling)
-    if consistent_rms is not None:
-        check(consistent_rms, "consistent_rms", lambda x: x > 0, "a positive number")
 
     def init(params: optax.Params) -> RiemannionState:
         find_pairs(params, spec)
@@ -157,8 +156,7 @@ def riemannion(
                 r = near.rank
                 new = _plus(near.times(t[..., :r, :r]), beside.times(t[..., r:, :r]))
                 new = new.like(new.array - tree.param(own).array)
-                for i, leaf in zip(own.indices, own.unfold(new), strict=True):
-                    tree.put_update(i, leaf)
+                tree.put_updates(own, new)
         trees = (jax.tree.unflatten(treedef, x) for x in (mu, basis))
         return tree.rebuilt(), RiemannionState(next_count(state.count), *trees)
 

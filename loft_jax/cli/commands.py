@@ -29,7 +29,7 @@ from loft_jax.streams import readers_may_leave
 from loft_jax.training.distributed import is_of_another_process, leave
 from loft_jax.training.topology import silence_libtpu
 
-# Models, optimizers and data are imported by the commands that use them, so that help is fast.
+# The hub, adapters and the training loop are imported by the commands that use them: help is fast.
 
 _INPUT = 2
 _FAILED = 1

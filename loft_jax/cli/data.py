@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from loft_jax.data import DataConfig
+from loft_jax.data import DataConfig, TokenizedData, load_examples
+from loft_jax.data.text import decoded
 from loft_jax.errors import InputError, shown
+from loft_jax.tasks.registry import find_task
+from loft_jax.tasks.task import Given, Task, within
 from loft_jax.training.config import TaskConfig
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from loft_jax.data import TokenizedData
-    from loft_jax.tasks.task import Task
 
 _BEGIN, _END = "⟦", "⟧"
 _COUNTED = 10  # number of labels whose rows are counted
@@ -38,10 +38,7 @@ class Data:
 
     def __call__(self) -> int:
         """Runs the command."""
-        from loft_jax.data import TokenizedData, load_examples
         from loft_jax.hub import load_model_config, load_processor
-        from loft_jax.tasks.registry import find_task
-        from loft_jax.tasks.task import Given, within
 
         if self.show < 0:
             raise InputError(f"show is {self.show}; expected at least 0")
@@ -66,7 +63,7 @@ class Data:
         return 0
 
 
-def _summary(rows: int, examples: "TokenizedData", task: "Task") -> str:
+def _summary(rows: int, examples: TokenizedData, task: Task) -> str:
     lengths = examples.lengths
     summary = (
         f"{rows:,} rows give {len(examples):,} examples of {lengths.min():,} to "
@@ -92,15 +89,14 @@ def _counted(labels: "np.ndarray", names: Sequence[str]) -> str:
     return f"; labels: {', '.join([*said[:_COUNTED], *more])}"
 
 
-def _names(task: "Task") -> tuple[str, ...]:
+def _names(task: Task) -> tuple[str, ...]:
     """Gives the names of the labels; none for regression, whose single one names no label."""
     names = task.labels or ()
     return names if len(names) > 1 else ()
 
 
-def _shown(index: int, examples: "TokenizedData", tokenizer: Any, task: "Task") -> str:
+def _shown(index: int, examples: TokenizedData, tokenizer: Any, task: Task) -> str:
     """Writes an example with its special tokens, and marks around what is learned."""
-    from loft_jax.data.text import decoded
 
     tokens, mask = examples[index]
     if examples.labelled is not None:

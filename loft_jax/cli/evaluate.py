@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from loft_jax.cli.source import Source
-from loft_jax.data import DataConfig
+from loft_jax.data import DataConfig, load_examples
 from loft_jax.data.presets import find_preset
 from loft_jax.errors import InputError, shown
 from loft_jax.files import replacing
 from loft_jax.models import Quantization
+from loft_jax.models.family import Family, PretrainedConfig
+from loft_jax.tasks import Classification, Regression
+from loft_jax.tasks.registry import find_task
+from loft_jax.tasks.task import Given, Task, within
 from loft_jax.training.config import TaskConfig
 
 if TYPE_CHECKING:
     from loft_jax.evaluation import AnswerScores, QuestionScores
-    from loft_jax.models.family import Family, PretrainedConfig
-    from loft_jax.tasks.task import Given, Task
 
 _log = logging.getLogger(__name__)
 
@@ -106,7 +108,6 @@ class Evaluate:
         return 0
 
     def _by_generation(self) -> int:
-        from loft_jax.data import load_examples
         from loft_jax.evaluation import generated_answers, sampled
 
         evaluate = generated_answers(
@@ -133,7 +134,6 @@ class Evaluate:
     def _prepared(self) -> dict[str, Any]:
         """Gives what evaluations by generation need of the model before it is loaded."""
         from loft_jax.hub import load_model_config
-        from loft_jax.tasks.task import within
 
         family, sizes = load_model_config(self.source.base)
         family.model("causal-lm")  # refuses a family that generates no text
@@ -145,10 +145,8 @@ class Evaluate:
         }
 
     def _by_task(self) -> int:
-        from loft_jax.data import load_examples
         from loft_jax.evaluation import sampled
         from loft_jax.hub import load_model_config
-        from loft_jax.tasks.task import within
 
         rows = sampled(load_examples(self.data.held_out()), self.sample)
         family, sizes = load_model_config(self.source.base)
@@ -172,11 +170,8 @@ class Evaluate:
         print(json.dumps({k: v if math.isfinite(v) else None for k, v in report}))
         return 0
 
-    def _task(self, family: "Family", sizes: "PretrainedConfig", rows: Any) -> "Task":
+    def _task(self, family: Family, sizes: PretrainedConfig, rows: Any) -> Task:
         """Gives the named task, or the one that fits, with the labels of the model or adapter."""
-        from loft_jax.tasks.registry import find_task
-        from loft_jax.tasks.task import Given
-
         adapter = self.source.adapter_head
         known = getattr(sizes, "labels", ()) if adapter is None else adapter[1]
         given = Given(
@@ -187,10 +182,8 @@ class Evaluate:
             self._refuse_other(task, given)
         return task.make(dataclasses.replace(given, rows=None))
 
-    def _refuse_other(self, task: "type[Task]", given: "Given") -> None:
+    def _refuse_other(self, task: type[Task], given: Given) -> None:
         """Refuses an adapter of regression for classification, and the reverse."""
-        from loft_jax.tasks import Classification, Regression
-
         number = len(given.known) == 1
         if task is not (Classification if number else Regression):
             return

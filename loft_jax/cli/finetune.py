@@ -47,9 +47,11 @@ class Finetune:
         if not is_main():
             logging.getLogger("loft_jax").setLevel(logging.ERROR)
         result = finetune(self.run, resume=self.resume)
-        return self._report(result) if is_main() else self._code(result)
+        if is_main():
+            self._report(result)
+        return INTERRUPTED if result.interrupted else 0
 
-    def _report(self, result: "RunResult") -> int:
+    def _report(self, result: "RunResult") -> None:
         for name, values in (("before", result.before), ("after", result.after)):
             if values:
                 print(f"{name + ':':8}" + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
@@ -57,10 +59,6 @@ class Finetune:
             print(f"stopped at step {result.steps}; continue with --resume", file=sys.stderr)
         else:
             print(f"trained: {result.trained}")
-        return self._code(result)
-
-    def _code(self, result: "RunResult") -> int:
-        return INTERRUPTED if result.interrupted else 0
 
 
 def finetune_default(arguments: Sequence[str]) -> Finetune:

@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from loft_jax.cli.source import Source
+from loft_jax.data.templates import Message
 from loft_jax.errors import InputError, shown
 from loft_jax.files import read_text
-from loft_jax.generation import Sampling
+from loft_jax.generation import Sampling, check_prompts, generate_text, stream_text
 from loft_jax.models import Quantization
+from loft_jax.models.family import LanguageModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from loft_jax.data.templates import Message
-    from loft_jax.models.family import LanguageModel
 
 _log = logging.getLogger(__name__)
 
@@ -112,7 +111,7 @@ class _Session:
     def __init__(
         self,
         command: Generate,
-        model: "LanguageModel",
+        model: LanguageModel,
         tokenizer: "PreTrainedTokenizerBase",
         *,
         chat: bool,
@@ -144,8 +143,6 @@ class _Session:
 
     def answer(self, text: str) -> None:
         """Prints the answer to a text, token by token, and keeps both in the conversation."""
-        from loft_jax.generation import check_prompts, stream_text
-
         prompt = self._asked(text)
         if not self._chat:
             count = self._options["max_new_tokens"]
@@ -165,8 +162,6 @@ class _Session:
 
     def answer_all(self, texts: list[str]) -> None:
         """Prints the answers to several texts, each of which is a conversation of its own."""
-        from loft_jax.generation import generate_text
-
         asked = [self._asked(text) for text in texts]
         answers = generate_text(self._model, self._tokenizer, asked, **self._options)
         for number, (text, answer) in enumerate(zip(texts, answers, strict=True), 1):

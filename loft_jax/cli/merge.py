@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from flax import nnx
 
 from loft_jax.cli.source import Source
 from loft_jax.errors import InputError, shown
+from loft_jax.models.family import flat_parameters
 from loft_jax.training.config import check_output
 
 
@@ -38,11 +40,8 @@ class Merge:
         return 0
 
     def _write_folder(self) -> None:
-        from flax import nnx
-
         from loft_jax.hub import save_pretrained
         from loft_jax.hub.pretrained import stored_dtype
-        from loft_jax.models.family import flat_parameters
 
         base = self.source.base
         dtype = str(stored_dtype(base)) if self.dtype == "base" else self.dtype
@@ -53,8 +52,6 @@ class Merge:
         save_pretrained(self.output, model, tokenizer, base_model=base)
 
     def _write_gguf(self) -> None:
-        from flax import nnx
-
         from loft_jax.hub import load_model_config
         from loft_jax.hub.gguf_save import check_gguf, save_gguf
 
@@ -68,9 +65,8 @@ class Merge:
         base = self.source.base
         family, config = load_model_config(base)
         make = family.model("causal-lm")
-        check_gguf(
-            nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0))), self.source.processor
-        )  # before the weights are read
+        # Before the weights are read.
+        check_gguf(nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0))), self.source.processor)
         model, tokenizer = self._merged("float32")
         save_gguf(self.output, model, tokenizer, kind=self.gguf, name=Path(base).stem)
 

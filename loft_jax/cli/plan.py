@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+import jax
 import tyro
+from tqdm import tqdm
 
 from loft_jax.data import DataConfig
 from loft_jax.errors import InputError
@@ -22,6 +24,7 @@ from loft_jax.training.config import (
     ScheduleConfig,
     TaskConfig,
 )
+from loft_jax.training.topology import gpu_count
 
 _FLAT = tyro.conf.arg(name="")
 
@@ -65,17 +68,12 @@ class Plan:
 
     def __call__(self) -> int:
         """Runs the command."""
-        import jax
-        from tqdm import tqdm
-
         from loft_jax.training.plan import check_plan, plan_step, plan_table
-        from loft_jax.training.topology import gpu_count
 
         if not (self.topology and self.method):
             raise InputError("topology or method is empty, expected one of each at least")
-        jax.config.update(
-            "jax_platforms", "cpu"
-        )  # compiling must not occupy a chip that is present
+        # Compiling must not occupy a chip that is present.
+        jax.config.update("jax_platforms", "cpu")
         if (most := max(map(gpu_count, self.topology))) > 1:
             with contextlib.suppress(RuntimeError):  # JAX is in use; the topology says what it has
                 jax.config.update("jax_num_cpu_devices", most)

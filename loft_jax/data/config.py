@@ -8,7 +8,7 @@ from typing import Self
 from loft_jax.data.field_template import FieldTemplate
 from loft_jax.data.presets import PresetName, find_preset
 from loft_jax.errors import InputError, naming, shown
-from loft_jax.settings import convert_settings
+from loft_jax.settings import check_settings
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,7 @@ class DataConfig:
     buckets: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        convert_settings(self, "data")
-        if self.max_length < 1:
-            raise InputError(f"max_length is {shown(self.max_length)}; expected at least 1 token")
+        check_settings(self, "data", at_least={"max_length": 1})
         for name in ("prompt", "completion"):
             if template := getattr(self, name):
                 with naming(f"data.{name}"):

@@ -13,7 +13,7 @@ from loft_jax.files import inside, regular_file
 IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 ARRAYS_ENDING = ".npz"
 
-_SPLITS = {
+SPLITS = {
     "train": "train",
     "training": "train",
     "test": "test",
@@ -48,11 +48,11 @@ def read_image_folder(folder: Path, config: DataConfig) -> list[dict[str, Any]]:
     if any(map(_is_class, _of_splits(folder))):
         by_split: dict[str, list[Path]] = {}
         for entry in _folders(folder):
-            if entry.name.lower() not in _SPLITS:
+            if entry.name.lower() not in SPLITS:
                 raise InputError(
-                    f"{entry}: stands beside folders of splits; expected one of {list(_SPLITS)}"
+                    f"{entry}: stands beside folders of splits; expected one of {list(SPLITS)}"
                 )
-            by_split.setdefault(_SPLITS[entry.name.lower()], []).extend(_folders(entry))
+            by_split.setdefault(SPLITS[entry.name.lower()], []).extend(_folders(entry))
     else:
         by_split = {"train": list(_folders(folder))}
     rows = {
@@ -75,7 +75,7 @@ def _of_splits(folder: Path) -> Iterator[Path]:
 
 
 def _is_split(folder: Path) -> bool:
-    return folder.name.lower() in _SPLITS
+    return folder.name.lower() in SPLITS
 
 
 def _folders(folder: Path) -> Iterator[Path]:

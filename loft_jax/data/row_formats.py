@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from loft_jax.data.alpaca import alpaca_prompt
 from loft_jax.data.config import DataConfig
 from loft_jax.data.field_template import FieldTemplate
 from loft_jax.data.log_once import log_once, log_unused
@@ -24,14 +25,6 @@ TOOLS = "tools"
 _CONVERSATIONS = ("conversations", "conversation")
 _CHOSEN, _REJECTED = "chosen", "rejected"
 _INSTRUCTION, _INPUT, _OUTPUT, _SYSTEM = "instruction", "input", "output", "system"
-
-# Stanford's prompts, https://github.com/tatsu-lab/stanford_alpaca
-_ALPACA = "Below is an instruction that describes a task"
-_WITHOUT_INPUT = f"{_ALPACA}. Write a response that appropriately completes the request."
-_WITH_INPUT = (
-    f"{_ALPACA}, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request."
-)
 
 _MOST_TO_FIND_CHATS = 100
 
@@ -396,10 +389,7 @@ class _Reads:
             asked = f"{instruction}\n\n{further}" if further else instruction
             messages = [*_system(system), *chat_with(asked, "").messages]
             return _answered(f"row {index}", messages, [_spoken(output)], index, {})
-        begin = system or (_WITH_INPUT if further else _WITHOUT_INPUT)
-        asked = f"### Input:\n{further}\n\n" if further else ""
-        prompt = f"{begin}\n\n### Instruction:\n{instruction}\n\n{asked}### Response:\n"
-        return Pair(prompt, output)
+        return Pair(alpaca_prompt(instruction, further, begin=system), output)
 
     def _read_pair(self, where: str, prompt: str, completion: str) -> Read:
         if not (self._config.chat and completion):  # no template tells an empty answer from none

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from loft_jax.data.config import DataConfig
 from loft_jax.data.image_files import (
     ARRAYS_ENDING,
+    SPLITS,
     holds_classes,
     part_of,
     read_arrays,
@@ -156,15 +157,17 @@ def _read_files(by_split: dict[str, list[Path]], config: DataConfig, *, source: 
             raise InputError(f"{file}: unknown ending {file.suffix!r:.200}; expected {_EXPECTED}")
         if regular_file(file, "examples").stat().st_size == 0:
             raise InputError(f"{file}: the file is empty; expected examples")
-    formats = {(_BUILDERS[ending], ending == ".tsv") for ending in map(_ending, files)}
+    endings = {file.suffix.lower() for file in files}
+    formats = {(_BUILDERS[ending], ending == ".tsv") for ending in endings}
     if config.columns and {builder for builder, _ in formats} != {"csv"}:
         raise InputError(
             f"{source}: columns are {shown(list(config.columns))}, but it names its own; expected "
             "columns for CSV and TSV alone"
         )
     if len(formats) > 1:
-        endings = ", ".join(sorted({file.suffix for file in files}))
-        raise InputError(f"{source}: holds files of several formats ({endings}); expected one")
+        raise InputError(
+            f"{source}: holds files of several formats ({', '.join(sorted(endings))}); expected one"
+        )
     ((builder, tabs),) = formats
     with explained(f"{source}: cannot be read as {builder}"):
         if tabs and config.preset is not None:
@@ -178,10 +181,6 @@ def _read_files(by_split: dict[str, list[Path]], config: DataConfig, *, source: 
             rows = read_csv_rows(by_split, _split(config), separator=separator, columns=columns)
             return _of_preset(rows, config)
         return _of_preset(_build(builder, by_split, _split(config)), config)
-
-
-def _ending(file: Path) -> str:
-    return file.suffix.lower()
 
 
 def _read_json(by_split: Mapping[str, Sequence[Path]], config: DataConfig) -> "Dataset":
@@ -282,12 +281,8 @@ def _read_folder(folder: Path, config: DataConfig) -> "Dataset | list[dict[str, 
 
 def _split_of(file: Path) -> str:
     """Gives the split that a file of a folder belongs to, by the words of its name."""
-    words = set(re.split(r"[^a-z]+", file.stem.lower()))
-    if words & {"test", "testing", "eval", "evaluation"}:
-        return "test"
-    if words & {"validation", "valid", "val", "dev"}:
-        return "validation"
-    return "train"
+    found = {SPLITS.get(word) for word in re.split(r"[^a-z]+", file.stem.lower())}
+    return next((split for split in ("test", "validation") if split in found), "train")
 
 
 def _read_saved(folder: Path, config: DataConfig) -> "Dataset":

@@ -51,10 +51,9 @@ class GGUF:
             }
             if len(self._tensors) < len(tensors):
                 raise ValueError("two of its tensors are the same one of Hugging Face's names")
+            # GGUF lists sizes in reverse.
             self.shapes: dict[str, tuple[int, ...]] = {
-                name: tuple(
-                    int(size) for size in reversed(tensor.shape)
-                )  # GGUF lists them in reverse
+                name: tuple(int(size) for size in reversed(tensor.shape))
                 for name, tensor in self._tensors.items()
             }
         with explained(f"{self.path}: does not describe a model"), naming(self.path):

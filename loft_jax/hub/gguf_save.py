@@ -14,7 +14,7 @@ from gguf.quants import quant_shape_to_byte_shape, quantize
 from loft_jax.errors import InputError, explained, shown
 from loft_jax.files import replacing
 from loft_jax.hub.gguf_tokenizer import tokenizer_metadata
-from loft_jax.hub.pretrained import hf_tensors
+from loft_jax.hub.pretrained import hf_tensors, merged_parameters
 from loft_jax.models.family import GGUFAdapter, PretrainedModel, flat_parameters
 from loft_jax.models.registry import family_of
 
@@ -82,11 +82,7 @@ def save_gguf(
     """
     path = Path(path)
     contents = _contents(model, tokenizer)
-    parameters = flat_parameters(model, nnx.Param)
-    if factors := [p for p, value in parameters.items() if isinstance(value, nnx.LoRAParam)]:
-        raise InputError(
-            f"{factors[0].rpartition('.')[0]}: still has LoRA factors; merge them before saving"
-        )
+    parameters = merged_parameters(model)
     if path.exists():
         raise InputError(f"{path}: exists already; expected the name of a new file")
     with explained(f"{path}: cannot be written"):
@@ -94,7 +90,7 @@ def save_gguf(
         with replacing(path) as partial:
             writer = GGUFWriter(partial, contents.adapter.architecture)
             try:
-                _write(writer, model, contents, kind, name)
+                _write(writer, model, parameters, contents, kind, name)
             finally:
                 writer.close()
 
@@ -131,7 +127,12 @@ def _shapes(model: PretrainedModel) -> dict[str, tuple[int, ...]]:
 
 
 def _write(
-    writer: GGUFWriter, model: PretrainedModel, contents: _Contents, kind: GGUFKind, name: str
+    writer: GGUFWriter,
+    model: PretrainedModel,
+    parameters: Mapping[str, Any],
+    contents: _Contents,
+    kind: GGUFKind,
+    name: str,
 ) -> None:
     adapter, metadata, constants = contents
     writer.add_name(name)
@@ -153,7 +154,6 @@ def _write(
     writer.write_ti_data_to_file()
     for values in constants.values():
         writer.write_tensor_data(values)
-    parameters = flat_parameters(model, nnx.Param)
     for tensor, values in hf_tensors(parameters, model.table):
         rows = adapter.stored_rows(tensor, np.arange(len(values)), model.config)
         stored_values = np.empty(values.shape, np.float32)

@@ -403,6 +403,17 @@ def load_processor(
     return ImageProcessor.read(_resolve(path_or_hub_id, (PROCESSOR_NAME,)) / PROCESSOR_NAME)
 
 
+def merged_parameters(model: PretrainedModel) -> dict[str, nnx.Param[Any]]:
+    """Gives the parameters of a model by path; refuses one that has LoRA factors."""
+    parameters = flat_parameters(model, nnx.Param)
+    for path, parameter in parameters.items():
+        if isinstance(parameter, nnx.LoRAParam):
+            raise InputError(
+                f"{path.rpartition('.')[0]}: still has LoRA factors; merge them before saving"
+            )
+    return parameters
+
+
 def save_pretrained(
     folder: str | os.PathLike[str],
     model: PretrainedModel,
@@ -427,16 +438,10 @@ def save_pretrained(
             base model.
     """
     folder = Path(folder)
-    parameters = flat_parameters(model, nnx.Param)
-    for path, parameter in parameters.items():
-        if isinstance(parameter, nnx.LoRAParam):
-            raise InputError(
-                f"{path.rpartition('.')[0]}: still has LoRA factors; merge them before saving"
-            )
+    parameters = merged_parameters(model)
     if jax.process_index() > 0:
-        for _ in hf_tensors(
-            parameters, model.table
-        ):  # every process takes part in gathering each of them
+        # Every process takes part in gathering each of them.
+        for _ in hf_tensors(parameters, model.table):
             pass
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -509,9 +514,8 @@ def _open(path: Path) -> _Opened:
     if (path / _GENERATION_NAME).exists():
         generation = read_json(inside(path, _GENERATION_NAME), most_bytes=MOST_CONFIG)
         ends = generation.get("eos_token_id")
-        if (
-            ends is not None
-        ):  # transformers generates by these, whatever the model's configuration says
+        # Transformers generates by these, whatever the model's configuration says.
+        if ends is not None:
             with (
                 explained(f"{path / _GENERATION_NAME}: cannot be read as a configuration"),
                 naming(path / _GENERATION_NAME),

@@ -45,7 +45,6 @@ class Safetensors:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.metadata: dict[str, str] = {}
         self._files: dict[str, Path] = {}
         if self.path.suffix == ".json":
             self._open_index()
@@ -90,7 +89,6 @@ class Safetensors:
             explained(f"{file}: not a readable safetensors file"),
             safe_open(file, framework="numpy") as opened,
         ):
-            self.metadata.update(opened.metadata() or {})
             for name in opened.keys():  # noqa: SIM118 (not a mapping)
                 if name in self._files:
                     raise InputError(
@@ -119,25 +117,19 @@ class Safetensors:
                 )
 
 
-def write_safetensors(
-    path: str | os.PathLike[str],
-    tensors: Mapping[str, np.ndarray],
-    metadata: Mapping[str, str] | None = None,
-) -> None:
+def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> None:
     """Writes tensors to a file, which is complete or does not exist.
 
     Args:
         path: Path of the file; an existing file is replaced.
         tensors: Arrays by name.
-        metadata: Metadata of the header; by default `{"format": "pt"}`, which PyTorch's loaders
-            require.
 
     Raises:
         InputError: The file cannot be written.
     """
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     with explained(f"{path}: cannot be written"), replacing(path) as partial:
-        save_file(contiguous, partial, metadata=dict(metadata or {"format": "pt"}))
+        save_file(contiguous, partial, metadata={"format": "pt"})  # PyTorch's loaders require it
 
 
 def write_checkpoint(

@@ -65,6 +65,14 @@ class WeightAxes:
         axes = self.stack_axes
         return weight if axes is None else jnp.moveaxis(weight, range(len(axes)), axes)
 
+    def check_rank(self, name: str, rank: int) -> None:
+        """Refuses a rank above what the weight of a layer can have."""
+        if rank > (most := min(self.fan_in, self.fan_out)):
+            raise InputError(
+                f"{name}: rank {rank} is above {most}, the smaller side of its weight "
+                f"(in {self.fan_in}, out {self.fan_out})"
+            )
+
     def a_shape(self, rank: int) -> tuple[int, ...]:
         """Gives the shape of factor A."""
         return (*self.stack, *self.batch, *self.ins, rank)

@@ -4,8 +4,7 @@ from flax import nnx
 
 from loft_jax.lora.layers import LoRALayer
 from loft_jax.lora.targets import named_modules
-
-_ENDINGS = (("lora_a", "lora_b"), ("lora_A", "lora_B"))
+from loft_jax.optim.pairs import DEFAULT_SPEC
 
 
 def foreign_lora(model: nnx.Module) -> dict[str, str]:
@@ -49,7 +48,7 @@ def flax_lora(model: nnx.Module) -> frozenset[str]:
 def _factors(module: nnx.Module) -> tuple[str, str] | None:
     """Gives the names of the first factors that are attributes of a module."""
     attributes = vars(module)
-    for a, b in _ENDINGS:
+    for a, b in DEFAULT_SPEC.names:
         for name in attributes:
             if name == a or name.endswith(f"_{a}"):
                 partner = name.removesuffix(a) + b

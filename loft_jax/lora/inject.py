@@ -79,12 +79,7 @@ def add_lora(model: Model, config: LoRAConfig, *, rngs: nnx.Rngs) -> Model:
     """
     planned = _planned(model, config)
     for plan in planned:
-        if plan.rank > min(plan.axes.fan_in, plan.axes.fan_out):
-            raise InputError(
-                f"{plan.name}: rank {plan.rank} is above "
-                f"{min(plan.axes.fan_in, plan.axes.fan_out)}, the smaller side of its weight "
-                f"(in {plan.axes.fan_in}, out {plan.axes.fan_out})"
-            )
+        plan.axes.check_rank(plan.name, plan.rank)
     _insert(planned, config, rngs)
     return model
 

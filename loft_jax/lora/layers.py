@@ -208,7 +208,22 @@ class LoRALinearGeneral(LoRALayer, nnx.LinearGeneral):
         contract, batch = (
             tuple(sorted(axis % x.ndim for axis in axes)) for axes in (self.axis, self.batch_axis)
         )
-        return y + _low_rank(self, x, y.dtype, contract, batch, out_sharding)
+        leading = tuple(range(len(batch)))
+        ins = tuple(range(len(batch), len(batch) + len(contract)))
+
+        def branch(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+            down = lax.dot_general(
+                x, a, ((contract, ins), (batch, leading)), precision=self.precision
+            )  # (*batch, ..., r)
+            return lax.dot_general(
+                down * self.lora_scaling,
+                b,
+                (((down.ndim - 1,), (len(batch),)), (leading, leading)),
+                precision=self.precision,
+                preferred_element_type=self.preferred_element_type,
+            ).astype(y.dtype)
+
+        return y + _sharded(branch, out_sharding)(x, *self._factors(x.dtype))
 
 
 class LoRAEinsum(LoRALayer, nnx.Einsum):
@@ -382,33 +397,6 @@ def _computed(layer: Any, inputs: jax.Array) -> jax.Array:
     cast_inputs: jax.Array
     cast_inputs, *_ = layer.promote_dtype((inputs, layer.kernel[...], bias), dtype=layer.dtype)
     return cast_inputs
-
-
-def _low_rank(
-    layer: Any,
-    x: jax.Array,
-    dtype: Any,
-    contract: tuple[int, ...],
-    batch: tuple[int, ...],
-    out_sharding: Any,
-) -> jax.Array:
-    """Computes `scaling * x A B` over the axes `contract` of x, for each index of `batch`."""
-    leading = tuple(range(len(batch)))
-    ins = tuple(range(len(batch), len(batch) + len(contract)))
-
-    def branch(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-        down = lax.dot_general(
-            x, a, ((contract, ins), (batch, leading)), precision=layer.precision
-        )  # (*batch, ..., r)
-        return lax.dot_general(
-            down * layer.lora_scaling,
-            b,
-            (((down.ndim - 1,), (len(batch),)), (leading, leading)),
-            precision=layer.precision,
-            preferred_element_type=layer.preferred_element_type,
-        ).astype(dtype)
-
-    return _sharded(branch, out_sharding)(x, *layer._factors(x.dtype))
 
 
 def _sharded(branch: Callable[..., jax.Array], out_sharding: Any) -> Callable[..., jax.Array]:

@@ -374,12 +374,8 @@ def add_lora(model: nn.Module, config: LoRAConfig, *args: Any, **kwargs: Any) ->
     )
     layers = {}
     for path in chosen:
-        axes, rank = found.layers[path].axes, config.rank_of(path)
-        if rank > min(axes.fan_in, axes.fan_out):
-            raise InputError(
-                f"{path}: rank {rank} is above {min(axes.fan_in, axes.fan_out)}, the smaller side "
-                f"of its weight (in {axes.fan_in}, out {axes.fan_out})"
-            )
+        rank = config.rank_of(path)
+        found.layers[path].axes.check_rank(path, rank)
         if config.dropout and path in found.without_dropout and path in linear:
             raise InputError(
                 f"{path}: dropout is {config.dropout}, but the scan around it passes no stream "

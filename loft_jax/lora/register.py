@@ -209,9 +209,6 @@ def _read_only(kind: type[nnx.Variable[Any]]) -> type[nnx.Variable[Any]]:
     return type(kind.__name__, (kind,), {"set_value": refuse, "update_from_state": refuse})
 
 
-_UNSET = ((), None)
-
-
 def _shown(given: dict[str, Any]) -> str:
     return ", ".join(
         f"{name}={value!r}" for name, value in given.items() if value not in ((), None)

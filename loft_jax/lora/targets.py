@@ -19,6 +19,8 @@ _SHOWN = 8
 def named_modules(model: nnx.Module) -> dict[str, nnx.Module]:
     """Gives every module of a model by dotted path; a shared one under each of its paths."""
     refuse_linen(model)
+    if not isinstance(model, nnx.Module):
+        raise InputError(f"model is a {type(model).__name__}, expected an nnx.Module")
     return dict(_walk(model, "", ()))
 
 
@@ -125,7 +127,6 @@ def select(model: nnx.Module, config: LoRAConfig) -> dict[str, nnx.Module]:
         >>> list(select(model, LoRAConfig(rank=1)))
         ['layers.0']
     """
-    _check_is_nnx(model)
     modules = named_modules(model)
     if config.target_modules != ALL_LINEAR:
         _check_not_tied(model, config.target_modules, modules)
@@ -266,12 +267,6 @@ def _ends_with(name: str) -> str:
 
 def _name(cls: type[nnx.Module]) -> str:
     return f"nnx.{cls.__name__}" if cls.__module__.startswith("flax.nnx.") else cls.__qualname__
-
-
-def _check_is_nnx(model: object) -> None:
-    refuse_linen(model)
-    if not isinstance(model, nnx.Module):
-        raise InputError(f"model is a {type(model).__name__}, expected an nnx.Module")
 
 
 def _near(pattern: str, paths: list[str]) -> str:

@@ -7,7 +7,7 @@ of layers.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -31,23 +31,6 @@ from loft_jax.models.family import (
 )
 from loft_jax.models.nonlinearities import NONLINEARITIES
 from loft_jax.models.stack import run_layers, stack_layers
-
-_ARCHITECTURE = "BertForSequenceClassification"
-_ARCHITECTURES = (
-    _ARCHITECTURE,
-    "BertModel",
-    "BertForMaskedLM",
-    "BertForPreTraining",
-    "BertForNextSentencePrediction",
-)
-
-# Fields that change what a BERT computes, with the one value that is implemented.
-_ONLY: Mapping[str, Any] = {
-    "position_embedding_type": "absolute",
-    "is_decoder": False,
-    "add_cross_attention": False,
-    "quantization_config": None,
-}
 
 
 class EncoderConfig(Protocol):
@@ -84,6 +67,12 @@ class BertConfig:
 
     `labels` are the names in `id2label`; a single one is the number that a regression gives.
 
+    Attributes:
+        model_type: Hugging Face's name of the family.
+        architecture: Name of Hugging Face's class of the model.
+        others: Names of their classes without its head, whose checkpoints are read too.
+        only: Fields that change the computation, with the one value that is implemented.
+
     Example:
         >>> config = BertConfig.from_hf(
         ...     dict(model_type="bert", hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
@@ -91,6 +80,21 @@ class BertConfig:
         >>> config.labels
         ('negative', 'positive')
     """
+
+    model_type: ClassVar[str] = "bert"
+    architecture: ClassVar[str] = "BertForSequenceClassification"
+    others: ClassVar[tuple[str, ...]] = (
+        "BertModel",
+        "BertForMaskedLM",
+        "BertForPreTraining",
+        "BertForNextSentencePrediction",
+    )
+    only: ClassVar[Mapping[str, Any]] = {
+        "position_embedding_type": "absolute",
+        "is_decoder": False,
+        "add_cross_attention": False,
+        "quantization_config": None,
+    }
 
     vocab_size: int = 30_522
     hidden_size: int = 768
@@ -158,7 +162,10 @@ class BertConfig:
             InputError: Another architecture, or a field whose value is not supported.
         """
         config_checks.check_kind(
-            config, model_type="bert", architectures=_ARCHITECTURES, only=_ONLY
+            config,
+            model_type=cls.model_type,
+            architectures=[cls.architecture, *cls.others],
+            only=cls.only,
         )
         fields = config_checks.present(
             config, [f.name for f in dataclasses.fields(cls) if f.name != "labels"]
@@ -174,8 +181,8 @@ class BertConfig:
         if isinstance(self.eos_token_id, tuple):
             fields["eos_token_id"] = list(self.eos_token_id)
         return {
-            "architectures": [_ARCHITECTURE],
-            "model_type": "bert",
+            "architectures": [self.architecture],
+            "model_type": self.model_type,
             **fields,
             **config_checks.labels_to_hf(self.labels),
         }
@@ -329,7 +336,7 @@ class BertForSequenceClassification(SequenceClassifier):
         Devlin et al., "BERT", arXiv 1810.04805.
     """
 
-    architecture = _ARCHITECTURE
+    architecture = BertConfig.architecture
     output_modules = ("classifier",)
 
     def __init__(
@@ -345,13 +352,7 @@ class BertForSequenceClassification(SequenceClassifier):
         self.dtype = jnp.dtype(dtype)
         self.remat = remat
         linear, norm = parts(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        embed = functools.partial(
-            nnx.Embed,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            embedding_init=nnx.initializers.normal(config.initializer_range),
-            rngs=rngs,
-        )
+        embed = embedder(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.embeddings = Embeddings(config, embed, norm, rngs)
         self.encoder = Encoder(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.pooler = Pooler(config, linear)
@@ -427,6 +428,19 @@ def encoder_rows(prefix: str) -> dict[str, Tensor]:
     }
 
 
+def embedder(
+    config: EncoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+) -> Callable[..., nnx.Embed]:
+    """How embeddings are made, as Hugging Face initializes them."""
+    return functools.partial(
+        nnx.Embed,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        embedding_init=nnx.initializers.normal(config.initializer_range),
+        rngs=rngs,
+    )
+
+
 def parts(
     config: EncoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
 ) -> tuple[Callable[..., nnx.Linear], Callable[[], nnx.LayerNorm]]:
@@ -451,7 +465,7 @@ def parts(
 
 
 FAMILY = Family(
-    model_type="bert",
+    model_type=BertConfig.model_type,
     config=BertConfig,
     models={"sequence-classification": BertForSequenceClassification},
     prefix="bert.",

@@ -5,7 +5,6 @@ of layers; after attention it is BERT's.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Self
 
@@ -20,7 +19,7 @@ from jax.typing import DTypeLike
 from loft_jax.errors import InputError, shown
 from loft_jax.models import config_checks
 from loft_jax.models.activations import embeddings_laid_out, gathered, laid_out
-from loft_jax.models.bert import Intermediate, Output, parts
+from loft_jax.models.bert import Intermediate, Output, embedder, parts
 from loft_jax.models.dropout import dropout, dropped
 from loft_jax.models.family import (
     Family,
@@ -168,19 +167,7 @@ class DebertaV2Config:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
-        """Reads the contents of a Hugging Face `config.json`.
-
-        Absent fields take the defaults transformers gives them.
-
-        Args:
-            config: The parsed JSON.
-
-        Returns:
-            The configuration.
-
-        Raises:
-            InputError: Another architecture, or a field whose value is not supported.
-        """
+        """Reads the contents of a Hugging Face `config.json`; see `BertConfig.from_hf`."""
         config_checks.check_kind(
             config, model_type="deberta-v2", architectures=_ARCHITECTURES, only=_ONLY
         )
@@ -573,13 +560,7 @@ class DebertaV2ForSequenceClassification(SequenceClassifier):
         self.dtype = jnp.dtype(dtype)
         self.remat = remat
         linear, norm = parts(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        embed = functools.partial(
-            nnx.Embed,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            embedding_init=nnx.initializers.normal(config.initializer_range),
-            rngs=rngs,
-        )
+        embed = embedder(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.embeddings = Embeddings(config, embed, linear, norm, rngs)
         self.encoder = Encoder(config, embed, norm, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.pooler = ContextPooler(config, linear, rngs)

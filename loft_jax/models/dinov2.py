@@ -6,7 +6,7 @@ of layers.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,6 @@ from loft_jax.models.family import (
 )
 from loft_jax.models.stack import run_layers, stack_layers
 from loft_jax.models.vit import (
-    CHANNELS,
     MLP,
     RENAMED,
     Attention,
@@ -36,17 +35,6 @@ from loft_jax.models.vit import (
     attention_rows,
     embedding_rows,
 )
-
-_ARCHITECTURE = "Dinov2ForImageClassification"
-_ARCHITECTURES = (_ARCHITECTURE, "Dinov2Model", "Dinov2Backbone")
-
-# Fields that change what a DINOv2 computes, with the one value that is implemented.
-_ONLY: Mapping[str, Any] = {
-    "num_channels": CHANNELS,
-    "drop_path_rate": 0,
-    "num_register_tokens": 0,
-    "quantization_config": None,
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +48,15 @@ class Dinov2Config(ImageEncoderConfig):
         >>> config.intermediate_size, config.labels
         (128, ('cat', 'dog'))
     """
+
+    model_type: ClassVar[str] = "dinov2"
+    architecture: ClassVar[str] = "Dinov2ForImageClassification"
+    others: ClassVar[tuple[str, ...]] = ("Dinov2Model", "Dinov2Backbone")
+    only: ClassVar[Mapping[str, Any]] = {
+        **ImageEncoderConfig.only,
+        "drop_path_rate": 0,
+        "num_register_tokens": 0,
+    }
 
     mlp_ratio: int = 4
     layer_norm_eps: float = 1e-6
@@ -82,34 +79,9 @@ class Dinov2Config(ImageEncoderConfig):
         width = self.hidden_size * self.mlp_ratio
         return (int(width * 2 / 3) + 7) // 8 * 8 if self.use_swiglu_ffn else width
 
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> Self:
-        """Reads the contents of a Hugging Face `config.json`.
-
-        Absent fields take the defaults transformers gives them.
-
-        Args:
-            config: The parsed JSON.
-
-        Returns:
-            The configuration.
-
-        Raises:
-            InputError: Another architecture, or a field whose value is not supported.
-        """
-        config_checks.check_kind(
-            config, model_type="dinov2", architectures=_ARCHITECTURES, only=_ONLY
-        )
-        return cls(**cls.fields_of(config))
-
     def to_hf(self) -> dict[str, Any]:
         """Gives the contents of a `config.json` that transformers loads."""
-        return {
-            "architectures": [_ARCHITECTURE],
-            "model_type": "dinov2",
-            **super().to_hf(),
-            "use_mask_token": False,  # which only pretraining uses
-        }
+        return {**super().to_hf(), "use_mask_token": False}  # which only pretraining uses
 
 
 class LayerScale(nnx.Module):
@@ -196,7 +168,7 @@ class Dinov2ForImageClassification(ImageClassifier):
         Oquab et al., "DINOv2", arXiv 2304.07193.
     """
 
-    architecture = _ARCHITECTURE
+    architecture = Dinov2Config.architecture
     output_modules = ("classifier",)
 
     def __init__(
@@ -267,7 +239,7 @@ def _of_size(width: int, layers: int, heads: int, **more: Any) -> Dinov2Config:
 
 
 FAMILY = Family(
-    model_type="dinov2",
+    model_type=Dinov2Config.model_type,
     config=Dinov2Config,
     models={"image-classification": Dinov2ForImageClassification},
     prefix="dinov2.",

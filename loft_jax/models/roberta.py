@@ -4,9 +4,8 @@ Module names are Hugging Face's; embeddings and layers are BERT's.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
-from typing import Any, Self
+from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +13,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from loft_jax.errors import InputError, shown
-from loft_jax.models import config_checks
-from loft_jax.models.bert import BertConfig, Embeddings, Encoder, encoder_rows, parts
+from loft_jax.models.bert import BertConfig, Embeddings, Encoder, embedder, encoder_rows, parts
 from loft_jax.models.dropout import dropout, dropped
 from loft_jax.models.family import Family, ParameterTable, Remat, SequenceClassifier, linear
 from loft_jax.models.stack import run_layers
-
-_ARCHITECTURE = "RobertaForSequenceClassification"
-_ARCHITECTURES = (_ARCHITECTURE, "RobertaModel", "RobertaForMaskedLM")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +31,10 @@ class RobertaConfig(BertConfig):
         >>> config.max_length
         512
     """
+
+    model_type: ClassVar[str] = "roberta"
+    architecture: ClassVar[str] = "RobertaForSequenceClassification"
+    others: ClassVar[tuple[str, ...]] = ("RobertaModel", "RobertaForMaskedLM")
 
     vocab_size: int = 50_265
     bos_token_id: int | None = 0
@@ -55,31 +54,6 @@ class RobertaConfig(BertConfig):
     def max_length(self) -> int:
         """Positions after that of padding."""
         return self.max_position_embeddings - self.pad_token_id - 1
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> Self:
-        """Reads the contents of a Hugging Face `config.json`.
-
-        Absent fields take the defaults transformers gives them.
-
-        Args:
-            config: The parsed JSON.
-
-        Returns:
-            The configuration.
-
-        Raises:
-            InputError: Another architecture, or a field whose value is not supported.
-        """
-        config_checks.check_kind(
-            config, model_type="roberta", architectures=_ARCHITECTURES, only={}
-        )
-        # All that is left to read is what a BERT has too.
-        return super().from_hf({**config, "model_type": "bert", "architectures": None})
-
-    def to_hf(self) -> dict[str, Any]:
-        """Gives the contents of a `config.json` that transformers loads."""
-        return {**super().to_hf(), "architectures": [_ARCHITECTURE], "model_type": "roberta"}
 
 
 class ClassificationHead(nnx.Module):
@@ -118,7 +92,7 @@ class RobertaForSequenceClassification(SequenceClassifier):
         Liu et al., "RoBERTa: A Robustly Optimized BERT Pretraining Approach", arXiv 1907.11692.
     """
 
-    architecture = _ARCHITECTURE
+    architecture = RobertaConfig.architecture
     output_modules = ("classifier",)
 
     def __init__(
@@ -134,13 +108,7 @@ class RobertaForSequenceClassification(SequenceClassifier):
         self.dtype = jnp.dtype(dtype)
         self.remat = remat
         linear, norm = parts(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        embed = functools.partial(
-            nnx.Embed,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            embedding_init=nnx.initializers.normal(config.initializer_range),
-            rngs=rngs,
-        )
+        embed = embedder(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.embeddings = Embeddings(config, embed, norm, rngs)
         self.encoder = Encoder(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.classifier = ClassificationHead(config, linear, rngs)
@@ -188,7 +156,7 @@ def _positions(tokens: jax.Array, padding: int) -> jax.Array:
 
 
 FAMILY = Family(
-    model_type="roberta",
+    model_type=RobertaConfig.model_type,
     config=RobertaConfig,
     models={"sequence-classification": RobertaForSequenceClassification},
     prefix="roberta.",

@@ -6,7 +6,7 @@ layers. Images have their channels last, `(b, height, width, 3)`.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -31,13 +31,7 @@ from loft_jax.models.family import (
 from loft_jax.models.nonlinearities import NONLINEARITIES
 from loft_jax.models.stack import run_layers, stack_layers
 
-_ARCHITECTURE = "ViTForImageClassification"
-_ARCHITECTURES = (_ARCHITECTURE, "ViTModel", "ViTForMaskedImageModeling")
-
 CHANNELS = 3
-
-# Fields that change what a ViT computes, with the one value that is implemented.
-_ONLY: Mapping[str, Any] = {"num_channels": CHANNELS, "quantization_config": None}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +39,18 @@ class ImageEncoderConfig:
     """The sizes and constants that encoders of image patches have in common.
 
     Names are those of Hugging Face's `config.json`; `labels` are the names in `id2label`.
+
+    Attributes:
+        model_type: Hugging Face's name of the family.
+        architecture: Name of Hugging Face's class of the model.
+        others: Names of their classes without its head, whose checkpoints are read too.
+        only: Fields that change the computation, with the one value that is implemented.
     """
+
+    model_type: ClassVar[str]
+    architecture: ClassVar[str]
+    others: ClassVar[tuple[str, ...]]
+    only: ClassVar[Mapping[str, Any]] = {"num_channels": CHANNELS, "quantization_config": None}
 
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -104,42 +109,6 @@ class ImageEncoderConfig:
         """None: it reads no tokens of a text."""
 
     @classmethod
-    def fields_of(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Reads the fields of this class, and the labels, from a `config.json`."""
-        names = [field.name for field in dataclasses.fields(cls) if field.name != "labels"]
-        found = config_checks.present(config, names)
-        for name in ("image_size", "patch_size"):
-            match found.get(name):
-                case [height, width] if height == width:
-                    found[name] = height
-        return {**found, "labels": config_checks.labels(config)}
-
-    def to_hf(self) -> dict[str, Any]:
-        """Gives the contents of a `config.json` that transformers loads."""
-        fields = dataclasses.asdict(self)
-        del fields["labels"]
-        return {**fields, "num_channels": CHANNELS, **config_checks.labels_to_hf(self.labels)}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ViTConfig(ImageEncoderConfig):
-    """Sizes and constants of a ViT, under the names of Hugging Face's `config.json`.
-
-    Example:
-        >>> config = ViTConfig.from_hf(
-        ...     dict(model_type="vit", hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        ...          intermediate_size=64, id2label={"0": "cat", "1": "dog"}))
-        >>> config.labels
-        ('cat', 'dog')
-    """
-
-    intermediate_size: int = 3072
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        config_checks.check_values(self, sizes={"intermediate_size": config_checks.MOST_FEATURES})
-
-    @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
         """Reads the contents of a Hugging Face `config.json`.
 
@@ -154,12 +123,54 @@ class ViTConfig(ImageEncoderConfig):
         Raises:
             InputError: Another architecture, or a field whose value is not supported.
         """
-        config_checks.check_kind(config, model_type="vit", architectures=_ARCHITECTURES, only=_ONLY)
-        return cls(**cls.fields_of(config))
+        config_checks.check_kind(
+            config,
+            model_type=cls.model_type,
+            architectures=[cls.architecture, *cls.others],
+            only=cls.only,
+        )
+        names = [field.name for field in dataclasses.fields(cls) if field.name != "labels"]
+        found = config_checks.present(config, names)
+        for name in ("image_size", "patch_size"):
+            match found.get(name):
+                case [height, width] if height == width:
+                    found[name] = height
+        return cls(**found, labels=config_checks.labels(config))
 
     def to_hf(self) -> dict[str, Any]:
         """Gives the contents of a `config.json` that transformers loads."""
-        return {"architectures": [_ARCHITECTURE], "model_type": "vit", **super().to_hf()}
+        fields = dataclasses.asdict(self)
+        del fields["labels"]
+        return {
+            "architectures": [self.architecture],
+            "model_type": self.model_type,
+            **fields,
+            "num_channels": CHANNELS,
+            **config_checks.labels_to_hf(self.labels),
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ViTConfig(ImageEncoderConfig):
+    """Sizes and constants of a ViT, under the names of Hugging Face's `config.json`.
+
+    Example:
+        >>> config = ViTConfig.from_hf(
+        ...     dict(model_type="vit", hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        ...          intermediate_size=64, id2label={"0": "cat", "1": "dog"}))
+        >>> config.labels
+        ('cat', 'dog')
+    """
+
+    model_type: ClassVar[str] = "vit"
+    architecture: ClassVar[str] = "ViTForImageClassification"
+    others: ClassVar[tuple[str, ...]] = ("ViTModel", "ViTForMaskedImageModeling")
+
+    intermediate_size: int = 3072
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        config_checks.check_values(self, sizes={"intermediate_size": config_checks.MOST_FEATURES})
 
 
 class Parts:
@@ -369,7 +380,7 @@ class ViTForImageClassification(ImageClassifier):
         Dosovitskiy et al., "An image is worth 16x16 words", arXiv 2010.11929.
     """
 
-    architecture = _ARCHITECTURE
+    architecture = ViTConfig.architecture
     output_modules = ("classifier",)
 
     def __init__(
@@ -452,7 +463,7 @@ RENAMED: Mapping[str, str] = {
 """Names of the attention in the checkpoints that transformers writes, and the modules' own."""
 
 FAMILY = Family(
-    model_type="vit",
+    model_type=ViTConfig.model_type,
     config=ViTConfig,
     models={"image-classification": ViTForImageClassification},
     prefix="vit.",

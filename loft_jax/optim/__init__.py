@@ -7,13 +7,15 @@ This package needs jax and optax only. Everything public is here; where to read 
 - `links`: gradient scaling, clipping, the overlap of both updates, alternation; `moments`:
   calibrated moments and the projected update; `balance`: the balanced factorization.
 - `second_moments`: what a rule for the second moment is, the factored and the diagonal one;
-  `full_moment`: the exact one.
-- `paired_updates`: updates with their pairs, as every link sees them, and bases computed once.
+  `full_moment`: the exact one; `fused_direction`: its direction as a kernel for GPUs and TPUs.
+- `paired_updates`: updates with their pairs, as every link sees them, and bases computed once;
+  `stacking`: pairs of one shape as one array.
 - `pairs`: which leaves of a tree are the two factors of one adapter, and their matrix form.
 - `linear_algebra`: products, orthonormal bases, many small matrices at once.
 - `state`: what the state of an optimizer costs, and how it lies on a mesh; `meshes`: meshes with
   explicit axes.
-- `arguments`: numbers out of range; `optax_types`: what Optax types widely, typed as it is here.
+- `arguments`: numbers out of range; `eager`: updates that are not jitted, without compiling;
+  `optax_types`: what Optax types widely, typed as it is here.
 
 No module has the name of a function: `loft_jax.optim.loft` is the optimizer.
 """

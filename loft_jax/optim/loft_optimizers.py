@@ -372,7 +372,9 @@ def loft_muon(
       max_grad_norm: Clips to this global norm of the projected full gradients; None for none.
       move: As in `loft`.
       first: As in `loft`.
-      factors: Endings of the paths of the factors; see `find_pairs`.
+      factors: Endings of the paths of the factors; see `FactorSpec` for this and the next two.
+      scaling: The s of `W = s A B` that the forward pass uses, or a function from a pair's path.
+      stack_axis: The axis that stacks layers, or several; by default leading ones.
 
     Returns:
       An `optax.GradientTransformation`. Its `update` needs the parameters.

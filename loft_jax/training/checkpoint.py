@@ -5,7 +5,6 @@ state; and "run", plain values.
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -23,7 +22,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from loft_jax.errors import InputError, explained, reason
 from loft_jax.files import read_json, read_text, replacing
 from loft_jax.hub.host_arrays import gather_to_host
-from loft_jax.training.checksum import tree_checksum
+from loft_jax.training.checksum import json_checksum, tree_checksum
 from loft_jax.training.distributed import all_agree, is_main, wait_for_all
 from loft_jax.training.step import TrainState
 
@@ -283,7 +282,7 @@ class Checkpoints:
         run = read_json(folder / "run" / "metadata")
         checksum = run.pop("checksum", None)
         with explained(f"{folder}: damaged"):
-            if checksum != _checksum(run):
+            if checksum != json_checksum(run):
                 raise InputError(f"{folder}: damaged: its values are not those that were saved")
             if run["score"] is not None:
                 run["score"] = float(run["score"])
@@ -435,14 +434,9 @@ def _why(error: Exception) -> str:
 def _with_checksum(run: dict[str, Any], score: float | None, digest: Any) -> dict[str, Any]:
     """Gives the plain values of a checkpoint, with the checksum of what will be read of them."""
     plain = json.loads(json.dumps({**run, "score": score, "digest": digest}))
-    return {**plain, "checksum": _checksum(plain)}
+    return {**plain, "checksum": json_checksum(plain)}
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     with replacing(path) as partial:
         partial.write_text(json.dumps(values), encoding="utf-8")
-
-
-def _checksum(plain: dict[str, Any]) -> str:
-    text = json.dumps(plain, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -1,5 +1,7 @@
-"""Checksums of arrays, independent of how the arrays are split over devices."""
+"""Checksums of arrays, independent of how they are split over devices, and of plain values."""
 
+import hashlib
+import json
 import math
 import zlib
 from collections.abc import Sequence
@@ -47,6 +49,12 @@ def tree_checksum(tree: Any) -> list[str]:
         named = f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode()
         checksums.append("".join(f"{int(lane) ^ zlib.crc32(named):08x}" for lane in lanes))
     return checksums
+
+
+def json_checksum(values: Any) -> str:
+    """Computes a checksum of what JSON can hold, in any order of keys: 32 hexadecimal digits."""
+    text = json.dumps(values, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _on_device(leaf: Any) -> Any:

@@ -319,6 +319,7 @@ class MeshConfig:
     tensor: int = 1
 
     def __post_init__(self) -> None:
+        check_settings(self, "mesh")
         given = dataclasses.asdict(self)
         for name, size in given.items():
             if size != -1 and size < 1:
@@ -474,8 +475,6 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         check_settings(self, at_least={"seed": 0}, largest=2**32 - 1)
-        check_settings(self.data, "data")
-        check_settings(self.mesh, "mesh")
         starts = "init" in self.method.lora or not self.method.adapts
         if starts and self.lora.init != AdapterConfig.init:
             raise InputError(

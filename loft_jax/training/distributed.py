@@ -1,4 +1,4 @@
-"""A run of several processes: joining, agreeing, and placing arrays over all of them."""
+"""A run of several processes: joining and agreeing."""
 
 import logging
 import os
@@ -10,9 +10,7 @@ from typing import NoReturn
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
 
-from loft_jax.data import Batch
 from loft_jax.errors import InputError
 
 # Seconds after which a silent process counts as dead, so that the others stop.
@@ -123,19 +121,3 @@ def all_agree(ok: bool) -> bool:
     if jax.process_count() == 1:
         return ok
     return bool(np.all(multihost_utils.process_allgather(np.asarray(ok))))
-
-
-def place_batch(batch: Batch, sharding: NamedSharding) -> dict[str, jax.Array]:
-    """Puts the rows of a batch on the devices that compute them.
-
-    Args:
-        batch: The whole batch, the same on every process.
-        sharding: Sharding of its rows.
-
-    Returns:
-        Arrays on the mesh; a process copies only the rows of its own devices.
-    """
-    return {
-        name: jax.make_array_from_callback(rows.shape, sharding, rows.__getitem__)
-        for name, rows in batch.items()
-    }

@@ -36,6 +36,7 @@ from loft_jax.training.mesh import check_batch, make_mesh
 from loft_jax.training.metrics import (
     MetricsLog,
     check_wandb,
+    evaluation_at,
     read_metrics,
     rise_of_loss,
 )
@@ -186,8 +187,8 @@ def finetune(
             folder=folder,
             steps=done,
             interrupted=not finished,
-            before=_evaluation(rows, 0),
-            after=_evaluation(rows, done) if finished else {},
+            before=evaluation_at(rows, 0),
+            after=evaluation_at(rows, done) if finished else {},
             trained=trained,
             stopped=view.stopped if finished else "",
             history=rows,
@@ -255,16 +256,6 @@ def _started_with(checkpoints: Checkpoints, folder: Path) -> dict[str, Any]:
 def _named(measured: Measured | None) -> dict[str, float]:
     values = {} if measured is None else measured.values
     return {f"eval_{name}": value for name, value in values.items()}
-
-
-def _evaluation(rows: Sequence[dict[str, Any]], step: int) -> dict[str, float]:
-    return {
-        name.removeprefix("eval_"): value
-        for row in rows
-        if row["step"] == step
-        for name, value in row.items()
-        if name.startswith("eval_")
-    }
 
 
 def _evaluate(

@@ -6,7 +6,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -95,6 +95,12 @@ class MetricsLog:
 
     def _writable(self) -> contextlib.AbstractContextManager[None]:
         return explained(f"{self.path.parent}: cannot write metrics")
+
+
+def evaluation_at(rows: Sequence[Mapping[str, Any]], step: int) -> dict[str, float]:
+    """Gives the metrics of the evaluation after a step, by name; empty if there was none."""
+    measured = [item for row in rows if row["step"] == step for item in row.items()]
+    return {name.removeprefix("eval_"): x for name, x in measured if _is_measured(name)}
 
 
 def _is_measured(name: str) -> bool:

@@ -1,8 +1,6 @@
 """The initial model of a run: base weights and adapters."""
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -25,7 +23,7 @@ from loft_jax.models.family import (
 )
 from loft_jax.models.quantized import quantize_kernels
 from loft_jax.tasks.task import Task
-from loft_jax.training.checksum import tree_checksum
+from loft_jax.training.checksum import json_checksum, tree_checksum
 from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.shardings import parameter_spec
 from loft_jax.training.start_adapter import load_start
@@ -93,8 +91,7 @@ def base_fingerprint(base: nnx.Module) -> str:
     weights = tree_checksum(
         {path: p.get_value() for path, p in parameters.items() if path not in drawn}
     )
-    text = json.dumps((constants, weights), sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return json_checksum((constants, weights))
 
 
 def _constants(base: PretrainedModel) -> dict[str, Any]:

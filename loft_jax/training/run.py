@@ -26,7 +26,6 @@ from loft_jax.training.callbacks import Callback, Callbacks
 from loft_jax.training.checkpoint import Checkpoints
 from loft_jax.training.config import EvaluationConfig, FinetuneConfig
 from loft_jax.training.config_io import config_to_dict
-from loft_jax.training.distributed import place_batch
 from loft_jax.training.early_stopping import EarlyStopping
 from loft_jax.training.export import export_trained, publish
 from loft_jax.training.flops import ModelFlops
@@ -272,9 +271,13 @@ class Run:
             batch: Of this process.
 
         Returns:
-            The arrays by name, as the step takes them.
+            The arrays by name, as the step takes them; a process copies only the rows of its own
+            devices.
         """
-        return place_batch(self.task.inputs(batch), self._shardings.batch)
+        return {
+            name: jax.make_array_from_callback(rows.shape, self._shardings.batch, rows.__getitem__)
+            for name, rows in self.task.inputs(batch).items()
+        }
 
     def tokens(self, batch: Batch) -> tuple[int, int]:
         """Counts the tokens of a batch; see `Task.tokens`."""

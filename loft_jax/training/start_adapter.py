@@ -1,8 +1,6 @@
 """The adapter that a run goes on from: its settings, its labels, its factors."""
 
 import functools
-import hashlib
-import json
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +15,7 @@ from loft_jax.hub.peft_names import CONFIG_NAME
 from loft_jax.lora import lora_layers
 from loft_jax.models.family import PretrainedModel
 from loft_jax.tasks.task import Task
-from loft_jax.training.checksum import tree_checksum
+from loft_jax.training.checksum import json_checksum, tree_checksum
 from loft_jax.training.config import AdapterConfig, FinetuneConfig
 
 Model = TypeVar("Model", bound=PretrainedModel)
@@ -175,5 +173,4 @@ def start_fingerprint(model: PretrainedModel) -> str:
         if getattr(layer, name) is not None
     }
     scalings = {path: layer.lora_scaling for path, layer in layers.items()}
-    text = json.dumps((scalings, tree_checksum(factors)), sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return json_checksum((scalings, tree_checksum(factors)))

@@ -15,7 +15,7 @@ from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.export import trained_with
 from loft_jax.training.held_out import held_out_data
 from loft_jax.training.loop import finetune
-from loft_jax.training.metrics import read_metrics
+from loft_jax.training.metrics import evaluation_at, read_metrics
 from loft_jax.training.model import with_precision
 from loft_jax.training.plot import plot_sweep
 
@@ -130,13 +130,7 @@ def _result(run: GridRun) -> GridResult:
         if (step := checkpoints.best_step()) is None:  # every score was NaN
             return GridResult(run, None)
         saved = checkpoints.run_of(step)
-    metrics = {
-        name.removeprefix("eval_"): value
-        for row in read_metrics(folder / "metrics.jsonl")
-        if row["step"] == step
-        for name, value in row.items()
-        if name.startswith("eval_")
-    }
+    metrics = evaluation_at(read_metrics(folder / "metrics.jsonl"), step)
     return GridResult(run, step, saved["score"], tuple(saved["best_metrics"]), metrics)
 
 

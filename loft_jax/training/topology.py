@@ -73,13 +73,11 @@ class Topology:
     """One or more slices of TPU chips, or the GPUs of one host.
 
     Args:
-        name: Generation and grid, for example "v5e:2x4", or GPUs, for example "8xh100".
         chip: What it consists of.
         devices: One for each chip. Programs can be compiled for them, but not run; those of GPUs
             are CPU devices.
     """
 
-    name: str
     chip: Chip
     devices: tuple[jax.Device, ...]
 
@@ -184,7 +182,7 @@ def load_topology(name: str, slices: int = 1) -> Topology:
         found = topologies.get_topology_desc(topology_name=name, platform="tpu", **options)
     except jax.errors.JaxRuntimeError as error:
         raise InputError(f"topology {name!r}: libtpu refuses it: {error}") from error
-    return Topology(name, chip, tuple(found.devices))
+    return Topology(chip, tuple(found.devices))
 
 
 def _load_gpus(name: str, chip: Chip, count: int, slices: int) -> Topology:
@@ -196,7 +194,7 @@ def _load_gpus(name: str, chip: Chip, count: int, slices: int) -> Topology:
             f"topology {name!r}: JAX has {len(devices)} CPU devices to compile for, expected "
             f"{count}; set jax_num_cpu_devices to {count} before JAX is used"
         )
-    return Topology(name, chip, tuple(devices[:count]))
+    return Topology(chip, tuple(devices[:count]))
 
 
 def silence_libtpu() -> None:

@@ -164,7 +164,7 @@ def test_a_session_survives_a_text_that_cannot_be_answered(model, theirs, capsys
         else:
             yield from answered(*arguments, **options)
 
-    monkeypatch.setattr(generation, "stream_text", interrupted)
+    monkeypatch.setattr("loft_jax.cli.generate.stream_text", interrupted)
     assert generate(model) == 0
     shown = capsys.readouterr()
     assert shown.out == f"begun\n{theirs([said('user', 'a joy')])}\n\n"
@@ -172,7 +172,7 @@ def test_a_session_survives_a_text_that_cannot_be_answered(model, theirs, capsys
 
 
 def test_an_empty_answer_is_said(model, capsys, monkeypatch):
-    monkeypatch.setattr("loft_jax.generation.stream_text", lambda *_, **__: iter(()))
+    monkeypatch.setattr("loft_jax.cli.generate.stream_text", lambda *_, **__: iter(()))
     assert generate(model, "--prompt", "two?") == 0
     shown = capsys.readouterr()
     assert (shown.out, shown.err) == ("\n", "the answer is empty: the model ended it at once\n")

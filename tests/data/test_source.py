@@ -293,9 +293,13 @@ def test_hub_dataset_is_read_as_its_files_would_be(tmp_path, monkeypatch, ending
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_length": 0}, "max_length is 0"),
+        ({"max_length": 0}, r"data\.max_length is 0, expected at least 1"),
+        ({"max_length": 2**31}, r"data\.max_length is 2147483648, expected at most"),
         ({"max_length": -(10**5000)}, "max_length is <int>"),
-        ({"buckets": (10**4000, 5), "max_length": 32}, r"buckets are \(1000.{0,200}; expected"),
+        (
+            {"buckets": (10**4000, 5), "max_length": 32},
+            r"buckets is 1000.{0,99}, expected at most",
+        ),
         ({"buckets": (64, 32), "max_length": 32}, "increasing"),
         ({"buckets": (0, 64), "max_length": 32}, "positive"),
         ({"buckets": (16, 32), "max_length": 64}, "below max_length 64"),

@@ -21,10 +21,9 @@ from loft_jax.hub.safetensors_io import Safetensors, write_checkpoint, write_saf
 )
 def test_reads_what_torch_wrote(tmp_path, torch_dtype, numpy_dtype):
     tensor = torch.randn(3, 4).to(torch_dtype)
-    save_file({"a.b": tensor}, tmp_path / "x.safetensors", metadata={"kind": "test"})
+    save_file({"a.b": tensor}, tmp_path / "x.safetensors")
     file = Safetensors(tmp_path / "x.safetensors")
     assert file.shapes == {"a.b": (3, 4)}
-    assert file.metadata == {"kind": "test"}
     assert file.read("a.b").dtype == numpy_dtype
     np.testing.assert_array_equal(file.read("a.b").astype(np.float32), tensor.float().numpy())
 

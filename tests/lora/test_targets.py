@@ -114,6 +114,8 @@ def test_a_layer_that_is_not_supported_and_what_is_no_nnx_model():
         select(linen.Dense(4), LoRAConfig(2))
     with pytest.raises(InputError, match=r"model is a dict, expected an nnx\.Module"):
         select({}, LoRAConfig(2))
+    with pytest.raises(InputError, match=r"model is a str, expected an nnx\.Module"):
+        add_lora("x", LoRAConfig(2), rngs=nnx.Rngs(0))
 
 
 def test_a_shared_layer_is_selected_once_by_any_of_its_paths():

@@ -180,6 +180,7 @@ def test_sizes_that_the_mesh_does_not_divide_stay_whole():
         ((-1, -1, 1), 8, "data and fsdp are -1"),
         ((1, 0, 1), 8, "fsdp is 0"),
         ((1, -2, 1), 8, "fsdp is -2"),
+        (("2", 1, 1), 8, r"mesh\.data is '2', expected an integer"),
     ],
 )
 def test_sizes_that_make_no_mesh_are_refused(sizes, devices, message):

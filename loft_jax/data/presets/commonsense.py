@@ -11,18 +11,10 @@ Source: Hu et al., "LLM-Adapters", arXiv 2304.01933, section 4 and AGI-Edgerunne
 
 from typing import Any
 
+from loft_jax.data.alpaca import alpaca_prompt
 from loft_jax.data.presets.preset import Preset, Row
 from loft_jax.errors import InputError, shown
 
-_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further "
-    "context. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
-_WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes "
-    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
-)
 _COLUMNS = ("instruction", "output", "answer")
 
 _TRUTH = ("true", "false")
@@ -52,7 +44,6 @@ def _example(row: Row, where: str) -> dict[str, Any]:
                 f"{where} has {name!r} {shown(row.get(name))}; expected texts in the columns "
                 f"{', '.join(_COLUMNS)}"
             )
-    template = _WITH_INPUT if row.get("input") else _WITHOUT_INPUT
     answer = row["answer"].strip()
     answers = _answers(row["instruction"], answer)
     if answer not in answers:
@@ -61,7 +52,7 @@ def _example(row: Row, where: str) -> dict[str, Any]:
             f"{shown(answers)}; expected one of them"
         )
     return {
-        "prompt": template.format(instruction=row["instruction"], input=row.get("input")),
+        "prompt": alpaca_prompt(row["instruction"], row.get("input") or ""),
         "completion": row["output"],
         "choices": [f"the correct answer is {one}" for one in answers],
         "answer": answers.index(answer),

@@ -5,9 +5,10 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
 from experiments import tables
-from experiments.claims import CLAIMS, HIGHER_IS_BETTER, Claim, Finding, findings
+from experiments.claims import CLAIMS, HIGHER_IS_BETTER, Finding, Verdict, findings
 from experiments.log import Result, ResultLog, Setting
 from experiments.plots import plot_headline, plot_ranks, plot_task
 from experiments.registry import TASKS, read_results, summaries_of
@@ -40,7 +41,7 @@ and "Validation loss by learning rate" of each task |
 | on eps and on alpha | "By eps" and "By alpha" of each task |
 | what each part of LoFT does, and how to divide the overlap | "Without a part" of each task |
 | steps to LoRA's final loss, memory, time | the table of each task at one rank |
-| what did not hold | [there](#what-did-not-hold) |
+| what did not hold | the last columns of [claims](#claims) |
 
 ## How it was compared
 
@@ -67,12 +68,12 @@ authors of LoFT have it. `lora-pro`, `riemannion`, `adapre-lora` and `lora-rite`
 methods in the form with states of the factors' size; where that is not the paper's own, the files
 of `experiments/peers` say so.
 
-"Steps to LoRA's loss" is when the training loss, mean over a fifth of the run, first is what LoRA's
-of the same seed is at the end of its run; how hard each batch is, as LoRA's losses tell, is taken
-off. Memory is the state of the optimizer, and what the compiler sets aside for a step. Times are
-those of a step over LoRA's in the same table, each the least disturbed one of its runs, on machines
-that were busy with other work too: a hint, no more, and left out for the runs on a GPU, which many
-shared; [Benchmarks](benchmarks.md) has measured ones.
+"Steps to LoRA's loss" is the step at which a method reaches the training loss that LoRA ends with.
+Losses are means over a fifth of the run, of runs of one seed. LoRA's own losses tell which batches
+are hard, and that is subtracted first. Memory is the state of the optimizer, and what the compiler
+sets aside for a step. Times are those of a step over LoRA's in the same table, each the shortest of
+its runs. They are a hint, no more, and left out for runs on a GPU: they were not measured alone, as
+those in [Benchmarks](benchmarks.md) were.
 
 Left out: `altlora-plus`; on SmolLM2 most ranks but 8 and most methods; eps and alpha on most tasks.
 Rates are a factor of three apart: what a method would gain between them is not known. Models, data
@@ -88,7 +89,8 @@ over seeds; few seeds make it wide. For accuracies the sampling of the questions
 and Matthews' correlations are those of the rows that were tested. "As good" is less than 1 %
 behind. "Within the noise" says that these runs do not tell, not that there is nothing. Intervals
 are of one comparison each: of so many, one in twenty is out of its interval by chance. The gains
-themselves stand with each task.
+themselves stand with each task. Each place is in the column of what it says; on the right stand
+those that do not bear the claim out.
 """
 
 _VARIANTS = {"eps": "", "alpha": " (a scaling that is a power of two rounds nothing)"}
@@ -120,10 +122,6 @@ both projections `overlap-twice` leaves all to both factors, `overlap-halved` a 
 `overlap-longer` all to the factor of the longer side. `retracted` takes W to the best approximation
 of rank r of what the projection asks for, in place of the product of the moved factors.
 """
-
-
-# "Worse by less than 1 %" is a verdict on claims to be as good, which is less than that behind.
-_BORNE_OUT = ("better", "as good", "worse by less than 1 %")
 
 
 def write_report(results: Path, page: Path) -> None:
@@ -183,40 +181,27 @@ def _made_with(results: Iterable[Result]) -> list[str]:
 
 
 def _claims(found: Mapping[str, Sequence[Finding]]) -> list[str]:
-    """What each task says of each claim, and apart what was not borne out."""
-    rows = [
-        (claim.text, *("; ".join(_by_verdict(of_task, claim)) for of_task in found.values()))
-        for claim in CLAIMS
-    ]
-    lines = [_CLAIMS, *tables.markdown(("", *found), rows), "", "## What did not hold", ""]
+    """Where each claim was borne out, and where not."""
+    rows = []
     for claim in CLAIMS:
-        of_claim = [f for of_task in found.values() for f in of_task if f.claim is claim]
-        worse = {
-            task: [_ranks(f) for f in of_task if f.claim is claim and f.verdict == "worse"]
-            for task, of_task in found.items()
-        }
-        where = ", ".join(f"{task} ({', '.join(at)})" for task, at in worse.items() if at)
-        good = sum(f.verdict in _BORNE_OUT for f in of_claim)
-        borne = f"borne out in {good} of {len(of_claim)}"
-        if not of_claim:
-            lines.append(f"- {claim.text}: not tested")
-        elif where or 2 * good < len(of_claim):
-            rest = f"; the contrary on {where}" if where else "; the noise decides on the rest"
-            lines += _wrapped(f"- {claim.text}: {borne}{rest}")
-    return lines
-
-
-def _by_verdict(found: Sequence[Finding], claim: Claim) -> list[str]:
-    ranks: dict[str, list[str]] = {}
-    for finding in found:
-        if finding.claim is claim:
-            ranks.setdefault(finding.verdict, []).append(_ranks(finding))
-    return [f"{verdict} ({', '.join(at)})" for verdict, at in ranks.items()]
+        places: dict[Verdict, dict[str, list[str]]] = {}
+        for task, of_task in found.items():
+            for finding in of_task:
+                if finding.claim is claim:
+                    at = places.setdefault(finding.verdict, {}).setdefault(task, [])
+                    at.append(_ranks(finding))
+        cells = [
+            "; ".join(f"{task} (r {', '.join(at)})" for task, at in places.get(verdict, {}).items())
+            for verdict in get_args(Verdict)
+        ]
+        if any(cells):
+            rows.append((claim.text, *cells))
+    return [_CLAIMS, *tables.markdown(("", *get_args(Verdict)), rows)]
 
 
 def _ranks(finding: Finding) -> str:
     mine, other = finding.better.setting.rank, finding.worse.setting.rank
-    return f"r {mine}" if mine == other or not other else f"r {mine} / r {other}"
+    return f"{mine}" if mine == other or not other else f"{mine} / r {other}"
 
 
 def _at_rate_of_full(summaries: Mapping[str, Mapping[Setting, Summary]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The pages: public names are on one of them, their Python runs, their commands have options."""
+"""The pages: public names are on one of them, commands have options, most of their Python runs."""
 
 import ast
 import dataclasses
@@ -126,8 +126,14 @@ def test_the_configuration_of_a_page_is_one():
 
 @pytest.mark.parametrize("page", ["index.md", "how-to/optax.md"])
 def test_a_loop_of_optax_runs(page):
-    names = run(page, 1)
+    names = run(page)
     assert np.abs(names["params"]["q_proj"]["lora_b"]).max() > 0
+
+
+def test_a_linen_model_is_adapted_and_merged():
+    names = run("how-to/linen-model.md")
+    merged = names["model"].apply({"params": names["merged"]}, names["x"])
+    np.testing.assert_allclose(merged, names["logits"], rtol=1e-5)
 
 
 def test_an_nnx_model_is_adapted_trained_and_merged():

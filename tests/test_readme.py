@@ -30,6 +30,16 @@ def test_links_of_the_readme_lead_somewhere():
     assert not [target for target in targets if not (ROOT / target).exists()]
 
 
+def test_the_comparisons_with_lora_are_those_of_the_results():
+    results = (ROOT / "docs/evidence/results.md").read_text("utf-8")
+    row = re.search(r"^\| LoFT is better than LoRA at equal rank .*$", results, re.MULTILINE)[0]
+    counts = []
+    for cell in row.split("|")[2:-1]:
+        places = [place for place in cell.split(";") if not place.strip().startswith("stories (")]
+        counts.append(sum(place.count(",") + 1 for place in places if place.strip()))
+    assert f"in {counts[2]} of {sum(counts)} comparisons" in README
+
+
 def test_the_optax_block_learns():
     [block] = [block for block in blocks("README.md", "python") if "optax" in block]
     names = {}

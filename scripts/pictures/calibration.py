@@ -121,7 +121,7 @@ def _numbers(ranks: np.ndarray) -> dict[str, np.ndarray]:
 
 def draw(found: Calibration) -> Figure:
     """Draws the errors of both moments by angle, and the numbers by rank."""
-    figure, (first, second, numbers) = panels(3, (11.4, 3.2))
+    figure, (first, second, numbers) = panels(3, (10.2, 3.2))
     for ax, errors in ((first, found.first), (second, found.second)):
         for (name, error), color in zip(errors.items(), (BLUE, ORANGE, GREEN), strict=False):
             ax.plot(found.angles, error, "o-", color=color, label=name, ms=4)
@@ -135,5 +135,5 @@ def draw(found: Calibration) -> Figure:
     numbers.set_xticks(found.ranks, [str(r) for r in found.ranks])
     numbers.set(yscale="log", xlabel="rank r", title="numbers of state a row")
     for ax in (first, second, numbers):
-        ax.legend(fontsize=8)
+        ax.legend(fontsize=9)
     return figure

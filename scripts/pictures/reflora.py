@@ -65,7 +65,7 @@ def compute() -> tuple[Moves, Moves]:
 
 def draw(found: tuple[Moves, Moves]) -> Figure:
     """Draws a panel for each kind of T."""
-    figure, axes = panels(2, (9.6, 3.2), sharey=True)
+    figure, axes = panels(2, (8.4, 3.2), sharey=True)
     titles = "(t A) (B / t)", "(A T) (T⁻¹ B), T = diag(t, 1/t, t, 1/t)"
     lines = ("plain", BLUE, "-", "LoRA"), ("scalar", GREEN, "--", "RefLoRA-S")
     for ax, title, moves in zip(axes, titles, found, strict=True):

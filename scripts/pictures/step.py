@@ -83,7 +83,7 @@ def cosine(x: np.ndarray, y: np.ndarray) -> float:
 
 def draw(steps: Steps) -> Figure:
     """Draws W with its factors, and the four steps."""
-    figure, (weight, *axes) = panels(5, (10.4, 2.5), width_ratios=[1.45, 1, 1, 1, 1])
+    figure, (weight, *axes) = panels(5, (9.8, 2.5), width_ratios=[1.45, 1, 1, 1, 1])
     _draw_weight(weight)
     titles = ("AdamW on W", f"all that rank {RANK} can do", "LoFT", "LoRA: Adam on A, B")
     largest = float(np.abs(steps.adamw).max())

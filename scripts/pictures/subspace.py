@@ -76,13 +76,13 @@ def _share(rank: int) -> float:
 
 def draw(found: Subspace) -> Figure:
     """Draws the losses by step, and the shares by rank."""
-    figure, (losses, shares) = panels(2, (9.6, 3.2))
+    figure, (losses, shares) = panels(2, (8.4, 3.2))
     for curves, color, name in ((found.adam, BLUE, "Adam on A, B"), (found.loft, ORANGE, "LoFT")):
         for curve, split, line in zip(curves, SPLITS, ("--", "-", ":"), strict=True):
             label = f"{name}, from {split:g} A and B / {split:g}"
             losses.plot(curve, line, color=color, label=label, lw=2.2 if line == ":" else 1.5)
     losses.set(yscale="log", xlabel="step", ylabel="loss", title="one W, three splits")
-    losses.legend(fontsize=7.5)
+    losses.legend(fontsize=9)
     shares.plot(found.ranks, found.shares[1], "-", color=GREY, label="r (m + n - r) / (m n)")
     shares.plot(found.ranks, found.shares[0], "o", color=ORANGE, label="random gradients")
     shares.set(xlabel=f"rank r, of W ({ROWS}, {COLUMNS})", ylim=(0, 1.05))

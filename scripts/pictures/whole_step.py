@@ -86,14 +86,14 @@ def _lengths() -> dict[str, np.ndarray]:
 
 def draw(found: WholeStep) -> Figure:
     """Draws the distances by step, and the lengths by rank."""
-    figure, (paths, lengths) = panels(2, (9.6, 3.2))
+    figure, (paths, lengths) = panels(2, (8.4, 3.2))
     for (name, distance), color in zip(found.distances.items(), (BLUE, GREEN, ORANGE), strict=True):
         paths.plot(range(1, STEPS + 1), distance, color=color, label=name)
     paths.set(yscale="log", ylim=(1e-8, 30), xlabel="step", title="distance of W from AdamW's W")
-    paths.legend(fontsize=8)
+    paths.legend(fontsize=9)
     for (name, length), color in zip(found.lengths.items(), (GREY, GREEN, ORANGE), strict=True):
         lengths.plot(range(1, COLUMNS + 1), length, "o-", color=color, label=name, ms=4)
     lengths.set(ylim=(0, 1.05), xlabel=f"rank r, of W ({ROWS}, {COLUMNS})")
     lengths.set(title="share of ‖D‖ that is kept")
-    lengths.legend(fontsize=8)
+    lengths.legend(fontsize=9)
     return figure

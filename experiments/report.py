@@ -41,7 +41,7 @@ and "Validation loss by learning rate" of each task |
 | on eps and on alpha | "By eps" and "By alpha" of each task |
 | what each part of LoFT does, and how to divide the overlap | "Without a part" of each task |
 | steps to LoRA's final loss, memory, time | the table of each task at one rank |
-| what did not hold | the last columns of [claims](#claims) |
+| what did not hold | [claims](#claims): "within the noise" and "worse" |
 
 ## How it was compared
 
@@ -89,8 +89,7 @@ over seeds; few seeds make it wide. For accuracies the sampling of the questions
 and Matthews' correlations are those of the rows that were tested. "As good" is less than 1 %
 behind. "Within the noise" says that these runs do not tell, not that there is nothing. Intervals
 are of one comparison each: of so many, one in twenty is out of its interval by chance. The gains
-themselves stand with each task. Each place is in the column of what it says; on the right stand
-those that do not bear the claim out.
+themselves stand with each task.
 """
 
 _VARIANTS = {"eps": "", "alpha": " (a scaling that is a power of two rounds nothing)"}
@@ -181,7 +180,7 @@ def _made_with(results: Iterable[Result]) -> list[str]:
 
 
 def _claims(found: Mapping[str, Sequence[Finding]]) -> list[str]:
-    """Where each claim was borne out, and where not."""
+    """What runs say of each claim."""
     rows = []
     for claim in CLAIMS:
         places: dict[Verdict, dict[str, list[str]]] = {}
@@ -190,13 +189,15 @@ def _claims(found: Mapping[str, Sequence[Finding]]) -> list[str]:
                 if finding.claim is claim:
                     at = places.setdefault(finding.verdict, {}).setdefault(task, [])
                     at.append(_ranks(finding))
-        cells = [
-            "; ".join(f"{task} (r {', '.join(at)})" for task, at in places.get(verdict, {}).items())
+        said = [
+            f"**{verdict}**: "
+            + ", ".join(f"{task} (r {', '.join(at)})" for task, at in places[verdict].items())
             for verdict in get_args(Verdict)
+            if verdict in places
         ]
-        if any(cells):
-            rows.append((claim.text, *cells))
-    return [_CLAIMS, *tables.markdown(("", *get_args(Verdict)), rows)]
+        if said:
+            rows.append((claim.text, "; ".join(said)))
+    return [_CLAIMS, *tables.markdown(("claim", "what runs say, by task and rank"), rows)]
 
 
 def _ranks(finding: Finding) -> str:

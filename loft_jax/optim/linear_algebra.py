@@ -33,7 +33,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -196,6 +196,8 @@ class Basis(NamedTuple):
         return self.from_coordinates(gp.times(self.s_inv))
 
 
+# Without jit, an update that is not compiled would trace the loops in it anew at every call.
+@jax.jit
 def orthonormal_basis(p: FactorMatrix) -> Basis:
     """Factorizes `P = Q S` with orthonormal Q, by products over the long axis.
 
@@ -217,90 +219,40 @@ def orthonormal_basis(p: FactorMatrix) -> Basis:
        [48. 64.  0.]
        [ 0.  0.  0.]]
     """
-    found: list[Basis] = orthonormal_bases([p])
-    return found[0]
+    r, x = p.rank, p.array
+    eps = float(jnp.finfo(x.dtype).eps)
+    tiny = float(jnp.finfo(x.dtype).tiny)
+    eye = jnp.eye(r, dtype=x.dtype)
+    shift = 2 * r * eps
 
-
-# Without jit, an update that is not compiled would trace the loops in it anew at every call.
-@jax.jit
-def orthonormal_bases(matrices: Sequence[FactorMatrix]) -> list[Basis]:
-    """Gives the bases of several matrices, as `orthonormal_basis` gives that of one.
-
-    Eliminations in small matrices are one program for all of them.
-    """
-    bases = [_unit_columns(p) for p in matrices]
-    shifts = [2 * b.q.rank * float(jnp.finfo(b.s.dtype).eps) for b in bases]
-    grams = [
-        b.q.inner(b.q) + shift * jnp.eye(b.q.rank, dtype=b.s.dtype)
-        for b, shift in zip(bases, shifts, strict=True)
-    ]
-    # A singular value σ of the unit columns is σ / √(σ² + shift) after this pass.
-    bases = list(map(_change, bases, _eliminated(grams, lambda eps: 0.0)))
-    grams = [b.q.inner(b.q) for b in bases]
-    bases = list(map(_change, bases, _eliminated(grams, lambda eps: 8 * eps)))
-    # Kept columns have length one but for rounding, dropped ones are zero.
-    grams = [b.q.inner(b.q) for b in bases]
-    return list(map(_last_change, bases, _eliminated(grams, lambda eps: 0.5)))
-
-
-def _unit_columns(p: FactorMatrix) -> Basis:
-    """`P = q s` with columns of unit length, and zero ones."""
-    x, tiny = p.array, float(jnp.finfo(p.array.dtype).tiny)
-    # By the largest element before the norm: squares of tiny ones would underflow. A comparison
-    # that a NaN fails leaves it in: it must show in the result.
+    # Unit columns. By the largest element before the norm: squares of tiny ones would underflow.
+    # A comparison that a NaN fails leaves it in: it must show in the result.
     largest = jnp.max(jnp.abs(x), axis=p.long_axis)  # (..., r)
     largest = jnp.where(largest < tiny, 1.0, largest)
     norm = jnp.linalg.norm(p.scaled(1 / largest).array, axis=p.long_axis)
     length = largest * jnp.where(norm < tiny, 1.0, norm)
-    eye = jnp.eye(p.rank, dtype=x.dtype)
-    return Basis(p.scaled(1 / length), eye * length[..., None, :], eye / length[..., :, None])
+    q = p.scaled(1 / length)
 
+    forward, backward = _eliminate(q.inner(q) + shift * eye, 0.0)
+    basis = Basis(
+        q.times(backward), forward * length[..., None, :], backward / length[..., :, None]
+    )
 
-def _last_change(basis: Basis, change: tuple[jax.Array, jax.Array]) -> Basis:
-    forward, backward = change
-    if basis.q.length == basis.q.rank:
+    # A singular value σ of the unit columns is σ / √(σ² + shift) now.
+    basis = _change(basis, *_eliminate(basis.q.inner(basis.q), 8 * eps))
+
+    # Kept columns have length one but for rounding, dropped ones are zero.
+    forward, backward = _eliminate(basis.q.inner(basis.q), 0.5)
+    if p.length == r:
         # A square Q is turned to the identity: no quadratic form then suffers from cancellation.
         rotation = transpose(basis.q.times(backward).tall())
-        change = matmul(transpose(rotation), forward), matmul(backward, rotation)
-    return _change(basis, change)
+        forward, backward = matmul(transpose(rotation), forward), matmul(backward, rotation)
+    return _change(basis, forward, backward)
 
 
-def _change(basis: Basis, change: tuple[jax.Array, jax.Array]) -> Basis:
+def _change(basis: Basis, forward: jax.Array, backward: jax.Array) -> Basis:
     """Goes on from `P = q s` to the basis `q backward`, forward being the inverse of backward."""
-    forward, backward = change
     return Basis(basis.q.times(backward), matmul(forward, basis.s), matmul(basis.s_inv, backward))
-
-
-def _eliminated(
-    grams: Sequence[jax.Array], drop: Callable[[float], float]
-) -> list[tuple[jax.Array, jax.Array]]:
-    """Eliminates in Gram matrices (..., r, r), those of one rank and dtype at once.
-
-    Args:
-      grams: The matrices.
-      drop: As for `_eliminate`, of the distance of floats at one.
-
-    Returns:
-      F and T of each.
-    """
-    kinds: dict[tuple[int, Any], list[int]] = {}
-    for place, gram in enumerate(grams):
-        kinds.setdefault((gram.shape[-1], gram.dtype), []).append(place)
-    found: dict[int, tuple[jax.Array, jax.Array]] = {}
-    for (r, dtype), places in kinds.items():
-        least = drop(float(jnp.finfo(dtype).eps))
-        if len(places) == 1:  # as it is: an explicit mesh may have split its leading axes
-            found[places[0]] = _eliminate(grams[places[0]], least)
-            continue
-        forward, backward = _eliminate(
-            jnp.concatenate([grams[place].reshape(-1, r, r) for place in places]), least
-        )
-        end = 0
-        for place in places:
-            shape = grams[place].shape
-            part = slice(end, end := end + math.prod(shape[:-2]))
-            found[place] = forward[part].reshape(shape), backward[part].reshape(shape)
-    return [found[place] for place in range(len(grams))]
 
 
 def _eliminate(gram: jax.Array, drop: float) -> tuple[jax.Array, jax.Array]:

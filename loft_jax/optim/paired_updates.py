@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from loft_jax.optim.linear_algebra import Basis, FactorMatrix, orthonormal_bases, orthonormal_basis
+from loft_jax.optim.linear_algebra import Basis, FactorMatrix, orthonormal_basis
 from loft_jax.optim.meshes import explicit_mesh, in_context
 from loft_jax.optim.pairs import (
     DEFAULT_SPEC,
@@ -88,14 +88,11 @@ class PairedUpdates:
 
     def basis(self, group: PairGroup, partner: FactorGroup) -> Basis:
         """Bases of what partners span, with q (group, stack, n, r) of `P = s Bᵀ` or `P = s A`."""
-        if shared := _shared_bases.get().get(self.basis_key(group, partner)):
-            return shared
-        return orthonormal_basis(self.spanned(group, partner))
-
-    def spanned(self, group: PairGroup, partner: FactorGroup) -> FactorMatrix:
-        """What partners are in the product, (group, stack, n, r): `P = s Bᵀ` or `P = s A`."""
+        if found := _shared_bases.get().get(self.basis_key(group, partner)):
+            return found
         folded = self.param(partner)
-        return folded.like(folded.array * self.scalings(group))
+        basis: Basis = orthonormal_basis(folded.like(folded.array * self.scalings(group)))
+        return basis
 
     def basis_key(self, group: PairGroup, partner: FactorGroup) -> tuple[Any, ...]:
         """Identifies a basis by what it is made of: these very arrays, and this scaling."""
@@ -175,12 +172,11 @@ def share_bases(
             return inner.update(updates, state, params, **extra)
         with remember_stacks():
             tree = PairedUpdates(updates, params, spec)
-            spanned = {
-                tree.basis_key(group, partner): tree.spanned(group, partner)
+            bases = {
+                tree.basis_key(group, partner): tree.basis(group, partner)
                 for group in tree.groups
                 for partner in (group.b, group.a)
             }
-            bases = dict(zip(spanned, orthonormal_bases([*spanned.values()]), strict=True))
             token = _shared_bases.set({**_shared_bases.get(), **bases})
             try:
                 return inner.update(updates, state, params, **extra)

@@ -41,7 +41,7 @@ and "Validation loss by learning rate" of each task |
 | on eps and on alpha | "By eps" and "By alpha" of each task |
 | what each part of LoFT does, and how to divide the overlap | "Without a part" of each task |
 | steps to LoRA's final loss, memory, time | the table of each task at one rank |
-| what did not hold | [claims](#claims): "within the noise" and "worse" |
+| what did not hold, or is not decided | [claims](#claims) |
 
 ## How it was compared
 
@@ -72,8 +72,8 @@ of `experiments/peers` say so.
 Losses are means over a fifth of the run, of runs of one seed. LoRA's own losses tell which batches
 are hard, and that is subtracted first. Memory is the state of the optimizer, and what the compiler
 sets aside for a step. Times are those of a step over LoRA's in the same table, each the shortest of
-its runs. They are a hint, no more, and left out for runs on a GPU: they were not measured alone, as
-those in [Benchmarks](benchmarks.md) were.
+its runs: a hint, no more, since other programs ran beside them, and left out for runs on a GPU.
+[Benchmarks](benchmarks.md) has times that were measured in turns.
 
 Left out: `altlora-plus`; on SmolLM2 most ranks but 8 and most methods; eps and alpha on most tasks.
 Rates are a factor of three apart: what a method would gain between them is not known. Models, data

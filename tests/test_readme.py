@@ -35,7 +35,7 @@ def test_the_comparisons_with_lora_are_those_of_the_results():
     row = re.search(r"^\| LoFT is better than LoRA at equal rank .*$", results, re.MULTILINE)[0]
     counts = {}
     for verdict, places in re.findall(r"\*\*(.+?)\*\*: ([^*]*)", row):
-        places = re.sub(r"\bstories \(.*?\)", "", places)
+        places = re.sub(r"\bstories(-long)? \(.*?\)", "", places)
         counts[verdict] = sum(ranks.count(",") + 1 for ranks in re.findall(r"\(r (.*?)\)", places))
     assert f"in {counts['within the noise']} of {sum(counts.values())} comparisons" in README
 

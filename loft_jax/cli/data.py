@@ -97,7 +97,6 @@ def _names(task: Task) -> tuple[str, ...]:
 
 def _shown(index: int, examples: TokenizedData, tokenizer: Any, task: Task) -> str:
     """Writes an example with its special tokens, and marks around what is learned."""
-
     tokens, mask = examples[index]
     if examples.labelled is not None:
         label = examples.labelled.labels[index]

@@ -372,7 +372,7 @@ def test_a_trace_of_some_steps(finished):
 def test_a_run_on_a_quantized_base(make_config, workspace):
     """With evaluations that no regular checkpoint coincides with: the best is kept all the same."""
     held_out = {"eval_path": str(workspace / "test.jsonl"), "eval_every": 7, "save_every": 100}
-    config = make_config(quantization="nf4", steps=30, keep_last=1, **held_out)
+    config = make_config(quantization="nf4", method="loft", steps=30, keep_last=1, **held_out)
     result = finetune(config, progress=False)
     evaluated = {
         row["step"]: row["eval_loss"]

@@ -195,8 +195,7 @@ def _claims(found: Mapping[str, Sequence[Finding]]) -> list[str]:
             for verdict in get_args(Verdict)
             if verdict in places
         ]
-        if said:
-            rows.append((claim.text, "; ".join(said)))
+        rows.append((claim.text, "; ".join(said) or "not tested"))
     return [_CLAIMS, *tables.markdown(("claim", "what runs say, by task and rank"), rows)]
 
 

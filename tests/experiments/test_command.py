@@ -114,7 +114,7 @@ def test_the_best_rates_are_tested_with_every_final_seed(tiny, tested):
         "loft-without-scaling",
         "| full | ",
         "By alpha (a scaling that",
-        "- RefLoRA is better than LoRA at equal rank: not tested",
+        "| RefLoRA is better than LoRA at equal rank | not tested |",
     ],
 )
 def test_the_pages_say_what_has_run(reported, expected):

@@ -1,6 +1,6 @@
 # make test: everything checked, from nothing but Python 3.11+ and make. make demo: the main job.
 # make docs: the site, in build/site. make test-versions: the fast tests at the oldest and the newest
-# versions of what this depends on. make test-slow: what make test leaves out; an hour.
+# versions of what this depends on. make test-slow: what make test leaves out; an hour or two.
 #
 # PYTHON names the interpreter for .venv.
 

@@ -110,19 +110,7 @@ class ImageEncoderConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
-        """Reads the contents of a Hugging Face `config.json`.
-
-        Absent fields take the defaults transformers gives them.
-
-        Args:
-            config: The parsed JSON.
-
-        Returns:
-            The configuration.
-
-        Raises:
-            InputError: Another architecture, or a field whose value is not supported.
-        """
+        """Reads the contents of a Hugging Face `config.json`; see `BertConfig.from_hf`."""
         config_checks.check_kind(
             config,
             model_type=cls.model_type,

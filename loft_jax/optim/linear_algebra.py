@@ -51,8 +51,9 @@ def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
     """Multiplies matrices in all bits of float32.
 
     TPUs and newer GPUs multiply in fewer bits by default; a basis needs all of them. On TPUs, a
-    product over several layers compiles to one program per layer, of a megabyte each in the memory
-    of the chip: there, products of long matrices are sums, or are made in a loop over the layers.
+    product over several layers compiles to one program per layer, of up to a megabyte in the memory
+    of the chip: there, small products are sums, and those of long matrices are made in a loop over
+    the layers.
 
     Args:
       x: (..., n, k); the layers of pairs are (group, stack, n, k).
@@ -62,9 +63,9 @@ def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
       (..., n, l).
     """
     several = x.ndim == 4 and x.shape[0] * x.shape[1] > 1
-    if not several or max(*x.shape[-2:], y.shape[-1]) < _LONG:
+    small = x.shape[-2] * y.shape[-1] <= _SMALL
+    if not several or not (small or max(*x.shape[-2:], y.shape[-1]) >= _LONG):
         return _matmul(x, y)
-    small = x.shape[-1] >= _LONG and x.shape[-2] * y.shape[-1] <= _SMALL
     way = _by_sums if small else _layer_by_layer
     product: jax.Array = jax.lax.platform_dependent(x, y, tpu=way, default=_matmul)
     return product
@@ -223,7 +224,6 @@ def orthonormal_basis(p: FactorMatrix) -> Basis:
     eps = float(jnp.finfo(x.dtype).eps)
     tiny = float(jnp.finfo(x.dtype).tiny)
     eye = jnp.eye(r, dtype=x.dtype)
-    shift = 2 * r * eps
 
     # Unit columns. By the largest element before the norm: squares of tiny ones would underflow.
     # A comparison that a NaN fails leaves it in: it must show in the result.
@@ -233,21 +233,30 @@ def orthonormal_basis(p: FactorMatrix) -> Basis:
     length = largest * jnp.where(norm < tiny, 1.0, norm)
     q = p.scaled(1 / length)
 
-    forward, backward = _eliminate(q.inner(q) + shift * eye, 0.0)
-    basis = Basis(
-        q.times(backward), forward * length[..., None, :], backward / length[..., :, None]
-    )
+    # What each pass adds to the diagonal, and which pivots count as zero in it. After the first, a
+    # singular value σ of the unit columns is σ / √(σ² + shift); after the second, columns that are
+    # kept have length one but for rounding, and dropped ones are zero.
+    shifts = jnp.array([2 * r * eps, 0.0, 0.0], x.dtype)
+    drops = jnp.array([0.0, 8 * eps, 0.5], x.dtype)
 
-    # A singular value σ of the unit columns is σ / √(σ² + shift) now.
-    basis = _change(basis, *_eliminate(basis.q.inner(basis.q), 8 * eps))
+    def one_pass(k: jax.Array, basis: Basis) -> Basis:
+        gram = basis.q.inner(basis.q)
+        return _change(basis, *_eliminate(gram + shifts[k] * eye, drops[k]))
 
-    # Kept columns have length one but for rounding, dropped ones are zero.
-    forward, backward = _eliminate(basis.q.inner(basis.q), 0.5)
+    def passes(q: FactorMatrix, *, unroll: int) -> Basis:
+        start = varying_like(jnp.broadcast_to(eye, (*x.shape[:-2], r, r)), x)
+        found: Basis = jax.lax.fori_loop(0, 3, one_pass, Basis(q, start, start), unroll=unroll)
+        return found
+
+    # The program lies in the memory of a TPU, and that of a loop is half as large. On CPUs a loop
+    # copies what it carries.
+    looped, unrolled = (functools.partial(passes, unroll=unroll) for unroll in (1, 3))
+    basis: Basis = jax.lax.platform_dependent(q, tpu=looped, default=unrolled)
     if p.length == r:
         # A square Q is turned to the identity: no quadratic form then suffers from cancellation.
-        rotation = transpose(basis.q.times(backward).tall())
-        forward, backward = matmul(transpose(rotation), forward), matmul(backward, rotation)
-    return _change(basis, forward, backward)
+        rotation = transpose(basis.q.tall())
+        basis = _change(basis, transpose(rotation), rotation)
+    return Basis(basis.q, basis.s * length[..., None, :], basis.s_inv / length[..., :, None])
 
 
 def _change(basis: Basis, forward: jax.Array, backward: jax.Array) -> Basis:
@@ -255,7 +264,7 @@ def _change(basis: Basis, forward: jax.Array, backward: jax.Array) -> Basis:
     return Basis(basis.q.times(backward), matmul(forward, basis.s), matmul(basis.s_inv, backward))
 
 
-def _eliminate(gram: jax.Array, drop: float) -> tuple[jax.Array, jax.Array]:
+def _eliminate(gram: jax.Array, drop: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Factorizes Gram matrices G = FᵀF by pivoted Cholesky elimination, with F's inverse.
 
     Args:

@@ -113,6 +113,33 @@ def test_products_of_several_layers_are_the_products(way, sizes, part):
         assert part in str(jax.make_jaxpr(product)(x, y))
 
 
+@pytest.mark.parametrize("rank_last", [True, False])
+def test_the_loop_that_tpus_run_makes_a_basis_too(monkeypatch, rank_last):
+    p = np.stack([conditioned(40, 6, condition) for condition in (1, 1e3, 1e6, 1e9)])
+    p[1, :, 2] = 0
+
+    def basis(x):
+        # Not from the cache of what was traced before.
+        return orthonormal_basis.__wrapped__(FactorMatrix(x, rank_last))
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, tpu, default: tpu(*args))
+    with jax.enable_x64(True):
+        x = jnp.asarray(p if rank_last else np.swapaxes(p, -1, -2))[None]  # two axes of layers
+        assert "length=3" in str(jax.make_jaxpr(basis)(x))
+        one_device, layers = jax.sharding.Mesh(jax.devices()[:1], "layers"), jax.P(None, "layers")
+        mapped = jax.shard_map(basis, mesh=one_device, in_specs=layers, out_specs=layers)
+        for found in (basis(x), jax.vmap(basis)(x[None]), jax.jit(mapped)(x)):
+            q = np.asarray(found.q.tall()).reshape(p.shape)
+            s, s_inv = (np.asarray(y).reshape(-1, 6, 6) for y in (found.s, found.s_inv))
+            projector = np.stack([y @ np.linalg.pinv(y, rcond=1e-12) for y in p])
+            np.testing.assert_allclose(q @ np.swapaxes(q, -1, -2), projector, atol=1e-6)
+            np.testing.assert_allclose(q @ s, p, atol=1e-14)
+            np.testing.assert_allclose(p @ s_inv, q, atol=1e-6)
+            np.testing.assert_allclose(
+                np.swapaxes(q, -1, -2)[[0, 2, 3]] @ q[[0, 2, 3]], [np.eye(6)] * 3, atol=1e-14
+            )
+
+
 @pytest.mark.slow
 def test_programs_for_tpus_hardly_grow_with_the_pairs():
     """By libtpu, ahead of time, for one chip."""

@@ -8,6 +8,7 @@ pseudo-inverses.
 import dataclasses
 
 import numpy as np
+import scipy.optimize
 
 
 @dataclasses.dataclass
@@ -93,8 +94,14 @@ class DenseLoFT:
             moves[other] = moves[other] - projector(own[other]) @ moves[other]
             # The product of both moves is held to the size of the rest.
             product = np.linalg.norm(self.scaling * moves["a"] @ moves["b"].T)
-            if product > np.linalg.norm(self.first_order):
-                moves[other] = moves[other] * np.linalg.norm(self.first_order) / product
+            of_w = {"a": moves["a"] @ self.b, "b": self.a @ moves["b"].T}
+
+            def excess(share):
+                rest = self.scaling * (of_w[keeper] + share * of_w[other])
+                return share * product - np.linalg.norm(rest)
+
+            if excess(1.0) > 0:
+                moves[other] = moves[other] * scipy.optimize.brentq(excess, 0, 1, xtol=1e-300)
         self.count += 1
         self.a, self.b = self.a + moves["a"], self.b + moves["b"].T
 

@@ -144,7 +144,7 @@ class _Progress(NamedTuple):
 def _corrections(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The D and Eᵀ that balance Gram matrices (count, r, r) of A's and of B's."""
     eps = float(jnp.finfo(a.dtype).eps)
-    eye = jnp.eye(a.shape[-1], dtype=a.dtype)
+    eye = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
     # Sizes of their own are taken off first, and put back into the corrections at the end.
     size_a, size_b = (jnp.sqrt(jnp.trace(x, axis1=1, axis2=2))[:, None, None] for x in (a, b))
     # A NaN shows in the updates anyway, and must not keep others from their balance.

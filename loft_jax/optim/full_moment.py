@@ -329,7 +329,12 @@ def symmetric_product(x: jax.Array, y: jax.Array, axis: int = -1) -> jax.Array:
         return jnp.take(x, which, axis=axis)
 
     products = take(x, rows) * take(y, columns) + take(x, columns) * take(y, rows)
-    return (weight if axis == -1 else weight[:, None]) * products
+    return _along(weight, axis, products.ndim) * products
+
+
+def _along(x: jax.Array, axis: int, ndim: int) -> jax.Array:
+    """Lays x (k,) along one of ndim axes."""
+    return jnp.expand_dims(x, [i for i in range(ndim) if i != axis % ndim])
 
 
 def symmetric_squares(x: FactorMatrix) -> FactorMatrix:
@@ -358,7 +363,8 @@ def congruence(c: jax.Array) -> Callable[[FactorMatrix], FactorMatrix]:
     # Row (a, b) is the packed image of the packed basis matrix (a, b).
     rows, columns = _upper_half(rank)
     weight = jnp.where(rows == columns, 1.0, math.sqrt(2.0)).astype(c.dtype)
-    matrix = weight[:, None] * symmetric_product(c[..., rows, :], c[..., columns, :])
+    images = symmetric_product(c[..., rows, :], c[..., columns, :])
+    matrix = _along(weight, -2, images.ndim) * images
     return lambda p: p.times(matrix)
 
 
@@ -370,7 +376,7 @@ def _congruent(p: FactorMatrix, c: jax.Array) -> FactorMatrix:
     places = jnp.arange(len(rows), dtype=jnp.int32)
     which = jnp.zeros((r, r), jnp.int32).at[rows, columns].set(places)
     weight = jnp.where(rows == columns, 1.0, math.sqrt(2.0)).astype(c.dtype)
-    weight = weight if last else weight[:, None]
+    weight = _along(weight, axis, p.array.ndim)
     # Whole symmetric matrices, then Y = P C and Cᵀ P C = Yᵀ C; with P = Pᵀ nothing else turns.
     x = jnp.take(p.array / weight, jnp.maximum(which, which.T).ravel(), axis=axis)
     for _ in range(2):

@@ -51,9 +51,8 @@ def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
     """Multiplies matrices in all bits of float32.
 
     TPUs and newer GPUs multiply in fewer bits by default; a basis needs all of them. On TPUs, a
-    product over several layers compiles to one program per layer, of up to a megabyte in the memory
-    of the chip: there, small products are sums, and those of long matrices are made in a loop over
-    the layers.
+    product over several layers compiles to one program per layer, of a megabyte each in the memory
+    of the chip: there, products of long matrices are sums, or are made in a loop over the layers.
 
     Args:
       x: (..., n, k); the layers of pairs are (group, stack, n, k).
@@ -63,9 +62,9 @@ def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
       (..., n, l).
     """
     several = x.ndim == 4 and x.shape[0] * x.shape[1] > 1
-    small = x.shape[-2] * y.shape[-1] <= _SMALL
-    if not several or not (small or max(*x.shape[-2:], y.shape[-1]) >= _LONG):
+    if not several or max(*x.shape[-2:], y.shape[-1]) < _LONG:
         return _matmul(x, y)
+    small = x.shape[-1] >= _LONG and x.shape[-2] * y.shape[-1] <= _SMALL
     way = _by_sums if small else _layer_by_layer
     product: jax.Array = jax.lax.platform_dependent(x, y, tpu=way, default=_matmul)
     return product
@@ -223,7 +222,7 @@ def orthonormal_basis(p: FactorMatrix) -> Basis:
     r, x = p.rank, p.array
     eps = float(jnp.finfo(x.dtype).eps)
     tiny = float(jnp.finfo(x.dtype).tiny)
-    eye = jnp.eye(r, dtype=x.dtype)
+    eye = varying_like(jnp.broadcast_to(jnp.eye(r, dtype=x.dtype), (*x.shape[:-2], r, r)), x)
 
     # Unit columns. By the largest element before the norm: squares of tiny ones would underflow.
     # A comparison that a NaN fails leaves it in: it must show in the result.
@@ -244,8 +243,7 @@ def orthonormal_basis(p: FactorMatrix) -> Basis:
         return _change(basis, *_eliminate(gram + shifts[k] * eye, drops[k]))
 
     def passes(q: FactorMatrix, *, unroll: int) -> Basis:
-        start = varying_like(jnp.broadcast_to(eye, (*x.shape[:-2], r, r)), x)
-        found: Basis = jax.lax.fori_loop(0, 3, one_pass, Basis(q, start, start), unroll=unroll)
+        found: Basis = jax.lax.fori_loop(0, 3, one_pass, Basis(q, eye, eye), unroll=unroll)
         return found
 
     # The program lies in the memory of a TPU, and that of a loop is half as large. On CPUs a loop
@@ -276,6 +274,7 @@ def _eliminate(gram: jax.Array, drop: jax.Array) -> tuple[jax.Array, jax.Array]:
       rows of F that are dropped are zero.
     """
     r = gram.shape[-1]
+    rows, columns = (jax.lax.broadcasted_iota(int, gram.shape, gram.ndim - i) for i in (2, 1))
     eye = varying_like(jnp.broadcast_to(jnp.eye(r, dtype=gram.dtype), gram.shape), gram)
 
     def body(k: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -294,9 +293,8 @@ def _eliminate(gram: jax.Array, drop: jax.Array) -> tuple[jax.Array, jax.Array]:
         done = (pivot[..., :, None] > 0) | (pivot[..., None, :] > 0)
         left = jnp.where(done, 0.0, left)
         vectors = vectors - vector[..., :, None] * rest[..., None, :]
-        at_k = jnp.arange(r) == k
-        forward = jnp.where(at_k[:, None], row[..., None, :], forward)
-        backward = jnp.where(at_k, vector[..., :, None], backward)
+        forward = jnp.where(rows == k, row[..., None, :], forward)
+        backward = jnp.where(columns == k, vector[..., :, None], backward)
         return left, vectors, forward, backward
 
     # F and T begin with what is overwritten. A constant there would lie in memory from the start.

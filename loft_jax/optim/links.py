@@ -64,7 +64,10 @@ def project_gradients(*, spec: FactorSpec = DEFAULT_SPEC) -> optax.GradientTrans
       spec: The pairs and their scaling.
 
     Returns:
-      A stateless transformation of raw gradients; it needs the parameters.
+      A stateless transformation of raw gradients; it needs the parameters. Gradients of factors
+      leave it in float32 at least, and the links of this package take them so. A link with a state
+      in the dtype of the parameters, such as `optax.trace` over factors in bfloat16, needs
+      `optax.stateless(optax.tree.cast_like)` before it.
 
     Raises:
       ValueError: At init or update, for parameters without proper pairs (see `find_pairs`) or when
@@ -215,7 +218,7 @@ def assign_overlap(
 
     W also moves by the product of both updates, a term of the squared learning rate. It is large
     where a direction of W is smaller than a step. Where it would move W further than the rest does,
-    the factor without the overlap moves less.
+    the factor without the overlap moves less, so far that both are equally long.
 
     Args:
       first: The factor that keeps the overlap at the first step, where they take turns.
@@ -264,6 +267,7 @@ def assign_overlap(
                 (moved[0][2], tree.basis(group, group.b)),
                 (moved[1][2], tree.basis(group, group.a)),
                 tree.scalings(group),
+                a_keeps=moved[0][1],
             )
             for factor, keeps, x in moved:
                 x = x.like(x.array * jnp.where(keeps, 1.0, share).astype(x.array.dtype))
@@ -280,12 +284,16 @@ def _without_overlap(x: FactorMatrix, own: Basis, keeps: jax.Array | bool) -> Fa
 
 
 def _share_of_other(
-    a: tuple[FactorMatrix, Basis], b: tuple[FactorMatrix, Basis], s: jax.Array
+    a: tuple[FactorMatrix, Basis],
+    b: tuple[FactorMatrix, Basis],
+    s: jax.Array,
+    a_keeps: jax.Array | bool,
 ) -> jax.Array:
-    """How much of the other factor's update is left, (..., 1, 1), for a product that is bounded.
+    """How much is left, (..., 1, 1), of the update of the factor that does not keep the overlap.
 
-    That is 1 unless `s X_A X_Bᵀ` is larger than `X_A Pᵀ + R X_Bᵀ`, whose two parts are orthogonal
-    once the overlap has one owner. Each update comes with the basis of its partner.
+    All of it, unless `s X_A X_Bᵀ` is longer than `X_A Pᵀ + R X_Bᵀ`: then as much as makes them
+    equally long. The two parts of the sum are orthogonal, since the overlap has one owner. Each
+    update comes with the basis of its partner.
     """
 
     def unit(x: FactorMatrix) -> tuple[jax.Array, FactorMatrix]:
@@ -294,7 +302,8 @@ def _share_of_other(
         return largest, x.like(x.array / jnp.where(largest > 0, largest, 1.0))
 
     def root(x: jax.Array) -> jax.Array:
-        return jnp.sqrt(jnp.maximum(jnp.sum(x, axis=(-2, -1), keepdims=True), 0.0))
+        total = jnp.sum(x, axis=(-2, -1), keepdims=True)
+        return jnp.where(total > 0, jnp.sqrt(jnp.where(total > 0, total, 1.0)), 0.0)
 
     sizes, grams, moves = [], [], []
     for x, partner in (a, b):
@@ -304,8 +313,11 @@ def _share_of_other(
         size, move = unit(partner.coordinates(x))
         moves.append(size * root(jnp.square(move.array)))
     product = jnp.abs(s) * sizes[0] * sizes[1] * root(grams[0] * grams[1])
-    moved = jnp.hypot(moves[0], moves[1])
-    return jnp.where(product > moved, moved / jnp.where(product > 0, product, 1.0), 1.0)
+    kept, other = (jnp.where(a_keeps, x, y) for x, y in (moves, reversed(moves)))
+    # The share t with t product = hypot(kept, t other).
+    bound = product > jnp.hypot(kept, other)
+    less, more = (jnp.sqrt(jnp.where(bound, x, 1.0)) for x in (product - other, product + other))
+    return jnp.where(bound, kept / (less * more), 1.0)
 
 
 @on_explicit_axes

@@ -451,8 +451,7 @@ def _newton_schulz(
     norm = jnp.sqrt(jnp.trace(gram, axis1=-2, axis2=-1))[..., None, None] + eps
     norm = jnp.where(norm > 0, norm, 1)
     gram = gram / (norm * norm)
-    eye = jnp.eye(x.rank, dtype=gram.dtype)
-    product = jnp.broadcast_to(eye, gram.shape)
+    product = eye = jnp.broadcast_to(jnp.eye(x.rank, dtype=gram.dtype), gram.shape)
     for _ in range(steps):
         step = a * eye + matmul(b * eye + c * gram, gram)
         product = matmul(product, step)

@@ -146,7 +146,8 @@ def calibrate_first_moment(
     m = m.like((decay * m.array + (1 - decay) * c.array).astype(dtype))
     for i, leaf in zip(factor.indices, factor.unfold(m), strict=True):
         mu[i] = leaf.astype(mu[i].dtype)
-    basis |= dict(zip(partner.indices, partner.unfold(now.q), strict=True))
+    for i, leaf in zip(partner.indices, partner.unfold(now.q), strict=True):
+        basis[i] = leaf.astype(basis[i].dtype)
     return CalibratedMoment(m, now, ProjectedGradient(x, c, change))
 
 

@@ -100,6 +100,7 @@ class PairedUpdates:
         scalings = [self._spec.scaling_of(pair) for pair in group.pairs]
         return (
             *leaves,
+            *((f.rank_last, f.stack_axes) for f in partner.factors),
             *(Identity(s) if isinstance(s, jax.Array) else float(s) for s in scalings),
         )
 
@@ -127,7 +128,7 @@ class PairedUpdates:
 
     def put_update(self, index: int, update: jax.Array) -> None:
         """Replaces a leaf by its update, in its parameter's dtype, as Optax's wrappers expect."""
-        self.leaves[index] = update.astype(self._params[index].dtype)
+        self.leaves[index] = update.astype(jnp.result_type(self._params[index]))
 
     def rebuilt(self) -> Any:
         """The tree of the leaves as they are now."""
@@ -198,7 +199,7 @@ def _fold(factor: FactorGroup, leaves: Sequence[jax.Array]) -> FactorMatrix:
 
 def compute_dtype(leaf: jax.Array) -> Any:
     """The dtype of computations with a leaf: float32 at least, since bases need its precision."""
-    return jnp.promote_types(leaf.dtype, jnp.float32)
+    return jnp.promote_types(jnp.result_type(leaf), jnp.float32)
 
 
 def absolute_square(x: jax.Array) -> jax.Array:

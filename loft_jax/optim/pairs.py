@@ -6,6 +6,7 @@ both alike, as stacks of tall matrices (`FactorMatrix`): `A` and `Bᵀ` with the
 to one.
 """
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -245,7 +246,7 @@ class PairGroup:
 
 
 def group_pairs(pairs: Sequence[Pair], params: Sequence[Any]) -> list[PairGroup]:
-    """Groups pairs whose paths differ in numbers only, if shapes and dtypes are the same.
+    """Groups pairs whose paths differ in numbers only, if shapes, stacks and dtypes are the same.
 
     Args:
       pairs: From `find_pairs`.
@@ -264,7 +265,8 @@ def group_pairs(pairs: Sequence[Pair], params: Sequence[Any]) -> list[PairGroup]
     for pair in pairs:
         leaves = params[pair.a.index], params[pair.b.index]
         kind = [(tuple(leaf.shape), jnp.dtype(leaf.dtype)) for leaf in leaves]
-        groups.setdefault((re.sub(r"\d+", "0", pair.path), *kind), []).append(pair)
+        key = (re.sub(r"\d+", "0", pair.path), pair.a.stack_axes, *kind)
+        groups.setdefault(key, []).append(pair)
     return [PairGroup(tuple(group)) for group in groups.values()]
 
 
@@ -351,8 +353,10 @@ def find_pairs(params: optax.Params, spec: FactorSpec = DEFAULT_SPEC) -> list[Pa
 
 def leaf_paths(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[str]:
     """Gives the path of each leaf, `"layers/q_proj/lora_a"`, without steps of Flax's variables."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
-    return [_path_string(path) for path, _ in leaves]
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)]
+    siblings = collections.Counter(path[:-1] for path in paths)
+    # The box of a variable holds one array; a key "value" beside others is the name of a module.
+    return [_path_string(path, siblings[path[:-1]] == 1) for path in paths]
 
 
 def paired_leaves(params: optax.Params, spec: FactorSpec = DEFAULT_SPEC) -> optax.Params:
@@ -528,13 +532,13 @@ def _without(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(size for axis, size in enumerate(shape) if axis not in axes)
 
 
-def _path_string(path: tuple[Any, ...]) -> str:
+def _path_string(path: tuple[Any, ...], boxed: bool) -> str:
     steps = []
     for key in path:
         # DictKey and FlattenedIndexKey have a key, GetAttrKey a name, SequenceKey an idx.
         step = next(getattr(key, name) for name in ("key", "name", "idx") if hasattr(key, name))
         steps.append(str(step))
-    if len(steps) > 1 and steps[-1] in ("value", "raw_value"):
+    if boxed and len(steps) > 1 and steps[-1] in ("value", "raw_value"):
         steps.pop()
     return "/".join(steps)
 

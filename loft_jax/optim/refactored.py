@@ -133,7 +133,7 @@ def precondition_by_reflora(
             both = [(tree.param(group.a), tree.param(group.b)) for group in tree.groups]
             found = _metrics_of_all([(a.inner(a), b.inner(b)) for a, b in both])
             return {
-                i: metric.reshape(kept[i].shape)
+                i: metric.reshape(kept[i].shape).astype(kept[i].dtype)
                 for group, pair in zip(tree.groups, found, strict=True)
                 for factor, metrics in zip((group.a, group.b), pair, strict=True)
                 for i, metric in zip(factor.indices, metrics, strict=True)

@@ -221,7 +221,7 @@ class FactoredMoment:
         squares = jnp.sum(jnp.square(c.array), axis=c.rank_axis, keepdims=True)
         weights = (b2 * kept * weights + (1 - b2) * squares).astype(c.array.dtype)
         weights = stochastic_round(weights, state.rows[0].dtype, key)
-        gram = (b2 * moved + (1 - b2) * c.inner(c)).astype(moved.dtype)
+        gram = (b2 * moved + (1 - b2) * c.inner(c)).astype(state.gram[0].dtype)
         return SecondMomentState(
             factor.unfold(c.like(weights)),
             [x.reshape(leaf.shape) for x, leaf in zip(unstack(gram), state.gram, strict=True)],

@@ -94,7 +94,7 @@ def test_scan_and_cond(name):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_dtypes(name, dtype):
     """Updates come in the dtype of the parameters, and states in float32 at least unless asked."""
-    with jax.enable_x64(dtype == "float64"):
+    with jax.enable_x64(dtype == "float64"), jax.numpy_rank_promotion("raise"):
         params = jax.tree.map(lambda x: x.astype(dtype), PARAMS)
         tx = make(name)
         if name in PROJECTED_GRADIENTS:
@@ -112,6 +112,18 @@ def test_dtypes(name, dtype):
             if jnp.issubdtype(leaf.dtype, jnp.floating) and not optax_s:
                 asked = name == "loft, bfloat16" and leaf.dtype == jnp.bfloat16
                 assert asked or leaf.dtype == jnp.promote_types(dtype, jnp.float32)
+
+
+@every_form
+@pytest.mark.parametrize("factor", ["lora_a", "lora_b"])
+def test_a_factor_in_float64_beside_one_in_float32(name, factor):
+    def widened(path, x):
+        return x.astype("float64" if path[-1].key == factor else "float32")
+
+    with jax.enable_x64(True):
+        params = jax.tree_util.tree_map_with_path(widened, PARAMS)
+        if name not in PROJECTED_GRADIENTS:
+            assert_stable(make(name), params)
 
 
 # What chooses between branches, by moments, turns and metrics.

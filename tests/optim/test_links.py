@@ -57,6 +57,36 @@ def test_clip_norm_of_float16_leaves_does_not_overflow():
     np.testing.assert_allclose(clipped["bias"], 0.5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("first", ["a", "b"])
+@pytest.mark.parametrize("size", [0.1, 10, 1e6])
+def test_the_product_of_both_updates_is_no_longer_than_the_rest(first, size):
+    """Beside a direction of W that is smaller than a step."""
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda x: x.astype("float64"), pair(0))
+        params["lora_b"] = params["lora_b"].at[1].multiply(1e-3)
+        given = jax.tree.map(lambda x: size * x, pair(9))
+        tx = loft_jax.assign_overlap(first)
+        updates, _ = tx.update(given, tx.init(params), params)
+    a, b, da, db = (np.asarray(x) for t in (params, updates) for x in jax.tree.leaves(t))
+    ratio = np.linalg.norm(da @ db) / np.linalg.norm(da @ b + a @ db)
+    # As much is taken off as has to be, and no more.
+    assert ratio < 0.5 if size < 1 else ratio == pytest.approx(1, rel=1e-9)
+
+
+def test_learning_rates_have_gradients_where_b_is_zero():
+    def loss(learning_rate):
+        tx = loft(learning_rate, eps=1e-3)
+        params = pair(0) | {"lora_b": jnp.zeros((3, 9))}
+        updates, _ = tx.update(pair(1), tx.init(params), params)
+        params = optax.apply_updates(params, updates)
+        return jnp.sum(jnp.sin(params["lora_a"] @ params["lora_b"]))
+
+    with jax.enable_x64(True):
+        found, h = jax.grad(loss)(1e-2), 1e-6
+        expected = float(loss(1e-2 + h) - loss(1e-2 - h)) / (2 * h)
+        assert float(found) == pytest.approx(expected, rel=1e-3)
+
+
 def test_clip_of_the_update():
     """Behind loft, the clip bounds how far W moves, in the Frobenius norm."""
     params = {"q": pair(0)}

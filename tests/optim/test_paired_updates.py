@@ -13,7 +13,7 @@ from flax import nnx
 import loft_jax
 from loft_jax import FactorSpec, loft
 from loft_jax.optim import paired_updates
-from tests.optim.problems import assert_trees_close, pair, random_grads
+from tests.optim.problems import assert_trees_close, normal, pair, random_grads
 
 
 def chain(spec):
@@ -183,6 +183,19 @@ def test_adapters_of_one_module_do_not_share_bases():
     alone = updated(loft_jax.share_bases(chain(FactorSpec())), {"x": one, "y": other})
     for key, expected in alone.items():
         np.testing.assert_allclose(updates["q"]["lora_B"][key], expected["lora_b"], rtol=1e-5)
+
+
+def test_one_array_in_two_roles_has_two_bases():
+    x = normal(0, 4, 4)
+    tied = {
+        "encoder": {"lora_a": x, "lora_b": normal(1, 4, 6)},
+        "decoder": {"lora_a": normal(2, 7, 4), "lora_b": x},
+        "square": {"lora_a": x, "lora_b": x},
+    }
+    tx = loft_jax.share_bases(chain(FactorSpec()))
+    apart = jax.tree.map(jnp.copy, tied)
+    found, expected = (tx.update(random_grads(p), tx.init(p), p)[0] for p in (tied, apart))
+    assert_trees_close(found, expected, rtol=1e-6)
 
 
 @pytest.mark.slow

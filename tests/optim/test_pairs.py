@@ -54,6 +54,19 @@ def test_finds_the_pair_in(name):
     assert pair.a.stack == ()
 
 
+def test_a_module_that_is_called_value():
+    """A step `value` is of Flax's variable only where it holds nothing else."""
+    kinds = ("query", "key", "value")
+    by_factor = {
+        "lora_a": {k: jnp.zeros((8, 2)) for k in kinds},
+        "lora_b": {k: jnp.zeros((2, 6)) for k in kinds},
+    }
+    with pytest.raises(ValueError, match="no factor pair"):
+        find_pairs(by_factor)
+    spec = FactorSpec([(f"lora_a/{k}", f"lora_b/{k}") for k in kinds])
+    assert len(find_pairs(by_factor, spec)) == 3
+
+
 def test_two_pairs_of_one_module():
     tree = {"q": {"w_lora_a": jnp.zeros((8, 2)), "w_lora_b": jnp.zeros((2, 6)), **factors(4, 4, 1)}}
     assert [(pair.path, pair.rank) for pair in find_pairs(tree)] == [("q", 1), ("q/w", 2)]
@@ -271,6 +284,16 @@ def test_stack_axis_by_path():
         find_pairs(params, FactorSpec(stack_axis=lambda path: True))
     with pytest.raises(ValueError, match=r"stack_axis is an array.*static_args"):
         optax.inject_hyperparams(loft)(1e-3, stack_axis=1).init(factors(8, 6, 2))
+
+
+def test_layers_of_other_stacks_are_computed_apart():
+    params = {
+        f"l{i}": {"lora_a": jnp.ones((2, 2, 4, 2)), "lora_b": jnp.ones((2, 2, 2, 5))}
+        for i in (0, 1)
+    }
+    tx = loft(0.1, stack_axis=lambda path: (0, 1) if path == "l0" else 0)
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
 
 
 def test_a_spec_is_a_value():

@@ -192,3 +192,12 @@ def test_seeds_and_steps_of_a_stack_on_axis_1(make):
     )
     assert found["q"]["lora_a"].shape == (2, 3, 5, 5, 2)
     assert_close(found, jax.vmap(jax.vmap(second))(expected))
+
+
+def test_a_leaf_may_be_a_number():
+    params = {**pair(0), "scale": 1.0}
+    grads = jax.tree.map(jnp.ones_like, params)
+    tx = loft_jax.loft(**ADAMW)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    expected, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    assert_close(updates, expected)

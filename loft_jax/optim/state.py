@@ -38,8 +38,8 @@ def state_shardings(
 
     What the state keeps for a parameter is split along the axes that it shares with it, by position
     and size: moments and basis of a factor along its features and its stack. Whatever stands in the
-    place of the rank is whole on every device, unless the rank is the size of an axis that is split,
-    and so is all that belongs to no parameter.
+    place of the rank is whole on every device, unless the rank is the size of an axis that is
+    split; and so is all that belongs to no parameter.
 
     Args:
       tx: Any Optax transformation; `optax.tree.map_params` must see its parameters, as it does for

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "loft_jax"
 
 # A room knows those before it, and none after it.
 ROOMS = (
-    ("errors", "streams"),
+    ("errors", "progress", "streams"),
     ("files", "patterns", "settings"),
     ("optim",),
     ("lora",),

@@ -133,6 +133,37 @@ def test_an_export_is_of_what_was_trained(workspace, tmp_path, flags, capsys):  
     assert not (tmp_path / "garbage").exists()
 
 
+def test_folders_around_an_adapter_and_bases_that_have_moved(
+    workspace,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    capsys,
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(workspace / "model", "base")
+    model = add_lora(load_pretrained("base"), LoRAConfig(rank=2), rngs=nnx.Rngs(0))
+    save_peft_adapter("run/adapter", model, base_model="./base")
+    Path("run", "config.yaml").write_text("")
+    for command in (
+        ["evaluate", "--data.path", str(workspace / "test.jsonl"), "--adapter", "run"],
+        ["average", "run/adapter", "run", "--rank", "2", "--output", "mean"],
+    ):
+        assert main(command) == 2
+        assert "run: is no adapter; expected the one in it, run/adapter" in capsys.readouterr().err
+    assert main(["export", "run/adapter", "--output", "exported"]) == 2
+    assert "run/adapter: is no run; expected the one around it, run" in capsys.readouterr().err
+
+    evaluate = ["evaluate", "--data.path", str(workspace / "test.jsonl"), "--adapter"]
+    assert main([*evaluate, "run/adapter"]) == 0
+    assert f"run/adapter: its base model is {tmp_path / 'base'}" in capsys.readouterr().err
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert main([*evaluate, "../run/adapter"]) == 2
+    message = capsys.readouterr().err
+    assert "../run/adapter: names the base model './base', which cannot be read here" in message
+    assert "Name it with --model" in message
+
+
 def test_an_adapter_that_is_replaced_while_its_base_loads(
     workspace,  # noqa: F811
     tmp_path,

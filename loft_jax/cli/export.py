@@ -41,9 +41,12 @@ class Export:
         from loft_jax.training.export import export_trained, restore_model, trained_with
 
         check_output(self.output)
+        saved_as = Path(self.run) / "config.yaml"
+        if not saved_as.exists() and (around := Path(self.run).parent / saved_as.name).exists():
+            raise InputError(f"{self.run}: is no run; expected the one around it, {around.parent}")
         if self.push_to_hub:
             open_repository(self.push_to_hub)
-        now = load_config(Path(self.run) / "config.yaml")
+        now = load_config(saved_as)
         checkpoints = Checkpoints(Path(self.run) / "checkpoints", read_only=True)
         step = self._step(checkpoints.steps(), checkpoints.best_step())
         saved = checkpoints.run_of(step)

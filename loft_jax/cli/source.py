@@ -1,12 +1,16 @@
 """The flags of commands that use a model: a base, with or without an adapter."""
 
 import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from loft_jax.errors import InputError, shown
 from loft_jax.models import Head, Quantization
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -21,11 +25,24 @@ class Source:
     @functools.cached_property
     def base(self) -> str:
         """The base model, as it is given or as the adapter named it when first read."""
+        from loft_jax.hub import load_model_config
         from loft_jax.hub.peft_base import base_model_of
 
         if not (self.model or self.adapter):
             raise InputError("neither model nor adapter is given; expected one at least")
-        return self.model or base_model_of(self.adapter)
+        if self.model:
+            return self.model
+        name = base_model_of(self.adapter)
+        try:
+            load_model_config(name)
+        except InputError as error:
+            raise InputError(
+                f"{self.adapter}: names the base model {shown(name)}, which cannot be read here: "
+                f"{error}. Name it with --model"
+            ) from error
+        if (folder := Path(name)).exists():  # another one, where this is called in another folder
+            _log.info("%s: its base model is %s", self.adapter, folder.resolve())
+        return name
 
     @functools.cached_property
     def adapter_head(self) -> tuple[Head, tuple[str, ...]] | None:

@@ -245,6 +245,16 @@ def check_chat(tokenizer: "PreTrainedTokenizerBase", config: DataConfig) -> None
         )
 
 
+def told_of_texts(config: DataConfig, *, chats: bool) -> str:
+    """What to tell of prompts that are texts, where there is a chat template (`chats`)."""
+    if config.chat or not chats:
+        return ""
+    return (
+        "prompts that are texts are given to the model as they stand, and not to the tokenizer's "
+        "chat template, which --data.chat does"
+    )
+
+
 def chat_with(prompt: str, where: str) -> Chat:
     """Makes a conversation of a prompt, as the user says it."""
     return Chat(where, [{"role": "user", "content": prompt}])
@@ -279,9 +289,8 @@ class _Reads:
         text = _Format("texts", (config.text_field,), self._text)
         pairs = (config.prompt_field, config.completion_field)
         yield _Format("messages", (config.messages_field,), self._messages, (TOOLS,))
-        yield _Format(
-            "prompts and completions", pairs, self._pair, (TOOLS,), told=self._pairs_told()
-        )
+        told = told_of_texts(config, chats=self._chats)
+        yield _Format("prompts and completions", pairs, self._pair, (TOOLS,), told=told)
         if config.text_field != DataConfig.text_field:  # the user named it
             yield text
         for field in _CONVERSATIONS:
@@ -314,14 +323,6 @@ class _Reads:
         if config.text_field == DataConfig.text_field:
             yield text
 
-    def _pairs_told(self) -> str:
-        if self._config.chat or not self._chats:
-            return ""
-        return (
-            "prompts that are texts are given to the model as they stand, and not to the "
-            "tokenizer's chat template, which --data.chat does"
-        )
-
     def _by_templates(self, columns: Sequence[str]) -> _Format:
         fields: list[str] = []
         for name in _SIDES:
@@ -337,7 +338,7 @@ class _Reads:
             sides = (part_of(name, index, row, self._config) for name in _SIDES)
             return self._read_pair(f"row {index}", *sides)
 
-        told = self._pairs_told()
+        told = told_of_texts(self._config, chats=self._chats)
         # Rows may lack some of the fields, so none of them decides whether a row has this format.
         return _Format("written by templates", (), read, tuple(dict.fromkeys(fields)), told=told)
 

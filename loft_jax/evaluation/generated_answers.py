@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from loft_jax.data import DataConfig
 from loft_jax.data.encode import encode_prompts
 from loft_jax.data.row_formats import Pair, RowReader, column_names
@@ -16,6 +14,7 @@ from loft_jax.data.text import check_tokens, decoded
 from loft_jax.errors import InputError, explained, shown
 from loft_jax.generation import ending_tokens, generate
 from loft_jax.models.family import LanguageModel
+from loft_jax.progress import progress_bar
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -157,7 +156,7 @@ def generated_answers(
 
     def measure(model: LanguageModel) -> AnswerScores:
         texts = [""] * len(encoded)
-        with tqdm(total=len(encoded), desc="answers", leave=False, disable=not progress) as bar:
+        with progress_bar(total=len(encoded), desc="answers", leave=False, shown=progress) as bar:
             for indices in _batches(encoded, batch_size):
                 # Filled up with a row of its own, since another size would be compiled anew.
                 full = indices + indices[:1] * (batch_size - len(indices))

@@ -27,8 +27,6 @@ def base_model_of(folder: str | os.PathLike[str]) -> str:
     """
     check_folder(Path(folder))
     path = Path(folder) / CONFIG_NAME
-    if not path.exists() and (path.parent / "adapter" / CONFIG_NAME).exists():
-        raise InputError(f"{folder}: is a run, whose adapter is in {path.parent / 'adapter'}")
     name = PeftConfig.read(inside(path.parent, path.name)).settings.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise InputError(f"{path}: base_model_name_or_path is {shown(name)}; name the base model")
@@ -115,10 +113,13 @@ def read_labels(folder: Path) -> tuple[str, ...]:
 
 
 def check_folder(folder: Path) -> None:
-    """Checks that there is a folder.
+    """Checks that there is a folder, which is not one around that of an adapter.
 
     Raises:
-        InputError: There is none.
+        InputError: There is none, or it is that of a run or of `export`.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder, expected a PEFT adapter")
+    inner = folder / "adapter"
+    if not (folder / CONFIG_NAME).exists() and (inner / CONFIG_NAME).exists():
+        raise InputError(f"{folder}: is no adapter; expected the one in it, {inner}")

@@ -290,7 +290,8 @@ def load_pretrained(
         model.output_modules = (*model.output_modules, *sorted(new))
     if absent:
         model.drawn = tuple(sorted(absent))
-        _log.warning("%s: has no %s; they are drawn", source.path, ", ".join(model.drawn))
+        names = ", ".join(table.tensors[path].name for path in model.drawn)
+        _log.warning("%s: has no %s; they are drawn", source.path, names)
     return model
 
 

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from tqdm.auto import tqdm
 
 from loft_jax.data import DataConfig, TokenizedData, eval_batches, tokenize
 from loft_jax.data.batches import Batch
@@ -18,6 +17,7 @@ from loft_jax.errors import InputError
 from loft_jax.models.activations import gathered
 from loft_jax.models.family import LanguageModel
 from loft_jax.models.inference import inference_state
+from loft_jax.progress import progress_bar
 from loft_jax.tasks.task import Arrays, Evaluation, Given, Measured, Rows, Task
 from loft_jax.tasks.token_losses import token_losses, token_losses_in_parts
 
@@ -151,7 +151,7 @@ def perplexity(
     """
     graphdef, state = inference_state(model)
     total = weight = 0.0  # float64: float32 sums of one batch each
-    for batch in tqdm(batches, desc="perplexity", leave=False, disable=not progress):
+    for batch in progress_bar(batches, desc="perplexity", leave=False, shown=progress):
         loss, count = _sums(graphdef, state, predicted(batch))
         total += float(loss)
         weight += float(count)

@@ -10,18 +10,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from tqdm.auto import tqdm
 
 from loft_jax.data import DataConfig, Example
 from loft_jax.data.batches import bucket_lengths, smallest_bucket
 from loft_jax.data.encode import encode_prompts, pad_id, truncate
-from loft_jax.data.log_once import Joins, log_unused
-from loft_jax.data.row_formats import chat_with, check_chat, column_names, fields_of, part_of
+from loft_jax.data.log_once import Joins, log_once, log_unused
+from loft_jax.data.row_formats import (
+    chat_with,
+    check_chat,
+    column_names,
+    fields_of,
+    part_of,
+    told_of_texts,
+)
 from loft_jax.data.text import check_tokens, encode_continuations
 from loft_jax.errors import InputError, shown
 from loft_jax.models.activations import gathered
 from loft_jax.models.family import LanguageModel
 from loft_jax.models.inference import inference_state
+from loft_jax.progress import progress_bar
 from loft_jax.tasks.causal_lm import CausalLM
 from loft_jax.tasks.task import CHOICE_FIELDS, Arrays, Evaluation, Given, Measured, Rows
 from loft_jax.tasks.token_losses import token_losses_in_parts
@@ -200,7 +207,7 @@ def score_choices(
         )
     scores = [np.zeros(0)] * len(questions)  # log-likelihoods of the answers of each
     graphdef, state = inference_state(model)
-    with tqdm(total=len(encoded), desc="choices", leave=False, disable=not progress) as bar:
+    with progress_bar(total=len(encoded), desc="choices", leave=False, shown=progress) as bar:
         for indices, batch in _batches(encoded, batch_size, filler):
             found = np.asarray(_answer_scores(graphdef, state, batch), np.float64)  # (b, c)
             for index, values in zip(indices, found, strict=False):  # further rows are padding
@@ -286,6 +293,8 @@ def _questions(
             f"{needed} to score answers{'' if choices else ' (or choices given for all rows)'}"
         )
     log_unused(tokenizer, columns, needed, config)
+    if told := told_of_texts(config, chats=bool(tokenizer.chat_template)):
+        log_once(tokenizer, told, logging.INFO)
     joins = Joins()
     prompts, offered, answers = [], [], []
     for index in range(len(rows)):

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from tqdm.auto import tqdm
 
 from loft_jax.data import DataConfig
 from loft_jax.data.arrays import ROW_WEIGHTS, ArrayData, array_rows
@@ -16,6 +15,7 @@ from loft_jax.errors import InputError
 from loft_jax.models.activations import gathered
 from loft_jax.models.family import PretrainedConfig
 from loft_jax.models.inference import inference_state
+from loft_jax.progress import progress_bar
 from loft_jax.tasks.task import Arrays, Evaluation, Given, Measured, Rows, Task
 
 RowLoss = Callable[[Any, Mapping[str, jax.Array]], jax.Array]
@@ -94,7 +94,7 @@ class OwnLoss(Task):
         def measure(model: nnx.Module) -> Measured:
             graphdef, state = inference_state(model)
             total = 0.0
-            for start in tqdm(starts, desc="evaluation", leave=False, disable=not progress):
+            for start in progress_bar(starts, desc="evaluation", leave=False, shown=progress):
                 batch = examples.batch(places[start : start + batch_size], batch_size)
                 total += float(_summed(graphdef, state, self, batch))
             values = {"loss": total / len(examples)}

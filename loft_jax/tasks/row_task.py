@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from tqdm.auto import tqdm
 
 from loft_jax.data import DataConfig, eval_batches
 from loft_jax.errors import shown
 from loft_jax.models.activations import gathered
 from loft_jax.models.family import PretrainedModel
 from loft_jax.models.inference import inference_state
+from loft_jax.progress import progress_bar
 from loft_jax.tasks.task import Arrays, Evaluation, Measured, Rows, Task
 
 _log = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ class RowTask(Task):
         def measure(model: PretrainedModel) -> Measured:
             graphdef, state = inference_state(model)
             logits, labels, total = [], [], 0.0
-            for batch in tqdm(batches, desc=self.name, leave=False, disable=not progress):
+            for batch in progress_bar(batches, desc=self.name, leave=False, shown=progress):
                 inputs = self.inputs(batch)
                 loss, found = _loss_and_logits(graphdef, state, self, inputs)
                 real = inputs["weights"] > 0

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 from flax import nnx
-from tqdm.auto import tqdm
 
 from loft_jax.data.source import GivenData
 from loft_jax.errors import InputError, NotFiniteError
 from loft_jax.hub.host_arrays import gather_to_host
 from loft_jax.hub.repository import open_repository
+from loft_jax.progress import progress_bar
 from loft_jax.tasks.own_loss import RowLoss
 from loft_jax.tasks.task import Measured
 from loft_jax.training.callbacks import Callback, Progress, RunResult
@@ -293,11 +293,11 @@ def _train(
     log_every, eval_every = config.logging.log_every, config.evaluation.every
     save_every, keep_best = config.checkpoint.save_every, config.checkpoint.keep_best
     speed, ahead = run.speedometer(), deque[dict[str, jax.Array]]()
-    bar = tqdm(
+    bar = progress_bar(
         total=run.steps,
         initial=done,
         desc=config.method.name,
-        disable=not run.progress,
+        shown=run.progress,
         unit="step",
     )
     compilations = Compilations(bar, config.method.name, speed)

@@ -248,7 +248,8 @@ def test_prompt_without_any_token():
         score_choices(Counting(), tokenizer, rows, CONFIG, choices=LABELS, progress=False)
 
 
-def test_prompts_by_templates_and_by_the_chat_template(tiny_llama):
+def test_prompts_by_templates_and_by_the_chat_template(tiny_llama, caplog):
+    caplog.set_level("INFO")
     _, model = tiny_llama
     options = {"batch_size": 4, "progress": False}
     expected = score_choices(model, TOKENIZER, QUESTIONS, CONFIG, **options)
@@ -266,7 +267,13 @@ def test_prompts_by_templates_and_by_the_chat_template(tiny_llama):
         for row in QUESTIONS
     ]  # fmt: skip
     expected = score_choices(model, TOKENIZER, rendered, CONFIG, **options)
+    fresh, told = tiny_tokenizer(), "prompts that are texts are given to the model as they stand"
+    caplog.clear()
+    assert score_choices(model, fresh, QUESTIONS, CONFIG, **options)
+    assert told in caplog.text
+    caplog.clear()
     by_chat = replace(CONFIG, chat=True)
     assert score_choices(model, TOKENIZER, QUESTIONS, by_chat, **options) == expected
+    assert told not in caplog.text
     with pytest.raises(InputError, match="chat is true, but the tokenizer has no chat template"):
         score_choices(model, tiny_tokenizer(chat_template=None), QUESTIONS, by_chat, **options)

@@ -143,15 +143,17 @@ def test_folders_around_an_adapter_and_bases_that_have_moved(
     shutil.copytree(workspace / "model", "base")
     model = add_lora(load_pretrained("base"), LoRAConfig(rank=2), rngs=nnx.Rngs(0))
     save_peft_adapter("run/adapter", model, base_model="./base")
-    Path("run", "config.yaml").write_text("")
+    Path("run", "checkpoints").mkdir()
     for command in (
         ["evaluate", "--data.path", str(workspace / "test.jsonl"), "--adapter", "run"],
         ["average", "run/adapter", "run", "--rank", "2", "--output", "mean"],
     ):
         assert main(command) == 2
-        assert "run: is no adapter; expected the one in it, run/adapter" in capsys.readouterr().err
+        assert "run: is not an adapter, but has one in run/adapter" in capsys.readouterr().err
     assert main(["export", "run/adapter", "--output", "exported"]) == 2
-    assert "run/adapter: is no run; expected the one around it, run" in capsys.readouterr().err
+    assert "run/adapter: is not a run, but is in the folder of one, run" in capsys.readouterr().err
+    assert main(["export", "run/typo", "--output", "exported"]) == 2
+    assert "run/typo/config.yaml: no such file" in capsys.readouterr().err
 
     evaluate = ["evaluate", "--data.path", str(workspace / "test.jsonl"), "--adapter"]
     assert main([*evaluate, "run/adapter"]) == 0
@@ -161,7 +163,7 @@ def test_folders_around_an_adapter_and_bases_that_have_moved(
     assert main([*evaluate, "../run/adapter"]) == 2
     message = capsys.readouterr().err
     assert "../run/adapter: names the base model './base', which cannot be read here" in message
-    assert "Name it with --model" in message
+    assert "If it is elsewhere, name it with --model" in message
 
 
 def test_an_adapter_that_is_replaced_while_its_base_loads(

@@ -41,9 +41,10 @@ class Export:
         from loft_jax.training.export import export_trained, restore_model, trained_with
 
         check_output(self.output)
-        saved_as = Path(self.run) / "config.yaml"
-        if not saved_as.exists() and (around := Path(self.run).parent / saved_as.name).exists():
-            raise InputError(f"{self.run}: is no run; expected the one around it, {around.parent}")
+        run = Path(self.run)
+        saved_as = run / "config.yaml"
+        if run.is_dir() and not saved_as.exists() and (run.parent / "checkpoints").is_dir():
+            raise InputError(f"{run}: is not a run, but is in the folder of one, {run.parent}")
         if self.push_to_hub:
             open_repository(self.push_to_hub)
         now = load_config(saved_as)

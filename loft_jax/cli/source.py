@@ -38,7 +38,7 @@ class Source:
         except InputError as error:
             raise InputError(
                 f"{self.adapter}: names the base model {shown(name)}, which cannot be read here: "
-                f"{error}. Name it with --model"
+                f"{error}. If it is elsewhere, name it with --model"
             ) from error
         if (folder := Path(name)).exists():  # another one, where this is called in another folder
             _log.info("%s: its base model is %s", self.adapter, folder.resolve())
@@ -103,8 +103,9 @@ class Source:
                     "that was loaded; expected an adapter that is not being replaced"
                 )
         if model.drawn:
+            names = ", ".join(model.table.tensors[path].name for path in model.drawn)
             raise InputError(
-                f"{base}: has no {', '.join(model.drawn)}, and no adapter with them is given; "
+                f"{base}: has no {names}, and no adapter with them is given; "
                 f"expected a model that was trained for {head}"
             )
         model.eval()

@@ -122,4 +122,4 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"{folder}: no such folder, expected a PEFT adapter")
     inner = folder / "adapter"
     if not (folder / CONFIG_NAME).exists() and (inner / CONFIG_NAME).exists():
-        raise InputError(f"{folder}: is no adapter; expected the one in it, {inner}")
+        raise InputError(f"{folder}: is not an adapter, but has one in {inner}")

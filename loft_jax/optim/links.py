@@ -317,7 +317,8 @@ def _share_of_other(
     # The share t with t product = hypot(kept, t other).
     bound = product > jnp.hypot(kept, other)
     less, more = (jnp.sqrt(jnp.where(bound, x, 1.0)) for x in (product - other, product + other))
-    return jnp.where(bound, kept / (less * more), 1.0)
+    # Where `product` is next to `other`, rounding could make it more than all.
+    return jnp.where(bound, jnp.minimum(kept / (less * more), 1.0), 1.0)
 
 
 @on_explicit_axes

@@ -284,7 +284,8 @@ def find_pairs(params: optax.Params, spec: FactorSpec = DEFAULT_SPEC) -> list[Pa
 
     Args:
       params: A tree of arrays or of anything with a `shape`: nested dicts, `nnx.State`,
-        dataclasses. Steps named `value` (of a Flax variable) are not part of a path.
+        dataclasses. A last step `value` that stands alone (of a Flax variable) is not part of a
+        path.
       spec: Names of the factors and their stacked axes.
 
     Returns:
@@ -353,10 +354,16 @@ def find_pairs(params: optax.Params, spec: FactorSpec = DEFAULT_SPEC) -> list[Pa
 
 def leaf_paths(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[str]:
     """Gives the path of each leaf, `"layers/q_proj/lora_a"`, without steps of Flax's variables."""
+
+    def counts(x: Any) -> bool:
+        return isinstance(x, optax.MaskedNode) or (is_leaf is not None and is_leaf(x))
+
+    # The box of a variable holds one array; a step `value` beside others is the name of a module,
+    # and it stays one where a mask hides the others.
+    known = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=counts)]
+    below = collections.Counter(path[:i] for path in known for i in range(len(path)))
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)]
-    siblings = collections.Counter(path[:-1] for path in paths)
-    # The box of a variable holds one array; a key "value" beside others is the name of a module.
-    return [_path_string(path, siblings[path[:-1]] == 1) for path in paths]
+    return [_path_string(path, boxed=below[path[:-1]] == 1) for path in paths]
 
 
 def paired_leaves(params: optax.Params, spec: FactorSpec = DEFAULT_SPEC) -> optax.Params:
@@ -532,7 +539,7 @@ def _without(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(size for axis, size in enumerate(shape) if axis not in axes)
 
 
-def _path_string(path: tuple[Any, ...], boxed: bool) -> str:
+def _path_string(path: tuple[Any, ...], *, boxed: bool) -> str:
     steps = []
     for key in path:
         # DictKey and FlattenedIndexKey have a key, GetAttrKey a name, SequenceKey an idx.

@@ -37,9 +37,9 @@ def state_shardings(
     """How the state of an optimizer lies on the mesh of its parameters.
 
     What the state keeps for a parameter is split along the axes that it shares with it, by position
-    and size: moments and basis of a factor along its features and its stack. Whatever stands in the
-    place of the rank is whole on every device, unless the rank is the size of an axis that is
-    split; and so is all that belongs to no parameter.
+    and size: moments and basis of a factor along its features and its stack. What belongs to no
+    parameter is whole on every device. So is what stands in the place of the rank, unless its size
+    is that of an axis of the parameter, at the same position, that is split.
 
     Args:
       tx: Any Optax transformation; `optax.tree.map_params` must see its parameters, as it does for

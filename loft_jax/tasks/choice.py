@@ -301,8 +301,9 @@ def _questions(
         row = rows[index]
         prompts.append(part_of("prompt", index, row, config))
         offered.append(list(choices) or _own_choices(row, index))
-        for choice in offered[-1]:
-            joins.add(prompts[-1], choice)
+        if not config.chat:  # the template decides what stands between them
+            for choice in offered[-1]:
+                joins.add(prompts[-1], choice)
         answers.append(
             _position(part_of("completion", index, row, config), choices, index)
             if choices

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 from loft_jax.optim import loft
-from loft_jax.optim.pairs import FactorSpec, find_pairs
+from loft_jax.optim.pairs import FactorSpec, find_pairs, leaf_paths, paired_leaves
 
 
 def factors(m, n, r, stack=()):
@@ -63,8 +63,16 @@ def test_a_module_that_is_called_value():
     }
     with pytest.raises(ValueError, match="no factor pair"):
         find_pairs(by_factor)
-    spec = FactorSpec([(f"lora_a/{k}", f"lora_b/{k}") for k in kinds])
-    assert len(find_pairs(by_factor, spec)) == 3
+    names = [(f"lora_a/{k}", f"lora_b/{k}") for k in kinds]
+    assert len(find_pairs(by_factor, FactorSpec(names))) == 3
+    # Of those that are masked, the name stays.
+    tx = optax.masked(loft(0.1, factors=names[2:]), paired_leaves(by_factor, FactorSpec(names[2:])))
+    updates, _ = tx.update(by_factor, tx.init(by_factor), by_factor)
+    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, by_factor)
+    [kernel] = leaf_paths({"kernel": {"value": 1.0}})
+    assert kernel == "kernel"
+    beside = leaf_paths({"kernel": {"value": 1.0, "b": {"c": 1.0}}})
+    assert beside == ["kernel/b/c", "kernel/value"]
 
 
 def test_two_pairs_of_one_module():

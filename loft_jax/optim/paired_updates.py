@@ -95,7 +95,7 @@ class PairedUpdates:
         return basis
 
     def basis_key(self, group: PairGroup, partner: FactorGroup) -> tuple[Any, ...]:
-        """Identifies a basis by what it is made of: these very arrays, and this scaling."""
+        """Identifies a basis by these very arrays, how they are read, and this scaling."""
         leaves = [Identity(self._params[index]) for index in partner.indices]
         scalings = [self._spec.scaling_of(pair) for pair in group.pairs]
         return (

@@ -303,16 +303,24 @@ def measured(
     turns = {}
     memory: dict[str, Row] = {}
     for job in jobs:
-        call = job.call.result()
+        try:
+            call = job.call.result()
+            turn = Turn(functools.partial(job.step, call), job.start())
+            turn(1)
+        except jax.errors.JaxRuntimeError as error:  # too little memory, or no kernel for the card
+            print(f"{job.name} of {case} cannot run: {str(error).partition(chr(10))[0]}", flush=True)
+            continue
         found = call.memory_analysis()
         reserved = found.argument_size_in_bytes + found.output_size_in_bytes
         reserved += found.temp_size_in_bytes - found.alias_size_in_bytes
         memory[job.name] = {"temp_bytes": found.temp_size_in_bytes, "peak_bytes": reserved}
-        turns[job.name] = Turn(functools.partial(job.step, call), job.start())
+        turns[job.name] = turn
     update = bool(jobs[0].bytes)
     rounds = 2 if options.quick else options.rounds if update else options.train_rounds
     times = take_turns(turns, rounds, 30.0 if update else math.inf, repeat=update)  # type: ignore[arg-type]  # names of a job
     for job in jobs:
+        if job.name not in turns:
+            continue
         turns[job.name].check(f"{job.name} of {case}")
         row = memory[job.name] | timing(times, job.name)  # type: ignore[arg-type]  # as above
         if job.bytes:

@@ -26,6 +26,7 @@ from benchmarks.history import table
 from loft_jax.optim import full_moment
 from loft_jax.optim.fused_direction import on_tpu
 from loft_jax.optim.linear_algebra import Basis, FactorMatrix
+from loft_jax.optim.packed_matrices import packed_size
 from loft_jax.optim.second_moments import AdamStep
 from loft_jax.training.topology import load_topology
 
@@ -49,7 +50,7 @@ def compiled(sizes: tuple[int, int, int, int], rank_last: bool, by: str) -> Any:
     def laid_out(n: int, k: int, last: bool) -> FactorMatrix:
         return FactorMatrix(shape(1, layers, *((n, k) if last else (k, n))), last)  # type: ignore[arg-type]
 
-    p = laid_out(m, full_moment.packed_size(r), rank_last)
+    p = laid_out(m, packed_size(r), rank_last)
     mu, q = laid_out(m, r, rank_last), laid_out(n, r, not rank_last)
     if by == KERNEL:
         return jax.jit(on_tpu).lower(p, mu, q, shape(3)).compile()
@@ -58,7 +59,7 @@ def compiled(sizes: tuple[int, int, int, int], rank_last: bool, by: str) -> Any:
     product = functools.partial(jnp.matmul, precision=precision)
     with mock.patch.object(full_moment, "matmul", product):
         # Another function for each, since what is traced once is not traced again.
-        plain = functools.partial(full_moment._direction)
+        plain = functools.partial(full_moment._direction, elements=full_moment._TILE_ELEMENTS)
         return jax.jit(plain).lower(p, mu, q, step).compile()
 
 

@@ -1,12 +1,12 @@
 """What LoFT costs on one GPU: its update beside AdamW's, and whole training steps of a 1B Llama.
 
-First the fused kernel (`loft_jax.optim.fused_direction`) is compared with plain JAX on the card.
-Then the programs of a case are compiled, several at once, and its contestants take turns: a ratio
+All programs are compiled first, several at once. Then the contestants of a case take turns: a ratio
 is the median over rounds of the ratio within a round. Beside each update stands what share of the
 card's roofline it reaches: the time that its bytes take at the card's own rate of copying, or its
 floating-point operations at the card's own rate of float32 products, whichever is longer, over the
 time it took. Bytes are those of gradients, states, parameters and updates, each read or written
-once; operations those of the full second moment and its direction, which are nearly all.
+once; operations those of the full second moment and its direction, which are nearly all. At the
+end the fused kernel (`loft_jax.optim.fused_direction`) is compared with plain JAX on the card.
 
     python -m benchmarks.gpu          # made to last under six minutes on an H100
     python -m benchmarks.gpu --quick  # tiny sizes, on any device: its numbers mean nothing
@@ -38,9 +38,10 @@ from benchmarks.optimizer.turns import Turn, take_turns, timing
 from loft_jax import LoRAConfig, add_lora
 from loft_jax.methods import Full
 from loft_jax.models.llama import Llama, LlamaConfig
-from loft_jax.optim.full_moment import FullMoment, packed_size, symmetric_squares
+from loft_jax.optim.full_moment import FullMoment
 from loft_jax.optim.fused_direction import on_cuda, on_tpu
 from loft_jax.optim.linear_algebra import FactorMatrix, orthonormal_basis
+from loft_jax.optim.packed_matrices import packed_size, symmetric_squares
 from loft_jax.optim.pairs import Factor, FactorGroup
 from loft_jax.optim.second_moments import AdamStep, SecondMomentState
 from loft_jax.tasks.causal_lm import CausalLM
@@ -123,25 +124,27 @@ def main(options: Options) -> None:
         f"at {rates.product / 1e12:.1f} TFLOP/s",
         flush=True,
     )
-    for sizes in ((2, 48, 32, 4),) if options.quick else KERNELS:
-        print(f"kernel, {sizes}: {kernel_error(*sizes):.1e} from plain JAX", flush=True)
     done = {
         entry.case["name"]
         for entry in history.read()
         if all(entry.made_with[key] == history.made_with[key] for key in ("revision", "device"))
         and entry.case["quick"] == options.quick
     }
-    with ThreadPoolExecutor(8) as pool:
-        for case, begin in cases(pool, options).items():
-            if case in done:
-                print(f"\n{case}: measured before", flush=True)
-                continue
-            # Tracing is done here, one after the other; compiling is done by the threads.
-            rows = list(measured(case, begin(), options, rates))
-            for name, row in rows:
-                about = {"name": case, "rank": RANK, "optimizer": name, "quick": options.quick}
-                history.append(about, {**rates._asdict(), **row})
-            print("\n".join([f"\n{case}", "", *shown(rows)]), flush=True)
+    with ThreadPoolExecutor() as pool:
+        # Tracing is done here, one after the other; compiling is done by the threads. Nothing is
+        # measured before all is compiled, since a compiler tries kernels out on the card.
+        jobs = {case: begin() for case, begin in cases(pool, options).items() if case not in done}
+    for case in done:
+        print(f"\n{case}: measured before", flush=True)
+    for case in [*jobs]:
+        rows = list(measured(case, jobs.pop(case), options, rates))
+        for name, row in rows:
+            about = {"name": case, "rank": RANK, "optimizer": name, "quick": options.quick}
+            history.append(about, {**rates._asdict(), **row})
+        print("\n".join([f"\n{case}", "", *shown(rows)]), flush=True)
+    print()
+    for sizes in ((2, 48, 32, 4),) if options.quick else KERNELS:
+        print(f"kernel, {sizes}: {kernel_error(*sizes):.1e} from plain JAX", flush=True)
 
 
 def copy_rate(size: int) -> float:
@@ -308,7 +311,8 @@ def measured(
             turn = Turn(functools.partial(job.step, call), job.start())
             turn(1)
         except jax.errors.JaxRuntimeError as error:  # too little memory, or no kernel for the card
-            print(f"{job.name} of {case} cannot run: {str(error).partition(chr(10))[0]}", flush=True)
+            reason = str(error).partition("\n")[0]
+            print(f"{job.name} of {case} cannot run: {reason}", flush=True)
             continue
         found = call.memory_analysis()
         reserved = found.argument_size_in_bytes + found.output_size_in_bytes

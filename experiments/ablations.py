@@ -21,7 +21,6 @@ from loft_jax import (
     project_gradients,
     project_updates,
 )
-from loft_jax.optim.full_moment import congruence, packed_size, symmetric_squares
 from loft_jax.optim.linear_algebra import (
     FactorMatrix,
     batched,
@@ -31,6 +30,7 @@ from loft_jax.optim.linear_algebra import (
 )
 from loft_jax.optim.moments import Moments
 from loft_jax.optim.optax_types import next_count, transformation
+from loft_jax.optim.packed_matrices import congruence, packed_size, symmetric_squares
 from loft_jax.optim.paired_updates import PairedUpdates, compute_dtype
 from loft_jax.optim.pairs import FactorSpec, Scaling, find_pairs
 from loft_jax.training.config import FinetuneConfig

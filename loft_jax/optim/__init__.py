@@ -7,7 +7,8 @@ This package needs jax and optax only. Everything public is here; where to read 
 - `links`: gradient scaling, clipping, the overlap of both updates, alternation; `moments`:
   calibrated moments and the projected update; `balance`: the balanced factorization.
 - `second_moments`: what a rule for the second moment is, the factored and the diagonal one;
-  `full_moment`: the exact one; `fused_direction`: its direction as a kernel for GPUs and TPUs.
+  `full_moment`: the exact one, of `packed_matrices`; `fused_direction`: its direction as a kernel
+  for GPUs and TPUs.
 - `paired_updates`: updates with their pairs, as every link sees them, and bases computed once;
   `stacking`: pairs of one shape as one array.
 - `pairs`: which leaves of a tree are the two factors of one adapter, and their matrix form.

@@ -9,13 +9,8 @@ forms in Q_j, so that one symmetric matrix a row holds them all:
 
 A change of basis `C = Q_oldᵀ Q` turns c_i to `Cᵀ c_i`, hence p_i to `Cᵀ p_i C`.
 
-**Packed halves.** A symmetric (r, r) matrix has `q = r (r + 1) / 2` numbers. Packed with √2 on the
-off-diagonal ones, the inner product of two packed matrices is that of the matrices. So, for rows of
-packed matrices p `(m, q)`:
-
-- the outer products `g_i g_iᵀ`, packed: `symmetric_squares(g)`;
-- all of `⟨p_i, Q_j Q_jᵀ⟩ = Q_jᵀ p_i Q_j`: `p · symmetric_squares(Q)ᵀ`, `(m, q) x (q, n)`;
-- all of `Cᵀ p_i C`: `congruence(C)(p)`, for small r a product with one matrix, (m, q) x (q, q).
+The matrices are packed halves, `q = r (r + 1) / 2` numbers (`loft_jax.optim.packed_matrices`), so
+that all of v is one product, `p · symmetric_squares(Q)ᵀ`, `(m, q) x (q, n)`.
 
 **Tiles.** Neither the (m, n) matrix nor a second copy of the state is ever in memory. The loops go
 over the layers one at a time. Inside, the direction loops over columns of D, all rows at once, so
@@ -29,16 +24,16 @@ copy of at most 128 MiB in float32, or of one pair.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from loft_jax.optim.arguments import Number
 from loft_jax.optim.fused_direction import fused_direction
-from loft_jax.optim.linear_algebra import FactorMatrix, matmul, transpose
+from loft_jax.optim.linear_algebra import FactorMatrix, matmul
+from loft_jax.optim.packed_matrices import congruence, packed_size, symmetric_squares
 from loft_jax.optim.pairs import FactorGroup
 from loft_jax.optim.second_moments import (
     AdamStep,
@@ -52,6 +47,8 @@ T = TypeVar("T")
 # A tile has this many elements, a megabyte of float32 that fits a cache, or more where there would
 # be more tiles than the two limits below.
 _TILE_ELEMENTS = 1 << 18
+# On GPUs, which take long to start each of the kernels of a tile.
+_GPU_TILE_ELEMENTS = 1 << 24
 _MOST_TILES_OF_STATE = 32
 _MOST_TILES_OF_WEIGHT = 128
 # Products with fewer columns than this are slow.
@@ -60,12 +57,10 @@ _FEWEST_COLUMNS = 32
 # devices as this can share the blocks evenly, where the sizes allow.
 _BLOCK = 16
 _MOST_SHARDS = 64
-# Most layers of a tile.
+# Most layers of a tile, where only several devices make it have more than one.
 _MOST_LAYERS = 8
 # Separate pairs of one shape are joined to one array, a copy of at most this many elements.
 _MOST_JOINED = 1 << 25
-# From this rank on, two products of (r, r) matrices a row take less time than one with (q, q).
-_MANY = 48
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +90,9 @@ class FullMoment:
         rows = []
         for part, some in _parts(factor, state):
             c, p = gradient.c.like(gradient.c.array[part]), some.fold(state.rows[part])
-            new = _updated(p, c, gradient.change[part], b2, jax.random.fold_in(key, part.start))
+            update = functools.partial(_updated, b2=b2)
+            some_key = jax.random.fold_in(key, part.start)
+            new = _by_platform(update, p, c, gradient.change[part], some_key)
             rows += some.unfold(new)
         return state._replace(rows=rows)
 
@@ -112,9 +109,8 @@ class FullMoment:
         for the true values, so it is enforced on the computed ones.
         """
         mu, q = step.mu, step.basis.q
-        find = (
-            functools.partial(fused_direction, elsewhere=_direction) if self.fused else _direction
-        )
+        plain = functools.partial(_by_platform, _direction)
+        find = functools.partial(fused_direction, elsewhere=plain) if self.fused else plain
         coordinates = [
             find(some.fold(state.rows[part]), mu.like(mu.array[part]), q.like(q.array[part]), step)
             for part, some in _parts(factor, state)
@@ -130,13 +126,29 @@ def _parts(factor: FactorGroup, state: SecondMomentState) -> Iterator[tuple[slic
         yield part, FactorGroup(factor.factors[part])
 
 
+def _by_platform(work: Callable[..., T], *args: Any) -> T:
+    """Does some work in tiles of the size for the device that will run it."""
+    gpu = functools.partial(work, elements=_GPU_TILE_ELEMENTS, whole_layers=True)
+    done: T = jax.lax.platform_dependent(
+        *args, cuda=gpu, default=functools.partial(work, elements=_TILE_ELEMENTS)
+    )
+    return done
+
+
 def _updated(
-    p: FactorMatrix, c: FactorMatrix, change: jax.Array, b2: Number, key: jax.Array
+    p: FactorMatrix,
+    c: FactorMatrix,
+    change: jax.Array,
+    key: jax.Array,
+    *,
+    b2: Number,
+    elements: float,
+    whole_layers: bool = False,
 ) -> FactorMatrix:
     """The new state (group, stack, m, q) of the layers of some pairs."""
-    layers = _layer_parts(p)
+    layers = _layer_parts(p, elements / (p.length * p.rank) if whole_layers else 1)
     numbers = p.array[0].size // layers
-    elements = max(_TILE_ELEMENTS, p.array.size / _MOST_TILES_OF_STATE)
+    elements = max(elements, p.array.size / _MOST_TILES_OF_STATE)
     rows = part_count(p.length, elements * p.length / numbers)
     tiling, whole = Tiling(layers, rows, p.rank_last), Tiling(layers, 1, True)
     c_split, change_split = tiling.split(c.array), whole.split(change)
@@ -158,10 +170,18 @@ def _updated(
     return p.like(tiling.join(split))
 
 
-def _direction(p: FactorMatrix, mu: FactorMatrix, q: FactorMatrix, step: AdamStep) -> jax.Array:
+def _direction(
+    p: FactorMatrix,
+    mu: FactorMatrix,
+    q: FactorMatrix,
+    step: AdamStep,
+    *,
+    elements: float,
+    whole_layers: bool = False,
+) -> jax.Array:
     """The coordinates `D Q` (group, stack, m, r) of the layers of some pairs."""
-    layers = _layer_parts(p)
-    elements = max(_TILE_ELEMENTS, p.array.size // p.rank * q.length / _MOST_TILES_OF_WEIGHT)
+    layers = _layer_parts(p, elements / (p.length * q.length) if whole_layers else 1)
+    elements = max(elements, p.array.size // p.rank * q.length / _MOST_TILES_OF_WEIGHT)
     per_column = p.array[0].size // p.rank // layers
     columns = part_count(q.length, max(_FEWEST_COLUMNS, elements / per_column))
     rows, tiling = Tiling(layers, 1, p.rank_last), Tiling(layers, columns, q.rank_last)
@@ -223,11 +243,19 @@ def part_count(size: int, most: float) -> int:
     return max(fitting, key=lambda k: (size // k & -(size // k), -k), default=larger)
 
 
-def _layer_parts(x: FactorMatrix) -> int:
-    """Parts of the stack of (group, stack, n, k): single layers, unless devices may share them."""
+def _layer_parts(x: FactorMatrix, most: float) -> int:
+    """Parts of the stack of (group, stack, n, k): single layers, unless devices may share them.
+
+    Args:
+      x: The array.
+      most: How many layers a part may have on any device.
+
+    Returns:
+      The number of parts.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     devices = jax.device_count() if mesh.empty else mesh.size
-    return part_count(x.array.shape[1], min(devices, _MOST_LAYERS))
+    return part_count(x.array.shape[1], max(most, min(devices, _MOST_LAYERS)))
 
 
 class Tiling(NamedTuple):
@@ -298,99 +326,3 @@ class Tiling(NamedTuple):
         for axis, start in places.items():
             starts[axis], sizes[axis] = start, 1
         return starts, sizes
-
-
-def packed_size(rank: int) -> int:
-    """Numbers in the packed half of a symmetric (rank, rank) matrix."""
-    return rank * (rank + 1) // 2
-
-
-def symmetric_product(x: jax.Array, y: jax.Array, axis: int = -1) -> jax.Array:
-    """Packs `(x yᵀ + y xᵀ) / 2`: diagonal elements as they are, the others times √2.
-
-    Args:
-      x: (..., r), vectors along the given axis.
-      y: Of the same shape.
-      axis: -1 or -2.
-
-    Returns:
-      Like x with q = r (r + 1) / 2 in the place of r, such that the dot product of two packed
-      matrices is the sum of the elementwise products of the whole ones.
-
-    Example:
-      >>> x, y = jnp.array([1.0, 2.0]), jnp.array([3.0, 5.0])
-      >>> [round(value.item(), 3) for value in symmetric_product(x, y)]  # of [[3, 5.5], [5.5, 10]]
-      [3.0, 7.778, 10.0]
-    """
-    rows, columns = _upper_half(x.shape[axis])
-    weight = jnp.where(rows == columns, 0.5, math.sqrt(0.5)).astype(x.dtype)
-
-    def take(x: jax.Array, which: jax.Array) -> jax.Array:
-        return jnp.take(x, which, axis=axis)
-
-    products = take(x, rows) * take(y, columns) + take(x, columns) * take(y, rows)
-    return _along(weight, axis, products.ndim) * products
-
-
-def _along(x: jax.Array, axis: int, ndim: int) -> jax.Array:
-    """Lays x (k,) along one of ndim axes."""
-    return jnp.expand_dims(x, [i for i in range(ndim) if i != axis % ndim])
-
-
-def symmetric_squares(x: FactorMatrix) -> FactorMatrix:
-    """Packs `x_i x_iᵀ` of every row: (..., n, r) to (..., n, q)."""
-    return x.like(symmetric_product(x.array, x.array, x.rank_axis))
-
-
-def congruence(c: jax.Array) -> Callable[[FactorMatrix], FactorMatrix]:
-    """Gives the map from packed symmetric matrices p_i to those of `Cᵀ p_i C`.
-
-    Args:
-      c: (..., r, r).
-
-    Returns:
-      A function of (..., n, q).
-
-    Example:
-      >>> squares = symmetric_squares(FactorMatrix(jnp.array([[1.0, 2.0]]), rank_last=True))
-      >>> found = congruence(jnp.diag(jnp.array([2.0, 3.0])))(squares).array[0]
-      >>> [round(value.item(), 3) for value in found]  # the square of (2, 6)
-      [4.0, 16.971, 36.0]
-    """
-    rank = c.shape[-1]
-    if rank >= _MANY:
-        return functools.partial(_congruent, c=c)
-    # Row (a, b) is the packed image of the packed basis matrix (a, b).
-    rows, columns = _upper_half(rank)
-    weight = jnp.where(rows == columns, 1.0, math.sqrt(2.0)).astype(c.dtype)
-    images = symmetric_product(c[..., rows, :], c[..., columns, :])
-    matrix = _along(weight, -2, images.ndim) * images
-    return lambda p: p.times(matrix)
-
-
-def _congruent(p: FactorMatrix, c: jax.Array) -> FactorMatrix:
-    """`Cᵀ p_i C` by two products of whole matrices."""
-    r = c.shape[-1]
-    rows, columns = _upper_half(r)
-    axis, last = p.rank_axis, p.rank_last
-    places = jnp.arange(len(rows), dtype=jnp.int32)
-    which = jnp.zeros((r, r), jnp.int32).at[rows, columns].set(places)
-    weight = jnp.where(rows == columns, 1.0, math.sqrt(2.0)).astype(c.dtype)
-    weight = _along(weight, axis, p.array.ndim)
-    # Whole symmetric matrices, then Y = P C and Cᵀ P C = Yᵀ C; with P = Pᵀ nothing else turns.
-    x = jnp.take(p.array / weight, jnp.maximum(which, which.T).ravel(), axis=axis)
-    for _ in range(2):
-        *front, y, z = x.shape
-        if last:  # (..., n, r, r): transposed, times (r, r)
-            x = jnp.swapaxes(x.reshape(*front, y, r, r), -2, -1)
-            x = matmul(x.reshape(*front, y * r, r), c).reshape(*front, y, z)
-        else:  # (r, r) times the transposed (..., r, r, n)
-            x = jnp.swapaxes(x.reshape(*front, r, r, z), -3, -2)
-            x = matmul(transpose(c), x.reshape(*front, r, r * z)).reshape(*front, y, z)
-    return p.like(jnp.take(x, rows * r + columns, axis=axis) * weight)
-
-
-def _upper_half(r: int) -> tuple[jax.Array, jax.Array]:
-    """Row and column of each packed element, (q,) each."""
-    pairs = jnp.asarray([(row, column) for row in range(r) for column in range(row, r)])
-    return pairs[:, 0], pairs[:, 1]

@@ -13,8 +13,8 @@ with the packed second moments p (rows, q), and S (columns, q), the packed squar
 - **TPUs** (Mosaic). Rows lie along the lanes, in both factors. The grid is (layer, row tile, column
   tile), columns innermost: p is read once, x stays in place until its row tile is done, and the
   squares of a tile of Q are made in a scratch.
-- **NVIDIA GPUs** (Triton). A program does one row tile and a share of the columns. Squares of Q are
-  made 16 at a time, in registers.
+- **NVIDIA GPUs** (Triton). A program does one row tile and a share of the columns. S is made
+  before, of the size of the other factor's second moments.
 
 Neither has been measured on a chip: `loft(..., fused=True)` has to ask for them.
 """
@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from loft_jax.optim.linear_algebra import FactorMatrix
+from loft_jax.optim.packed_matrices import symmetric_squares
 from loft_jax.optim.second_moments import AdamStep
 
 # The largest rank whose tiles fit the vector memory of a TPU.
@@ -36,9 +37,12 @@ _MOST_RANK = 128
 # Sides of tiles: a TPU's is the largest of these that takes at most so much vector memory.
 _TPU_TILES = (512, 256, 128)
 _TPU_BYTES = 8 << 20
-_GPU_ROWS, _GPU_COLUMNS = 64, 32
+_GPU_ROWS, _GPU_COLUMNS = 64, 64
 # A product on a GPU has at least this many terms and columns.
 _GPU_LEAST = 16
+# Six passes of bfloat16, as TPUs make a product of float32: a GPU's matrix units have no float32,
+# and its other units take longer for one pass.
+_GPU_PRECISION = jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X6
 _GPU_ELEMENTS = 2**31 - 1
 # Programs that keep a GPU busy; with fewer row tiles than this, columns are shared out too.
 _GPU_PROGRAMS = 1024
@@ -201,9 +205,8 @@ def on_cuda(
     each = pl.cdiv(column_tiles, pl.cdiv(_GPU_PROGRAMS, layers * row_tiles))  # a program's
     shares = pl.cdiv(column_tiles, each)
     wide = max(_GPU_LEAST, pl.next_power_of_2(r))
-    half = jnp.stack(jnp.triu_indices(r)).astype(jnp.int32)
-    which = jnp.pad(half, ((0, 0), (0, -size % _GPU_LEAST)))  # (2, q and more)
-    arrays = [x.array.reshape(layers, *x.array.shape[2:]) for x in (p, mu, q)]
+    squares = symmetric_squares(q)
+    arrays = [x.array.reshape(layers, *x.array.shape[2:]) for x in (p, mu, q, squares)]
     x = pl.pallas_call(
         functools.partial(_gpu_kernel, (m, n, r, size), wide, (shares, each), mu.rank_last),
         # Whole tiles: nothing is written past the end.
@@ -212,10 +215,10 @@ def on_cuda(
         out_specs=pl.BlockSpec(
             (None, None, _GPU_ROWS, wide), lambda i, layer: (layer, i % shares, i // shares, 0)
         ),
-        compiler_params=triton.CompilerParams(num_warps=8, num_stages=2),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name="loft_direction",
-    )(numbers, which, *arrays)
+    )(numbers, *arrays)
     x = FactorMatrix(jnp.sum(x, axis=1)[:, :m, :r])
     return (x.tall() if mu.rank_last else x.wide()).reshape(mu.array.shape)
 
@@ -226,13 +229,13 @@ def _gpu_kernel(
     share: tuple[int, int],
     rank_last: bool,
     numbers: Any,
-    which: Any,
     p: Any,
     mu: Any,
     q: Any,
+    squares: Any,
     out: Any,
 ) -> None:
-    """One row tile and a share of the column tiles: p, mu and q whole, out (rows, wide)."""
+    """One row tile and a share of the column tiles: all whole but out, (rows, wide)."""
     from jax.experimental.pallas import triton
 
     m, n, r, size = sizes
@@ -257,17 +260,15 @@ def _gpu_kernel(
 
         def some(start: jax.Array, v: jax.Array) -> jax.Array:
             k = start * _GPU_LEAST + jnp.arange(_GPU_LEAST, dtype=jnp.int32)
-            a, b = which[0, k], which[1, k]
-            squares = jnp.where(a == b, 1.0, math.sqrt(2.0)).astype(v.dtype)[:, None]
-            for one in (a, b):
-                squares *= take(q, columns[None], one[:, None], (n, r), not rank_last)
             p_i = take(p, rows[:, None], k[None], (m, size), rank_last).astype(v.dtype)
-            return v + _dot(p_i, squares, 1, 0)
+            s_j = take(squares, columns[None], k[:, None], (n, size), not rank_last)
+            return v + _dot(p_i, s_j, 1, 0, _GPU_PRECISION)
 
         v = jnp.zeros((_GPU_ROWS, _GPU_COLUMNS), x.dtype)
         v = jax.lax.fori_loop(0, pl.cdiv(size, _GPU_LEAST), some, v)
-        d = _divided(_dot(m_i, basis, 1, 0), v, scale, eps, limit)
-        return x + _dot(d, basis, 1, 1)
+        numerator = _dot(m_i, basis, 1, 0, _GPU_PRECISION)
+        d = _divided(numerator, v, scale, eps, limit)
+        return x + _dot(d, basis, 1, 1, _GPU_PRECISION)
 
     first = pl.program_id(0) % shares * each
     end = jnp.minimum(first + each, pl.cdiv(n, _GPU_COLUMNS))
@@ -281,11 +282,15 @@ def _divided(
     return jnp.clip(numerator / jnp.where(root > 0, root, 1.0), -limit, limit)
 
 
-def _dot(x: jax.Array, y: jax.Array, of_x: int, of_y: int) -> jax.Array:
+def _dot(
+    x: jax.Array,
+    y: jax.Array,
+    of_x: int,
+    of_y: int,
+    precision: jax.lax.PrecisionLike = jax.lax.Precision.HIGHEST,
+) -> jax.Array:
     """Products over one axis of each, in all bits of float32."""
-    return jax.lax.dot_general(
-        x, y, (((of_x,), (of_y,)), ((), ())), precision=jax.lax.Precision.HIGHEST
-    )
+    return jax.lax.dot_general(x, y, (((of_x,), (of_y,)), ((), ())), precision=precision)
 
 
 def _result(shape: tuple[int, ...], *given: jax.Array) -> Any:

@@ -33,7 +33,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -219,18 +219,39 @@ def orthonormal_basis(p: FactorMatrix) -> Basis:
        [48. 64.  0.]
        [ 0.  0.  0.]]
     """
-    r, x = p.rank, p.array
-    eps = float(jnp.finfo(x.dtype).eps)
-    tiny = float(jnp.finfo(x.dtype).tiny)
-    eye = varying_like(jnp.broadcast_to(jnp.eye(r, dtype=x.dtype), (*x.shape[:-2], r, r)), x)
+    return _bases(p)[0]
 
-    # Unit columns. By the largest element before the norm: squares of tiny ones would underflow.
-    # A comparison that a NaN fails leaves it in: it must show in the result.
-    largest = jnp.max(jnp.abs(x), axis=p.long_axis)  # (..., r)
-    largest = jnp.where(largest < tiny, 1.0, largest)
-    norm = jnp.linalg.norm(p.scaled(1 / largest).array, axis=p.long_axis)
-    length = largest * jnp.where(norm < tiny, 1.0, norm)
-    q = p.scaled(1 / length)
+
+@jax.jit
+def orthonormal_bases(a: FactorMatrix, b: FactorMatrix) -> tuple[Basis, Basis]:
+    """The bases of both factors of pairs, with one elimination for two.
+
+    Args:
+      a: (..., m, r), as `orthonormal_basis` takes it.
+      b: (..., n, r) of the same dtype, in either layout, with the same batch.
+
+    Returns:
+      The basis of each.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> a, b = FactorMatrix(jnp.ones((3, 1))), FactorMatrix(2 * jnp.ones((1, 4)), rank_last=False)
+      >>> [round(basis.s.item(), 4) for basis in orthonormal_bases(a, b)]  # √3 and 2 · √4
+      [1.7321, 4.0]
+    """
+    first, second = _bases(a, b)
+    return first, second
+
+
+def _bases(*ps: FactorMatrix) -> tuple[Basis, ...]:
+    """The bases of matrices that have all but the long axis in common."""
+    r, x = ps[0].rank, ps[0].array
+    eps = float(jnp.finfo(x.dtype).eps)
+    batch = x.shape[:-2]
+    eye = jnp.broadcast_to(jnp.eye(r, dtype=x.dtype), (*batch, r, r))
+    eye = varying_like(eye, *(p.array for p in ps))
+    lengths = [_column_lengths(p) for p in ps]
+    qs = [p.scaled(1 / length) for p, length in zip(ps, lengths, strict=True)]
 
     # What each pass adds to the diagonal, and which pivots count as zero in it. After the first, a
     # singular value σ of the unit columns is σ / √(σ² + shift); after the second, columns that are
@@ -238,36 +259,74 @@ def orthonormal_basis(p: FactorMatrix) -> Basis:
     shifts = jnp.array([2 * r * eps, 0.0, 0.0], x.dtype)
     drops = jnp.array([0.0, 8 * eps, 0.5], x.dtype)
 
-    def one_pass(k: jax.Array, basis: Basis) -> Basis:
-        gram = basis.q.inner(basis.q)
-        return _change(basis, *_eliminate(gram + shifts[k] * eye, drops[k]))
+    def passes(qs: list[FactorMatrix], *, unroll: int, eliminate: Any) -> list[Basis]:
+        def one_pass(k: jax.Array, bases: list[Basis]) -> list[Basis]:
+            grams = jnp.stack([basis.q.inner(basis.q) for basis in bases])
+            changes = zip(*eliminate(grams + shifts[k] * eye, drops[k]), strict=True)
+            return [_change(*both) for both in zip(bases, changes, strict=True)]
 
-    def passes(q: FactorMatrix, *, unroll: int) -> Basis:
-        found: Basis = jax.lax.fori_loop(0, 3, one_pass, Basis(q, eye, eye), unroll=unroll)
+        found: list[Basis] = jax.lax.fori_loop(
+            0, 3, one_pass, [Basis(q, eye, eye) for q in qs], unroll=unroll
+        )
         return found
 
-    # The program lies in the memory of a TPU, and that of a loop is half as large. On CPUs a loop
+    # A loop has half the program, which lies in the memory of a TPU, or less to compile. On CPUs it
     # copies what it carries.
-    looped, unrolled = (functools.partial(passes, unroll=unroll) for unroll in (1, 3))
-    basis: Basis = jax.lax.platform_dependent(q, tpu=looped, default=unrolled)
-    if p.length == r:
+    bases: list[Basis] = jax.lax.platform_dependent(
+        qs,
+        tpu=functools.partial(passes, unroll=1, eliminate=_eliminate),
+        cuda=functools.partial(passes, unroll=1, eliminate=_eliminate_unrolled),
+        default=functools.partial(passes, unroll=3, eliminate=_eliminate),
+    )
+    return tuple(map(_finished, bases, lengths))
+
+
+def _column_lengths(p: FactorMatrix) -> jax.Array:
+    """Norms (..., r) of the columns, and 1 for what has none."""
+    tiny = float(jnp.finfo(p.array.dtype).tiny)
+    # By the largest element before the norm: squares of tiny ones would underflow. A comparison
+    # that a NaN fails leaves it in: it must show in the result.
+    largest = jnp.max(jnp.abs(p.array), axis=p.long_axis)
+    largest = jnp.where(largest < tiny, 1.0, largest)
+    norm = jnp.linalg.norm(p.scaled(1 / largest).array, axis=p.long_axis)
+    return largest * jnp.where(norm < tiny, 1.0, norm)
+
+
+def _finished(basis: Basis, length: jax.Array) -> Basis:
+    """The basis of a matrix, given that of its unit columns."""
+    if basis.q.length == basis.q.rank:
         # A square Q is turned to the identity: no quadratic form then suffers from cancellation.
         rotation = transpose(basis.q.tall())
-        basis = _change(basis, transpose(rotation), rotation)
+        basis = _change(basis, (transpose(rotation), rotation))
     return Basis(basis.q, basis.s * length[..., None, :], basis.s_inv / length[..., :, None])
 
 
-def _change(basis: Basis, forward: jax.Array, backward: jax.Array) -> Basis:
+def _change(basis: Basis, change: tuple[jax.Array, jax.Array]) -> Basis:
     """Goes on from `P = q s` to the basis `q backward`, forward being the inverse of backward."""
+    forward, backward = change
     return Basis(basis.q.times(backward), matmul(forward, basis.s), matmul(basis.s_inv, backward))
 
 
-def _eliminate(gram: jax.Array, drop: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _picked(x: jax.Array, at: jax.Array, axis: int) -> jax.Array:
+    """The row or column of each matrix at an index (..., 1, 1), by a sum."""
+    places = jax.lax.broadcasted_iota(at.dtype, x.shape, x.ndim + axis)
+    return jnp.sum(jnp.where(places == at, x, 0.0), axis=axis, keepdims=True)
+
+
+def _eliminate(
+    gram: jax.Array,
+    drop: jax.Array,
+    *,
+    pick: Callable[[jax.Array, jax.Array, int], jax.Array] = _picked,
+    unroll: int = 1,
+) -> tuple[jax.Array, jax.Array]:
     """Factorizes Gram matrices G = FᵀF by pivoted Cholesky elimination, with F's inverse.
 
     Args:
       gram: (..., r, r), symmetric, positive semidefinite.
       drop: Pivots that are not above it, and what is left with them, count as zero.
+      pick: Takes the row (-2) or the column (-1) of each matrix at an index (..., 1, 1).
+      unroll: Steps of an iteration.
 
     Returns:
       F and T (..., r, r) with `Tᵀ G T` the identity on the columns that are kept; those of T and
@@ -281,25 +340,35 @@ def _eliminate(gram: jax.Array, drop: jax.Array) -> tuple[jax.Array, jax.Array]:
         left, vectors, forward, backward = carry
         diagonal = jnp.diagonal(left, axis1=-2, axis2=-1)  # (..., r), zero where done
         # NaN is the largest to argmax: it is chosen, kept, and shows in the result.
-        pivot = jax.nn.one_hot(jnp.argmax(diagonal, axis=-1), r, dtype=gram.dtype)
-        size = jnp.sum(jnp.where(pivot > 0, diagonal, 0.0), axis=-1, keepdims=True)  # (..., 1)
+        at = jnp.argmax(diagonal, axis=-1)[..., None, None]  # (..., 1, 1)
+        size = jnp.max(diagonal, axis=-1)[..., None, None]
         dropped = size <= drop
-        root = jnp.where(dropped, jnp.inf, jnp.sqrt(jnp.where(dropped, 1.0, size)))
-        row = jnp.sum(jnp.where(pivot[..., :, None] > 0, left, 0.0), axis=-2) / root
-        vector = jnp.sum(jnp.where(pivot[..., None, :] > 0, vectors, 0.0), axis=-1) / root
-        rest = jnp.where(pivot > 0, 0.0, row)
-        left = left - row[..., :, None] * row[..., None, :]
+        scale = jnp.where(dropped, 0.0, 1 / jnp.sqrt(jnp.where(dropped, 1.0, size)))
+        row = pick(left, at, -2) * scale  # (..., 1, r)
+        vector = pick(vectors, at, -1) * scale  # (..., r, 1)
+        rest = jnp.where(columns == at, 0.0, row)
         # What rounding leaves of the pivot's row and column is not to be chosen again.
-        done = (pivot[..., :, None] > 0) | (pivot[..., None, :] > 0)
-        left = jnp.where(done, 0.0, left)
-        vectors = vectors - vector[..., :, None] * rest[..., None, :]
-        forward = jnp.where(rows == k, row[..., None, :], forward)
-        backward = jnp.where(columns == k, vector[..., :, None], backward)
+        done = (rows == at) | (columns == at)
+        left = jnp.where(done, 0.0, left - transpose(row) * row)
+        vectors = vectors - vector * rest
+        forward = jnp.where(rows == k, row, forward)
+        backward = jnp.where(columns == k, vector, backward)
         return left, vectors, forward, backward
 
     # F and T begin with what is overwritten. A constant there would lie in memory from the start.
-    _, _, forward, backward = jax.lax.fori_loop(0, r, body, (gram, eye, gram, gram))
+    start = (gram, eye, gram, gram)
+    _, _, forward, backward = jax.lax.fori_loop(0, r, body, start, unroll=unroll)
     return forward, backward
+
+
+# A GPU takes as long to start a kernel as to run it on small matrices. Where elements are taken by
+# their index, a step is two kernels: the choice of the pivot, and all that follows. An iteration of
+# a loop has kernels of its own.
+_eliminate_unrolled = functools.partial(
+    _eliminate,
+    pick=functools.partial(jnp.take_along_axis, mode="promise_in_bounds"),
+    unroll=16,
+)
 
 
 def batched(

@@ -10,7 +10,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from loft_jax.optim.linear_algebra import Basis, FactorMatrix, orthonormal_basis
+from loft_jax.optim.linear_algebra import (
+    Basis,
+    FactorMatrix,
+    orthonormal_bases,
+    orthonormal_basis,
+)
 from loft_jax.optim.meshes import explicit_mesh, in_context
 from loft_jax.optim.pairs import (
     DEFAULT_SPEC,
@@ -90,9 +95,21 @@ class PairedUpdates:
         """Bases of what partners span, with q (group, stack, n, r) of `P = s Bᵀ` or `P = s A`."""
         if found := _shared_bases.get().get(self.basis_key(group, partner)):
             return found
-        folded = self.param(partner)
-        basis: Basis = orthonormal_basis(folded.like(folded.array * self.scalings(group)))
+        basis: Basis = orthonormal_basis(self._scaled(group, partner))
         return basis
+
+    def bases(self, group: PairGroup) -> dict[tuple[Any, ...], Basis]:
+        """The bases of both partners by their keys."""
+        partners = [self._scaled(group, partner) for partner in (group.a, group.b)]
+        if partners[0].array.dtype == partners[1].array.dtype:
+            found = orthonormal_bases(*partners)
+        else:
+            found = tuple(map(orthonormal_basis, partners))
+        return dict(zip((self.basis_key(group, x) for x in (group.a, group.b)), found, strict=True))
+
+    def _scaled(self, group: PairGroup, partner: FactorGroup) -> FactorMatrix:
+        folded = self.param(partner)
+        return folded.like(folded.array * self.scalings(group))
 
     def basis_key(self, group: PairGroup, partner: FactorGroup) -> tuple[Any, ...]:
         """Identifies a basis by these very arrays, how they are read, and this scaling."""
@@ -173,12 +190,10 @@ def share_bases(
             return inner.update(updates, state, params, **extra)
         with remember_stacks():
             tree = PairedUpdates(updates, params, spec)
-            bases = {
-                tree.basis_key(group, partner): tree.basis(group, partner)
-                for group in tree.groups
-                for partner in (group.b, group.a)
-            }
-            token = _shared_bases.set({**_shared_bases.get(), **bases})
+            shared = dict(_shared_bases.get())
+            for group in tree.groups:
+                shared |= tree.bases(group)
+            token = _shared_bases.set(shared)
             try:
                 return inner.update(updates, state, params, **extra)
             finally:

@@ -9,7 +9,7 @@ import optax
 from matplotlib.figure import Figure
 
 from loft_jax import calibrate_moments, loft, project_gradients, state_bytes
-from loft_jax.optim.full_moment import symmetric_product
+from loft_jax.optim.packed_matrices import symmetric_product
 from scripts.pictures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, panels
 
 ROWS, COLUMNS, RANK, STEPS = 24, 16, 4, 30

@@ -113,3 +113,11 @@ def assert_trees_close(x, y, **tolerance):
 
 def random_grads(params):
     return jax.tree.map(lambda p: jnp.sin(3 * p) + 0.3, params)
+
+
+def pack(p):
+    """Packed halves (..., q) of symmetric matrices (..., r, r), by their definition."""
+    r = p.shape[-1]
+    return np.stack(
+        [p[..., a, b] * (1 if a == b else np.sqrt(2)) for a in range(r) for b in range(a, r)], -1
+    )

@@ -6,46 +6,11 @@ import numpy as np
 import pytest
 
 from loft_jax.optim import full_moment
-from loft_jax.optim.full_moment import (
-    FullMoment,
-    congruence,
-    symmetric_product,
-    symmetric_squares,
-)
+from loft_jax.optim.full_moment import FullMoment
 from loft_jax.optim.linear_algebra import FactorMatrix, orthonormal_basis
 from loft_jax.optim.pairs import find_pairs, group_pairs
 from loft_jax.optim.second_moments import AdamStep, ProjectedGradient, SecondMomentState
-
-
-def pack(p):
-    """The packed half, by its definition."""
-    r = p.shape[-1]
-    return np.stack(
-        [p[..., a, b] * (1 if a == b else np.sqrt(2)) for a in range(r) for b in range(a, r)], -1
-    )
-
-
-@pytest.mark.parametrize("r", [1, pytest.param(2, marks=pytest.mark.slow), 5, 50])
-def test_packed_algebra(r):
-    rng = np.random.default_rng(r)
-    x, y = rng.normal(size=(2, 3, 4, r))
-    z = rng.normal(size=(4, r))
-    c = rng.normal(size=(r, r))
-    half = (x[..., :, None] * y[..., None, :] + y[..., :, None] * x[..., None, :]) / 2
-    whole = pack(half)
-    with jax.enable_x64(True):
-        product = np.asarray(symmetric_product(jnp.asarray(x), jnp.asarray(y)))
-        features = np.asarray(symmetric_squares(FactorMatrix(jnp.asarray(z))).array)
-        wide = symmetric_squares(FactorMatrix(jnp.asarray(z.T), rank_last=False)).array
-        moved = congruence(jnp.asarray(c))(FactorMatrix(jnp.asarray(whole))).array
-        columns = jnp.asarray(whole.transpose(0, 2, 1))
-        moved_columns = congruence(jnp.asarray(c))(FactorMatrix(columns, rank_last=False)).array
-    np.testing.assert_allclose(product, whole)
-    np.testing.assert_array_equal(wide.T, features)
-    np.testing.assert_allclose(whole @ features.T, np.einsum("ja,siab,jb->sij", z, half, z))
-    expected = pack(c.T @ half @ c)
-    np.testing.assert_allclose(moved, expected, atol=1e-12)
-    np.testing.assert_allclose(moved_columns, expected.transpose(0, 2, 1), atol=1e-12)
+from tests.optim.problems import pack
 
 
 def layers_of_pairs(batch, stack, m, n, r, seed=0):
@@ -63,6 +28,7 @@ def laid_out(x, rank_last):
     return jnp.asarray(x if rank_last else np.swapaxes(x, -1, -2))
 
 
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
 @pytest.mark.parametrize(
     ("batch", "stack", "m", "n", "tile", "role"),
     [
@@ -75,9 +41,15 @@ def laid_out(x, rank_last):
         for k, role in enumerate("ab")
     ],
 )
-def test_is_the_dense_one_in_any_tiles(batch, stack, m, n, tile, role, monkeypatch):
+def test_is_the_dense_one_in_any_tiles(batch, stack, m, n, tile, role, platform, monkeypatch):
     """One update and one direction against whole matrices in NumPy, float64."""
+
+    def chosen(*args, default, **ways):
+        return ways.get(platform, default)(*args)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", chosen)
     monkeypatch.setattr(full_moment, "_TILE_ELEMENTS", tile)
+    monkeypatch.setattr(full_moment, "_GPU_TILE_ELEMENTS", tile)
     monkeypatch.setattr(full_moment, "_MOST_TILES_OF_STATE", 1000)
     monkeypatch.setattr(full_moment, "_MOST_TILES_OF_WEIGHT", 1000)
     monkeypatch.setattr(full_moment, "_FEWEST_COLUMNS", 1)

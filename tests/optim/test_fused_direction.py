@@ -17,10 +17,11 @@ import loft_jax
 from loft_jax.optim import full_moment
 from loft_jax.optim.fused_direction import on_cuda, on_tpu
 from loft_jax.optim.linear_algebra import FactorMatrix, orthonormal_basis
+from loft_jax.optim.packed_matrices import packed_size, symmetric_squares
 from loft_jax.optim.second_moments import AdamStep
 from loft_jax.training.topology import load_topology
 
-# Edges of the tiles of both kernels lie inside: 64 x 32 on GPUs, at least 128 x 128 on TPUs.
+# Edges of the tiles of both kernels lie inside: 64 x 64 on GPUs, at least 128 x 128 on TPUs.
 SIZES = (2, 70, 130)  # stack, rows, columns
 
 
@@ -33,7 +34,7 @@ def arguments(stack, rows, columns, r, rank_last, dtype=jnp.float32):
         return FactorMatrix(jnp.asarray(x, jnp.float32), rank_last)
 
     gradients = rng.normal(size=(r + 3, stack, rows, r)).astype(np.float32)
-    squares = full_moment.symmetric_squares(FactorMatrix(jnp.asarray(gradients))).array
+    squares = symmetric_squares(FactorMatrix(jnp.asarray(gradients))).array
     p = laid_out(np.mean(squares, axis=0)[None], rank_last)
     mu = laid_out(rng.normal(size=(1, stack, rows, r)), rank_last)
     partner = laid_out(rng.normal(size=(1, stack, columns, r)), not rank_last)
@@ -42,7 +43,8 @@ def arguments(stack, rows, columns, r, rank_last, dtype=jnp.float32):
 
 
 def in_plain_jax(p, mu, q, step):
-    return full_moment._direction(p.like(p.array.astype(jnp.float32)), mu, q, step)
+    p = p.like(p.array.astype(jnp.float32))
+    return full_moment._direction(p, mu, q, step, elements=full_moment._TILE_ELEMENTS)
 
 
 def numbers(step):
@@ -93,7 +95,7 @@ def shapes(stack, rows, columns, r, rank_last, sharding=None):
         return FactorMatrix(jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding), last)
 
     three = jax.ShapeDtypeStruct((3,), jnp.float32, sharding=sharding)
-    size = full_moment.packed_size(r)
+    size = packed_size(r)
     return (
         laid_out(rows, size, rank_last), laid_out(rows, r, rank_last),
         laid_out(columns, r, not rank_last), three,
@@ -122,7 +124,7 @@ def test_mosaic_compiles_it_without_temporaries(sizes, r, rank_last):
 
 
 # Newer versions of JAX ask which card a kernel is for.
-ASKS = jax.__version_info__ >= (0, 12)
+ASKS = jax.__version_info__ >= (0, 11)
 CARD = jax.sharding.AbstractDevice("NVIDIA H100", None, "gpu") if ASKS else None
 
 

@@ -113,8 +113,11 @@ def test_products_of_several_layers_are_the_products(way, sizes, part):
         assert part in str(jax.make_jaxpr(product)(x, y))
 
 
-@pytest.mark.parametrize("rank_last", [True, False])
-def test_the_loop_that_tpus_run_makes_a_basis_too(monkeypatch, rank_last):
+@pytest.mark.parametrize(
+    ("platform", "rank_last"),
+    [("tpu", True), ("cuda", False), pytest.param("tpu", False, marks=pytest.mark.slow)],
+)
+def test_what_accelerators_run_makes_a_basis_too(monkeypatch, platform, rank_last):
     p = np.stack([conditioned(40, 6, condition) for condition in (1, 1e3, 1e6, 1e9)])
     p[1, :, 2] = 0
 
@@ -122,10 +125,15 @@ def test_the_loop_that_tpus_run_makes_a_basis_too(monkeypatch, rank_last):
         # Not from the cache of what was traced before.
         return orthonormal_basis.__wrapped__(FactorMatrix(x, rank_last))
 
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, tpu, default: tpu(*args))
+    def chosen(*args, default, **ways):
+        return ways.get(platform, default)(*args)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", chosen)
     with jax.enable_x64(True):
         x = jnp.asarray(p if rank_last else np.swapaxes(p, -1, -2))[None]  # two axes of layers
-        assert "length=3" in str(jax.make_jaxpr(basis)(x))
+        program = str(jax.make_jaxpr(basis)(x))
+        assert "length=3" in program
+        assert ("unroll=16" in program) == (platform == "cuda")
         one_device, layers = jax.sharding.Mesh(jax.devices()[:1], "layers"), jax.P(None, "layers")
         mapped = jax.shard_map(basis, mesh=one_device, in_specs=layers, out_specs=layers)
         for found in (basis(x), jax.vmap(basis)(x[None]), jax.jit(mapped)(x)):

@@ -150,18 +150,20 @@ def gradients(params):
     return jax.tree.map(lambda p: jnp.sin(3 * p) + 0.3, params)
 
 
-compiled_basis = jax.jit(paired_updates.orthonormal_basis)
-
-
 @contextlib.contextmanager
 def op_by_op():
     """Without compilation, but for bases: half of all operations, on the factors alone."""
 
-    def basis(p):
-        with jax.disable_jit(False):
-            return compiled_basis(p)
+    def compiled(function):
+        def call(*args):
+            with jax.disable_jit(False):
+                return function(*args)
 
-    with jax.disable_jit(), mock.patch.object(paired_updates, "orthonormal_basis", basis):
+        return call
+
+    names = ("orthonormal_basis", "orthonormal_bases")
+    bases = {name: compiled(getattr(paired_updates, name)) for name in names}
+    with jax.disable_jit(), mock.patch.multiple(paired_updates, **bases):
         yield
 
 

@@ -261,8 +261,8 @@ def _bases(*ps: FactorMatrix) -> tuple[Basis, ...]:
 
     def passes(qs: list[FactorMatrix], *, unroll: int, eliminate: Any) -> list[Basis]:
         def one_pass(k: jax.Array, bases: list[Basis]) -> list[Basis]:
-            grams = jnp.stack([basis.q.inner(basis.q) for basis in bases])
-            changes = zip(*eliminate(grams + shifts[k] * eye, drops[k]), strict=True)
+            grams = jnp.stack([basis.q.inner(basis.q) + shifts[k] * eye for basis in bases])
+            changes = zip(*eliminate(grams, drops[k]), strict=True)
             return [_change(*both) for both in zip(bases, changes, strict=True)]
 
         found: list[Basis] = jax.lax.fori_loop(

@@ -1,14 +1,15 @@
 """What LoFT costs on one GPU: its update beside AdamW's, and whole training steps of a 1B Llama.
 
-All programs are compiled first, several at once. Then the contestants of a case take turns: a ratio
-is the median over rounds of the ratio within a round. Beside each update stands what share of the
-card's roofline it reaches: the time that its bytes take at the card's own rate of copying, or its
-floating-point operations at the card's own rate of float32 products, whichever is longer, over the
-time it took. Bytes are those of gradients, states, parameters and updates, each read or written
-once; operations those of the full second moment and its direction, which are nearly all. At the
-end the fused kernel (`loft_jax.optim.fused_direction`) is compared with plain JAX on the card.
+The programs of a case are compiled, several at once, and its contestants take turns: a ratio is the
+median over rounds of the ratio to the first of them within a round. Beside each update stands what
+share of the card's roofline it reaches: the time that its bytes take at the card's own rate of
+copying, or its floating-point operations at the card's own rate of float32 products, whichever is
+longer, over the time it took. Bytes are those of gradients, states, parameters and updates, each
+read or written once; operations those of the full second moment and its direction, which are nearly
+all. At the end the fused kernel (`loft_jax.optim.fused_direction`) is compared with plain JAX on
+the card.
 
-    python -m benchmarks.gpu          # made to last under six minutes on an H100
+    python -m benchmarks.gpu          # compiling takes most of the time, a minute or two a case
     python -m benchmarks.gpu --quick  # tiny sizes, on any device: its numbers mean nothing
 
 Cases come in the order of what they tell. Each adds a JSON line a row to `gpu.jsonl` in the folder
@@ -27,6 +28,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tyro
 from flax import nnx
 
@@ -131,17 +133,16 @@ def main(options: Options) -> None:
         and entry.case["quick"] == options.quick
     }
     with ThreadPoolExecutor() as pool:
-        # Tracing is done here, one after the other; compiling is done by the threads. Nothing is
-        # measured before all is compiled, since a compiler tries kernels out on the card.
-        jobs = {case: begin() for case, begin in cases(pool, options).items() if case not in done}
-    for case in done:
-        print(f"\n{case}: measured before", flush=True)
-    for case in [*jobs]:
-        rows = list(measured(case, jobs.pop(case), options, rates))
-        for name, row in rows:
-            about = {"name": case, "rank": RANK, "optimizer": name, "quick": options.quick}
-            history.append(about, {**rates._asdict(), **row})
-        print("\n".join([f"\n{case}", "", *shown(rows)]), flush=True)
+        for case, begin in cases(pool, options).items():
+            if case in done:
+                print(f"\n{case}: measured before", flush=True)
+                continue
+            # Tracing is done here, one after the other; compiling is done by the threads.
+            rows = list(measured(case, begin(), options, rates))
+            for name, row in rows:
+                about = {"name": case, "rank": RANK, "optimizer": name, "quick": options.quick}
+                history.append(about, {**rates._asdict(), **row})
+            print("\n".join([f"\n{case}", "", *shown(rows)]), flush=True)
     print()
     for sizes in ((2, 48, 32, 4),) if options.quick else KERNELS:
         print(f"kernel, {sizes}: {kernel_error(*sizes):.1e} from plain JAX", flush=True)
@@ -176,33 +177,77 @@ def kernel_error(stack: int, rows: int, columns: int, rank: int) -> float:
 
     On CPUs the kernel for GPUs is interpreted.
     """
-    keys = iter(jax.random.split(jax.random.key(0), 3))
-    mu = FactorMatrix(jax.random.normal(next(keys), (1, stack, rows, rank)))
-    partner = jax.random.normal(next(keys), (1, stack, rank, columns))
-    basis = orthonormal_basis(FactorMatrix(partner, rank_last=False))
-    gradients = jax.random.normal(next(keys), (rank + 3, stack, rows, rank))
-    p = FactorMatrix(jnp.mean(symmetric_squares(FactorMatrix(gradients)).array, axis=0)[None])
-    step = AdamStep(mu, basis, jnp.float32(0.5), jnp.float32(1e-8), jnp.float32(3.0))
+    factor, p, step = direction_arguments(stack, rows, columns, rank, rank_last=True)
     interpreted = functools.partial(on_cuda, interpret=True)
     kernel = {"gpu": on_cuda, "tpu": on_tpu}.get(jax.default_backend(), interpreted)
-    numbers = jnp.array([0.5**-0.5, 1e-8, 3.0])
-    found = basis.from_coordinates(mu.like(jax.jit(kernel)(p, mu, basis.q, numbers))).array
-    factor = FactorGroup((Factor(0, "", (stack,), (0,), (rows,), rank_last=True),))
-    state = SecondMomentState([p.array[0]], [])
-    expected = jax.jit(lambda: FullMoment().direction(factor, state, step).array)()
+    numbers = jnp.array([step.correction**-0.5, step.eps, step.limit])
+    given = FactorMatrix(p[None]), step.mu, step.basis.q, numbers
+    found = step.basis.from_coordinates(step.mu.like(jax.jit(kernel)(*given))).array
+    expected = jax.jit(functools.partial(direction, FullMoment(), factor))(p, step)
     return float(jnp.abs(found - expected).max() / jnp.abs(expected).max())
+
+
+def direction(
+    second_moment: FullMoment, factor: FactorGroup, p: jax.Array, step: AdamStep
+) -> jax.Array:
+    """Adam's direction of a factor, (1, stack, rows, rank) or (1, stack, rank, rows)."""
+    return second_moment.direction(factor, SecondMomentState([p], []), step).array
+
+
+def direction_arguments(
+    stack: int, rows: int, columns: int, rank: int, *, rank_last: bool
+) -> tuple[FactorGroup, jax.Array, AdamStep]:
+    """A factor A if rank_last, else B; its second moments as of rank + 3 gradients; the rest."""
+    keys = iter(jax.random.split(jax.random.key(0), rank + 5))
+
+    def laid_out(x: jax.Array, last: bool) -> FactorMatrix:
+        return FactorMatrix(x if last else jnp.swapaxes(x, -1, -2), last)
+
+    def normal(length: int) -> jax.Array:
+        return jax.random.normal(next(keys), (1, stack, length, rank))
+
+    mu = laid_out(normal(rows), rank_last)
+    basis = orthonormal_basis(laid_out(normal(columns), not rank_last))
+    squares = (symmetric_squares(FactorMatrix(normal(rows))).array for _ in range(rank + 3))
+    p = laid_out(sum(squares, jnp.zeros(())) / (rank + 3), rank_last).array[0]
+    factor = FactorGroup((Factor(0, "", (stack,), (0,), (rows,), rank_last=rank_last),))
+    return factor, p, AdamStep(mu, basis, jnp.float32(0.5), jnp.float32(1e-8), jnp.float32(3.0))
 
 
 def cases(pool: ThreadPoolExecutor, options: Options) -> dict[str, Callable[[], list[Job]]]:
     """What begins the compilation of each case, by its name."""
-    updates = update_cases(pool, options)
-    first = [*updates][:2]
     name, train = train_case(pool, options)
+    return {**direction_cases(pool, options), name: train, **update_cases(pool, options)}
+
+
+def direction_cases(
+    pool: ThreadPoolExecutor, options: Options
+) -> dict[str, Callable[[], list[Job]]]:
+    """Adam's direction with the full second moment, of either factor, in plain JAX and fused."""
+    stack, m, n, rank = (2, 48, 32, 4) if options.quick else (16, 2048, 8192, RANK)
+
+    def begin(rows: int, columns: int, *, rank_last: bool) -> list[Job]:
+        factor, *given = direction_arguments(stack, rows, columns, rank, rank_last=rank_last)
+
+        def job(name: Contestant, *, fused: bool) -> Job:
+            find = functools.partial(direction, FullMoment(fused), factor)
+            call = pool.submit(jax.jit(find).lower(*given).compile)
+            size = stack * ((rows + columns) * rank + rows * (rank + packed_size(rank)))
+            products = 2 * (packed_size(rank) + 2 * rank) * stack * rows * columns
+            step = functools.partial(_direction_step, given)
+            return Job(name, call, lambda: None, step, 4 * size, products)
+
+        return [job("loft", fused=False), job("loft-fused", fused=True)]
+
+    layers = f"{stack} of {m}x{n}"
     return {
-        **{case: updates[case] for case in first},
-        name: train,
-        **{case: begin for case, begin in updates.items() if case not in first},
+        f"direction of A, {layers}": functools.partial(begin, m, n, rank_last=True),
+        f"direction of B, {layers}": functools.partial(begin, n, m, rank_last=False),
     }
+
+
+def _direction_step(given: list[Any], call: Callable[..., Any], _: None) -> tuple[Any, None]:
+    return call(*given), None
 
 
 def update_cases(pool: ThreadPoolExecutor, options: Options) -> dict[str, Callable[[], list[Job]]]:
@@ -322,11 +367,14 @@ def measured(
     update = bool(jobs[0].bytes)
     rounds = 2 if options.quick else options.rounds if update else options.train_rounds
     times = take_turns(turns, rounds, 30.0 if update else math.inf, repeat=update)  # type: ignore[arg-type]  # names of a job
+    first = next(iter(times.values()), [])
     for job in jobs:
         if job.name not in turns:
             continue
         turns[job.name].check(f"{job.name} of {case}")
         row = memory[job.name] | timing(times, job.name)  # type: ignore[arg-type]  # as above
+        ratios = [x / y for x, y in zip(times[job.name], first, strict=True)]  # type: ignore[index]  # as above
+        row["to_first"] = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
         if job.bytes:
             least = max(job.bytes / rates.copy, job.operations / rates.product)
             row |= {"bytes": job.bytes, "operations": job.operations}
@@ -336,15 +384,16 @@ def measured(
 
 def shown(rows: list[tuple[str, Row]]) -> list[str]:
     """The rows of a case as a table."""
-    head = ["optimizer", "ms", "time / adamw", "of the roofline", "temporaries MiB", "peak MiB"]
+    first = rows[0][0] if rows else ""
+    head = ["", "ms", f"time / {first}", "of the roofline", "temporaries MiB", "peak MiB"]
     lines = []
     for name, row in rows:
-        low, high = row["to_adamw_quartiles"]
+        low, middle, high = row["to_first"]
         lines.append(
             (
                 name,
                 f"{1e3 * row['seconds']:.3f}",
-                f"{row['to_adamw']:.3f} [{low:.3f}, {high:.3f}]",
+                f"{middle:.3f} [{low:.3f}, {high:.3f}]",
                 f"{row['of_roofline']:.2f}" if "of_roofline" in row else "",
                 f"{row['temp_bytes'] / 2**20:,.1f}",
                 f"{row['peak_bytes'] / 2**20:,.1f}",

@@ -18,8 +18,9 @@ that the squares of Q are made once; the update loops over rows, with the matrix
 basis made once before. A tile of rows or columns is spread over the whole axis (`Tiling`): where
 the axis is sharded over devices, each of them has its share of every tile, and taking one moves
 nothing. Layers of a stack may be sharded too: a program for several devices takes up to 8 layers,
-spread over the stack, at a time. The states of separate pairs of one shape are joined for it, a
-copy of at most 128 MiB in float32, or of one pair.
+spread over the stack, at a time. On GPUs tiles are large, and of several layers where these are
+small: starting the kernels of a tile takes longer there than keeping it near. The states of
+separate pairs of one shape are joined for it, a copy of at most 128 MiB in float32, or of one pair.
 """
 
 import dataclasses

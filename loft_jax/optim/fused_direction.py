@@ -16,7 +16,8 @@ with the packed second moments p (rows, q), and S (columns, q), the packed squar
 - **NVIDIA GPUs** (Triton). A program does one row tile and a share of the columns. S is made
   before, of the size of the other factor's second moments.
 
-Neither has been measured on a chip: `loft(..., fused=True)` has to ask for them.
+XLA cannot share a kernel out over devices, and no TPU has run its one yet: `loft(..., fused=True)`
+has to ask for them.
 """
 
 import functools
@@ -196,16 +197,17 @@ def on_cuda(
 
     layers, m, n = math.prod(mu.array.shape[:2]), mu.length, q.length
     size, r = p.rank, mu.rank
-    if p.array.size > _GPU_ELEMENTS:
-        raise ValueError(
-            f"fused=True: second moments of shape {p.array.shape} are {p.array.size} numbers, "
-            f"expected at most {_GPU_ELEMENTS} in one array: Triton counts them in 32 bits"
-        )
+    squares = symmetric_squares(q)
+    for what, array in (("second moments", p.array), ("squares of a basis", squares.array)):
+        if array.size > _GPU_ELEMENTS:
+            raise ValueError(
+                f"fused=True: {what} of shape {array.shape} are {array.size} numbers, expected at "
+                f"most {_GPU_ELEMENTS} in one array: Triton counts them in 32 bits"
+            )
     row_tiles, column_tiles = pl.cdiv(m, _GPU_ROWS), pl.cdiv(n, _GPU_COLUMNS)
     each = pl.cdiv(column_tiles, pl.cdiv(_GPU_PROGRAMS, layers * row_tiles))  # a program's
     shares = pl.cdiv(column_tiles, each)
     wide = max(_GPU_LEAST, pl.next_power_of_2(r))
-    squares = symmetric_squares(q)
     arrays = [x.array.reshape(layers, *x.array.shape[2:]) for x in (p, mu, q, squares)]
     x = pl.pallas_call(
         functools.partial(_gpu_kernel, (m, n, r, size), wide, (shares, each), mu.rank_last),

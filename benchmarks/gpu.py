@@ -57,6 +57,8 @@ UPDATES: tuple[Contestant, ...] = (
     "loft-alternate-factored",
 )  # fmt: skip
 STEPS: tuple[Contestant, ...] = ("adamw", "loft-factored", "loft", "loft-fused")
+# Too little memory; no kernel for the card, or none any more.
+_CANNOT = (RuntimeError, NotImplementedError, ValueError)
 # Of the kernel's error: stack, rows, columns, rank.
 KERNELS = ((8, 1024, 1024, 16), (1, 1000, 1030, 5), (1, 1000, 1030, 64))
 
@@ -137,7 +139,6 @@ def main(options: Options) -> None:
             if case in done:
                 print(f"\n{case}: measured before", flush=True)
                 continue
-            # Tracing is done here, one after the other; compiling is done by the threads.
             rows = list(measured(case, begin(), options, rates))
             for name, row in rows:
                 about = {"name": case, "rank": RANK, "optimizer": name, "quick": options.quick}
@@ -145,7 +146,25 @@ def main(options: Options) -> None:
             print("\n".join([f"\n{case}", "", *shown(rows)]), flush=True)
     print()
     for sizes in ((2, 48, 32, 4),) if options.quick else KERNELS:
-        print(f"kernel, {sizes}: {kernel_error(*sizes):.1e} from plain JAX", flush=True)
+        try:
+            print(f"kernel, {sizes}: {kernel_error(*sizes):.1e} from plain JAX", flush=True)
+        except _CANNOT as error:
+            _tell(f"kernel, {sizes}", error)
+
+
+def _tell(what: str, error: Exception) -> None:
+    print(f"{what} cannot run: {str(error).partition(chr(10))[0]}", flush=True)
+
+
+def _compiled(pool: ThreadPoolExecutor, lower: Callable[[], Any]) -> Future[Any]:
+    """Traces here, one program after the other, and compiles in a thread."""
+    try:
+        lowered = lower()
+    except _CANNOT as error:
+        failed: Future[Any] = Future()
+        failed.set_exception(error)
+        return failed
+    return pool.submit(lowered.compile)
 
 
 def copy_rate(size: int) -> float:
@@ -231,7 +250,7 @@ def direction_cases(
 
         def job(name: Contestant, *, fused: bool) -> Job:
             find = functools.partial(direction, FullMoment(fused), factor)
-            call = pool.submit(jax.jit(find).lower(*given).compile)
+            call = _compiled(pool, lambda: jax.jit(find).lower(*given))
             size = stack * ((rows + columns) * rank + rows * (rank + packed_size(rank)))
             products = 2 * (packed_size(rank) + 2 * rank) * stack * rows * columns
             step = functools.partial(_direction_step, given)
@@ -276,7 +295,8 @@ def update_cases(pool: ThreadPoolExecutor, options: Options) -> dict[str, Callab
 def _update_job(pool: ThreadPoolExecutor, name: Contestant, shapes: Any) -> Job:
     tx = make_optimizer(name)
     state = jax.eval_shape(tx.init, shapes)
-    lowered = jax.jit(tx.update, donate_argnums=1).lower(shapes, state, shapes)
+    update = jax.jit(tx.update, donate_argnums=1)
+    call = _compiled(pool, lambda: update.lower(shapes, state, shapes))
     arrays: dict[str, Any] = {}
 
     def start() -> Any:
@@ -288,7 +308,7 @@ def _update_job(pool: ThreadPoolExecutor, name: Contestant, shapes: Any) -> Job:
 
     # Gradients and parameters are read, the updates written, the state both.
     size = 3 * _bytes(shapes) + 2 * _bytes(state)
-    return Job(name, pool.submit(lowered.compile), start, step, size, operations(name, shapes))
+    return Job(name, call, start, step, size, operations(name, shapes))
 
 
 def operations(name: Contestant, shapes: Any) -> float:
@@ -328,14 +348,14 @@ def train_case(pool: ThreadPoolExecutor, options: Options) -> tuple[str, Callabl
         tx, split = make_optimizer(optimizer), parts(full=full)
         shapes = jax.eval_shape(functools.partial(initial_state, split, tx))
         jitted: Any = make_step(split, CausalLM().loss, tx)
-        lowered = jitted.lower(shapes, split.frozen, batch)
+        call = _compiled(pool, lambda: jitted.lower(shapes, split.frozen, batch))
 
         def step(call: Callable[..., Any], state: Any) -> tuple[Any, Any]:
             state, metrics = call(state, split.frozen, batch)
             return metrics, state
 
         begin = functools.partial(initial_state, split, tx)
-        return Job(label, pool.submit(lowered.compile), begin, step, 0)
+        return Job(label, call, begin, step, 0)
 
     def begin() -> list[Job]:
         lora = [job(name, name, full=False) for name in STEPS]
@@ -353,17 +373,16 @@ def measured(
     for job in jobs:
         try:
             call = job.call.result()
-            turn = Turn(functools.partial(job.step, call), job.start())
-            turn(1)
-        except jax.errors.JaxRuntimeError as error:  # too little memory, or no kernel for the card
-            reason = str(error).partition("\n")[0]
-            print(f"{job.name} of {case} cannot run: {reason}", flush=True)
+            turns[job.name] = Turn(functools.partial(job.step, call), job.start())
+            turns[job.name](1)
+        except _CANNOT as error:
+            turns.pop(job.name, None)
+            _tell(f"{job.name} of {case}", error)
             continue
         found = call.memory_analysis()
         reserved = found.argument_size_in_bytes + found.output_size_in_bytes
         reserved += found.temp_size_in_bytes - found.alias_size_in_bytes
         memory[job.name] = {"temp_bytes": found.temp_size_in_bytes, "peak_bytes": reserved}
-        turns[job.name] = turn
     update = bool(jobs[0].bytes)
     rounds = 2 if options.quick else options.rounds if update else options.train_rounds
     times = take_turns(turns, rounds, 30.0 if update else math.inf, repeat=update)  # type: ignore[arg-type]  # names of a job

@@ -1,15 +1,16 @@
 """How many kernels an update starts on an NVIDIA GPU, compiled ahead of time; no GPU is needed.
 
-A GPU takes some microseconds to start a kernel, which is as long as most kernels of an update run:
-their number is what an update costs beside a small model. Steps of loops are counted as often as
-they are made. Beside them: the temporaries, and the seconds that XLA compiled for on this machine,
-without trying kernels out, as it does where there is a card.
+A GPU takes some microseconds to start a kernel, however small. Steps of loops are counted as often
+as they are made, and of a choice the branch with more kernels. Beside them: the temporaries, and
+the seconds that tracing and compiling took on this machine, where XLA cannot try kernels out, as it
+does with a card.
 
     pip install "jax[cuda13]"
     python -m benchmarks.gpu_program
 """
 
 import collections
+import functools
 import os
 import re
 import time
@@ -38,8 +39,8 @@ platform_name: "CUDA" device_description_str: "NVIDIA H200"
 dnn_version_info { major: 9 minor: 8 } runtime_version { major: 13 }
 """
 
-# What starts no kernel.
-_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
+# What starts no kernel; what `...-done` waits for is counted where it starts.
+_FREE = re.compile("parameter|constant|tuple|get-tuple-element|bitcast|after-all|.*-done")
 
 
 @dataclass(frozen=True)
@@ -113,31 +114,37 @@ def kernel_counts(program: str) -> collections.Counter[str]:
         elif line.startswith("  "):
             lines.append(line)
 
-    counts: collections.Counter[str] = collections.Counter()
-
-    def count(body: str, times: int) -> None:
+    @functools.cache
+    def counts(body: str) -> collections.Counter[str]:
+        found: collections.Counter[str] = collections.Counter()
         for line in bodies[body]:
-            if (
-                not (operation := re.search(r" = .*? ([a-z][\w\-]*)\(", line))
-                or operation[1] in _FREE
-            ):
+            operation = re.search(r" = .*? ([a-z][\w\-]*)\(", line)
+            if not operation or _FREE.fullmatch(operation[1]):
                 continue
+            called = [counts(name) for name in _called(operation[1], line)]
             if operation[1] == "while":
                 known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-                count(_named(r"body=", line), times * (int(known[1]) if known else 1))
-            elif operation[1] == "call":
-                count(_named(r"to_apply=", line), times)
+                steps = int(known[1]) if known else 1
+                found.update({name: steps * k for name, k in called[0].items()})
+            elif called:
+                found.update(max(called, key=lambda kernels: sum(kernels.values())))
             else:
-                counts[operation[1]] += times
+                found[operation[1]] += 1
+        return found
 
-    count("ENTRY", 1)
-    return counts
+    return counts("ENTRY")
 
 
-def _named(what: str, line: str) -> str:
-    found = re.search(what + r"%?([\w.\-]+)", line)
-    assert found
-    return found[1]
+def _called(operation: str, line: str) -> list[str]:
+    """The computations that an operation runs, other than those of its own kernel."""
+    names = {
+        "while": "body", "call": "to_apply", "async-start": "calls",
+        "conditional": "(?:branch_computations|true_computation|false_computation)",
+    }  # fmt: skip
+    if not (name := names.get(operation)):
+        return []
+    found = re.findall(name + r"=(\{[^}]*\}|[^,\s]+)", line)
+    return re.findall(r"[\w.\-]+", " ".join(found))
 
 
 if __name__ == "__main__":

@@ -65,10 +65,10 @@ embeddings and norms too; `full-linear` the weights that adapters stand on.
 Most runs of LoFT along the tangent space are of before revision 48c6770, which holds the product of
 both updates to the step more tightly. Four of them on `stories` were made again: three differ by
 2e-6 at most, and one, at three times its best rate, by 0.0006. Two settings of SmolLM2 were made
-again whole, and at high rates differ more. `loft-factored` on `wikitext` at rank 8 has its best rate
-and its losses there as before, to 2e-4. On `shakespeare` it is the new runs that count: before, rates
-of 0.001 and 0.0003 had validation losses of 3.566 and 3.569, and at 0.001 LoFT was worse than LoRA by
-0.048 ± 0.023 over ten seeds; now 0.001 has 3.593, and 0.0003 is the best rate.
+again whole, and at high rates differ more. `loft-factored` on `wikitext` at rank 8 has its best
+rate and its losses there as before, to 2e-4. On `shakespeare` it is the new runs that count:
+before, rates of 0.001 and 0.0003 had validation losses of 3.566 and 3.569, and at 0.001 LoFT was
+worse than LoRA by 0.048 ± 0.023 over ten seeds; now 0.001 has 3.593, and 0.0003 is the best rate.
 
 `loft-factored` is what `loft` is by default: along the tangent space, with the factored second
 moment. `loft` is the same with the exact one, and `loft-alternate` moves one factor a step, as the

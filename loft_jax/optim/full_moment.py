@@ -13,14 +13,14 @@ The matrices are packed halves, `q = r (r + 1) / 2` numbers (`loft_jax.optim.pac
 that all of v is one product, `p · symmetric_squares(Q)ᵀ`, `(m, q) x (q, n)`.
 
 **Tiles.** Neither the (m, n) matrix nor a second copy of the state is ever in memory. The loops go
-over the layers one at a time. Inside, the direction loops over columns of D, all rows at once, so
-that the squares of Q are made once; the update loops over rows, with the matrix of the change of
-basis made once before. A tile of rows or columns is spread over the whole axis (`Tiling`): where
-the axis is sharded over devices, each of them has its share of every tile, and taking one moves
-nothing. Layers of a stack may be sharded too: a program for several devices takes up to 8 layers,
-spread over the stack, at a time. On GPUs tiles are large, and of several layers where these are
-small: starting the kernels of a tile takes longer there than keeping it near. The states of
-separate pairs of one shape are joined for it, a copy of at most 128 MiB in float32, or of one pair.
+over the layers, one at a time where nothing below says more. Inside, the direction loops over
+columns of D, all rows at once, so that the squares of Q are made once; the update loops over rows,
+with the matrix of the change of basis made once before. A tile of rows or columns is spread over
+the whole axis (`Tiling`): where the axis is sharded over devices, each of them has its share of
+every tile, and taking one moves nothing. Layers of a stack may be sharded too: a program for
+several devices takes up to 8 layers, spread over the stack, at a time. With CUDA, tiles are larger
+and hold several small layers, since each tile starts kernels of its own. The states of separate
+pairs of one shape are joined for it, a copy of at most 128 MiB in float32, or of one pair.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ T = TypeVar("T")
 # A tile has this many elements, a megabyte of float32 that fits a cache, or more where there would
 # be more tiles than the two limits below.
 _TILE_ELEMENTS = 1 << 18
-# On GPUs, which take long to start each of the kernels of a tile.
+# With CUDA, where each tile starts kernels of its own: 64 MiB of float32.
 _GPU_TILE_ELEMENTS = 1 << 24
 _MOST_TILES_OF_STATE = 32
 _MOST_TILES_OF_WEIGHT = 128
@@ -58,7 +58,7 @@ _FEWEST_COLUMNS = 32
 # devices as this can share the blocks evenly, where the sizes allow.
 _BLOCK = 16
 _MOST_SHARDS = 64
-# Most layers of a tile, where only several devices make it have more than one.
+# Most layers that a tile has for the sake of several devices.
 _MOST_LAYERS = 8
 # Separate pairs of one shape are joined to one array, a copy of at most this many elements.
 _MOST_JOINED = 1 << 25
@@ -89,9 +89,9 @@ class FullMoment:
     ) -> SecondMomentState:
         """`p_i ← β₂ Cᵀ p_i C + (1 - β₂) c_i c_iᵀ`, in place where the state is donated."""
         rows = []
-        for part, some in _parts(factor, state):
+        update = functools.partial(_updated, b2=b2)  # a number, of which 1 - b2 is exact
+        for part, some in _parts(factor, state.rows[0].size):
             c, p = gradient.c.like(gradient.c.array[part]), some.fold(state.rows[part])
-            update = functools.partial(_updated, b2=b2)
             some_key = jax.random.fold_in(key, part.start)
             new = _by_platform(update, p, c, gradient.change[part], some_key)
             rows += some.unfold(new)
@@ -110,29 +110,29 @@ class FullMoment:
         for the true values, so it is enforced on the computed ones.
         """
         mu, q = step.mu, step.basis.q
+        longest = max(mu.length, q.length) if self.fused else mu.length
         plain = functools.partial(_by_platform, _direction)
         find = functools.partial(fused_direction, elsewhere=plain) if self.fused else plain
         coordinates = [
             find(some.fold(state.rows[part]), mu.like(mu.array[part]), q.like(q.array[part]), step)
-            for part, some in _parts(factor, state)
+            for part, some in _parts(factor, state.rows[0].size // mu.length * longest)
         ]
         return step.basis.from_coordinates(mu.like(jnp.concatenate(coordinates)))
 
 
-def _parts(factor: FactorGroup, state: SecondMomentState) -> Iterator[tuple[slice, FactorGroup]]:
-    """Parts of a group of pairs whose states, joined to one array, are not too large a copy."""
-    most = max(1, _MOST_JOINED // max(1, state.rows[0].size))
+def _parts(factor: FactorGroup, size: int) -> Iterator[tuple[slice, FactorGroup]]:
+    """Parts of a group of pairs whose arrays of a size, joined to one, are not too large a copy."""
+    most = max(1, _MOST_JOINED // max(1, size))
     for start in range(0, len(factor.factors), most):
         part = slice(start, start + most)
         yield part, FactorGroup(factor.factors[part])
 
 
 def _by_platform(work: Callable[..., T], *args: Any) -> T:
-    """Does some work in tiles of the size for the device that will run it."""
-    gpu = functools.partial(work, elements=_GPU_TILE_ELEMENTS, whole_layers=True)
-    done: T = jax.lax.platform_dependent(
-        *args, cuda=gpu, default=functools.partial(work, elements=_TILE_ELEMENTS)
-    )
+    """Does some work in the tiles of the device that will run it."""
+    large = functools.partial(work, elements=_GPU_TILE_ELEMENTS, several_layers=True)
+    small = functools.partial(work, elements=_TILE_ELEMENTS)
+    done: T = jax.lax.platform_dependent(*args, cuda=large, default=small)
     return done
 
 
@@ -144,10 +144,10 @@ def _updated(
     *,
     b2: Number,
     elements: float,
-    whole_layers: bool = False,
+    several_layers: bool = False,
 ) -> FactorMatrix:
     """The new state (group, stack, m, q) of the layers of some pairs."""
-    layers = _layer_parts(p, elements / (p.length * p.rank) if whole_layers else 1)
+    layers = _layer_parts(p, elements / (p.length * p.rank) if several_layers else 1)
     numbers = p.array[0].size // layers
     elements = max(elements, p.array.size / _MOST_TILES_OF_STATE)
     rows = part_count(p.length, elements * p.length / numbers)
@@ -178,10 +178,10 @@ def _direction(
     step: AdamStep,
     *,
     elements: float,
-    whole_layers: bool = False,
+    several_layers: bool = False,
 ) -> jax.Array:
     """The coordinates `D Q` (group, stack, m, r) of the layers of some pairs."""
-    layers = _layer_parts(p, elements / (p.length * q.length) if whole_layers else 1)
+    layers = _layer_parts(p, elements / (p.length * q.length) if several_layers else 1)
     elements = max(elements, p.array.size // p.rank * q.length / _MOST_TILES_OF_WEIGHT)
     per_column = p.array[0].size // p.rank // layers
     columns = part_count(q.length, max(_FEWEST_COLUMNS, elements / per_column))
@@ -245,11 +245,11 @@ def part_count(size: int, most: float) -> int:
 
 
 def _layer_parts(x: FactorMatrix, most: float) -> int:
-    """Parts of the stack of (group, stack, n, k): single layers, unless devices may share them.
+    """Parts of the stack of (group, stack, n, k): more layers than most only for several devices.
 
     Args:
       x: The array.
-      most: How many layers a part may have on any device.
+      most: How many layers fit a tile; at least one is taken.
 
     Returns:
       The number of parts.

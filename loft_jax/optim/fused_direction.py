@@ -8,16 +8,17 @@ its projection x (rows, r):
   v = p \, S^T, \quad D = \frac{m Q^T}{\sqrt{v} + \epsilon}, \quad x \mathrel{+}= D \, Q
 
 with the packed second moments p (rows, q), and S (columns, q), the packed squares of Q
-(columns, r); the same as in `loft_jax.optim.full_moment`, with the same precision.
+(columns, r); the same as in `loft_jax.optim.full_moment`. Products are of float32 or, with as many
+bits, of six passes of bfloat16.
 
 - **TPUs** (Mosaic). Rows lie along the lanes, in both factors. The grid is (layer, row tile, column
   tile), columns innermost: p is read once, x stays in place until its row tile is done, and the
   squares of a tile of Q are made in a scratch.
 - **NVIDIA GPUs** (Triton). A program does one row tile and a share of the columns. S is made
-  before, of the size of the other factor's second moments.
+  before: as many numbers, in float32, as the other factor's second moments have.
 
-XLA cannot share a kernel out over devices, and no TPU has run its one yet: `loft(..., fused=True)`
-has to ask for them.
+XLA cannot share a kernel out over devices, and no TPU has run the one for TPUs:
+`loft(..., fused=True)` has to ask for them.
 """
 
 import functools
@@ -291,7 +292,7 @@ def _dot(
     of_y: int,
     precision: jax.lax.PrecisionLike = jax.lax.Precision.HIGHEST,
 ) -> jax.Array:
-    """Products over one axis of each, in all bits of float32."""
+    """Products over one axis of each, by default in all bits of float32."""
     return jax.lax.dot_general(x, y, (((of_x,), (of_y,)), ((), ())), precision=precision)
 
 

@@ -33,7 +33,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -196,7 +196,7 @@ class Basis(NamedTuple):
         return self.from_coordinates(gp.times(self.s_inv))
 
 
-# Without jit, an update that is not compiled would trace the loops in it anew at every call.
+# Without jit, updates that are not compiled would trace the loops of these two at every call.
 @jax.jit
 def orthonormal_basis(p: FactorMatrix) -> Basis:
     """Factorizes `P = Q S` with orthonormal Q, by products over the long axis.
@@ -228,10 +228,10 @@ def orthonormal_bases(a: FactorMatrix, b: FactorMatrix) -> tuple[Basis, Basis]:
 
     Args:
       a: (..., m, r), as `orthonormal_basis` takes it.
-      b: (..., n, r) of the same dtype, in either layout, with the same batch.
+      b: (..., n, r) of the same dtype and batch, in either layout.
 
     Returns:
-      The basis of each.
+      The basis of each, as `orthonormal_basis` makes it.
 
     Example:
       >>> import jax.numpy as jnp
@@ -248,10 +248,10 @@ def _bases(*ps: FactorMatrix) -> tuple[Basis, ...]:
     r, x = ps[0].rank, ps[0].array
     eps = float(jnp.finfo(x.dtype).eps)
     batch = x.shape[:-2]
-    eye = jnp.broadcast_to(jnp.eye(r, dtype=x.dtype), (*batch, r, r))
-    eye = varying_like(eye, *(p.array for p in ps))
     lengths = [_column_lengths(p) for p in ps]
     qs = [p.scaled(1 / length) for p, length in zip(ps, lengths, strict=True)]
+    eye = jnp.broadcast_to(jnp.eye(r, dtype=x.dtype), (*batch, r, r))
+    eye, qs = varying_like((eye, qs), ps)
 
     # What each pass adds to the diagonal, and which pivots count as zero in it. After the first, a
     # singular value σ of the unit columns is σ / √(σ² + shift); after the second, columns that are
@@ -259,23 +259,25 @@ def _bases(*ps: FactorMatrix) -> tuple[Basis, ...]:
     shifts = jnp.array([2 * r * eps, 0.0, 0.0], x.dtype)
     drops = jnp.array([0.0, 8 * eps, 0.5], x.dtype)
 
-    def passes(qs: list[FactorMatrix], *, unroll: int, eliminate: Any) -> list[Basis]:
+    def passes(
+        qs: list[FactorMatrix], *, unroll: int, eliminate: Callable[..., tuple[jax.Array, ...]]
+    ) -> list[Basis]:
         def one_pass(k: jax.Array, bases: list[Basis]) -> list[Basis]:
             grams = jnp.stack([basis.q.inner(basis.q) + shifts[k] * eye for basis in bases])
             changes = zip(*eliminate(grams, drops[k]), strict=True)
-            return [_change(*both) for both in zip(bases, changes, strict=True)]
+            return [_change(basis, *change) for basis, change in zip(bases, changes, strict=True)]
 
         found: list[Basis] = jax.lax.fori_loop(
             0, 3, one_pass, [Basis(q, eye, eye) for q in qs], unroll=unroll
         )
         return found
 
-    # A loop has half the program, which lies in the memory of a TPU, or less to compile. On CPUs it
-    # copies what it carries.
+    # As a loop the passes are half the program, which lies in the memory of a TPU, and which takes
+    # long to compile for a GPU. On CPUs a loop would copy what it carries.
     bases: list[Basis] = jax.lax.platform_dependent(
         qs,
         tpu=functools.partial(passes, unroll=1, eliminate=_eliminate),
-        cuda=functools.partial(passes, unroll=1, eliminate=_eliminate_unrolled),
+        cuda=functools.partial(passes, unroll=1, eliminate=_eliminate_on_gpus),
         default=functools.partial(passes, unroll=3, eliminate=_eliminate),
     )
     return tuple(map(_finished, bases, lengths))
@@ -297,13 +299,12 @@ def _finished(basis: Basis, length: jax.Array) -> Basis:
     if basis.q.length == basis.q.rank:
         # A square Q is turned to the identity: no quadratic form then suffers from cancellation.
         rotation = transpose(basis.q.tall())
-        basis = _change(basis, (transpose(rotation), rotation))
+        basis = _change(basis, transpose(rotation), rotation)
     return Basis(basis.q, basis.s * length[..., None, :], basis.s_inv / length[..., :, None])
 
 
-def _change(basis: Basis, change: tuple[jax.Array, jax.Array]) -> Basis:
+def _change(basis: Basis, forward: jax.Array, backward: jax.Array) -> Basis:
     """Goes on from `P = q s` to the basis `q backward`, forward being the inverse of backward."""
-    forward, backward = change
     return Basis(basis.q.times(backward), matmul(forward, basis.s), matmul(basis.s_inv, backward))
 
 
@@ -361,10 +362,10 @@ def _eliminate(
     return forward, backward
 
 
-# A GPU takes as long to start a kernel as to run it on small matrices. Where elements are taken by
-# their index, a step is two kernels: the choice of the pivot, and all that follows. An iteration of
-# a loop has kernels of its own.
-_eliminate_unrolled = functools.partial(
+# What a GPU takes for small matrices is the number of kernels. With elements taken by their index a
+# step has two, the choice of the pivot and all that follows, and with sums six; an iteration of a
+# loop has some of its own. Other devices make the sums.
+_eliminate_on_gpus = functools.partial(
     _eliminate,
     pick=functools.partial(jnp.take_along_axis, mode="promise_in_bounds"),
     unroll=16,

@@ -99,7 +99,7 @@ class PairedUpdates:
         return basis
 
     def bases(self, group: PairGroup) -> dict[tuple[Any, ...], Basis]:
-        """The bases of both partners by their keys."""
+        """The bases of both partners by their keys, made together where they are of one dtype."""
         partners = [self._scaled(group, partner) for partner in (group.a, group.b)]
         if partners[0].array.dtype == partners[1].array.dtype:
             found = orthonormal_bases(*partners)
@@ -108,6 +108,7 @@ class PairedUpdates:
         return dict(zip((self.basis_key(group, x) for x in (group.a, group.b)), found, strict=True))
 
     def _scaled(self, group: PairGroup, partner: FactorGroup) -> FactorMatrix:
+        """What partners are with the scaling, `s Bᵀ` or `s A`."""
         folded = self.param(partner)
         return folded.like(folded.array * self.scalings(group))
 

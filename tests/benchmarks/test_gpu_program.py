@@ -31,10 +31,21 @@ ENTRY %main (x.1: f32[4]) -> f32[4] {
   %while.1 = (s32[], f32[4]{0}) while(%t), condition=%c, body=%body, \
 backend_config={"known_trip_count":{"n":"3"}}
   %while.3 = (s32[], f32[4]{0}) while(%t), condition=%c, body=%inner
+  %call.1 = f32[4]{0} call(%x.1), to_apply=%two
+  %start = ((f32[4]{0}), f32[4]{0}) async-start(%x.1), calls=%two
+  %done = f32[4]{0} async-done(%start)
+  %choice = f32[4]{0} conditional(%i, %x.1, %x.1), branch_computations={%two, %fused_add}
   ROOT %cc = f32[4]{0} custom-call(%x.1), custom_call_target="kernel"
+}
+
+%two (x.2: f32[4]) -> f32[4] {
+  %x.2 = f32[4]{0} parameter(0)
+  %dot.1 = f32[4]{0} dot(%x.2, %x.2)
+  ROOT %dot.2 = f32[4]{0} dot(%dot.1, %x.2)
 }
 """
 
 
 def test_steps_of_loops_count_as_often_as_they_are_made():
-    assert kernel_counts(PROGRAM) == {"fusion": 1 + 3, "copy": 3 * 2 + 1, "custom-call": 1}
+    found = kernel_counts(PROGRAM)
+    assert found == {"fusion": 1 + 3, "copy": 3 * 2 + 1, "custom-call": 1, "dot": 3 * 2}

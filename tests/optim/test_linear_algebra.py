@@ -14,6 +14,7 @@ from loft_jax.optim.linear_algebra import (
     _layer_by_layer,
     batched,
     matmul,
+    orthonormal_bases,
     orthonormal_basis,
 )
 from loft_jax.training.topology import load_topology
@@ -146,6 +147,30 @@ def test_what_accelerators_run_makes_a_basis_too(monkeypatch, platform, rank_las
             np.testing.assert_allclose(
                 np.swapaxes(q, -1, -2)[[0, 2, 3]] @ q[[0, 2, 3]], [np.eye(6)] * 3, atol=1e-14
             )
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", pytest.param("tpu", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("r", [3, 20])  # steps of an elimination on GPUs are unrolled by 16
+def test_bases_of_both_factors_are_those_of_each(monkeypatch, platform, r):
+    rng = np.random.default_rng(r)
+    a, b = rng.normal(size=(1, 4, 50, r)), rng.normal(size=(1, 4, r, 30))
+    a[0, 1, :, 1] = a[0, 1, :, 0]  # of rank r - 1
+    b[0, 2], b[0, 3, 0, 0] = 0, np.nan
+
+    def chosen(*args, default, **ways):
+        return ways.get(platform, default)(*args)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", chosen)
+    with jax.enable_x64(True):
+        factors = FactorMatrix(jnp.asarray(a)), FactorMatrix(jnp.asarray(b), rank_last=False)
+        together = orthonormal_bases.__wrapped__(*factors)
+        for factor, found in zip(factors, together, strict=True):
+            alone = orthonormal_basis.__wrapped__(factor)
+            jax.tree.map(np.testing.assert_array_equal, found, alone)
+            p, q = (np.asarray(x.tall())[0, :3] for x in (factor, found.q))
+            projector = np.stack([x @ np.linalg.pinv(x, rcond=1e-12) for x in p])
+            np.testing.assert_allclose(q @ np.swapaxes(q, -1, -2), projector, atol=1e-7)
+    assert np.isnan(together[1].q.array[0, 3]).any()
 
 
 @pytest.mark.slow

@@ -35,3 +35,17 @@ def test_each_device_may_have_adapters_of_its_own(name):
     mesh = jax.sharding.Mesh(jax.devices()[:1], "d")
     mapped = jax.shard_map(two_steps, mesh=mesh, in_specs=P("d"), out_specs=P("d"))
     assert_close(jax.jit(mapped)(PARAMS), jax.jit(two_steps)(PARAMS), *ROUNDING.get(name, ()))
+
+
+@each_of(("loft", "loft, clipped", "loft_muon", "reflora"), ("loft, clipped",))
+def test_one_factor_may_be_that_of_all_devices(name):
+    tx, params = make(name), pair(4)
+
+    def updates(a, b):
+        given = {"lora_a": a, "lora_b": b}
+        return tx.update(gradients(given), tx.init(given), given)[0]
+
+    mesh = jax.sharding.Mesh(jax.devices()[:1], "d")
+    mapped = jax.shard_map(updates, mesh=mesh, in_specs=(P(), P("d")), out_specs=P("d"))
+    factors = params["lora_a"], params["lora_b"]
+    assert_close(jax.jit(mapped)(*factors), jax.jit(updates)(*factors), *ROUNDING.get(name, ()))

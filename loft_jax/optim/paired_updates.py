@@ -100,12 +100,16 @@ class PairedUpdates:
 
     def bases(self, group: PairGroup) -> dict[tuple[Any, ...], Basis]:
         """The bases of both partners by their keys, made together where they are of one dtype."""
+        keys = [self.basis_key(group, partner) for partner in (group.a, group.b)]
+        known = _shared_bases.get()
+        if all(key in known for key in keys):
+            return {key: known[key] for key in keys}
         partners = [self._scaled(group, partner) for partner in (group.a, group.b)]
         if partners[0].array.dtype == partners[1].array.dtype:
             found = orthonormal_bases(*partners)
         else:
             found = tuple(map(orthonormal_basis, partners))
-        return dict(zip((self.basis_key(group, x) for x in (group.a, group.b)), found, strict=True))
+        return dict(zip(keys, found, strict=True))
 
     def _scaled(self, group: PairGroup, partner: FactorGroup) -> FactorMatrix:
         """What partners are with the scaling, `s Bᵀ` or `s A`."""

@@ -55,6 +55,8 @@ def test_bases_are_computed_once():
     shared = loft_jax.share_bases(links, spec=spec)
     assert count_bases(shared.update, params, state, params) == 4
     assert count_bases(loft(0.1).update, params, loft(0.1).init(params), params) == 4
+    outer = loft_jax.share_bases(shared)
+    assert count_bases(outer.update, params, state, params) == 4
     muon = loft_jax.loft_muon(0.1)
     assert count_bases(muon.update, params, muon.init(params), params) == 4
     assert paired_updates._shared_bases.get() == {}

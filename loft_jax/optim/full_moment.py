@@ -89,11 +89,11 @@ class FullMoment:
     ) -> SecondMomentState:
         """`p_i ← β₂ Cᵀ p_i C + (1 - β₂) c_i c_iᵀ`, in place where the state is donated."""
         rows = []
-        update = functools.partial(_updated, b2=b2)  # a number, of which 1 - b2 is exact
+        decay = b2, 1 - b2  # of a number, the difference is exact here, and not in a program
         for part, some in _parts(factor, state.rows[0].size):
             c, p = gradient.c.like(gradient.c.array[part]), some.fold(state.rows[part])
             some_key = jax.random.fold_in(key, part.start)
-            new = _by_platform(update, p, c, gradient.change[part], some_key)
+            new = _by_platform(_updated, p, c, gradient.change[part], some_key, decay)
             rows += some.unfold(new)
         return state._replace(rows=rows)
 
@@ -128,8 +128,12 @@ def _parts(factor: FactorGroup, size: int) -> Iterator[tuple[slice, FactorGroup]
         yield part, FactorGroup(factor.factors[part])
 
 
+@functools.partial(jax.jit, static_argnums=0, inline=True)
 def _by_platform(work: Callable[..., T], *args: Any) -> T:
-    """Does some work in the tiles of the device that will run it."""
+    """Does some work in the tiles of the device that will run it.
+
+    As one program, since an update that is not jitted would compile the loops at every step.
+    """
     large = functools.partial(work, elements=_GPU_TILE_ELEMENTS, several_layers=True)
     small = functools.partial(work, elements=_TILE_ELEMENTS)
     done: T = jax.lax.platform_dependent(*args, cuda=large, default=small)
@@ -141,8 +145,8 @@ def _updated(
     c: FactorMatrix,
     change: jax.Array,
     key: jax.Array,
+    decay: tuple[Number, Number],
     *,
-    b2: Number,
     elements: float,
     several_layers: bool = False,
 ) -> FactorMatrix:
@@ -161,7 +165,7 @@ def _updated(
             old = tiling.take(split, i, t)  # (layers, rows, q)
             square = symmetric_squares(c.like(tiling.take(c_split, i, t))).array
             moved = carried(p.like(old.astype(square.dtype))).array
-            new = (b2 * moved + (1 - b2) * square).astype(square.dtype)
+            new = (decay[0] * moved + decay[1] * square).astype(square.dtype)
             noise = jax.random.fold_in(key, i * rows + t)
             return tiling.put(split, i, t, stochastic_round(new, old.dtype, noise))
 

@@ -21,6 +21,7 @@ from tests.optim.transforms import (
     every_transform,
     gradients,
     make,
+    pair,
     path_of,
 )
 
@@ -126,10 +127,10 @@ def test_a_factor_in_float64_beside_one_in_float32(name, factor):
             assert_stable(make(name), params)
 
 
-# What chooses between branches, by moments, turns and metrics.
-@each_of(ALIASES, daily=("loft", "loft_muon", "reflora", "reflora_s"))
+# What chooses between branches, by moments, turns and metrics, or loops over layers.
+@each_of(ALIASES, daily=("loft", "loft, full", "loft_muon", "reflora", "reflora_s"))
 def test_without_jit_nothing_is_compiled_after_the_first_steps(name, caplog):
-    tx, params = make(name), PARAMS
+    tx, params = make(name), PARAMS | {"stack": pair(2, stack=(2,))}
     state = tx.init(params)
 
     def step(state):

@@ -51,6 +51,8 @@ def test_is_the_dense_one_in_any_tiles(batch, stack, m, n, tile, role, platform,
         return ways.get(platform, default)(*args)
 
     monkeypatch.setattr(jax.lax, "platform_dependent", chosen)
+    # Not the cached programs of the platform and the tiles that were traced first.
+    monkeypatch.setattr(full_moment, "_by_platform", full_moment._by_platform.__wrapped__)
     monkeypatch.setattr(full_moment, "_TILE_ELEMENTS", tile)
     monkeypatch.setattr(full_moment, "_GPU_TILE_ELEMENTS", tile)
     monkeypatch.setattr(full_moment, "_MOST_TILES_OF_STATE", 1000)
@@ -68,7 +70,6 @@ def test_is_the_dense_one_in_any_tiles(batch, stack, m, n, tile, role, platform,
         root = rng.normal(size=(batch, stack, rows, r, r))
         p = root @ np.swapaxes(root, -1, -2)
         change = rng.normal(size=(batch, stack, r, r))
-        # Not the cached program of the platform that was traced first.
         of = FactorMatrix(laid_out(partner, not by_rows), not by_rows)
         basis = orthonormal_basis.__wrapped__(of)
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from loft_jax.data import Batch, train_stream
+from loft_jax.data import Batch, TokenizedData, train_stream
 from loft_jax.data.presets import find_preset
 from loft_jax.data.row_formats import are_chats
 from loft_jax.errors import InputError, NotFiniteError, explained, shown, size_of
@@ -123,6 +123,8 @@ class Run:
             # Wrong targets are refused before the work of tokenizing.
             abstract_model(*known, config, self.task)
         tokens = self.task.tokenize(rows, self.processor, data, vocab_size=vocab_size)
+        if isinstance(tokens, TokenizedData):
+            _warn_of_far_positions(int(tokens.lengths.max()), sizes)
         self.stream = train_stream(tokens, data, batch_size=schedule.batch_size, seed=config.seed)
         most = 2**31 - 1  # steps are counted in 32 bits
         self.steps = schedule.steps or math.ceil(
@@ -409,6 +411,17 @@ class Run:
     def trained(self, state: TrainState) -> Any:
         """Gives the model with the parameters of a state."""
         return self.parts.merged(state.params, state.streams)
+
+
+def _warn_of_far_positions(longest: int, sizes: Any) -> None:
+    """Warns of rows that are longer than those that a model without a limit has learned from."""
+    known = getattr(sizes, "max_position_embeddings", None)
+    if known and longest > known:
+        _log.warning(
+            "the longest row has %d tokens, and max_position_embeddings of the model is %d: it may "
+            "read badly what comes after that; data.max_length shortens rows",
+            *(longest, known),
+        )
 
 
 def _callbacks_of(

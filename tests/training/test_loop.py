@@ -133,6 +133,21 @@ def test_the_state_is_told_before_training(make_config, monkeypatch, caplog):
     assert 0 < held - rows * (2 + 2 * 4 + 2 * 4) < 2000  # weights in bfloat16, mu, basis; grams
 
 
+@pytest.mark.parametrize("known", [15, 16])
+def test_rows_beyond_the_known_positions_are_told(
+    known, workspace, make_config, tmp_path, monkeypatch, caplog
+):
+    """The longest of the prompts with their completions has 16 tokens."""
+    shutil.copytree(workspace / "model", tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    sizes = json.loads(file.read_text()) | {"max_position_embeddings": known}
+    file.write_text(json.dumps(sizes))
+    monkeypatch.setattr(Run, "placed", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        finetune(make_config(model=str(tmp_path / "model")), progress=False)
+    assert ("max_position_embeddings of the model is 15" in caplog.text) == (known == 15)
+
+
 def test_checkpoints_hold_no_base_weights(finished):
     folder = Path(finished.output, "checkpoints", "4")
     sizes = [f.stat().st_size for f in folder.rglob("*") if f.is_file()]

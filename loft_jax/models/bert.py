@@ -7,18 +7,18 @@ of layers.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from loft_jax.errors import InputError
 from loft_jax.models import config_checks
 from loft_jax.models.activations import embeddings_laid_out, laid_out
 from loft_jax.models.attention import attend
 from loft_jax.models.dropout import dropout, dropped
+from loft_jax.models.encoder_config import EncoderConfig
 from loft_jax.models.family import (
     Family,
     ParameterTable,
@@ -33,45 +33,9 @@ from loft_jax.models.nonlinearities import NONLINEARITIES
 from loft_jax.models.stack import run_layers, stack_layers
 
 
-class EncoderConfig(Protocol):
-    """What modules that families share read of a configuration."""
-
-    @property
-    def hidden_size(self) -> int:
-        """Features of the residual stream."""
-
-    @property
-    def intermediate_size(self) -> int:
-        """Inner features of an MLP."""
-
-    @property
-    def hidden_act(self) -> str:
-        """Activation of an MLP, one of `NONLINEARITIES`."""
-
-    @property
-    def hidden_dropout_prob(self) -> float:
-        """Rate of dropout, but on attention's weights."""
-
-    @property
-    def layer_norm_eps(self) -> float:
-        """Added to the variance in a norm."""
-
-    @property
-    def initializer_range(self) -> float:
-        """Standard deviation of new weights."""
-
-
 @dataclasses.dataclass(frozen=True)
-class BertConfig:
+class BertConfig(EncoderConfig):
     """Sizes and constants of a BERT, under the names of Hugging Face's `config.json`.
-
-    `labels` are the names in `id2label`; a single one is the number that a regression gives.
-
-    Attributes:
-        model_type: Hugging Face's name of the family.
-        architecture: Name of Hugging Face's class of the model.
-        others: Names of their classes without its head, whose checkpoints are read too.
-        only: Fields that change the computation, with the one value that is implemented.
 
     Example:
         >>> config = BertConfig.from_hf(
@@ -115,77 +79,22 @@ class BertConfig:
     labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
 
     def __post_init__(self) -> None:
-        given = self.classifier_dropout is not None
+        super().__post_init__()
         config_checks.check_values(
             self,
             sizes={
                 "vocab_size": config_checks.MOST_TOKENS,
-                "hidden_size": config_checks.MOST_HIDDEN,
-                "num_hidden_layers": config_checks.MOST_LAYERS,
-                "num_attention_heads": config_checks.MOST_HEADS,
                 "intermediate_size": config_checks.MOST_FEATURES,
                 "max_position_embeddings": config_checks.MOST_POSITIONS,
                 "type_vocab_size": config_checks.MOST_TOKENS,
             },
-            positive=("layer_norm_eps", "initializer_range"),
-            rates=(
-                "hidden_dropout_prob",
-                "attention_probs_dropout_prob",
-                *(["classifier_dropout"] if given else []),
-            ),
+            rates=() if self.classifier_dropout is None else ("classifier_dropout",),
         )
-        if self.hidden_size % self.num_attention_heads:
-            raise InputError(
-                f"config: hidden_size is {self.hidden_size}, expected a multiple of "
-                f"num_attention_heads ({self.num_attention_heads})"
-            )
-        config_checks.check_one_of(self, "hidden_act", NONLINEARITIES)
 
     @property
     def max_length(self) -> int:
         """The number of positions that have embeddings."""
         return self.max_position_embeddings
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> Self:
-        """Reads the contents of a Hugging Face `config.json`.
-
-        Absent fields take the defaults transformers gives them.
-
-        Args:
-            config: The parsed JSON.
-
-        Returns:
-            The configuration.
-
-        Raises:
-            InputError: Another architecture, or a field whose value is not supported.
-        """
-        config_checks.check_kind(
-            config,
-            model_type=cls.model_type,
-            architectures=[cls.architecture, *cls.others],
-            only=cls.only,
-        )
-        fields = config_checks.present(
-            config, [f.name for f in dataclasses.fields(cls) if f.name != "labels"]
-        )
-        if "eos_token_id" in fields:
-            fields["eos_token_id"] = config_checks.tokens(fields["eos_token_id"])
-        return cls(**fields, labels=config_checks.labels(config))
-
-    def to_hf(self) -> dict[str, Any]:
-        """Gives the contents of a `config.json` that transformers loads."""
-        fields = dataclasses.asdict(self)
-        del fields["labels"]
-        if isinstance(self.eos_token_id, tuple):
-            fields["eos_token_id"] = list(self.eos_token_id)
-        return {
-            "architectures": [self.architecture],
-            "model_type": self.model_type,
-            **fields,
-            **config_checks.labels_to_hf(self.labels),
-        }
 
 
 class Embeddings(nnx.Module):
@@ -265,9 +174,9 @@ class Attention(nnx.Module):
 class Intermediate(nnx.Module):
     """The first layer of the MLP."""
 
-    def __init__(self, config: EncoderConfig, linear: Callable[..., nnx.Linear]):
+    def __init__(self, width: int, config: EncoderConfig, linear: Callable[..., nnx.Linear]):
         self.act = NONLINEARITIES[config.hidden_act]
-        self.dense = linear(config.hidden_size, config.intermediate_size)
+        self.dense = linear(config.hidden_size, width)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `(b, t, hidden)` to `(b, t, intermediate)`."""
@@ -282,7 +191,7 @@ class Layer(nnx.Module):
     ) -> None:
         linear, norm = parts(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.attention = Attention(config, linear, norm, rngs)
-        self.intermediate = Intermediate(config, linear)
+        self.intermediate = Intermediate(config.intermediate_size, config, linear)
         self.output = Output(config.intermediate_size, config, linear, norm, rngs)
 
     def __call__(

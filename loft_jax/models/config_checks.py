@@ -39,52 +39,9 @@ def required(config: Mapping[str, Any], name: str) -> int:
     return value
 
 
-def present(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """Gives those of some optional fields that a `config.json` sets."""
-    return {name: config[name] for name in names if config.get(name) is not None}
-
-
 def tokens(value: Any) -> Any:
     """Converts tokens for a configuration: several become a tuple."""
     return tuple(value) if isinstance(value, (list, tuple)) else value
-
-
-def check_kind(
-    config: Mapping[str, Any],
-    *,
-    model_type: str,
-    architectures: Iterable[str],
-    only: Mapping[str, Any],
-) -> None:
-    """Checks that a `config.json` belongs to a family, and sets nothing that is not implemented.
-
-    Args:
-        config: Its contents.
-        model_type: `model_type` of the family.
-        architectures: Names of Hugging Face's classes that are supported.
-        only: Fields that change the computation, with the only value that is implemented.
-
-    Raises:
-        InputError: It belongs to another family, or sets such a field to another value.
-    """
-    if config.get("model_type") != model_type:
-        raise InputError(
-            f"config: model_type is {shown(config.get('model_type'))}, expected {model_type!r}"
-        )
-    named = config.get("architectures") or ()
-    if not isinstance(named, (list, tuple)):
-        raise InputError(f"config: architectures is {shown(named)}, expected a list")
-    known = {name.lower() for name in architectures}
-    for name in named:
-        if str(name).lower() not in known:
-            raise InputError(
-                f"config: architectures names {shown(name)}, only "
-                f"{', '.join(map(repr, architectures))} is supported"
-            )
-    for name, value in only.items():
-        found = config.get(name, value)
-        if found is not None and found != value:
-            raise InputError(f"config: {name} is {shown(found)}, only {value!r} is supported")
 
 
 def check_values(
@@ -128,6 +85,17 @@ def check_values(
         several = value if isinstance(value, tuple) and name == "eos_token_id" else (value,)
         if not all(token is None or type(token) is int for token in several):
             raise InputError(f"config: {name} is {shown(value)}, expected a token's number")
+
+
+def check_multiple(config: Any, name: str, divisor: str) -> None:
+    """Checks that a field is a multiple of another.
+
+    Raises:
+        InputError: It is not.
+    """
+    value, by = getattr(config, name), getattr(config, divisor)
+    if value % by:
+        raise InputError(f"config: {name} is {value}, expected a multiple of {divisor} ({by})")
 
 
 def check_one_of(config: Any, name: str, known: Collection[str]) -> None:

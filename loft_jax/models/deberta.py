@@ -6,7 +6,7 @@ of layers; after attention it is BERT's.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from loft_jax.models import config_checks
 from loft_jax.models.activations import embeddings_laid_out, gathered, laid_out
 from loft_jax.models.bert import Intermediate, Output, embedder, parts
 from loft_jax.models.dropout import dropout, dropped
+from loft_jax.models.encoder_config import EncoderConfig
 from loft_jax.models.family import (
     Family,
     ParameterTable,
@@ -34,12 +35,6 @@ from loft_jax.models.family import (
 from loft_jax.models.nonlinearities import NONLINEARITIES
 from loft_jax.models.stack import run_layers, stack_layers
 
-_ARCHITECTURE = "DebertaV2ForSequenceClassification"
-_ARCHITECTURES = (_ARCHITECTURE, "DebertaV2Model", "DebertaV2ForMaskedLM")
-
-# Fields that change what a DeBERTa computes, with the one value that is implemented.
-_ONLY: Mapping[str, Any] = {"z_steps": 0, "quantization_config": None}
-
 # Sizes that 0 or -1 leave out.
 _OPTIONAL = {
     "type_vocab_size": config_checks.MOST_TOKENS,
@@ -52,10 +47,9 @@ _POSITION_SCORES = ("c2p", "p2c")  # content to position, position to content
 
 
 @dataclasses.dataclass(frozen=True)
-class DebertaV2Config:
+class DebertaV2Config(EncoderConfig):
     """Sizes and constants of a DeBERTa, under the names of Hugging Face's `config.json`.
 
-    `labels` are the names in `id2label`; a single one is the number that a regression gives.
     `legacy`, which chooses between two heads of pretraining, has no effect on a classifier.
 
     Example:
@@ -65,6 +59,11 @@ class DebertaV2Config:
         >>> config.pos_att_type, config.relative_span, config.max_length
         (('c2p', 'p2c'), 256, None)
     """
+
+    model_type: ClassVar[str] = "deberta-v2"
+    architecture: ClassVar[str] = "DebertaV2ForSequenceClassification"
+    others: ClassVar[tuple[str, ...]] = ("DebertaV2Model", "DebertaV2ForMaskedLM")
+    only: ClassVar[Mapping[str, Any]] = {"z_steps": 0, "quantization_config": None}
 
     vocab_size: int = 128_100
     hidden_size: int = 1536
@@ -98,6 +97,7 @@ class DebertaV2Config:
     labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         optional = {n: most for n, most in _OPTIONAL.items() if getattr(self, n) not in (0, -1)}
         if self.embedding_size is not None:
             optional["embedding_size"] = config_checks.MOST_HIDDEN
@@ -105,30 +105,16 @@ class DebertaV2Config:
             self,
             sizes={
                 "vocab_size": config_checks.MOST_TOKENS,
-                "hidden_size": config_checks.MOST_HIDDEN,
-                "num_hidden_layers": config_checks.MOST_LAYERS,
-                "num_attention_heads": config_checks.MOST_HEADS,
                 "intermediate_size": config_checks.MOST_FEATURES,
                 "max_position_embeddings": config_checks.MOST_POSITIONS,
                 "conv_groups": config_checks.MOST_HIDDEN,
                 **optional,
             },
-            positive=("layer_norm_eps", "initializer_range"),
-            rates=(
-                "hidden_dropout_prob",
-                "attention_probs_dropout_prob",
-                "pooler_dropout",
-                *([] if self.cls_dropout is None else ["cls_dropout"]),
-            ),
+            rates=("pooler_dropout", *([] if self.cls_dropout is None else ["cls_dropout"])),
             flags=("position_biased_input", "relative_attention", "share_att_key"),
         )
-        for name in ("num_attention_heads", "conv_groups"):
-            if self.hidden_size % (divisor := getattr(self, name)):
-                raise InputError(
-                    f"config: hidden_size is {self.hidden_size}, expected a multiple of {name} "
-                    f"({divisor})"
-                )
-        for name in ("hidden_act", "conv_act", "pooler_hidden_act"):
+        config_checks.check_multiple(self, "hidden_size", "conv_groups")
+        for name in ("conv_act", "pooler_hidden_act"):
             config_checks.check_one_of(self, name, NONLINEARITIES)
         config_checks.check_one_of(self, "norm_rel_ebd", ("none", "layer_norm"))
         if unknown := set(self.pos_att_type) - set(_POSITION_SCORES):
@@ -167,18 +153,8 @@ class DebertaV2Config:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
-        """Reads the contents of a Hugging Face `config.json`; see `BertConfig.from_hf`."""
-        config_checks.check_kind(
-            config, model_type="deberta-v2", architectures=_ARCHITECTURES, only=_ONLY
-        )
-        fields = config_checks.present(
-            config, [f.name for f in dataclasses.fields(cls) if f.name != "labels"]
-        )
-        if "eos_token_id" in fields:
-            fields["eos_token_id"] = config_checks.tokens(fields["eos_token_id"])
-        if "pos_att_type" in fields:
-            fields["pos_att_type"] = _position_scores(fields["pos_att_type"])
-        found = cls(**fields, labels=config_checks.labels(config))
+        """Reads the contents of a Hugging Face `config.json`; see `FamilyConfig.from_hf`."""
+        found = super().from_hf(config)
         for name, expected in (
             ("pooler_hidden_size", found.hidden_size),
             ("attention_head_size", found.hidden_size // found.num_attention_heads),
@@ -190,21 +166,20 @@ class DebertaV2Config:
                 )
         return found
 
-    def to_hf(self) -> dict[str, Any]:
-        """Gives the contents of a `config.json` that transformers loads."""
-        fields = dataclasses.asdict(self)
-        del fields["labels"]
-        fields["pos_att_type"] = list(self.pos_att_type)
+    @classmethod
+    def fields_from_hf(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Gives the fields that the contents of a `config.json` of the family set."""
+        fields = super().fields_from_hf(config)
+        if "pos_att_type" in fields:
+            fields["pos_att_type"] = _position_scores(fields["pos_att_type"])
+        return fields
+
+    def fields_to_hf(self) -> dict[str, Any]:
+        """Gives the fields as `config.json` has them."""
+        fields = super().fields_to_hf()
         if self.embedding_size is None:  # which transformers would take as a size
             del fields["embedding_size"]
-        if isinstance(self.eos_token_id, tuple):
-            fields["eos_token_id"] = list(self.eos_token_id)
-        return {
-            "architectures": [_ARCHITECTURE],
-            "model_type": "deberta-v2",
-            **fields,
-            **config_checks.labels_to_hf(self.labels),
-        }
+        return fields
 
 
 def _position_scores(value: Any) -> tuple[str, ...]:
@@ -410,7 +385,7 @@ class Layer(nnx.Module):
     ) -> None:
         linear, norm = parts(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.attention = Attention(config, linear, norm, rngs)
-        self.intermediate = Intermediate(config, linear)
+        self.intermediate = Intermediate(config.intermediate_size, config, linear)
         self.output = Output(config.intermediate_size, config, linear, norm, rngs)
 
     def __call__(
@@ -544,7 +519,7 @@ class DebertaV2ForSequenceClassification(SequenceClassifier):
         He et al., "DeBERTa", arXiv 2006.03654, and "DeBERTaV3", arXiv 2111.09543.
     """
 
-    architecture = _ARCHITECTURE
+    architecture = DebertaV2Config.architecture
     output_modules = ("classifier",)
 
     def __init__(
@@ -647,7 +622,7 @@ _VERSION_3 = DebertaV2Config(
 )
 
 FAMILY = Family(
-    model_type="deberta-v2",
+    model_type=DebertaV2Config.model_type,
     config=DebertaV2Config,
     models={"sequence-classification": DebertaV2ForSequenceClassification},
     prefix="deberta.",

@@ -2,10 +2,11 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from loft_jax.errors import InputError, shown
 from loft_jax.models import config_checks
+from loft_jax.models.family_config import FamilyConfig
 from loft_jax.models.rope_config import read_rope, rope_scaling_to_hf
 from loft_jax.models.rope_scaling import RopeScaling
 
@@ -22,19 +23,9 @@ _SIZES: Mapping[str, int] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """The part of the configuration that Llama and the families made of its modules share.
+class DecoderConfig(FamilyConfig):
+    """The part of the configuration that Llama and the families made of its modules share."""
 
-    Attributes:
-        model_type: Hugging Face's name of the family.
-        architecture: Name of Hugging Face's class of the model.
-        headless: Names of their classes without a head whose checkpoints are read too.
-        only: Fields that change the computation, with the one value that is implemented.
-    """
-
-    model_type: ClassVar[str]
-    architecture: ClassVar[str]
-    headless: ClassVar[tuple[str, ...]] = ()
     only: ClassVar[Mapping[str, Any]] = {
         "hidden_act": "silu",
         "attention_dropout": 0.0,
@@ -102,74 +93,38 @@ class DecoderConfig:
         """None, since positions are computed."""
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> Self:
-        """Reads the contents of a Hugging Face `config.json`.
+    def fields_from_hf(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Gives the fields that the contents of a `config.json` of the family set.
 
         Takes the older keys (`rope_theta`, `rope_scaling`) as well as the newer one
-        (`rope_parameters`). Absent fields take the defaults transformers gives them; fields that
-        transformers' own model does not read either (a version, a cache switch) have no effect.
-
-        Args:
-            config: The parsed JSON.
-
-        Returns:
-            The configuration.
-
-        Raises:
-            InputError: Another architecture, or a field whose value is not supported.
+        (`rope_parameters`).
         """
-        config_checks.check_kind(
-            config,
-            model_type=cls.model_type,
-            architectures=[cls.architecture, *cls.headless],
-            only=cls.only,
-        )
-        sizes: dict[str, Any] = {
-            name: config_checks.required(config, name)
-            for name in (
-                "vocab_size",
-                "hidden_size",
-                "intermediate_size",
-                "num_hidden_layers",
-                "num_attention_heads",
-            )
-        }
-        heads = sizes["num_attention_heads"]
-        head_dim = config.get("head_dim")
-        if head_dim is None:
-            if sizes["hidden_size"] % heads:
+        fields = super().fields_from_hf(config)
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+        ):
+            config_checks.required(config, name)
+        width, heads = fields["hidden_size"], fields["num_attention_heads"]
+        if "head_dim" not in fields:
+            if width % heads:
                 raise InputError(
-                    f"config: hidden_size is {shown(sizes['hidden_size'])}, expected a multiple of "
+                    f"config: hidden_size is {shown(width)}, expected a multiple of "
                     f"num_attention_heads ({heads})"
                 )
-            head_dim = sizes["hidden_size"] // heads
-        kv_heads = config.get("num_key_value_heads")
-        apart = {"num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "eos_token_id"}
-        names = {field.name for field in dataclasses.fields(cls)}
-        optional = config_checks.present(config, names - sizes.keys() - apart)
-        rope_theta, rope_scaling = read_rope(config)
-        return cls(
-            **sizes,
-            **optional,
-            num_key_value_heads=heads if kv_heads is None else kv_heads,
-            head_dim=head_dim,
-            rope_theta=rope_theta,
-            rope_scaling=rope_scaling,
-            eos_token_id=config_checks.tokens(config.get("eos_token_id")),
-        )
+            fields["head_dim"] = width // heads
+        fields.setdefault("num_key_value_heads", heads)
+        fields["rope_theta"], fields["rope_scaling"] = read_rope(config)
+        return fields
 
-    def to_hf(self) -> dict[str, Any]:
-        """Gives the contents of a `config.json` that transformers loads.
+    def fields_to_hf(self) -> dict[str, Any]:
+        """Gives the fields as `config.json` has them.
 
         Rotary settings are written under the older keys, which every release reads.
         """
-        fields = dataclasses.asdict(self)
+        fields = super().fields_to_hf()
         fields["rope_scaling"] = rope_scaling_to_hf(self.rope_scaling)
-        if isinstance(self.eos_token_id, tuple):
-            fields["eos_token_id"] = list(self.eos_token_id)
-        return {
-            "architectures": [self.architecture],
-            "model_type": self.model_type,
-            "hidden_act": "silu",
-            **fields,
-        }
+        return {"hidden_act": "silu", **fields}

@@ -38,7 +38,7 @@ class Gemma2Config(DecoderConfig):
 
     model_type: ClassVar[str] = "gemma2"
     architecture: ClassVar[str] = "Gemma2ForCausalLM"
-    headless: ClassVar[tuple[str, ...]] = ("Gemma2Model",)
+    others: ClassVar[tuple[str, ...]] = ("Gemma2Model",)
     only: ClassVar[Mapping[str, Any]] = {
         "hidden_activation": "gelu_pytorch_tanh",
         "attention_dropout": 0.0,
@@ -100,7 +100,7 @@ class Gemma2Config(DecoderConfig):
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
-        """Reads the contents of a Hugging Face `config.json`; see `DecoderConfig.from_hf`."""
+        """Reads the contents of a Hugging Face `config.json`; see `FamilyConfig.from_hf`."""
         types = config.get("layer_types")
         if types is None:
             types = alternating(config, period=2)
@@ -113,11 +113,7 @@ class Gemma2Config(DecoderConfig):
         """Gives the contents of a `config.json` that transformers loads."""
         fields = super().to_hf()
         del fields["hidden_act"]
-        return {
-            **fields,
-            "hidden_activation": "gelu_pytorch_tanh",
-            "layer_types": list(self.layer_types),
-        }
+        return {**fields, "hidden_activation": "gelu_pytorch_tanh"}
 
 
 def alternating(config: Mapping[str, Any], *, period: int) -> tuple[str, ...]:

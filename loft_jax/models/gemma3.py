@@ -37,7 +37,7 @@ class Gemma3TextConfig(Gemma2Config):
 
     model_type: ClassVar[str] = "gemma3_text"
     architecture: ClassVar[str] = "Gemma3ForCausalLM"
-    headless: ClassVar[tuple[str, ...]] = ("Gemma3TextModel",)
+    others: ClassVar[tuple[str, ...]] = ("Gemma3TextModel",)
     # transformers' Gemma 3 does not apply a cap of the scores that its configuration sets.
     only: ClassVar[Mapping[str, Any]] = {**Gemma2Config.only, "attn_logit_softcapping": None}
     defaults: ClassVar[Mapping[str, Any]] = {
@@ -57,7 +57,7 @@ class Gemma3TextConfig(Gemma2Config):
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
-        """Reads the contents of a Hugging Face `config.json`; see `DecoderConfig.from_hf`.
+        """Reads the contents of a Hugging Face `config.json`; see `FamilyConfig.from_hf`.
 
         In `rope_parameters`, each type of layer has its own.
         """

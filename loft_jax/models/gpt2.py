@@ -8,14 +8,13 @@ one layer, as PEFT adapts it.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from loft_jax.errors import InputError
 from loft_jax.models import config_checks
 from loft_jax.models.activations import embeddings_laid_out, laid_out
 from loft_jax.models.attention import KVCache, attend, positions_from, visibility
@@ -30,20 +29,9 @@ from loft_jax.models.family import (
     linear,
     norm,
 )
+from loft_jax.models.family_config import FamilyConfig
 from loft_jax.models.nonlinearities import NONLINEARITIES
 from loft_jax.models.stack import run_layers, stack_layers
-
-_ARCHITECTURE = "GPT2LMHeadModel"
-
-# Fields that change what a GPT-2 computes, with the one value that is implemented.
-_ONLY: Mapping[str, Any] = {
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "reorder_and_upcast_attn": False,
-    "add_cross_attention": False,
-    "is_causal": True,
-    "quantization_config": None,
-}
 
 # Fields under the names that other families give them, which transformers reads before these.
 _ALIASES: Mapping[str, str] = {
@@ -55,7 +43,7 @@ _ALIASES: Mapping[str, str] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class GPT2Config:
+class GPT2Config(FamilyConfig):
     """Sizes and constants of a GPT-2, under the names of Hugging Face's `config.json`.
 
     Example:
@@ -63,6 +51,18 @@ class GPT2Config:
         >>> config.n_inner, config.n_positions
         (128, 1024)
     """
+
+    model_type: ClassVar[str] = "gpt2"
+    architecture: ClassVar[str] = "GPT2LMHeadModel"
+    others: ClassVar[tuple[str, ...]] = ("GPT2Model",)
+    only: ClassVar[Mapping[str, Any]] = {
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "reorder_and_upcast_attn": False,
+        "add_cross_attention": False,
+        "is_causal": True,
+        "quantization_config": None,
+    }
 
     vocab_size: int = 50_257
     n_positions: int = 1024
@@ -96,10 +96,7 @@ class GPT2Config:
             rates=("embd_pdrop", "attn_pdrop", "resid_pdrop"),
             flags=("tie_word_embeddings",),
         )
-        if self.n_embd % self.n_head:
-            raise InputError(
-                f"config: n_embd is {self.n_embd}, expected a multiple of n_head ({self.n_head})"
-            )
+        config_checks.check_multiple(self, "n_embd", "n_head")
         config_checks.check_one_of(self, "activation_function", NONLINEARITIES)
 
     @property
@@ -108,40 +105,17 @@ class GPT2Config:
         return self.n_positions
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> "GPT2Config":
-        """Reads the contents of a Hugging Face `config.json`.
-
-        Absent fields take the defaults transformers gives them.
-
-        Args:
-            config: The parsed JSON.
-
-        Returns:
-            The configuration.
-
-        Raises:
-            InputError: Another architecture, or a field whose value is not supported.
-        """
-        config_checks.check_kind(
-            config, model_type="gpt2", architectures=[_ARCHITECTURE, "GPT2Model"], only=_ONLY
-        )
+    def fields_from_hf(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Gives the fields that the contents of a `config.json` of the family set."""
         config = {**config, **{_ALIASES[key]: config[key] for key in _ALIASES if key in config}}
-        names = [f.name for f in dataclasses.fields(cls) if not f.name.endswith("token_id")]
-        fields = config_checks.present(config, names)
+        fields = super().fields_from_hf(config)
         width = fields.get("n_embd", cls.n_embd)
         if "n_inner" not in fields and isinstance(width, int):
             fields["n_inner"] = 4 * width
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            if name in config:
+            if name in config:  # null is no such token
                 fields[name] = config_checks.tokens(config[name])
-        return cls(**fields)
-
-    def to_hf(self) -> dict[str, Any]:
-        """Gives the contents of a `config.json` that transformers loads."""
-        fields = dataclasses.asdict(self)
-        if isinstance(self.eos_token_id, tuple):
-            fields["eos_token_id"] = list(self.eos_token_id)
-        return {"architectures": [_ARCHITECTURE], "model_type": "gpt2", **fields}
+        return fields
 
 
 class Attention(nnx.Module):
@@ -233,7 +207,7 @@ class GPT2(LanguageModel):
         Radford et al., "Language Models are Unsupervised Multitask Learners", 2019.
     """
 
-    architecture = _ARCHITECTURE
+    architecture = GPT2Config.architecture
 
     def __init__(
         self,
@@ -341,7 +315,7 @@ def _norm(
 
 
 FAMILY = Family(
-    model_type="gpt2",
+    model_type=GPT2Config.model_type,
     config=GPT2Config,
     models={"causal-lm": GPT2},
     prefix="transformer.",

@@ -43,7 +43,7 @@ class MistralConfig(DecoderConfig):
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
-        """Reads the contents of a Hugging Face `config.json`; see `DecoderConfig.from_hf`."""
+        """Reads the contents of a Hugging Face `config.json`; see `FamilyConfig.from_hf`."""
         absent = {"num_key_value_heads": 8, "sliding_window": 4096}
         return super().from_hf({**absent, "bos_token_id": 1, "eos_token_id": 2, **config})
 

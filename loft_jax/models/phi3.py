@@ -85,7 +85,7 @@ class Phi3Config(DecoderConfig):
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
-        """Reads the contents of a Hugging Face `config.json`; see `DecoderConfig.from_hf`."""
+        """Reads the contents of a Hugging Face `config.json`; see `FamilyConfig.from_hf`."""
         config = {"bos_token_id": 1, "eos_token_id": 32_000, "pad_token_id": 32_000, **config}
         for name in ("max_position_embeddings", "original_max_position_embeddings"):
             if config.get(name) is None:

@@ -62,7 +62,7 @@ class Qwen2Config(DecoderConfig):
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
-        """Reads the contents of a Hugging Face `config.json`; see `DecoderConfig.from_hf`."""
+        """Reads the contents of a Hugging Face `config.json`; see `FamilyConfig.from_hf`."""
         return super().from_hf({"num_key_value_heads": 32, **config, **_window(config)})
 
     def to_hf(self) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class Qwen2Config(DecoderConfig):
         return {
             **fields,
             "use_sliding_window": True,
-            "layer_types": list(layer_types),
+            "layer_types": layer_types,
             # for releases that do not know layer_types; right where the last layers have the window
             "max_window_layers": layer_types.index(SLIDING),
         }

@@ -48,7 +48,7 @@ class Qwen3Config(Qwen2Config):
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
-        """Reads the contents of a Hugging Face `config.json`; see `DecoderConfig.from_hf`."""
+        """Reads the contents of a Hugging Face `config.json`; see `FamilyConfig.from_hf`."""
         return super().from_hf({"head_dim": 128, **config})
 
 

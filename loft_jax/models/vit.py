@@ -6,7 +6,7 @@ layers. Images have their channels last, `(b, height, width, 3)`.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from loft_jax.models import config_checks
 from loft_jax.models.activations import laid_out
 from loft_jax.models.attention import attend
 from loft_jax.models.dropout import dropout, dropped
+from loft_jax.models.encoder_config import EncoderConfig
 from loft_jax.models.family import (
     Family,
     ImageClassifier,
@@ -35,21 +36,12 @@ CHANNELS = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ImageEncoderConfig:
+class ImageEncoderConfig(EncoderConfig):
     """The sizes and constants that encoders of image patches have in common.
 
-    Names are those of Hugging Face's `config.json`; `labels` are the names in `id2label`.
-
-    Attributes:
-        model_type: Hugging Face's name of the family.
-        architecture: Name of Hugging Face's class of the model.
-        others: Names of their classes without its head, whose checkpoints are read too.
-        only: Fields that change the computation, with the one value that is implemented.
+    Names are those of Hugging Face's `config.json`.
     """
 
-    model_type: ClassVar[str]
-    architecture: ClassVar[str]
-    others: ClassVar[tuple[str, ...]]
     only: ClassVar[Mapping[str, Any]] = {"num_channels": CHANNELS, "quantization_config": None}
 
     hidden_size: int = 768
@@ -66,30 +58,20 @@ class ImageEncoderConfig:
     labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         config_checks.check_values(
             self,
             sizes={
-                "hidden_size": config_checks.MOST_HIDDEN,
-                "num_hidden_layers": config_checks.MOST_LAYERS,
-                "num_attention_heads": config_checks.MOST_HEADS,
                 "image_size": config_checks.MOST_PIXELS,
                 "patch_size": config_checks.MOST_PIXELS,
             },
-            positive=("layer_norm_eps", "initializer_range"),
-            rates=("hidden_dropout_prob", "attention_probs_dropout_prob"),
             flags=("qkv_bias",),
         )
-        if self.hidden_size % self.num_attention_heads:
-            raise InputError(
-                f"config: hidden_size is {self.hidden_size}, expected a multiple of "
-                f"num_attention_heads ({self.num_attention_heads})"
-            )
         if self.patch_size > self.image_size:
             raise InputError(
                 f"config: patch_size is {self.patch_size}, expected image_size "
                 f"({self.image_size}) at most"
             )
-        config_checks.check_one_of(self, "hidden_act", NONLINEARITIES)
 
     @property
     def grid(self) -> int:
@@ -109,33 +91,18 @@ class ImageEncoderConfig:
         """None: it reads no tokens of a text."""
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> Self:
-        """Reads the contents of a Hugging Face `config.json`; see `BertConfig.from_hf`."""
-        config_checks.check_kind(
-            config,
-            model_type=cls.model_type,
-            architectures=[cls.architecture, *cls.others],
-            only=cls.only,
-        )
-        names = [field.name for field in dataclasses.fields(cls) if field.name != "labels"]
-        found = config_checks.present(config, names)
+    def fields_from_hf(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Gives the fields that the contents of a `config.json` of the family set."""
+        fields = super().fields_from_hf(config)
         for name in ("image_size", "patch_size"):
-            match found.get(name):
+            match fields.get(name):
                 case [height, width] if height == width:
-                    found[name] = height
-        return cls(**found, labels=config_checks.labels(config))
+                    fields[name] = height
+        return fields
 
-    def to_hf(self) -> dict[str, Any]:
-        """Gives the contents of a `config.json` that transformers loads."""
-        fields = dataclasses.asdict(self)
-        del fields["labels"]
-        return {
-            "architectures": [self.architecture],
-            "model_type": self.model_type,
-            **fields,
-            "num_channels": CHANNELS,
-            **config_checks.labels_to_hf(self.labels),
-        }
+    def fields_to_hf(self) -> dict[str, Any]:
+        """Gives the fields as `config.json` has them, and the number of channels."""
+        return {**super().fields_to_hf(), "num_channels": CHANNELS}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -51,6 +51,10 @@ class DecoderConfig(FamilyConfig):
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
 
+    # Without a type, these are no fields; a family that has biases makes them fields of its own.
+    attention_bias = False
+    mlp_bias = False
+
     def __post_init__(self) -> None:
         config_checks.check_values(
             self,
@@ -71,17 +75,12 @@ class DecoderConfig(FamilyConfig):
     @property
     def qkv_bias(self) -> bool:
         """Whether the projections to queries, keys and values have biases."""
-        return False
+        return self.attention_bias
 
     @property
     def output_bias(self) -> bool:
         """Whether the projection from the heads has a bias."""
-        return False
-
-    @property
-    def mlp_bias(self) -> bool:
-        """Whether the projections of the MLP have biases."""
-        return False
+        return self.attention_bias
 
     @property
     def rotary_dim(self) -> int:

@@ -84,16 +84,6 @@ class Gemma2Config(DecoderConfig):
         config_checks.layer_types(self.layer_types, self.num_hidden_layers)
 
     @property
-    def qkv_bias(self) -> bool:
-        """As `attention_bias` says."""
-        return self.attention_bias
-
-    @property
-    def output_bias(self) -> bool:
-        """As `attention_bias` says."""
-        return self.attention_bias
-
-    @property
     def kinds(self) -> list[int]:
         """The type of each layer: 0 for full attention, 1 for a window."""
         return [LAYER_TYPES.index(kind) for kind in self.layer_types]

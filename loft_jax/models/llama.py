@@ -61,16 +61,6 @@ class LlamaConfig(DecoderConfig):
     attention_bias: bool = False
     mlp_bias: bool = False
 
-    @property
-    def qkv_bias(self) -> bool:
-        """As `attention_bias` says."""
-        return self.attention_bias
-
-    @property
-    def output_bias(self) -> bool:
-        """As `attention_bias` says."""
-        return self.attention_bias
-
 
 class SelfAttention(nnx.Module):
     """Rotary grouped-query self-attention.

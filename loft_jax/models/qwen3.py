@@ -41,11 +41,6 @@ class Qwen3Config(Qwen2Config):
         """As `attention_bias` says."""
         return self.attention_bias
 
-    @property
-    def output_bias(self) -> bool:
-        """As `attention_bias` says."""
-        return self.attention_bias
-
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
         """Reads the contents of a Hugging Face `config.json`; see `FamilyConfig.from_hf`."""

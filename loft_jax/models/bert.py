@@ -30,7 +30,7 @@ from loft_jax.models.family import (
     norm,
 )
 from loft_jax.models.nonlinearities import NONLINEARITIES
-from loft_jax.models.stack import run_layers, stack_layers
+from loft_jax.models.stack import linear_layers, run_layers, stack_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,13 +354,7 @@ def parts(
     config: EncoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
 ) -> tuple[Callable[..., nnx.Linear], Callable[[], nnx.LayerNorm]]:
     """How linear layers and norms are made, as Hugging Face initializes them."""
-    linear = functools.partial(
-        nnx.Linear,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        kernel_init=nnx.initializers.normal(config.initializer_range),
-        rngs=rngs,
-    )
+    linear = linear_layers(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
     norm = functools.partial(
         nnx.LayerNorm,
         config.hidden_size,

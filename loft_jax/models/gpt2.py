@@ -31,7 +31,7 @@ from loft_jax.models.family import (
 )
 from loft_jax.models.family_config import FamilyConfig
 from loft_jax.models.nonlinearities import NONLINEARITIES
-from loft_jax.models.stack import run_layers, stack_layers
+from loft_jax.models.stack import linear_layers, run_layers, stack_layers
 
 # Fields under the names that other families give them, which transformers reads before these.
 _ALIASES: Mapping[str, str] = {
@@ -166,13 +166,7 @@ class Block(nnx.Module):
     def __init__(
         self, config: GPT2Config, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
-        linear = functools.partial(
-            nnx.Linear,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            kernel_init=nnx.initializers.normal(config.initializer_range),
-            rngs=rngs,
-        )
+        linear = linear_layers(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.ln_1 = _norm(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.attn = Attention(config, linear, rngs)
         self.ln_2 = _norm(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)

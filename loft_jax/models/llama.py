@@ -29,7 +29,7 @@ from loft_jax.models.family import (
     norm,
 )
 from loft_jax.models.rope import rotate, rotation
-from loft_jax.models.stack import PerLayer, run_layers, stack_layers
+from loft_jax.models.stack import PerLayer, linear_layers, run_layers, stack_layers
 
 Norm = Callable[[jax.Array], jax.Array]
 
@@ -77,13 +77,7 @@ class SelfAttention(nnx.Module):
         self, config: DecoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
         self.head_dim = config.head_dim
-        linear = functools.partial(
-            nnx.Linear,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            kernel_init=nnx.initializers.normal(config.initializer_range),
-            rngs=rngs,
-        )
+        linear = linear_layers(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
         self.q_proj = linear(config.hidden_size, width, use_bias=config.qkv_bias)
@@ -130,17 +124,11 @@ class MLP(nnx.Module):
     def __init__(
         self, config: DecoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
-        linear = functools.partial(
-            nnx.Linear,
-            use_bias=config.mlp_bias,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            kernel_init=nnx.initializers.normal(config.initializer_range),
-            rngs=rngs,
-        )
-        self.gate_proj = linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = linear(config.intermediate_size, config.hidden_size)
+        linear = linear_layers(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = linear(width, inner, use_bias=bias)
+        self.up_proj = linear(width, inner, use_bias=bias)
+        self.down_proj = linear(inner, width, use_bias=bias)
 
     def projected(self, x: jax.Array) -> Sequence[jax.Array]:
         """Gives the gate and what it multiplies, `(b, t, inner)`, of `x (b, t, hidden)`."""

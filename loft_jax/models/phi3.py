@@ -21,6 +21,7 @@ from loft_jax.models.decoder_config import DecoderConfig
 from loft_jax.models.family import Family, ParameterTable, linear
 from loft_jax.models.llama import Llama
 from loft_jax.models.rope_scaling import LongRopeScaling
+from loft_jax.models.stack import linear_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,10 +124,9 @@ class SelfAttention(llama.SelfAttention):
             for heads in (config.num_attention_heads, config.num_key_value_heads)
         )
         self.ends = (width, width + kv_width)
-        self.qkv_proj = _linear(
-            config, config.hidden_size, width + 2 * kv_width, dtype, param_dtype, rngs
-        )
-        self.o_proj = _linear(config, width, config.hidden_size, dtype, param_dtype, rngs)
+        linear = linear_layers(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.qkv_proj = linear(config.hidden_size, width + 2 * kv_width, use_bias=False)
+        self.o_proj = linear(width, config.hidden_size, use_bias=False)
 
     def projected(self, x: jax.Array) -> list[jax.Array]:
         """Gives queries, keys and values `(b, t, heads * head_dim)` of `x (b, t, hidden)`."""
@@ -139,32 +139,14 @@ class MLP(llama.MLP):
     def __init__(
         self, config: DecoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
-        inner = config.intermediate_size
-        self.gate_up_proj = _linear(config, config.hidden_size, 2 * inner, dtype, param_dtype, rngs)
-        self.down_proj = _linear(config, inner, config.hidden_size, dtype, param_dtype, rngs)
+        linear = linear_layers(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        width, inner = config.hidden_size, config.intermediate_size
+        self.gate_up_proj = linear(width, 2 * inner, use_bias=False)
+        self.down_proj = linear(inner, width, use_bias=False)
 
     def projected(self, x: jax.Array) -> list[jax.Array]:
         """Gives the gate and what it multiplies, `(b, t, inner)`, of `x (b, t, hidden)`."""
         return jnp.split(laid_out(self.gate_up_proj(x), features=2), 2, axis=-1)
-
-
-def _linear(
-    config: DecoderConfig,
-    size: int,
-    features: int,
-    dtype: DTypeLike,
-    param_dtype: DTypeLike,
-    rngs: nnx.Rngs,
-) -> nnx.Linear:
-    return nnx.Linear(
-        size,
-        features,
-        use_bias=False,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        kernel_init=nnx.initializers.normal(config.initializer_range),
-        rngs=rngs,
-    )
 
 
 class DecoderLayer(llama.DecoderLayer):

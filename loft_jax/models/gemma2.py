@@ -5,7 +5,7 @@ Embeddings are scaled, and norms multiply by one more than their weight.
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import jax
@@ -18,7 +18,7 @@ from loft_jax.models import config_checks, llama
 from loft_jax.models.attention import KVCache, softcapped, windowed
 from loft_jax.models.config_checks import LAYER_TYPES
 from loft_jax.models.decoder_config import DecoderConfig
-from loft_jax.models.family import Family, ParameterTable, Remat, norm
+from loft_jax.models.family import Family, ParameterTable, Remat
 from loft_jax.models.llama import Llama
 from loft_jax.models.stack import PerLayer
 
@@ -232,18 +232,10 @@ class Gemma2(Llama):
     @staticmethod
     def parameter_table(config: DecoderConfig) -> ParameterTable:
         """Makes the parameter table of a model of this configuration."""
-        return with_norms(
+        return llama.with_norms(
             Llama.parameter_table(config),
             ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
         )
-
-
-def with_norms(table: ParameterTable, names: Sequence[str]) -> ParameterTable:
-    """Adds norms of a layer, by their names in it, to a table."""
-    rows = dict(table.tensors)
-    for name in names:
-        rows |= norm(f"layers.{name}", f"model.layers.{{}}.{name}")
-    return dataclasses.replace(table, tensors=rows)
 
 
 def _norm(config: DecoderConfig, param_dtype: DTypeLike) -> RMSNorm:

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from loft_jax.errors import InputError, shown
-from loft_jax.models import config_checks, gemma2
+from loft_jax.models import config_checks, gemma2, llama
 from loft_jax.models.config_checks import LAYER_TYPES
 from loft_jax.models.decoder_config import DecoderConfig
 from loft_jax.models.family import Family, ParameterTable
@@ -156,7 +156,7 @@ class Gemma3(Gemma2):
     def parameter_table(config: DecoderConfig) -> ParameterTable:
         """Makes the parameter table of a model of this configuration."""
         names = ("self_attn.q_norm", "self_attn.k_norm")
-        return gemma2.with_norms(Gemma2.parameter_table(config), names)
+        return llama.with_norms(Gemma2.parameter_table(config), names)
 
 
 def _gemma3(layers: int, **sizes: Any) -> Gemma3TextConfig:

@@ -335,6 +335,14 @@ class Llama(LanguageModel):
         )
 
 
+def with_norms(table: ParameterTable, names: Sequence[str]) -> ParameterTable:
+    """Adds norms of a layer, by their names in it, to a table."""
+    rows = dict(table.tensors)
+    for name in names:
+        rows |= norm(f"layers.{name}", f"model.layers.{{}}.{name}")
+    return dataclasses.replace(table, tensors=rows)
+
+
 def _norm(
     config: DecoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
 ) -> nnx.RMSNorm:

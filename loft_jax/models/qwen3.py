@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from loft_jax.models import llama
 from loft_jax.models.decoder_config import DecoderConfig
 from loft_jax.models.decoder_gguf import DecoderGGUF
-from loft_jax.models.family import Family, ParameterTable, norm
+from loft_jax.models.family import Family, ParameterTable
 from loft_jax.models.qwen2 import Qwen2, Qwen2Config
 
 
@@ -109,12 +109,8 @@ class Qwen3(Qwen2):
     @staticmethod
     def parameter_table(config: DecoderConfig) -> ParameterTable:
         """Makes the parameter table of a model of this configuration."""
-        table = Qwen2.parameter_table(config)
-        norms = {
-            **norm("layers.self_attn.q_norm", "model.layers.{}.self_attn.q_norm"),
-            **norm("layers.self_attn.k_norm", "model.layers.{}.self_attn.k_norm"),
-        }
-        return dataclasses.replace(table, tensors={**table.tensors, **norms})
+        names = ("self_attn.q_norm", "self_attn.k_norm")
+        return llama.with_norms(Qwen2.parameter_table(config), names)
 
 
 class _GGUF(DecoderGGUF):

@@ -65,10 +65,6 @@ def check_settings(
             check(name, number, abs(number) <= largest, limit)
         else:
             check(name, number, math.isfinite(number), "a finite number")
-    for name, hint in hints.items():
-        if get_origin(hint) is Literal:
-            value, known = getattr(settings, name), get_args(hint)
-            check(name, value, value in known, f"one of {', '.join(known)}")
     for name, low in (at_least or {}).items():
         value = getattr(settings, name)
         check(name, value, value is None or value >= low, f"at least {low}")
@@ -97,11 +93,13 @@ def _fits(value: Any, hint: Any) -> bool:
     if not isinstance(value, (bool, int, float, str, tuple, dict, NoneType)):
         return True
     if origin is Literal:
-        return isinstance(value, str)
+        return value in inner
     if origin is tuple:
         return isinstance(value, tuple) and all(_fits(each, inner[0]) for each in value)
     if origin is dict:
-        return isinstance(value, dict) and all(_fits(each, inner[1]) for each in value.values())
+        return isinstance(value, dict) and all(
+            _fits(key, inner[0]) and _fits(each, inner[1]) for key, each in value.items()
+        )
     if hint in (int, float):
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
     return isinstance(value, hint)

@@ -229,6 +229,8 @@ def test_an_alias_stands_for_its_value(tmp_path):
         ({"steps": 1.5}, r"schedule\.steps is 1\.5, expected an integer"),
         ({"balance": "no"}, r"method\.balance is 'no', expected true or false"),
         ({"alpha_pattern": {"q": "8"}}, r"lora\.alpha_pattern is .*, expected a mapping, each a n"),
+        ({"rank_pattern": {1: 2}}, r"lora\.rank_pattern is \{1: 2\}, expected a mapping"),
+        ({"class_weights": "balance"}, "class_weights is 'balance', expected one of balanced or a"),
         ({"target_modules": "q_proj"}, r"target_modules is 'q_proj', expected a list, each a text"),
         ({"seed": True}, "seed is True, expected an integer"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm is nan"),

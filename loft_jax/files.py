@@ -293,17 +293,17 @@ def _umask() -> int:
     return mask
 
 
-def cache_folder(name: str) -> Path:
+def cache_folder(name: str) -> Path | None:
     """Gives a folder for files that can be made again, in that of the user's caches.
 
     Args:
         name: Of what is kept there.
 
     Returns:
-        The folder, which need not be there; `XDG_CACHE_HOME` moves it.
-
-    Raises:
-        RuntimeError: The user has no home.
+        The folder, which need not be there; `XDG_CACHE_HOME` moves it. None if the user has no
+        home.
     """
     caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    return caches.expanduser() / "loft_jax" / name
+    with contextlib.suppress(RuntimeError):
+        return caches.expanduser() / "loft_jax" / name
+    return None

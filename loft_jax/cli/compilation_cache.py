@@ -29,14 +29,14 @@ def keep_compiled_programs() -> Path | None:
     )
     if folder or "JAX_COMPILATION_CACHE_DIR" in os.environ or not enabled:
         return None
-    if jax.distributed.is_initialized():
+    if jax.distributed.is_initialized() or not (programs := cache_folder("programs")):
         return None
+    folder = programs / _this_cpu()
     try:
-        folder = cache_folder("programs") / _this_cpu()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not _is_private(folder):
             return None
-    except (OSError, RuntimeError):  # RuntimeError of a user without a home
+    except OSError:
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", _MOST_BYTES)

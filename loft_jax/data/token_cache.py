@@ -50,8 +50,9 @@ def cached(
     Returns:
         The arrays, by name.
     """
-    key = _key(rows, tokenizer, settings, Path(inspect.getfile(make)))
-    file = None if key is None else cache_folder("tokens") / f"{key}.safetensors"
+    folder = cache_folder("tokens")
+    key = _key(rows, tokenizer, settings, Path(inspect.getfile(make))) if folder else None
+    file = folder / f"{key}.safetensors" if folder and key else None
     if file is not None and (found := _read(file)) is not None:
         arrays, record = found
         log_again(tokenizer, record)

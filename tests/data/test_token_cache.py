@@ -1,10 +1,13 @@
 import logging
+from pathlib import Path
+from unittest.mock import Mock
 
 import datasets
 import numpy as np
 import pytest
 
 from loft_jax.data import DataConfig, encode, token_cache, tokenize
+from loft_jax.files import cache_folder
 from loft_jax.tasks.classification import Classification
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
@@ -30,6 +33,15 @@ def made(monkeypatch):
 
     monkeypatch.setattr(encode, "_tokenized", counted)
     return numbers
+
+
+def test_a_user_without_a_home_has_no_cache(made, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", Mock(side_effect=RuntimeError))
+    for _ in range(2):
+        assert len(tokenize(ROWS, tiny_tokenizer(), DATA)) == 1
+    assert made == [2, 2]
+    assert cache_folder("programs") is None
 
 
 @pytest.mark.parametrize("kind", [list, datasets.Dataset.from_list])

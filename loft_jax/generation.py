@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _MOST_NEW = 2**20  # largest number of new tokens; the cache has room for them from the start
 _BUCKET = 64  # lengths are rounded up to powers of two from here, so that few shapes are compiled
+_NEAR = 16  # tokens before a text that decide how it begins; all of a prompt would take long
 _LEAST_TEMPERATURE = 1e-6  # logits divided by it are finite in float32
 
 
@@ -230,8 +231,9 @@ def _continuation(
     An answer in a conversation begins a text of its own, without that space.
     """
     if isinstance(prompt, str):
-        before = decoded(tokenizer, ids, special=False)
-        whole = decoded(tokenizer, [*ids, *new], special=False)
+        near = ids[-_NEAR:]
+        before = decoded(tokenizer, near, special=False)
+        whole = decoded(tokenizer, [*near, *new], special=False)
         if whole.startswith(before):  # else a character has tokens of both
             return whole.removeprefix(before)
     return decoded(tokenizer, new, special=False)

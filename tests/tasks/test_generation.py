@@ -214,6 +214,21 @@ def test_a_streamed_text_is_the_same(tiny_llama, sampling):
     assert len(pieces) > 1
 
 
+def test_a_piece_is_decoded_beside_the_end_of_the_prompt_only(tiny_llama, monkeypatch):
+    _, model = tiny_llama
+    tokenizer, lengths, decoded = tiny_tokenizer(), [], module.decoded
+
+    def counted(tokenizer, ids, **options):
+        lengths.append(len(ids))
+        return decoded(tokenizer, ids, **options)
+
+    monkeypatch.setattr(module, "decoded", counted)
+    prompt = "a joy " * 30
+    pieces = list(stream_text(model, tokenizer, prompt, max_new_tokens=4))
+    assert max(lengths) <= module._NEAR + 4
+    assert generate_text(model, tokenizer, [prompt], max_new_tokens=4) == ["".join(pieces)]
+
+
 def test_a_character_of_several_tokens_is_streamed_whole(tiny_llama, monkeypatch):
     _, model = tiny_llama
     tokenizer = tiny_tokenizer()

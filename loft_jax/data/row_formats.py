@@ -180,6 +180,48 @@ def column_names(rows: "Dataset | Sequence[Mapping[str, Any]]") -> list[str]:
     return list(rows.column_names)
 
 
+def require_fields(
+    rows: "Dataset | Sequence[Mapping[str, Any]]", needed: Sequence[str], purpose: str
+) -> list[str]:
+    """Refuses examples without a field.
+
+    Args:
+        rows: From `load_examples`, or plain dicts.
+        needed: Names of the fields that they must have.
+        purpose: What for, for the message.
+
+    Returns:
+        The names of all their fields.
+
+    Raises:
+        InputError: A field is missing, or there is no example.
+    """
+    columns = column_names(rows)
+    if missing := [field for field in needed if field not in columns]:
+        raise InputError(
+            f"field {missing[0]!r} is missing; found the fields {shown(sorted(columns))}; expected "
+            f"{list(needed)} {purpose}"
+        )
+    return columns
+
+
+def only_field(
+    rows: "Dataset | Sequence[Mapping[str, Any]]", field: str
+) -> "Dataset | Sequence[Mapping[str, Any]]":
+    """Examples of which one field is read, without decoding the images in others.
+
+    Args:
+        rows: From `load_examples`, or plain dicts, which may lack the field.
+        field: Its name.
+
+    Returns:
+        Rows with at least that field.
+    """
+    if isinstance(rows, Sequence) or field not in rows.column_names:
+        return rows
+    return rows.select_columns(field)
+
+
 def text_of(row: _Row, field: str, index: int) -> str:
     """Gets the text in a field of a row.
 

@@ -4,7 +4,7 @@ import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,9 @@ from loft_jax.data.log_once import Joins, log_once, log_unused
 from loft_jax.data.row_formats import (
     chat_with,
     check_chat,
-    column_names,
     fields_of,
     part_of,
+    require_fields,
     told_of_texts,
 )
 from loft_jax.data.text import check_tokens, encode_continuations
@@ -86,18 +86,10 @@ class Choice(CausalLM):
         progress: bool = True,
     ) -> Evaluation:
         """Evaluates the loss of the right answers, and the accuracy of the likeliest ones."""
-        check_choices(tokenizer, rows, data, choices=self.choices, vocab_size=vocab_size)
+        asked = _encoded(tokenizer, rows, data, self.choices, vocab_size)
 
         def measure(model: LanguageModel) -> Measured:
-            scores = score_choices(
-                model,
-                tokenizer,
-                rows,
-                data,
-                choices=self.choices,
-                batch_size=batch_size,
-                progress=progress,
-            )
+            scores = _scores(model, asked, batch_size=batch_size, progress=progress)
             names = ("accuracy", "accuracy_norm", "nll", "count")
             report = {name: getattr(scores, name) for name in names}
             values = {"loss": scores.nll, "accuracy": scores.accuracy}
@@ -168,9 +160,8 @@ def score_choices(
         tokenizer: The model's.
         rows: Examples, from `load_examples` or as plain dicts.
         config: Its names and templates of prompts and completions, `chat` and `max_length` are
-            used. If a prompt with
-            the longest of its answers is too long, the left of the prompt is cut, and a warning
-            gives the number of such prompts.
+            used. If a prompt with the longest of its answers is too long, the left of the prompt is
+            cut, and a warning gives the number of such prompts.
         choices: The answers of every row; empty if each row brings its own.
         batch_size: Number of rows computed at once.
         progress: Show a bar.
@@ -192,10 +183,28 @@ def score_choices(
     Source:
         The conventions of EleutherAI's lm-evaluation-harness: acc and acc_norm.
     """
-    if batch_size < 1:
-        raise InputError(f"batch size is {batch_size}; expected at least 1")
-    questions, encoded = _encoded(tokenizer, rows, config, choices, model.config.vocab_size)
-    filler = pad_id(tokenizer)
+    asked = _encoded(tokenizer, rows, config, choices, model.config.vocab_size)
+    return _scores(model, asked, batch_size=batch_size, progress=progress)
+
+
+class _Asked(NamedTuple):
+    """Rows as tokens: questions, what is computed for each, and what fills a batch up."""
+
+    questions: "list[_Question]"
+    encoded: "list[_Row]"
+    filler: int
+
+
+def _encoded(
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: Rows,
+    config: DataConfig,
+    choices: Sequence[str],
+    vocab_size: int | None,
+) -> _Asked:
+    questions, filler = _questions(tokenizer, rows, config, choices), pad_id(tokenizer)
+    _check_tokens(questions, filler, tokenizer, vocab_size)
+    encoded = [_row(index, asked, config) for index, asked in enumerate(questions)]
     cut = sum(
         row.branches.count(0) < len(asked.prompt)
         for row, asked in zip(encoded, questions, strict=True)
@@ -205,6 +214,15 @@ def score_choices(
             "shortened the prompts of %d of %d questions to max_length %d",
             *(cut, len(questions), config.max_length),
         )
+    return _Asked(questions, encoded, filler)
+
+
+def _scores(
+    model: LanguageModel, asked: _Asked, *, batch_size: int, progress: bool
+) -> ChoiceScores:
+    if batch_size < 1:
+        raise InputError(f"batch size is {batch_size}; expected at least 1")
+    questions, encoded, filler = asked
     scores = [np.zeros(0)] * len(questions)  # log-likelihoods of the answers of each
     graphdef, state = inference_state(model)
     with progress_bar(total=len(encoded), desc="choices", leave=False, shown=progress) as bar:
@@ -219,42 +237,6 @@ def score_choices(
         right_norm=tuple(_likeliest(score / asked.sizes) == asked.answer for asked, score in both),
         nll=-float(np.mean([score[asked.answer] for asked, score in both])),
     )
-
-
-def check_choices(
-    tokenizer: "PreTrainedTokenizerBase",
-    rows: Rows,
-    config: DataConfig,
-    *,
-    choices: Sequence[str] = (),
-    vocab_size: int | None,
-) -> None:
-    """Refuses what `score_choices` would refuse, without a model.
-
-    Args:
-        tokenizer: The model's.
-        rows: As for `score_choices`, like `config` and `choices`.
-        config: Its names and templates of prompts and completions, `chat` and `max_length` are
-            used.
-        choices: The answers of every row; empty if each row brings its own.
-        vocab_size: Number of tokens that the model has weights for; None if it is not known.
-
-    Raises:
-        InputError: As for `score_choices`.
-    """
-    _encoded(tokenizer, rows, config, choices, vocab_size)
-
-
-def _encoded(
-    tokenizer: "PreTrainedTokenizerBase",
-    rows: Rows,
-    config: DataConfig,
-    choices: Sequence[str],
-    vocab_size: int | None,
-) -> "tuple[list[_Question], list[_Row]]":
-    questions = _questions(tokenizer, rows, config, choices)
-    _check_tokens(questions, pad_id(tokenizer), tokenizer, vocab_size)
-    return questions, [_row(index, asked, config) for index, asked in enumerate(questions)]
 
 
 @dataclass(frozen=True)
@@ -286,12 +268,8 @@ def _questions(
     check_chat(tokenizer, config)
     answered = fields_of("completion", config) if choices else CHOICE_FIELDS
     needed = [*fields_of("prompt", config), *answered]
-    columns = column_names(rows)
-    if missing := [field for field in needed if field not in columns]:
-        raise InputError(
-            f"field {missing[0]!r} is missing; found the fields {shown(sorted(columns))}; expected "
-            f"{needed} to score answers{'' if choices else ' (or choices given for all rows)'}"
-        )
+    instead = "" if choices else " (or choices given for all rows)"
+    columns = require_fields(rows, needed, f"to score answers{instead}")
     log_unused(tokenizer, columns, needed, config)
     if told := told_of_texts(config, chats=bool(tokenizer.chat_template)):
         log_once(tokenizer, told, logging.INFO)

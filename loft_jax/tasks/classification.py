@@ -15,7 +15,7 @@ from loft_jax.data import DataConfig, TokenizedData
 from loft_jax.data.batches import Batch
 from loft_jax.data.encode import Labelled, pad_id
 from loft_jax.data.log_once import log_now, log_unused
-from loft_jax.data.row_formats import column_names, text_of
+from loft_jax.data.row_formats import column_names, only_field, require_fields, text_of
 from loft_jax.data.text import check_tokens
 from loft_jax.data.token_cache import cached
 from loft_jax.errors import InputError, explained, shown
@@ -48,21 +48,17 @@ class _OfTexts(RowTask):
 
         If a pair is too long, its longer text is truncated.
         """
-        columns = column_names(rows)
-        if missing := [f for f in (data.text_field, data.label_field) if f not in columns]:
-            raise InputError(
-                f"field {missing[0]!r} is missing; found the fields {shown(sorted(columns))}; "
-                f"expected {[data.text_field, data.label_field]} for {self.name}"
-            )
+        columns = require_fields(rows, (data.text_field, data.label_field), f"for {self.name}")
         pairs = data.text_pair_field in columns
         used = [data.text_field, *([data.text_pair_field] if pairs else []), data.label_field]
         log_unused(tokenizer, columns, used, data)
         filler = pad_id(tokenizer)
         check_tokens([filler], tokenizer, vocab_size, where="padding")
         label_of = self.reader(rows, data.label_field)
-        given = rows if isinstance(rows, Sequence) else rows.select_columns(data.label_field)
         # Not from the cache, which does not know the code of another task's labels.
-        labels = [label_of(row, index) for index, row in enumerate(given)]
+        labels = [
+            label_of(row, index) for index, row in enumerate(only_field(rows, data.label_field))
+        ]
 
         def make() -> dict[str, np.ndarray]:
             return _tokenized(rows, tokenizer, data, used[:-1], vocab_size)
@@ -238,8 +234,10 @@ class LabelTask(RowTask):
         """Computes weights for which all labels count as much as each other in the rows."""
         if given.rows is None:
             raise InputError("class_weights are 'balanced', which is by rows, but there are none")
-        label_of = self.reader(given.rows, given.data.label_field)
-        places = [int(label_of(given.rows[index], index)) for index in range(len(given.rows))]
+        field = given.data.label_field
+        label_of = self.reader(given.rows, field)
+        rows = only_field(given.rows, field)
+        places = [int(label_of(row, index)) for index, row in enumerate(rows)]
         counts = np.bincount(places, minlength=len(self.labels))
         if (counts == 0).any():
             name = self.labels[int(np.argmin(counts))]
@@ -398,7 +396,7 @@ def labels_of(rows: Rows, field: str) -> tuple[str, ...] | None:
     """
     if names := names_of_numbers(rows, field):
         return names
-    values: list[Any] = [plain(rows[index].get(field)) for index in range(len(rows))]
+    values: list[Any] = [plain(row.get(field)) for row in only_field(rows, field)]
     texts = all(isinstance(value, str) for value in values)
     for index, value in enumerate(values):
         where = f"row {index}: field {field!r}"

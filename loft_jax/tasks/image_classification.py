@@ -9,8 +9,7 @@ from loft_jax.data import DataConfig
 from loft_jax.data.batches import Batch
 from loft_jax.data.images import ImageData, read_images
 from loft_jax.data.log_once import log_unused
-from loft_jax.data.row_formats import column_names
-from loft_jax.errors import InputError, shown
+from loft_jax.data.row_formats import column_names, require_fields
 from loft_jax.models.family import ImageClassifier, PretrainedConfig
 from loft_jax.tasks.classification import LabelTask
 from loft_jax.tasks.task import Arrays, Given, Rows
@@ -40,13 +39,8 @@ class ImageClassification(LabelTask):
         vocab_size: int | None = None,
     ) -> ImageData:
         """Decodes every image once, to refuse those that cannot be read."""
-        columns = column_names(rows)
         used = [data.image_field, data.label_field]
-        if missing := [field for field in used if field not in columns]:
-            raise InputError(
-                f"field {missing[0]!r} is missing; found the fields {shown(sorted(columns))}; "
-                f"expected {used} for {self.name}"
-            )
+        columns = require_fields(rows, used, f"for {self.name}")
         log_unused(tokenizer, columns, used, data)
         label_of = self.reader(rows, data.label_field)
         return read_images(rows, tokenizer, data, label_of=label_of)

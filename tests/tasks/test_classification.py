@@ -16,6 +16,7 @@ from loft_jax.errors import InputError
 from loft_jax.models.registry import FAMILIES
 from loft_jax.tasks import TASKS, CausalLM, Classification, Given, Regression, find_task
 from loft_jax.tasks.classification import labels_of
+from loft_jax.tasks.image_classification import ImageClassification
 from tests.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -144,6 +145,19 @@ def test_names_of_whole_numbers_are_those_of_the_dataset():
     assert labels_of(rows, "label") == ("no", "yes")
     data = Classification.make(Given(DATA, rows)).tokenize(rows, TOKENIZER, DATA)
     assert data.labelled.labels.tolist() == [1]
+
+
+def test_labels_are_read_without_decoding_images():
+    from datasets import Dataset, Features, Image, Value
+
+    features = Features({"image": Image(), "label": Value("string")})
+    columns = {"image": [{"bytes": b"none", "path": None}] * 2, "label": ["b", "a"]}
+    rows = Dataset.from_dict(columns, features=features)
+    with pytest.raises(Exception, match="cannot identify image"):
+        rows[0]
+    assert labels_of(rows, "label") == ("a", "b")
+    balanced = Given(DATA, rows, class_weights="balanced")
+    assert ImageClassification.make(balanced).class_weights == (1.0, 1.0)
 
 
 @pytest.mark.parametrize(

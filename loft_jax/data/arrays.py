@@ -36,7 +36,7 @@ class ArrayData:
             digest.update(column.tobytes())
         return digest.hexdigest()
 
-    def batch(self, rows: Sequence[int], batch_size: int) -> Batch:
+    def batch(self, rows: Sequence[int] | np.ndarray, batch_size: int) -> Batch:
         """Puts rows into a batch, and pads it with rows of zeros without weight.
 
         Args:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -100,35 +100,6 @@ class ImageData:
 
     def _image(self, index: int) -> "Image":
         return open_image(self.rows[index][self.config.image_field], f"row {index}")
-
-
-class ImageBatches(Sequence[Batch]):
-    """Batches that hold every image once, in the order of the rows, made on access."""
-
-    def __init__(self, data: ImageData, *, batch_size: int) -> None:
-        self._data = data
-        self._batch_size = batch_size
-
-    def __len__(self) -> int:
-        return -(-len(self._data) // self._batch_size)
-
-    @property
-    def order(self) -> np.ndarray:
-        """Indices of the examples in the order of the batches, (n,)."""
-        return np.arange(len(self._data))
-
-    @overload
-    def __getitem__(self, index: int) -> Batch: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Batch]: ...
-
-    def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        start = range(0, len(self._data), self._batch_size)[index]
-        rows = range(start, min(start + self._batch_size, len(self._data)))
-        return self._data.batch([self._data.example(row) for row in rows], self._batch_size)
 
 
 def read_images(

@@ -1,7 +1,7 @@
 """Batches for training, endless and resumable, and for evaluation, each example once."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, overload
 
 import grain
@@ -11,7 +11,7 @@ from loft_jax.data.arrays import ArrayData
 from loft_jax.data.batches import Batch, bucket_lengths, pack, pad_batch, smallest_bucket
 from loft_jax.data.config import DataConfig
 from loft_jax.data.encode import TokenizedData
-from loft_jax.data.images import ImageBatches, ImageData
+from loft_jax.data.images import ImageData
 from loft_jax.errors import InputError
 
 _THREADS = 2
@@ -156,23 +156,21 @@ def _image_stream(data: ImageData, *, batch_size: int, seed: int) -> TrainStream
 
 
 class EvalBatches(Sequence[Batch]):
-    """A sequence of batches that hold every example once, made on access; see `eval_batches`."""
+    """A sequence of batches that hold every example once, made on access; see `eval_batches`.
 
-    def __init__(self, data: TokenizedData, *, batch_size: int, buckets: tuple[int, ...]) -> None:
-        self._data = data
+    Attributes:
+        order: Indices of the examples in the order of the batches, (n,).
+    """
+
+    def __init__(
+        self, order: np.ndarray, make: Callable[[np.ndarray], Batch], *, batch_size: int
+    ) -> None:
+        self.order = order
+        self._make = make
         self._batch_size = batch_size
-        order = np.argsort(data.lengths, kind="stable")[:, None]  # similar lengths together
-        self._rows = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-        longest = np.asarray([data.lengths[rows[-1]].item() for rows in self._rows])
-        self.buckets = buckets or bucket_lengths(longest, batch_size=1)
 
     def __len__(self) -> int:
-        return len(self._rows)
-
-    @property
-    def order(self) -> np.ndarray:
-        """Indices of the examples in the order of the batches, (n,)."""
-        return np.concatenate(self._rows)[:, 0]
+        return -(-len(self.order) // self._batch_size)
 
     @overload
     def __getitem__(self, index: int) -> Batch: ...
@@ -181,23 +179,15 @@ class EvalBatches(Sequence[Batch]):
     def __getitem__(self, index: slice) -> list[Batch]: ...
 
     def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        rows = list(self._rows[index])
-        return _batch(self._data, rows, batch_size=self._batch_size, buckets=self.buckets)
-
-
-@overload
-def eval_batches(data: TokenizedData, config: DataConfig, *, batch_size: int) -> EvalBatches: ...
-
-
-@overload
-def eval_batches(data: ImageData, config: DataConfig, *, batch_size: int) -> ImageBatches: ...
+        starts = range(0, len(self.order), self._batch_size)[index]
+        if isinstance(starts, range):
+            return [self._make(self.order[i : i + self._batch_size]) for i in starts]
+        return self._make(self.order[starts : starts + self._batch_size])
 
 
 def eval_batches(
-    data: TokenizedData | ImageData, config: DataConfig, *, batch_size: int
-) -> EvalBatches | ImageBatches:
+    data: TokenizedData | ImageData | ArrayData, config: DataConfig, *, batch_size: int
+) -> EvalBatches:
     """Makes batches that hold every example once, shortest first, one example in each row.
 
     The last batch is padded with rows without weight, so that all have the same number of rows.
@@ -208,7 +198,7 @@ def eval_batches(
         batch_size: Number of rows of a batch.
 
     Returns:
-        A sequence of batches (see `pad_batch`, and `ImageData.batch` for images).
+        A sequence of batches (see `pad_batch`, and the `batch` of `ImageData` and `ArrayData`).
 
     Raises:
         InputError: The batch size is out of range, or an example is too long.
@@ -225,9 +215,27 @@ def eval_batches(
         [[1, 3], [5, 0]]
     """
     _check(data, config, batch_size)
+    order = np.arange(len(data))
     if isinstance(data, ImageData):
-        return ImageBatches(data, batch_size=batch_size)
-    return EvalBatches(data, batch_size=batch_size, buckets=config.buckets)
+
+        def make(some: np.ndarray) -> Batch:
+            return data.batch([data.example(index) for index in some], batch_size)
+
+    elif isinstance(data, ArrayData):
+
+        def make(some: np.ndarray) -> Batch:
+            return data.batch(some, batch_size)
+
+    else:
+        order = np.argsort(data.lengths, kind="stable")  # similar lengths together
+        starts = range(0, len(order), batch_size)
+        longest = [int(data.lengths[order[i : i + batch_size]].max()) for i in starts]
+        buckets = config.buckets or bucket_lengths(np.asarray(longest), batch_size=1)
+
+        def make(some: np.ndarray) -> Batch:
+            return _batch(data, list(some[:, None]), batch_size=batch_size, buckets=buckets)
+
+    return EvalBatches(order, make, batch_size=batch_size)
 
 
 def _batch(

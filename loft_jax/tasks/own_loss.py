@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from loft_jax.data import DataConfig
+from loft_jax.data import DataConfig, eval_batches
 from loft_jax.data.arrays import ROW_WEIGHTS, ArrayData, array_rows
 from loft_jax.data.batches import Batch
 from loft_jax.errors import InputError
@@ -88,14 +88,12 @@ class OwnLoss(Task):
     ) -> Evaluation:
         """Evaluates the mean loss of the rows."""
         examples = array_rows(rows)
-        places = range(len(examples))
-        starts = places[::batch_size]
+        batches = eval_batches(examples, data, batch_size=batch_size)
 
         def measure(model: nnx.Module) -> Measured:
             graphdef, state = inference_state(model)
             total = 0.0
-            for start in progress_bar(starts, desc="evaluation", leave=False, shown=progress):
-                batch = examples.batch(places[start : start + batch_size], batch_size)
+            for batch in progress_bar(batches, desc="evaluation", leave=False, shown=progress):
                 total += float(_summed(graphdef, state, self, batch))
             values = {"loss": total / len(examples)}
             return Measured(values, {**values, "count": len(examples)})

@@ -131,51 +131,16 @@ __all__ = [
     "sum_adapters",
 ]
 
-# Modules of the names that are not in `loft_jax.optim`.
-_MODULES = {
-    **dict.fromkeys(
-        (
-            "load_peft_adapter",
-            "load_peft_factors",
-            "load_pretrained",
-            "load_tokenizer",
-            "save_peft_adapter",
-            "save_pretrained",
-        ),
-        "loft_jax.hub",
-    ),
-    **dict.fromkeys(
-        (
-            "LoRAConfig",
-            "add_lora",
-            "average_adapters",
-            "lora_layers",
-            "merge_lora",
-            "register_lora_layer",
-            "remove_lora",
-            "sum_adapters",
-        ),
-        "loft_jax.lora",
-    ),
-    **dict.fromkeys(("Callback", "Progress", "RunResult"), "loft_jax.training.callbacks"),
-    **dict.fromkeys(
-        (
-            "AdapterConfig",
-            "CheckpointConfig",
-            "EvaluationConfig",
-            "FinetuneConfig",
-            "LoggingConfig",
-            "MeshConfig",
-            "ModelConfig",
-            "OptimizerConfig",
-            "ScheduleConfig",
-            "TaskConfig",
-        ),
-        "loft_jax.training.config",
-    ),
-    "DataConfig": "loft_jax.data",
-    "finetune": "loft_jax.training.loop",
-}
+# Where the names are, those first that need the fewest packages.
+_MODULES = (
+    "loft_jax.optim",
+    "loft_jax.lora",
+    "loft_jax.data",
+    "loft_jax.hub",
+    "loft_jax.training.callbacks",
+    "loft_jax.training.config",
+    "loft_jax.training.loop",
+)
 
 
 # Hidden from type checkers, which would accept every misspelled name.
@@ -185,7 +150,8 @@ if not TYPE_CHECKING:
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         try:
-            module = importlib.import_module(_MODULES.get(name, "loft_jax.optim"))
+            modules = map(importlib.import_module, _MODULES)
+            module = next(module for module in modules if hasattr(module, name))
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
                 f"loft_jax.{name} needs {error.name!r}, which is not installed: "

@@ -58,7 +58,9 @@ class Sweep:
         if best.step is None:
             raise InputError(f"{folder}: no run has trained; expected smaller learning rates")
         output = best.run.config.output
-        print(f"plot: {folder / 'sweep.png'}\nbest: {output}, at step {best.step}")
+        if (plot := folder / "sweep.png").exists():  # with matplotlib
+            print(f"plot: {plot}")
+        print(f"best: {output}, at step {best.step}")
         export = f"loft-jax export {output} --checkpoint {best.step} --output {folder / 'best'}"
         print(f"to export it: {export}")
         if failed := [result for result in results if result.error]:

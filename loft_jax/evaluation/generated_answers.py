@@ -87,9 +87,9 @@ def generated_answers(
     """Prepares rows to evaluate a model by the answers that it generates.
 
     A row has a prompt and a completion, or a conversation whose last message is the assistant's, in
-    one of the formats of training. Prompts
-    are encoded as in training, and continued greedily, the longest first, so that the time that is
-    left is not underestimated and a lack of memory shows at once.
+    one of the formats of training. Prompts are encoded as in training, and continued greedily, the
+    longest first, so that the time that is left is not underestimated and a lack of memory shows at
+    once.
 
     Without a pattern, the whole text is compared with the completion, both without white space at
     their ends. With one, the answer is its first match, in the text as in the completion: the first

@@ -202,7 +202,8 @@ class ScheduleConfig:
     Args:
         learning_rate: Peak learning rate.
         shape: The learning rate after the warmup: cosine or linear decay to zero, or constant.
-        warmup_steps: Number of steps of linear warmup from zero, at most those of the run.
+        warmup_steps: Number of steps of linear warmup, the first of which has
+            `learning_rate / warmup_steps`; at most those of the run.
         steps: Number of optimizer steps; with 0 it follows from `epochs`.
         epochs: Number of passes over the data, if `steps` is 0.
         batch_size: Number of rows in a step.

@@ -8,7 +8,7 @@ from loft_jax.training.config import FinetuneConfig, ScheduleConfig
 
 
 def make_schedule(config: ScheduleConfig, steps: int) -> optax.Schedule:
-    """Makes the learning rate schedule: linear warmup from zero, then the shape named.
+    """Makes the learning rate schedule: linear warmup, then the shape named.
 
     Args:
         config: Its learning_rate, shape and warmup_steps are used.

@@ -1,4 +1,4 @@
-"""Plots the metrics of a run, with matplotlib (the extra `plot`)."""
+"""Plots metrics of runs; nothing without matplotlib, the extra `plot`."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ Points = tuple[np.ndarray, np.ndarray]
 """Steps (n,) and values (n,)."""
 
 
-def plot_run(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> bool:
+def plot_run(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
     """Plots losses, the other metrics of evaluations, and learning rates by step, in panels.
 
     Where there are 20 training losses or more, a smoothed line is in front of them. Evaluations are
@@ -25,15 +25,7 @@ def plot_run(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) ->
     Args:
         rows: Rows of `metrics.jsonl`.
         path: PNG file to write.
-
-    Returns:
-        Whether it was plotted: False if matplotlib, the extra `plot`, is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
     columns: dict[str, Points] = {}
     for name in dict.fromkeys(name for row in rows for name in row):
         steps, values = zip(*[(row["step"], row[name]) for row in rows if name in row], strict=True)
@@ -45,7 +37,8 @@ def plot_run(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) ->
     }
     rates = columns.get("learning_rate")
     heights = [3.0, *([1.5] if measured else []), *([1.0] if rates is not None else [])]
-    figure = Figure(figsize=(7, 1.2 + 1.1 * sum(heights)), layout="constrained")
+    if not (figure := _figure(7, 1.2 + 1.1 * sum(heights))):
+        return
     panels = list(figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights))
     (axes,) = panels.pop(0)
     _plot_losses(axes, columns)
@@ -64,9 +57,23 @@ def plot_run(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) ->
     axes.xaxis.get_major_locator().set_params(integer=True)
     for each in figure.axes:
         each.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Any:
+    """A figure of a size in inches; None without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Any, path: str | os.PathLike[str]) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     with replacing(path) as partial:
         FigureCanvasAgg(figure).print_png(partial)
-    return True
 
 
 def _plot_losses(axes: Any, columns: Mapping[str, Points]) -> None:
@@ -141,27 +148,19 @@ def robust_top(values: np.ndarray) -> float:
 
 def plot_sweep(
     points: Sequence[tuple[Mapping[str, str], float]], metric: str, path: str | os.PathLike[str]
-) -> bool:
+) -> None:
     """Plots how a metric depends on the settings of a sweep.
 
     The horizontal axis is the setting with the most numbers, or else the first one; there is a line
     for each combination of the others.
 
     Args:
-        points: Settings by name, as texts, and the value of the metric.
+        points: Settings by name, as texts, and the value of the metric; nothing is plotted of none.
         metric: Its name.
         path: PNG file to write.
-
-    Returns:
-        Whether it was plotted: False without matplotlib, or without points.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    if not points:
-        return False
+    if not (points and (figure := _figure(7, 4))):
+        return
     columns = {name: [settings[name] for settings, _ in points] for name in points[0][0]}
     numbers = {
         name: len({*column}) for name, column in columns.items() if all(map(_is_number, column))
@@ -172,7 +171,6 @@ def plot_sweep(
         label = ", ".join(f"{name} {text}" for name, text in settings.items() if name != across)
         place = float(settings[across]) if numbers else settings[across]
         lines.setdefault(label, []).append((place, value))
-    figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for label in sorted(lines):
         axes.plot(*zip(*sorted(lines[label]), strict=True), "o-", label=label)
@@ -182,9 +180,7 @@ def plot_sweep(
     axes.grid(alpha=0.3)
     if any(lines):
         axes.legend()
-    with replacing(path) as partial:
-        FigureCanvasAgg(figure).print_png(partial)
-    return True
+    _save(figure, path)
 
 
 def _is_number(text: str) -> bool:

@@ -112,6 +112,7 @@ def test_a_sweep_goes_on_and_names_the_best(flags, tmp_path, capsys, monkeypatch
     assert lines[2].endswith(f" | {rows[best]:.4f} |")
     assert lines[-1] == "| 1.0 | not finite |  |"
     assert f"best: {folder / best}, at step " in out
+    assert f"plot: {folder / 'sweep.png'}\n" in out
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
     trained.clear()

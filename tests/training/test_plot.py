@@ -24,7 +24,7 @@ def panels(monkeypatch, tmp_path):
     monkeypatch.setattr("matplotlib.figure.Figure", Kept)
 
     def plotted(rows):
-        assert plot_run(rows, tmp_path / "loss.png")
+        plot_run(rows, tmp_path / "loss.png")
         assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
         assert [f.name for f in tmp_path.iterdir()] == ["loss.png"]
         return made[-1].axes
@@ -70,7 +70,7 @@ def test_equal_losses_and_no_losses_are_plotted(panels):
 
 def test_without_matplotlib_nothing_is_plotted(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert not plot_run([], tmp_path / "loss.png")
+    plot_run([], tmp_path / "loss.png")
     assert not [*tmp_path.iterdir()]
 
 

@@ -3,6 +3,7 @@
 import codecs
 import itertools
 import json
+import logging
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from loft_jax.errors import InputError, explained, shown
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+_log = logging.getLogger(__name__)
 
 _BLOCK = 2**20  # bytes read from a file at once
 _MOST_ROW = 2**27  # characters of a row, which are in memory three times while it is read
@@ -33,7 +36,7 @@ def read_json_rows(
 
     A file holds a sequence of objects (JSON Lines, also with line breaks inside objects), a list of
     objects, a list of texts, each of which becomes the field `text` of a row, or one object with a
-    list of objects in it.
+    list of objects in it, which is told.
 
     Args:
         by_split: The files of each split; regular files, in UTF-8.
@@ -63,10 +66,12 @@ def _rows_of(file: Path, known: Collection[str]) -> Iterator[tuple[Row, int]]:
 def _examples(file: Path, known: Collection[str]) -> Iterator[tuple[Any, int]]:
     values = _values(file)
     first = list(itertools.islice(values, 2))
-    if len(first) == 1 and isinstance(whole := first[0][0], dict) and not known & whole.keys():
-        lists = [one for one in whole.values() if _is_list_of_objects(one)]
+    alone = len(first) == 1 and _Scanner(file).peek() != "["
+    if alone and isinstance(whole := first[0][0], dict) and not known & whole.keys():
+        lists = [name for name, one in whole.items() if _is_list_of_objects(one)]
         if len(lists) == 1:
-            return ((row, 1) for row in lists[0])
+            _log.info("%s: rows are read from the list in its field %s", file, shown(lists[0]))
+            return ((row, 1) for row in whole[lists[0]])
     return itertools.chain(first, values)
 
 

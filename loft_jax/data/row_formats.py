@@ -249,6 +249,14 @@ def fields_of(name: Literal["prompt", "completion"], config: DataConfig) -> tupl
     return _template(template).fields if template else (getattr(config, f"{name}_field"),)
 
 
+def example_fields(config: DataConfig) -> frozenset[str]:
+    """Gives the fields of which an example has some, whatever its task and its format."""
+    others = (*_CONVERSATIONS, _CHOSEN, _INSTRUCTION, _OUTPUT, "choices")
+    own = (config.text_pair_field, config.label_field, config.image_field)
+    written = (*fields_of("prompt", config), *fields_of("completion", config))
+    return config.fields.union(others, own, written)
+
+
 def part_of(
     name: Literal["prompt", "completion"], index: int, row: _Row, config: DataConfig
 ) -> str:

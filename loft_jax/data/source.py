@@ -19,6 +19,7 @@ from loft_jax.data.image_files import (
     read_image_folder,
 )
 from loft_jax.data.presets import Preset, find_preset
+from loft_jax.data.row_formats import example_fields
 from loft_jax.data.text_lines import lines_of
 from loft_jax.errors import InputError, cut, explained, shown
 from loft_jax.files import inside, read_json, regular_file
@@ -186,7 +187,7 @@ def _read_files(by_split: dict[str, list[Path]], config: DataConfig, *, source: 
 def _read_json(by_split: Mapping[str, Sequence[Path]], config: DataConfig) -> "Dataset":
     from loft_jax.data.json_rows import read_json_rows
 
-    return read_json_rows(by_split, _split(config), known=config.fields)
+    return read_json_rows(by_split, _split(config), known=example_fields(config))
 
 
 def _build(builder: str, by_split: dict[str, list[Path]], split: str) -> "Dataset":

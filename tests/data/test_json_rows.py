@@ -1,4 +1,5 @@
 import json
+import logging
 import tracemalloc
 
 import pytest
@@ -115,6 +116,17 @@ def test_list_of_texts(tmp_path):
 def test_one_example_is_no_container(tmp_path):
     row = {"messages": [{"role": "user", "content": "hi"}]}
     assert read(tmp_path, json.dumps(row, indent=1)) == [row]
+
+
+def test_a_list_of_one_object_is_the_rows(tmp_path):
+    row = {"any": [{"text": "a"}]}
+    assert read(tmp_path, json.dumps([row])) == [row]
+
+
+def test_a_container_is_told(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        assert read(tmp_path, json.dumps({"version": 1, "data": TWO})) == TWO
+    assert "rows are read from the list in its field 'data'" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,20 @@ def test_every_format_gives_the_rows_written(tmp_path, ending):
     assert read(write(tmp_path / f"rows.{ending}")) == ROWS
 
 
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+@pytest.mark.parametrize(
+    ("row", "options"),
+    [
+        ({"id": "1", "conversations": [{"from": "human", "value": "a"}]}, {}),
+        ({"instruction": "a", "output": "b", "history": [{"prompt": "c"}]}, {}),
+        ({"q": "a", "r": "b", "sources": [{"title": "c"}]}, {"prompt": "{q}", "completion": "{r}"}),
+        ({"label": "a", "text_b": "b", "boxes": [{"x": 1}]}, {"text_field": "text_b"}),
+    ],
+)
+def test_a_list_in_the_only_row_is_not_the_rows(tmp_path, ending, row, options):
+    assert read(write(tmp_path / f"one.{ending}", [row]), **options) == [row]
+
+
 def test_text_file_gives_a_row_a_line(tmp_path):
     path = tmp_path / "lines.txt"
     path.write_text("one\ntwo three\n")

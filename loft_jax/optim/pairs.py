@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
 from typing import Any, NamedTuple, TypeVar
 
@@ -40,6 +40,7 @@ StackAxis = StackAxes | Callable[[str], StackAxes]
 ArrayT = TypeVar("ArrayT", jax.Array, np.ndarray)
 
 _DEFAULT_NAMES = (("lora_a", "lora_b"), ("lora_A", "lora_B"))
+_NAMED_AS_FACTOR = re.compile(r"(?:^|[/_])lora_[abAB](?![a-zA-Z])")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,7 +295,8 @@ def find_pairs(params: optax.Params, spec: FactorSpec = DEFAULT_SPEC) -> list[Pa
     Raises:
       ValueError: A factor without its other half, complex factors, shapes that fit in no way or in
         several, a rank above the smaller side of the weight, or no pair at all where the spec has
-        names.
+        names; or, unless the spec names the factors, a leaf outside of all pairs with `lora_a` or
+        the like in its path.
 
     Example:
       >>> import jax.numpy as jnp
@@ -346,10 +348,22 @@ def find_pairs(params: optax.Params, spec: FactorSpec = DEFAULT_SPEC) -> list[Pa
         wanted = ", ".join(f"{a}/{b}" for a, b in names)
         shown = ", ".join(paths[:5]) + (", ..." if len(paths) > 5 else "")
         raise ValueError(
-            f"no factor pair in the parameters: looked for siblings named {wanted}, found {shown}. "
-            "Name them with `factors=`, or pass `factors=()` to train without pairs"
+            f"no factor pair in the parameters: looked for siblings named {wanted}, found "
+            f"{shown or 'a single array'}. Name them with `factors=`, or pass `factors=()` to "
+            "train without pairs"
         )
+    if spec.factors is None:
+        _refuse_lost_factors(path for i, path in enumerate(paths) if i not in owners)
     return sorted(pairs, key=lambda pair: pair.a.index)
+
+
+def _refuse_lost_factors(paths: Iterable[str]) -> None:
+    """Refuses leaves outside of all pairs that are named like factors: `lora_a/kernel`."""
+    if lost := next(filter(_NAMED_AS_FACTOR.search, paths), None):
+        raise ValueError(
+            f"{lost!r} is named like a factor, but belongs to no pair, and would be trained as a "
+            "matrix of its own: name the endings of all factors with `factors=`"
+        )
 
 
 def leaf_paths(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[str]:

@@ -140,11 +140,27 @@ def test_names_that_are_no_pairs(names):
         ({"q": {"lora_a": jnp.zeros((8, 0)), "lora_b": jnp.zeros((0, 6))}}, "do not fit"),
         ({"q": factors(8, 6, 7)}, r"rank of 'q' is 7, above min\(in, out\) = 6"),
         ({"q": {"kernel": jnp.zeros((8, 6))}}, "no factor pair.*found q/kernel"),
+        (jnp.zeros(8), "no factor pair.*found a single array"),
+        (
+            {"q": factors(8, 6, 2), "v": {"lora_A": {"weight": jnp.zeros((2, 8))}}},
+            "'v/lora_A/weight' is named like a factor, but belongs to no pair",
+        ),
+        (
+            {"q": factors(8, 6, 2) | {"lora_b_2": jnp.zeros((2, 6))}},
+            "'q/lora_b_2' is named like a factor",
+        ),
     ],
 )
 def test_errors_name_the_path(tree, message):
     with pytest.raises(ValueError, match=message):
         find_pairs(tree)
+
+
+def test_leaves_that_are_no_factors_by_name():
+    tree = {"q": factors(8, 6, 2) | {"lora_alpha": jnp.zeros(()), "flora_b": jnp.zeros(3)}}
+    assert len(find_pairs(tree)) == 1
+    tree["q"]["lora_a_scale"] = jnp.zeros(2)
+    assert len(find_pairs(tree, FactorSpec([("lora_a", "lora_b")]))) == 1
 
 
 def test_no_pairs_on_purpose():

@@ -397,15 +397,17 @@ def labels_of(rows: Rows, field: str) -> tuple[str, ...] | None:
     if names := names_of_numbers(rows, field):
         return names
     values: list[Any] = [plain(row.get(field)) for row in only_field(rows, field)]
-    texts = all(isinstance(value, str) for value in values)
+    texts = isinstance(values[0], str)
     for index, value in enumerate(values):
         where = f"row {index}: field {field!r}"
         if value == "":
             raise InputError(f"{where} is empty; expected a label")
-        if not texts and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (isinstance(value, str) if texts else is_number):
+            others = f", and that of row 0 is {shown(values[0])}" if index else ""
             instead = ": write 0 and 1, or texts" if isinstance(value, bool) else ""
             raise InputError(
-                f"{where} is {shown(value)}; expected texts or numbers in all rows{instead}"
+                f"{where} is {shown(value)}{others}; expected texts or numbers in all rows{instead}"
             )
     numbers: list[Any] = [_number(value) if texts else value for value in values]
     whole = all(isinstance(number, int) for number in numbers)

@@ -1,5 +1,6 @@
 """The tasks that the library has, one line each, and the choice of one for rows and a model."""
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
@@ -12,6 +13,8 @@ from loft_jax.tasks.choice import Choice
 from loft_jax.tasks.classification import Classification, Regression
 from loft_jax.tasks.image_classification import ImageClassification
 from loft_jax.tasks.task import Given, Task
+
+_log = logging.getLogger(__name__)
 
 _TASKS: tuple[type[Task], ...] = (
     CausalLM,
@@ -76,4 +79,9 @@ def find_task(name: TaskName, family: Family, given: Given) -> type[Task]:
     if len(fitting) > 1:
         names = " or ".join(task.name for task in fitting)
         raise InputError(f"task is 'auto', and rows fit {names}; expected one of them")
+    if fitting[0] is Regression:
+        _log.info(
+            "labels are decimal numbers, so the task is regression; for classification, write them "
+            "as texts or as whole numbers"
+        )
     return fitting[0]

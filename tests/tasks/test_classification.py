@@ -164,7 +164,9 @@ def test_labels_are_read_without_decoding_images():
     ("call", "message"),
     [
         (lambda: labels_of([{"label": -1}], "label"), r"row 0: field 'label' is -1"),
-        (lambda: labels_of([{"label": "a"}, {"label": 1}], "label"), r"row 0: .* all rows"),
+        (lambda: labels_of([{"label": "a"}, {"label": 1}], "label"), r"row 1: .* of row 0 is 'a'"),
+        (lambda: labels_of([{"label": 1}, {"label": "a"}], "label"), r"row 1: .* of row 0 is 1"),
+        (lambda: labels_of([{"label": "a"}, {"label": None}], "label"), r"row 1: .* is None, and"),
         (lambda: labels_of([{"label": None}], "label"), r"row 0: field 'label' is None"),
         (lambda: labels_of([{"label": "a"}, {"label": ""}], "label"), "row 1: .* is empty"),
         (lambda: labels_of([{"label": True}], "label"), "True; .*: write 0 and 1, or texts"),

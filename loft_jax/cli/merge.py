@@ -34,6 +34,11 @@ class Merge:
         check_output(self.output)
         if self.gguf != "none":
             self._write_gguf()
+        elif self.output.endswith(".gguf"):
+            raise InputError(
+                f"{self.output} is named as a file of GGUF, but gguf is 'none', for a folder; "
+                "expected --gguf q8_0, or another of its kinds"
+            )
         else:
             self._write_folder()
         print(self.output)

@@ -87,13 +87,16 @@ def load_examples(config: DataConfig) -> "Dataset | list[dict[str, Any]]":
     return examples
 
 
-def given_examples(data: GivenData, config: DataConfig) -> "Dataset | list[dict[str, Any]]":
+def given_examples(
+    data: GivenData, config: DataConfig, name: str = "data"
+) -> "Dataset | list[dict[str, Any]]":
     """Reads the examples that are given as an object.
 
     Args:
         data: A `datasets.Dataset`, a `DatasetDict` of several splits, or an iterable of rows, which
             is read to its end once.
         config: Its `split` and `preset` are used.
+        name: Of the argument, for messages.
 
     Returns:
         The examples, at least one: a `Dataset`, whose columns may decode images, or a list.
@@ -109,20 +112,21 @@ def given_examples(data: GivenData, config: DataConfig) -> "Dataset | list[dict[
 
     if isinstance(data, (str, bytes, os.PathLike)) or not isinstance(data, Iterable):
         raise InputError(
-            f"data is {shown(data)}, expected a Dataset or an iterable of rows; the path of a file "
-            "goes to DataConfig"
+            f"{name} is {shown(data)}, expected a Dataset or an iterable of rows; the path of a "
+            "file goes to DataConfig"
         )
     splits = {"train": data} if isinstance(data, Dataset) else data
     rows: Any
     if isinstance(splits, Mapping):
         if odd := [name for name, part in splits.items() if not isinstance(part, Dataset)]:
-            raise InputError(f"data: split {shown(odd[0])} is not a Dataset, expected one")
-        rows = _part(splits, _split(config)).with_format(None)
+            raise InputError(f"{name}: split {shown(odd[0])} is not a Dataset, expected one")
+        with explained(f"{name}: has no split {shown(_split(config))}, which DataConfig names"):
+            rows = _part(splits, _split(config)).with_format(None)
     else:
         if hasattr(data, "to_dict") and hasattr(data, "columns"):  # iterates over its columns
             raise InputError(
-                f"data is a {type(data).__name__}, expected datasets.Dataset.from_pandas(data), or "
-                'rows: data.to_dict("records")'
+                f"{name} is a {type(data).__name__}, expected Dataset.from_pandas({name}) of "
+                f'datasets, or rows: {name}.to_dict("records")'
             )
         rows = list(data)
         if config.split is not None:
@@ -131,9 +135,11 @@ def given_examples(data: GivenData, config: DataConfig) -> "Dataset | list[dict[
             )
         for index, row in enumerate(rows):
             if not isinstance(row, Mapping):
-                raise InputError(f"data: row {index} is {shown(row)}, expected a mapping of fields")
+                raise InputError(
+                    f"{name}: row {index} is {shown(row)}, expected a mapping of fields"
+                )
     if len(rows) == 0:
-        raise InputError("data holds no examples; expected some")
+        raise InputError(f"{name} holds no examples; expected some")
     if isinstance(rows, list) and config.preset is not None:
         rows = Dataset.from_list(rows)
     return _of_preset(rows, config) if isinstance(rows, Dataset) else rows

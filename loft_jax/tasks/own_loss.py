@@ -67,7 +67,12 @@ class OwnLoss(Task):
         """Sums the losses of the rows that do not pad the batch, and counts them."""
         arrays = {name: jnp.asarray(value) for name, value in inputs.items()}
         weights = arrays.pop(ROW_WEIGHTS)  # (b,)
-        losses = jnp.asarray(self._loss(model, arrays))
+        found = self._loss(model, arrays)
+        if isinstance(found, (tuple, list, dict)):
+            raise InputError(
+                f"loss gives a {type(found).__name__}, expected one array: the loss of each row"
+            )
+        losses = jnp.asarray(found)
         if losses.shape != weights.shape:
             raise InputError(
                 f"loss gives an array of shape {losses.shape} for {len(weights)} rows, expected "

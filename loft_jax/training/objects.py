@@ -181,7 +181,7 @@ class Objects:
         rows = load_examples(data) if self.data is None else given_examples(self.data, data)
         if self.held_out is not None:
             own = dataclasses.replace(data, split=config.evaluation.split)
-            return rows, given_examples(self.held_out, own)
+            return rows, given_examples(self.held_out, own, "held_out")
         if self.data is not None and not config.evaluation.path:
             return rows, None
         evaluated = held_out_data(config)

@@ -181,6 +181,12 @@ def test_a_model_and_a_loss_of_ones_own(make_config, tmp_path, capsys):
         ({"data": "rows.jsonl"}, "data is 'rows.jsonl', expected a Dataset or an iterable of rows"),
         ({"data": [[1]]}, r"data: row 0 is \[1\], expected a mapping of fields"),
         ({"data": []}, "data holds no examples"),
+        ({"held_out": []}, "held_out holds no examples"),
+        (
+            {"data": DatasetDict(test=Dataset.from_list([{"x": 1}]))},
+            "data: has no split 'train', w",
+        ),
+        ({"loss": lambda model, batch: (batch["x"], {})}, "loss gives a tuple, expected one array"),
         ({"data": [{"x": "a"}]}, "row 0: field 'x' is 'a'; expected numbers of one shape"),
         ({"data": [{"x": [1.0]}, {"x": [1.0, 2.0]}]}, r"row 1: field 'x' has the shape \(2,\), ex"),
         ({"data": [{"x": 1}, {"x": 2**31}]}, "row 1: field 'x' has 2147483648; expected integers"),

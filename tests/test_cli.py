@@ -154,6 +154,11 @@ def test_folders_around_an_adapter_and_bases_that_have_moved(
     assert "run/adapter: is not a run, but is in the folder of one, run" in capsys.readouterr().err
     assert main(["export", "run/typo", "--output", "exported"]) == 2
     assert "run/typo/config.yaml: no such file" in capsys.readouterr().err
+    for place, output in (("copy", "run"), ("copy", str(tmp_path / "run"))):
+        Path(place, "checkpoints").mkdir(parents=True, exist_ok=True)
+        Path(place, "config.yaml").write_text(f"output: {output}\n")
+        assert main(["finetune", "--config", f"{place}/config.yaml", "--resume"]) == 2
+        assert "expected --output copy, to resume that one" in capsys.readouterr().err
 
     evaluate = ["evaluate", "--data.path", str(workspace / "test.jsonl"), "--adapter"]
     assert main([*evaluate, "run/adapter"]) == 0
@@ -387,6 +392,7 @@ def test_help(capsys):
         (["merge", "--model", "no/m/x", "--output", "o"], "no/m/x: no such file or folder"),
         (["merge", "--adapter", "nowhere", "--output", "o"], "nowhere: no such folder"),
         (["export", "nowhere", "--output", "o"], "nowhere"),
+        (["merge", "--model", "m", "--output", "m.gguf"], "m.gguf is named as a file of GGUF"),
     ],
 )
 def test_other_commands_refuse_too(command, message, capsys):

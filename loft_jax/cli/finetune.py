@@ -5,11 +5,13 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from loft_jax.cli.compilation_cache import keep_compiled_programs
+from loft_jax.errors import InputError, shown
 from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.config_io import config_from_dict, load_config
 from loft_jax.training.distributed import DistributedConfig, is_main, join
@@ -73,10 +75,13 @@ def finetune_default(arguments: Sequence[str]) -> Finetune:
         The command, with `tyro.MISSING` for required flags.
 
     Raises:
-        InputError: The file cannot be read, or a value in it is wrong.
+        InputError: The file cannot be read, a value in it is wrong, or a run is to be resumed whose
+            folder is another one by now.
     """
     path = _typed(arguments, "--config")
     fields: dict[str, Any] = {"output": tyro.MISSING, **(load_config(path) if path else {})}
+    if path and "--resume" in arguments and not _typed(arguments, "--output"):
+        _check_place(Path(path).parent, fields["output"])
     adapter = _typed(arguments, "--adapter") or fields.get("lora", {}).get("adapter")
     named = adapter and not _typed(arguments, "--model") and "path" not in fields.get("model", {})
     for section in ("model", "data"):
@@ -86,6 +91,15 @@ def finetune_default(arguments: Sequence[str]) -> Finetune:
 
         fields["model"]["path"] = base_model_of(adapter)
     return Finetune(run=config_from_dict(fields), config=path)
+
+
+def _check_place(folder: Path, output: Any) -> None:
+    """Refuses the file of a run that was copied or moved, which names the folder of before."""
+    if (folder / "checkpoints").is_dir() and folder.resolve() != Path(str(output)).resolve():
+        raise InputError(
+            f"{folder / 'config.yaml'}: names the output {shown(output)}, and not the run that it "
+            f"lies in; expected --output {folder}, to resume that one, or --output {output}"
+        )
 
 
 def _typed(arguments: Sequence[str], flag: str) -> str:

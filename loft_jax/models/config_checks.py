@@ -104,7 +104,7 @@ def check_one_of(config: Any, name: str, known: Collection[str]) -> None:
     Raises:
         InputError: It is not.
     """
-    if (value := getattr(config, name)) not in known:
+    if (value := getattr(config, name)) not in tuple(known):
         raise InputError(
             f"config: {name} is {shown(value)}, expected one of {', '.join(map(repr, known))}"
         )

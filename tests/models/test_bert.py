@@ -295,6 +295,7 @@ def test_the_head_of_another_task_is_refused(folder):
     ("field", "value", "said"),
     [
         ("hidden_act", "swish", "hidden_act is 'swish', expected one of"),
+        ("hidden_act", ["gelu"], "hidden_act is ['gelu'], expected one of"),
         ("position_embedding_type", "relative_key", "position_embedding_type is 'relative_key'"),
         ("num_attention_heads", 5, "hidden_size is 32, expected a multiple"),
         ("is_decoder", True, "is_decoder is True"),

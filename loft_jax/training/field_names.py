@@ -112,7 +112,7 @@ def meant_field(name: str, fields: Mapping[str, str]) -> str | None:
     by_last: dict[str, str] = {}
     for known, answer in fields.items():
         by_last.setdefault(known.rpartition(".")[2], answer)
-    for among, cutoff in ((fields, 0.8), (by_last, 0.6)):
+    for among, cutoff in ((fields, 0.8), (by_last, 0.65)):
         wanted = name if among is fields else last
         if close := difflib.get_close_matches(wanted, among, n=1, cutoff=cutoff):
             return among[close[0]]

@@ -45,7 +45,7 @@ _FREE = re.compile("parameter|constant|tuple|get-tuple-element|bitcast|after-all
 
 @dataclass(frozen=True)
 class Options:
-    """Compile updates of a Llama with a stack for each linear layer, for one H200.
+    """Compile updates of a Llama for one H200.
 
     Args:
         optimizers: Which ones.
@@ -53,6 +53,7 @@ class Options:
         intermediate: Width of the MLP.
         layers: How many.
         rank: Of the adapters.
+        stacked: A stack of pairs for each linear layer; otherwise each layer has pairs of its own.
     """
 
     optimizers: tuple[Contestant, ...] = ("adamw", "loft-factored", "loft", "loft-fused")
@@ -60,6 +61,7 @@ class Options:
     intermediate: int = 11008
     layers: int = 32
     rank: int = 16
+    stacked: bool = True
 
 
 def main(options: Options) -> None:
@@ -69,9 +71,8 @@ def main(options: Options) -> None:
     from jax.experimental.topologies import get_topology_desc
 
     device = get_topology_desc("1x1x1", "cuda", topology="1x1x1", target_config=_CARD).devices[0]
-    shapes = llama_shapes(
-        options.hidden, options.intermediate, options.layers, options.rank, stacked=True
-    )
+    sizes = options.hidden, options.intermediate, options.layers, options.rank
+    shapes = llama_shapes(*sizes, stacked=options.stacked)
     rows = []
     for name in options.optimizers:
         began = time.perf_counter()

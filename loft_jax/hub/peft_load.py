@@ -4,7 +4,6 @@ import contextlib
 import functools
 import logging
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -33,11 +32,11 @@ from loft_jax.hub.peft_names import (
     tensor_name,
     tensor_places,
 )
-from loft_jax.lora import LoRAConfig, lora_layers
+from loft_jax.lora import lora_layers
 from loft_jax.lora.axes import WeightAxes
 from loft_jax.lora.config import product_scaling
 from loft_jax.lora.foreign import foreign_lora
-from loft_jax.lora.inject import insert_lora
+from loft_jax.lora.inject import LayerFactors, insert_lora
 from loft_jax.lora.layers import weight_axes
 from loft_jax.lora.targets import is_adaptable, named_modules
 from loft_jax.models.family import LanguageModel, PretrainedModel, flat_parameters
@@ -91,7 +90,7 @@ def load_peft_adapter(
 
     Example:
         >>> import tempfile
-        >>> from loft_jax import add_lora, save_peft_adapter
+        >>> from loft_jax import LoRAConfig, add_lora, save_peft_adapter
         >>> folder = Path(tempfile.mkdtemp())
         >>> base = lambda: nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
         >>> save_peft_adapter(folder, add_lora(base(), LoRAConfig(rank=2), rngs=nnx.Rngs(1)))
@@ -110,14 +109,25 @@ def load_peft_adapter(
         config, file, filled, whole, names = read_unchanged(
             folder, lambda: _read(folder, model, rule)
         )
-        existing = lora_layers(model)
+        existing: dict[str, Any] = lora_layers(model)
         if existing:
             _check_same_layers(file, config, existing, filled)
         values = {path: _values(file, existing.get(path), f, dtype) for path, f in filled.items()}
+        for path, layer in existing.items():
+            for name, array in values[path].items():
+                getattr(layer, name).set_value(array)
         if not existing:
-            numbers = {path: f.numbers for path, f in filled.items() if f.numbers is not None}
-            lora = _lora_config(config, filled, dropout)
-            insert_lora(model, lora, rngs=rngs or nnx.Rngs(0), numbers=numbers)
+            layers = {
+                path: LayerFactors(*f.strength, **values[path], numbers=f.numbers)
+                for path, f in filled.items()
+            }
+            insert_lora(
+                model,
+                layers,
+                use_rslora=config.use_rslora,
+                dropout=dropout,
+                rngs=rngs or nnx.Rngs(0),
+            )
     file.log_unknown_to_peft()
     parameters = flat_parameters(model, nnx.Param)
     for path, stored in whole.items():
@@ -133,10 +143,6 @@ def load_peft_adapter(
             folder,
             listed(names),
         )
-    layers = lora_layers(model)
-    for path, arrays in values.items():
-        for name, array in arrays.items():
-            getattr(layers[path], name).set_value(array)
     return model
 
 
@@ -518,16 +524,3 @@ def _values(
         value = jnp.asarray(array.astype(wanted))
         values[name] = value if old is None else jax.device_put(value, old.sharding)
     return values
-
-
-def _lora_config(config: PeftConfig, filled: dict[str, _Filled], dropout: float) -> LoRAConfig:
-    return LoRAConfig(
-        rank=1,
-        dropout=dropout,
-        init=nnx.initializers.zeros,  # replaced by the factors that were read
-        target_modules=f"(?:{'|'.join(re.escape(path) for path in filled)})",
-        rank_pattern={f"^{re.escape(path)}": f.strength.rank for path, f in filled.items()},
-        alpha_pattern={f"^{re.escape(path)}": f.strength.alpha for path, f in filled.items()},
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
-    )

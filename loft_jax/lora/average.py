@@ -1,7 +1,6 @@
 """Sums and means of adapters of one base, as adapters of low rank."""
 
 import operator
-import re
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -11,8 +10,7 @@ import numpy as np
 from flax import nnx
 
 from loft_jax.errors import InputError, shown
-from loft_jax.lora.config import LoRAConfig
-from loft_jax.lora.inject import insert_lora, remove_lora
+from loft_jax.lora.inject import LayerFactors, insert_lora, remove_lora
 from loft_jax.lora.layers import LoRALayer
 from loft_jax.lora.targets import lora_layers
 
@@ -49,7 +47,7 @@ def average_adapters(
             linear in the product; weights do not fit the models; or the bases differ.
 
     Example:
-        >>> from loft_jax.lora import add_lora
+        >>> from loft_jax.lora import LoRAConfig, add_lora
         >>> base = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
         >>> clients = [add_lora(nnx.clone(base), LoRAConfig(2), rngs=nnx.Rngs(i)) for i in range(3)]
         >>> average_adapters(clients, [10, 20, 30], rank=2).layers[0].lora_a.shape
@@ -82,7 +80,7 @@ def sum_adapters(
         InputError: As for `average_adapters`.
 
     Example:
-        >>> from loft_jax.lora import add_lora
+        >>> from loft_jax.lora import LoRAConfig, add_lora
         >>> base = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
         >>> skills = [add_lora(nnx.clone(base), LoRAConfig(2), rngs=nnx.Rngs(i)) for i in range(2)]
         >>> sum_adapters(skills, [1.0, -0.5]).layers[0].lora_b.shape
@@ -100,20 +98,7 @@ def sum_adapters(
         path: _combined(path, [some.get(path) for some in layers], weights, rank)
         for path in dict.fromkeys(path for some in layers for path in some)
     }
-    result = remove_lora(nnx.clone(models[0]))
-    ranks = {f"^{re.escape(path)}": a.shape[-1] for path, (_, a, _) in combined.items()}
-    config = LoRAConfig(
-        rank=1,
-        init=nnx.initializers.zeros,  # replaced below
-        target_modules=f"(?:{'|'.join(map(re.escape, combined))})",
-        rank_pattern=ranks,
-        alpha_pattern=dict(ranks),
-    )
-    numbers = {path: some for path, (some, _, _) in combined.items() if some is not None}
-    insert_lora(result, config, rngs=nnx.Rngs(0), numbers=numbers)
-    for path, layer in lora_layers(result).items():
-        layer.lora_a.set_value(combined[path][1])
-        layer.lora_b.set_value(combined[path][2])
+    result = insert_lora(remove_lora(nnx.clone(models[0])), combined)
     variables = dict(nnx.to_flat_state(nnx.state(result, nnx.Param)))
     for name, value in whole.items():
         variables[name].set_value(value)
@@ -197,8 +182,8 @@ def _plain_layers(model: nnx.Module, place: int) -> dict[str, Any]:
 
 def _combined(
     path: str, layers: Sequence[Any], weights: Sequence[float], rank: int | None
-) -> tuple[tuple[int, ...] | None, jax.Array, jax.Array]:
-    """Gives the adapted numbers of a stack, or None for all of them, and the two factors."""
+) -> LayerFactors:
+    """Gives the factors of the sum of the products of a layer, with a scaling of 1."""
     first = next(layer for layer in layers if layer is not None)
     axes = first.lora_axes(first)
     given = [(layer, weight) for layer, weight in zip(layers, weights, strict=True) if layer]
@@ -227,10 +212,12 @@ def _combined(
     a, b = best_factors(a, b, a.shape[-1] if rank is None else rank)
     whole, found = axes.of_layers(union), a.shape[-1]
     stored = jnp.result_type(*(layer.lora_a[...].dtype for layer, _ in given))
-    return (
-        union,
+    return LayerFactors(
+        found,
+        float(found),
         a.reshape(whole.a_shape(found)).astype(stored),
         b.reshape(whole.b_shape(found)).astype(stored),
+        numbers=union,
     )
 
 

@@ -80,45 +80,62 @@ def add_lora(model: Model, config: LoRAConfig, *, rngs: nnx.Rngs) -> Model:
     planned = _planned(model, config)
     for plan in planned:
         plan.axes.check_rank(plan.name, plan.rank)
-    _insert(planned, config, rngs)
+    _insert(((plan, _made(plan, config, rngs)) for plan in planned), config, rngs)
     return model
+
+
+class LayerFactors(NamedTuple):
+    """The factors of one layer, with their rank and alpha.
+
+    The magnitude is DoRA's. `numbers` are those of the layers of a stack that have factors,
+    ascending; None for all of them.
+    """
+
+    rank: int
+    alpha: float
+    lora_a: jax.Array
+    lora_b: jax.Array
+    lora_magnitude: jax.Array | None = None
+    numbers: tuple[int, ...] | None = None
 
 
 def insert_lora(
     model: Model,
-    config: LoRAConfig,
+    layers: Mapping[str, LayerFactors],
     *,
-    rngs: nnx.Rngs,
-    numbers: Mapping[str, tuple[int, ...]] | None = None,
+    use_rslora: bool = False,
+    dropout: float = 0.0,
+    rngs: nnx.Rngs | None = None,
 ) -> Model:
-    """Adds LoRA factors as `add_lora` does, but at any rank, and to other layers of each stack.
+    """Adds factors that are there already to layers whose paths are known, in place.
 
-    Training a rank above the smaller side of a weight is a mistake, but reading an adapter of such
-    a rank is not: PEFT makes them, and an adapter whose initial product is not zero is written at
-    twice its rank.
+    They may have any rank. Training one above the smaller side of a weight is a mistake, but
+    reading an adapter of such a rank is not: PEFT makes them, and an adapter whose initial product
+    is not zero is written at twice its rank.
 
     Args:
         model: As for `add_lora`.
-        config: As for `add_lora`.
-        rngs: As for `add_lora`.
-        numbers: Numbers of the layers that get factors, ascending, of the stacks of which not all
-            layers do, by path.
+        layers: Factors by the dotted path of a layer; all with a magnitude, or none.
+        use_rslora: As in `LoRAConfig`.
+        dropout: As in `LoRAConfig`.
+        rngs: As for `add_lora`, for dropout.
 
     Returns:
         The same model.
 
     Raises:
-        InputError: As for `add_lora`, except for ranks.
+        InputError: As for `add_lora`, except for targets and ranks.
 
     Example:
         >>> linear = nnx.Linear(4, 8, rngs=nnx.Rngs(0))
-        >>> insert_lora(linear, LoRAConfig(rank=6), rngs=nnx.Rngs(1)).lora_a.shape
+        >>> factors = LayerFactors(6, 6.0, jnp.ones((4, 6)), jnp.zeros((6, 8)))
+        >>> insert_lora(linear, {"": factors}).lora_a.shape
         (4, 6)
     """
-    planned = _planned(model, config)
-    _insert(
-        [plan._replace(numbers=(numbers or {}).get(plan.name)) for plan in planned], config, rngs
-    )
+    use_dora = any(factors.lora_magnitude is not None for factors in layers.values())
+    config = LoRAConfig(dropout=dropout, use_rslora=use_rslora, use_dora=use_dora)
+    plans = _plans(model, {path: (f.rank, f.alpha) for path, f in layers.items()}, config)
+    _insert(((plan, layers[path]) for path, plan in plans.items()), config, rngs)
     return model
 
 
@@ -212,15 +229,27 @@ class _Plan(NamedTuple):
 
 
 def _planned(model: nnx.Module, config: LoRAConfig) -> list[_Plan]:
-    foreign = foreign_lora(model)
-    selected = select(model, config).items()
-    _check_not_normalized(model, selected)
-    plans = [_plan(path, layer, config, foreign.get(path)) for path, layer in selected]
+    selected = select(model, config)
+    ranks = {path: (config.rank_of(path), config.alpha_of(path)) for path in selected}
+    plans = list(_plans(model, ranks, config).values())
     if config.layers is None:
         return plans
     numbers = numbered_layers({plan.name: plan.axes for plan in plans}, model, config)
     chosen = [plan._replace(numbers=numbers[plan.name]) for plan in plans]
     return [plan for plan in chosen if plan.numbers != ()]
+
+
+def _plans(
+    model: nnx.Module, ranks: Mapping[str, tuple[int, float]], config: LoRAConfig
+) -> dict[str, _Plan]:
+    """Checks the layers that get factors, given their ranks and alphas by path."""
+    foreign = foreign_lora(model)
+    layers = {path: layer for path, layer in named_modules(model).items() if path in ranks}
+    _check_not_normalized(model, layers.items())
+    return {
+        path: _plan(path, layer, config, foreign.get(path), *ranks[path])
+        for path, layer in layers.items()
+    }
 
 
 def _check_not_normalized(model: nnx.Module, selected: Iterable[tuple[str, nnx.Module]]) -> None:
@@ -239,7 +268,9 @@ def _check_not_normalized(model: nnx.Module, selected: Iterable[tuple[str, nnx.M
             )
 
 
-def _plan(path: str, layer: nnx.Module, config: LoRAConfig, foreign: str | None) -> _Plan:
+def _plan(
+    path: str, layer: nnx.Module, config: LoRAConfig, foreign: str | None, rank: int, alpha: float
+) -> _Plan:
     name = path or type(layer).__name__  # the model may be the layer
     if isinstance(layer, LoRALayer):
         raise InputError(f"{name}: has LoRA factors already; merge or remove them first")
@@ -266,41 +297,41 @@ def _plan(path: str, layer: nnx.Module, config: LoRAConfig, foreign: str | None)
             f"{name}: init {config.init!r} is for linear layers, and this is a "
             f"{type(layer).__name__}; exclude it, or give it LoRA with another init"
         )
-    return _Plan(name, layer, cls, axes, config.rank_of(path), config.alpha_of(path))
+    return _Plan(name, layer, cls, axes, rank, alpha)
 
 
-def _insert(planned: list[_Plan], config: LoRAConfig, rngs: nnx.Rngs) -> None:
+def _insert(
+    planned: Iterable[tuple[_Plan, LayerFactors]], config: LoRAConfig, rngs: nnx.Rngs | None
+) -> None:
     """Makes all new arrays before the first layer is changed."""
-    ready = [
-        (
-            plan,
-            _factors(plan, config, rngs),
-            _magnitude(plan, config),
-            _dropout(plan, config, rngs),
-        )
-        for plan in planned
-    ]
-    for plan, (a, b), magnitude, dropout in ready:
+    ready = [(plan, factors, _dropout(plan, config, rngs)) for plan, factors in planned]
+    for plan, factors, dropout in ready:
         layer = plan.layer
         _set_class(layer, plan.lora_class)
-        layer.lora_a = nnx.LoRAParam(a)
-        layer.lora_b = nnx.LoRAParam(b)
-        layer.lora_rank = plan.rank
-        layer.lora_alpha = plan.alpha
+        layer.lora_a = nnx.LoRAParam(factors.lora_a)
+        layer.lora_b = nnx.LoRAParam(factors.lora_b)
+        layer.lora_rank = factors.rank
+        layer.lora_alpha = factors.alpha
         layer.lora_rslora = config.use_rslora
-        if plan.numbers is not None:
-            layer.lora_numbers = plan.numbers
+        if factors.numbers is not None:
+            layer.lora_numbers = factors.numbers
             if config.use_dora:
-                mask = [number in plan.numbers for number in range(*plan.axes.stack)]
+                mask = [number in factors.numbers for number in range(*plan.axes.stack)]
                 layer.lora_mask = LoRAMask(jnp.array(mask))
         if config.init in _PRODUCTS_NOT_ZERO:
             # Copies: a training step may donate the buffers of the factors.
-            layer.lora_start_a = LoRAStart(jnp.array(a, copy=True))
-            layer.lora_start_b = LoRAStart(jnp.array(b, copy=True))
-        if magnitude is not None:
-            layer.lora_magnitude = nnx.LoRAParam(magnitude)
+            layer.lora_start_a = LoRAStart(jnp.array(factors.lora_a, copy=True))
+            layer.lora_start_b = LoRAStart(jnp.array(factors.lora_b, copy=True))
+        if factors.lora_magnitude is not None:
+            layer.lora_magnitude = nnx.LoRAParam(factors.lora_magnitude)
         if dropout is not None:
             layer.lora_dropout = dropout
+
+
+def _made(plan: _Plan, config: LoRAConfig, rngs: nnx.Rngs) -> LayerFactors:
+    """Makes the initial factors of a layer."""
+    a, b = _factors(plan, config, rngs)
+    return LayerFactors(plan.rank, plan.alpha, a, b, _magnitude(plan, config), plan.numbers)
 
 
 def _factors(plan: _Plan, config: LoRAConfig, rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array]:
@@ -401,7 +432,7 @@ def _initializer(config: LoRAConfig, rank: int) -> Initializer:
     return jax.nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
 
 
-def _dropout(plan: _Plan, config: LoRAConfig, rngs: nnx.Rngs) -> nnx.Dropout | None:
+def _dropout(plan: _Plan, config: LoRAConfig, rngs: nnx.Rngs | None) -> nnx.Dropout | None:
     if config.dropout == 0.0 or isinstance(plan.layer, nnx.Embed):
         return None
     dropout = nnx.Dropout(config.dropout)
@@ -410,7 +441,7 @@ def _dropout(plan: _Plan, config: LoRAConfig, rngs: nnx.Rngs) -> nnx.Dropout | N
     return dropout
 
 
-def _stream(rngs: nnx.Rngs, name: str) -> nnx.RngStream:
+def _stream(rngs: nnx.Rngs | None, name: str) -> nnx.RngStream:
     if not isinstance(rngs, nnx.Rngs):
         raise InputError(f"rngs is {shown(rngs)}, expected nnx.Rngs")
     try:

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from loft_jax.errors import InputError
 from loft_jax.hub import load_peft_adapter, save_peft_adapter
-from loft_jax.lora import LoRAConfig, add_lora, register_lora_layer
+from loft_jax.lora import LoRAConfig, add_lora, average_adapters, register_lora_layer
 from tests.hub.peft_adapters import CONFIG, CPU, WEIGHTS, our_logits, randomize, torch_logits
 from tests.hub.twin import TorchTwin, Twin
 
@@ -132,3 +132,17 @@ def test_two_layers_of_one_name_cannot_be_saved(tmp_path):
     message = r"its name 'x' is another layer's too"
     model = adapted(Twin(nnx.Rngs(0)))
     refused(tmp_path, model, message, hf_name=lambda path, layer: "x")
+
+
+def test_layers_are_found_by_their_paths_alone(tmp_path, monkeypatch):
+    """A pattern for each of them takes time that grows with the square of their number."""
+    base = nnx.Sequential(*(nnx.Linear(3, 3, rngs=nnx.Rngs(i)) for i in range(3)))
+    model = randomize(adapted(nnx.clone(base)))
+    save_peft_adapter(tmp_path, model)
+    for match in ("match", "fullmatch"):
+        monkeypatch.setattr(f"loft_jax.patterns.Patterns.{match}", None)  # not called
+    loaded = load_peft_adapter(tmp_path, base)
+    mean = average_adapters([loaded, loaded])
+    for layer in (0, 1, 2):
+        np.testing.assert_array_equal(loaded.layers[layer].lora_b[...], model.layers[layer].lora_b)
+        assert mean.layers[layer].lora_rank == 2 * model.layers[layer].lora_rank

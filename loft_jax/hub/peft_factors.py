@@ -263,14 +263,9 @@ def load_peft_factors(
     strengths = factor_strengths(factors, modules, rank, alpha, spec)
     tensors = read_unchanged(folder, lambda: _read(folder, modules, strengths))
     leaves, treedef = jax.tree.flatten(tree)
+    paths = {f.index: f.path for module in modules for f in (module.pair.a, module.pair.b)}
     for index, array in _assembled(modules, tensors).items():
-        path = next(
-            factor.path
-            for module in modules
-            for factor in (module.pair.a, module.pair.b)
-            if factor.index == index
-        )
-        leaves[index] = _like(leaves[index], array, path)
+        leaves[index] = _like(leaves[index], array, paths[index])
     loaded: Factors = jax.tree.unflatten(treedef, leaves)
     if not isinstance(factors, nnx.Module):
         return loaded

@@ -50,7 +50,7 @@ class AdapterFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._file = Safetensors(path)
+        self._file = Safetensors(path, keep_open=True)
         self._stored: dict[str, str] = {}
         self._unknown_to_peft: list[str] = []
         for stored, shape in self._file.shapes.items():

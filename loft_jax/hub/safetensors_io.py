@@ -1,10 +1,12 @@
 """Reads safetensors files one tensor at a time, and writes them completely or not at all."""
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import EllipsisType
+from typing import Any
 
 import numpy as np
 from safetensors import safe_open
@@ -25,10 +27,10 @@ _READABLE = ("F64", "F32", "F16", "BF16")
 class Safetensors:
     """The floating-point tensors of one file, or of the shards that an index names.
 
-    A file is opened anew for each tensor, so that nothing stays mapped in memory.
-
     Args:
         path: A `.safetensors` file, or a `.safetensors.index.json` beside its shards.
+        keep_open: Whether files stay mapped in memory, for many small tensors: each opening takes
+            time in proportion to their number. By default one is opened anew for each tensor.
 
     Raises:
         InputError: A file is missing, unreadable or damaged, or the index does not match its
@@ -42,8 +44,10 @@ class Safetensors:
         {'a': (2, 3)}
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, keep_open: bool = False) -> None:
         self.path = Path(path)
+        self._keep_open = keep_open
+        self._opened: dict[Path, Any] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._files: dict[str, Path] = {}
         if self.path.suffix == ".json":
@@ -70,7 +74,7 @@ class Safetensors:
         file = self._files[name]
         with (
             explained(f"{file}: cannot read tensor {shown(name)}"),
-            safe_open(file, framework="numpy") as opened,
+            self._open(file) as opened,
         ):
             tensor = opened.get_slice(name)
             stored = tensor.get_dtype()
@@ -83,11 +87,19 @@ class Safetensors:
             found: np.ndarray = opened.get_tensor(name) if region is ... else tensor[region]
             return found
 
+    def _open(self, file: Path) -> contextlib.AbstractContextManager[Any]:
+        if not self._keep_open:
+            opened: contextlib.AbstractContextManager[Any] = safe_open(file, framework="numpy")
+            return opened
+        if file not in self._opened:
+            self._opened[file] = safe_open(file, framework="numpy")
+        return contextlib.nullcontext(self._opened[file])
+
     def _open_file(self, file: Path) -> None:
         regular_file(inside(file.parent, file.name), "safetensors")
         with (
             explained(f"{file}: not a readable safetensors file"),
-            safe_open(file, framework="numpy") as opened,
+            self._open(file) as opened,
         ):
             for name in opened.keys():  # noqa: SIM118 (not a mapping)
                 if name in self._files:

@@ -1,6 +1,7 @@
 """Adapters on other layers: stacks without numbers, weights of three axes, names that clash."""
 
 import json
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -146,3 +147,12 @@ def test_layers_are_found_by_their_paths_alone(tmp_path, monkeypatch):
     for layer in (0, 1, 2):
         np.testing.assert_array_equal(loaded.layers[layer].lora_b[...], model.layers[layer].lora_b)
         assert mean.layers[layer].lora_rank == 2 * model.layers[layer].lora_rank
+
+
+def test_a_file_is_opened_once_for_all_of_its_layers(tmp_path, monkeypatch):
+    """Each opening takes time in proportion to the number of its tensors."""
+    save_peft_adapter(tmp_path, adapted_twin())
+    opened = mock.Mock(side_effect=safe_open)
+    monkeypatch.setattr("loft_jax.hub.safetensors_io.safe_open", opened)
+    load_peft_adapter(tmp_path, Twin(nnx.Rngs(0)))
+    assert opened.call_count == 1

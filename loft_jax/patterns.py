@@ -3,7 +3,7 @@
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 try:
@@ -41,6 +41,7 @@ class Patterns:
         self._source = source
         self._left = _SECONDS
         self._compiled: dict[str, Any] = {}
+        self._endings: dict[tuple[str, ...], _Endings] = {}
 
     def check(self, pattern: str) -> Any:
         """Compiles a pattern, once.
@@ -81,6 +82,35 @@ class Patterns:
         """
         return self._matched(self.check(pattern).match, text)
 
+    def first_end(self, keys: Iterable[str], name: str) -> str | None:
+        """Gives the first pattern that matches the end of a name, at a dot.
+
+        Patterns that are names are looked up, since there may be one for each module of a model.
+
+        Args:
+            keys: Patterns, as in PEFT's `rank_pattern`: a dot is any character.
+            name: Dotted path of a module.
+
+        Returns:
+            One of them, or None.
+
+        Raises:
+            InputError: One is not a regular expression, or they take too long.
+
+        Example:
+            >>> Patterns("rank_pattern").first_end(["proj", "mlp.up", ".*up"], "layers.3.mlp.up")
+            'mlp.up'
+        """
+        keys = tuple(keys)
+        if keys not in self._endings:
+            self._endings[keys] = _Endings(keys)
+        endings = self._endings[keys]
+        first = min(endings.find(name), default=len(keys))
+        for place, key in endings.others.items():
+            if place < first and self.match(rf"(.*\.)?({key})$", name):
+                return key
+        return keys[first] if first < len(keys) else None
+
     def _matched(self, function: Callable[..., Any], text: str) -> Any:
         if regex is None:
             return function(text)
@@ -98,3 +128,41 @@ class Patterns:
         self._left -= time.thread_time() - before
         if self._left <= 0:
             raise InputError(f"{self._source}: matching its regular expressions takes too long")
+
+
+class _Endings:
+    """The numbers of patterns that are names, by what they match; `others` has the rest."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self.others: dict[int, str] = {}
+        self._whole: dict[str, int] = {}
+        self._ends: dict[int, dict[tuple[int, ...], dict[str, int]]] = {}  # by length and dots
+        for number, key in enumerate(keys):
+            name = key[1:].replace("\\", "")
+            if key == f"^{re.escape(name)}":
+                self._whole[name] = number
+            elif re.fullmatch(r"[\w.-]+", key):
+                dots = tuple(at for at, letter in enumerate(key) if letter == ".")
+                self._ends.setdefault(len(key), {}).setdefault(dots, {})[key] = number
+            else:
+                self.others[number] = key
+
+    def find(self, name: str) -> Iterator[int]:
+        """Yields the numbers of the names that match an end of a dotted path."""
+        if name in self._whole:
+            yield self._whole[name]
+        for end in ends_of(name):
+            for dots, keys in self._ends.get(len(end), {}).items():
+                key = "".join("." if at in dots else letter for at, letter in enumerate(end))
+                if key in keys:
+                    yield keys[key]
+
+
+def ends_of(path: str) -> list[str]:
+    """Gives a dotted path and all that follows one of its dots.
+
+    Example:
+        >>> ends_of("layers.3.up")
+        ['layers.3.up', '3.up', 'up']
+    """
+    return [path, *(path[at + 1 :] for at, letter in enumerate(path) if letter == ".")]

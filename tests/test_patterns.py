@@ -36,6 +36,32 @@ def test_matches_are_those_of_re(parts):
         assert bool(ours.match(pattern, name)) == bool(re.match(pattern, name))
 
 
+@settings(deadline=None, max_examples=300)
+@given(
+    st.lists(
+        st.sampled_from(
+            ["q_proj", "proj", "a.q_proj", "^a.q_proj", r"^a\.q_proj", r"a\.q", "b.a.q-proj",
+             ".q_proj", "a.", "^", "", "[ab].q.proj", ".*", "q.proj", r"^b\.a\.q\-proj", "a|b"]
+        ),
+        unique=True,
+    )
+)  # fmt: skip
+def test_the_first_pattern_of_an_end_is_that_of_peft(keys):
+    from peft.utils.other import get_pattern_key
+
+    ours = Patterns("rank_pattern")
+    for name in ("a.q_proj", "b.a.q_proj", "b.a.q-proj", "xa.q_proj", "q_proj", "a..q_proj", "b"):
+        assert (ours.first_end(keys, name) or name) == get_pattern_key(keys, name)
+
+
+def test_patterns_that_are_names_are_not_matched_one_by_one(monkeypatch):
+    """An adapter may have one for each module, and each pair of them would take time."""
+    monkeypatch.setattr(Patterns, "match", None)
+    names = [f"layers.{number}.up_proj" for number in range(3)]
+    for keys in (names, [f"^{re.escape(name)}" for name in names]):
+        assert [Patterns("p").first_end(keys, name) for name in names] == keys
+
+
 @pytest.mark.parametrize(
     ("pattern", "said"),
     [

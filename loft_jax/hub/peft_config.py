@@ -14,7 +14,7 @@ import regex  # noqa: F401 - without it, nothing limits what the patterns of a s
 from loft_jax.errors import InputError, cut, explained, shown
 from loft_jax.files import MOST_CONFIG, read_json
 from loft_jax.lora.config import ALL_LINEAR
-from loft_jax.patterns import Patterns
+from loft_jax.patterns import Patterns, ends_of
 
 # Settings that are read here, or that do not affect what a stored adapter computes: they are of its
 # initialization, of how it was trained, or of how PEFT runs it.
@@ -312,7 +312,7 @@ def peft_settings(
 
 def ends_with(name: str, ends: Collection[str]) -> bool:
     """Whether a module's name equals one of `ends`, or ends with one of them after a dot."""
-    return any(name == end or name.endswith(f".{end}") for end in ends)
+    return any(end in ends for end in ends_of(name))
 
 
 def _with_parents(name: str) -> list[str]:
@@ -322,8 +322,8 @@ def _with_parents(name: str) -> list[str]:
 
 
 def _by_pattern(values: Mapping[str, Any], name: str, default: Any, patterns: Patterns) -> Any:
-    key = next((key for key in values if patterns.match(rf"(.*\.)?({key})$", name)), name)
-    return values.get(key, default)
+    key = patterns.first_end(values, name)
+    return default if key is None else values[key]
 
 
 def _targets(names: list[str], others: Collection[str]) -> tuple[list[str] | str, list[int] | None]:

@@ -124,9 +124,9 @@ class LoRAConfig:
         """Compiles and matches the patterns of this configuration."""
         return Patterns("the patterns of target, excluded or ranked modules")
 
-    def key_of(self, values: Mapping[str, object], path: str) -> str | None:
+    def key_of(self, values: Collection[str], path: str) -> str | None:
         """Gives the first key of a rank or alpha pattern that matches the end of a path."""
-        return next((k for k in values if self.patterns.match(rf"(.*\.)?({k})$", path)), None)
+        return self.patterns.first_end(values, path)
 
     def rank_of(self, path: str) -> int:
         """Gives the rank of the layer at a dotted path."""

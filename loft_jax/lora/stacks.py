@@ -73,7 +73,10 @@ def numbered_layers(
         InputError: A number is of no layer, or no layer is left of a target that is named.
     """
     assert config.layers is not None
-    paths = [found for path in named_modules(model) if (found := _NUMBER.match(f"{path}."))]
+    last: dict[str, int] = {}  # number of each list of layers
+    for path in named_modules(model):
+        if found := _NUMBER.match(f"{path}."):
+            last[found["list"]] = max(last.get(found["list"], 0), int(found["number"]))
     chosen: dict[str, tuple[int, ...] | None] = {}
     for path, axes in targets.items():
         if len(axes.stack) > 1:
@@ -81,8 +84,7 @@ def numbered_layers(
         if axes.stack:
             own, count = tuple(range(axes.stack[0])), axes.stack[0]
         elif found := _NUMBER.match(f"{path}."):
-            numbers = [int(other["number"]) for other in paths if other["list"] == found["list"]]
-            own, count = (int(found["number"]),), 1 + max(numbers)
+            own, count = (int(found["number"]),), 1 + last[found["list"]]
         else:  # not part of any layer
             chosen[path] = ()
             continue

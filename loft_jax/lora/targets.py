@@ -10,6 +10,7 @@ from flax import linen, nnx
 from loft_jax.errors import InputError, cut, shown
 from loft_jax.lora.config import ALL_LINEAR, LoRAConfig
 from loft_jax.lora.layers import LORA_CLASSES, LoRALayer
+from loft_jax.patterns import ends_of
 
 # Usual name of the head; models of a family have their own list.
 HEADS = ("lm_head",)
@@ -182,32 +183,34 @@ def select_paths(
         ['mlp.up']
     """
     paths = dict.fromkeys((*modules, *layers, *unsupported))
-
-    def has_layers(path: str) -> bool:
-        return any(not path or layer.startswith(f"{path}.") for layer in layers)
+    by_end: dict[str, list[str]] = {}
+    for path in paths:
+        for end in ends_of(path):
+            by_end.setdefault(end, []).append(path)
+    around = {path[:at] for path in layers for at, x in enumerate(path) if not at or x == "."}
 
     def matching(field: str, targets: str | Sequence[str]) -> set[str]:
         chosen: set[str] = set()
-        for pattern in _patterns(targets):
-            matched = [path for path in paths if config.patterns.fullmatch(pattern, path)]
+        if isinstance(targets, str) and not re.fullmatch(r"[\w.]+", targets):
+            found = {targets: [path for path in paths if config.patterns.fullmatch(targets, path)]}
+        else:
+            names = [targets] if isinstance(targets, str) else targets
+            found = {name: by_end.get(name, []) for name in names}
+        for given, matched in found.items():
             for path in matched:
-                if field == "target_modules" and path in unsupported and not has_layers(path):
+                if field == "target_modules" and path in unsupported and path not in around:
                     raise InputError(
                         f"{field}: {path!r}: {unsupported[path]} is not supported; expected "
                         f"{supported}"
                     )
             named = [path for path in matched if path in layers]
             if not named:
-                given = cut(pattern.removeprefix(r"(.*\.)?").replace("\\", ""))
-                around = next((path for path in matched if has_layers(path)), None)
-                inside = (
-                    ""
-                    if around is None
-                    else f" ({around!r} is a module, name the layers inside it)"
-                )
+                shorter = cut(given.replace("\\", ""))
+                outer = [path for path in matched if path in around]
+                inside = f" ({outer[0]!r} is a module, name the layers inside)" if outer else ""
                 raise InputError(
-                    f"{field}: {given!r} matches no layer of the model{inside}; "
-                    f"{_near(given, list(layers))}"
+                    f"{field}: {shorter!r} matches no layer of the model{inside}; "
+                    f"{_near(shorter, list(layers))}"
                 )
             chosen.update(named)
         return chosen
@@ -232,8 +235,10 @@ def select_paths(
     if not selected:
         raise InputError("exclude_modules leaves no layer of target_modules")
     for name in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, name):
-            if not any(config.key_of({key: None}, path) for path in selected):
+        values = getattr(config, name)
+        first_ones = {config.key_of(values, path) for path in selected}
+        for key in values:
+            if key not in first_ones and not any(config.key_of({key}, path) for path in selected):
                 raise InputError(
                     f"{name}: {shown(key)} matches no target layer; {_near(cut(key), selected)}"
                 )
@@ -252,17 +257,6 @@ def _check_not_tied(
                 f"target_modules: {head!r} has no weight of its own in this model, it is tied to "
                 f"{', '.join(tied)} (config.tie_word_embeddings)"
             )
-
-
-def _patterns(modules: str | Sequence[str]) -> list[str]:
-    """Gives regular expressions for whole paths: one for each name, or the one given."""
-    if isinstance(modules, str):
-        return [_ends_with(modules) if re.fullmatch(r"[\w.]+", modules) else modules]
-    return [_ends_with(name) for name in modules]
-
-
-def _ends_with(name: str) -> str:
-    return rf"(.*\.)?{re.escape(name)}"
 
 
 def _name(cls: type[nnx.Module]) -> str:

@@ -47,6 +47,13 @@ def test_names_and_patterns(model, target, expected):
     assert paths(model, target) == expected
 
 
+def test_names_are_not_matched_as_patterns(model, monkeypatch):
+    """As many names as a model has layers would take time that grows with their square."""
+    monkeypatch.setattr("loft_jax.patterns.Patterns.match", None)
+    monkeypatch.setattr("loft_jax.patterns.Patterns.fullmatch", None)
+    assert paths(model, UP, DOWN[:1]) == UP
+
+
 def test_all_linear_leaves_out_the_head_and_embeddings(model):
     assert sorted(paths(model, "all-linear")) == sorted([*UP, *DOWN, "extra.side"])
 

@@ -110,10 +110,10 @@ def train(config: Any) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from loft_jax.lora import stack_axis_of
+    from loft_jax.lora.targets import scaling_of, stack_axis_of
     from loft_jax.tasks.causal_lm import CausalLM
     from loft_jax.training.mesh import make_mesh
-    from loft_jax.training.model import abstract_model, scaling_of, trained_variables
+    from loft_jax.training.model import abstract_model, trained_variables
     from loft_jax.training.optimizer import make_optimizer, make_schedule
     from loft_jax.training.partition import split_model
     from loft_jax.training.plan import plan_model

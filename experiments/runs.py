@@ -23,12 +23,13 @@ from loft_jax.data.arrays import ArrayData
 from loft_jax.data.encode import TokenizedData
 from loft_jax.data.images import ImageData
 from loft_jax.hub import load_model_config, load_processor
+from loft_jax.lora.targets import scaling_of
 from loft_jax.methods import Full
 from loft_jax.models.family import PretrainedModel
 from loft_jax.optim import state_bytes
 from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.held_out import HeldOut, held_out_data
-from loft_jax.training.model import load_model, scaling_of, trained_variables
+from loft_jax.training.model import load_model, trained_variables
 from loft_jax.training.optimizer import make_schedule
 from loft_jax.training.partition import ModelPartition, split_model
 from loft_jax.training.run import task_of

@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 from flax import linen, nnx
@@ -15,6 +16,8 @@ from loft_jax.patterns import ends_of
 # Usual name of the head; models of a family have their own list.
 HEADS = ("lm_head",)
 _SHOWN = 8
+
+Value = TypeVar("Value")
 
 
 def named_modules(model: nnx.Module) -> dict[str, nnx.Module]:
@@ -92,21 +95,50 @@ def stack_axis_of(model: nnx.Module) -> Callable[[str], tuple[int, ...]]:
         >>> stack_axis_of(model)("layers/0")
         ()
     """
-    counts: dict[str, int] = {}
-    for path, layer in lora_layers(model).items():
+
+    def stack_axis(layer: Any) -> tuple[int, ...]:
         axes = layer.lora_axes(layer)
-        # A pair at the root of a tree has the path of its factor A.
-        counts[path.replace(".", "/") or "lora_a"] = len(axes.stack) + len(axes.batch)
+        return tuple(range(len(axes.stack) + len(axes.batch)))
 
-    def stack_axis(path: str) -> tuple[int, ...]:
-        if path not in counts:
+    return _by_pair("stack_axis", model, stack_axis)
+
+
+def scaling_of(model: nnx.Module) -> Callable[[str], float]:
+    """Gives the scaling of each adapter of a model, as optimizers take it.
+
+    Args:
+        model: With its adapters.
+
+    Returns:
+        A function from the path of a pair to the s of `W = W0 + s A B`: the `scaling` of
+        `loft_jax.loft` and of other optimizers.
+
+    Example:
+        >>> from loft_jax.lora import LoRAConfig, add_lora
+        >>> linear = nnx.Linear(4, 8, rngs=nnx.Rngs(0))
+        >>> model = add_lora(nnx.Sequential(linear), LoRAConfig(2, alpha=6), rngs=nnx.Rngs(1))
+        >>> scaling_of(model)("layers/0")
+        3.0
+    """
+    return _by_pair("scaling", model, lambda layer: layer.lora_scaling)
+
+
+def _by_pair(field: str, model: nnx.Module, of: Callable[[Any], Value]) -> Callable[[str], Value]:
+    """Makes a function from the path of a pair to a value of its layer."""
+    # A pair at the root of a tree has the path of its factor A.
+    values = {
+        path.replace(".", "/") or "lora_a": of(layer) for path, layer in lora_layers(model).items()
+    }
+
+    def value(path: str) -> Value:
+        if path not in values:
             raise InputError(
-                f"stack_axis of {path!r}: no adapter of the model has this path, expected one of "
-                f"{', '.join(map(repr, list(counts)[:_SHOWN])) or 'none, it has no LoRA layer'}"
+                f"{field} of {path!r}: no adapter of the model has this path, expected one of "
+                f"{', '.join(map(repr, list(values)[:_SHOWN])) or 'none, it has no LoRA layer'}"
             )
-        return tuple(range(counts[path]))
+        return values[path]
 
-    return stack_axis
+    return value
 
 
 def select(model: nnx.Module, config: LoRAConfig) -> dict[str, nnx.Module]:

@@ -1,7 +1,7 @@
 """The initial model of a run: base weights and adapters."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, Sharding
 
 from loft_jax.errors import InputError, shown
 from loft_jax.hub import load_pretrained
+from loft_jax.hub.peft_names import module_names
 from loft_jax.lora import LoRAConfig, add_lora, lora_layers
 from loft_jax.methods import Method
 from loft_jax.models.family import (
@@ -207,7 +208,7 @@ def adapted(model: Model, config: FinetuneConfig, task: Task) -> Model:
 
     Raises:
         InputError: The targets are wrong, or inside of a head that trains whole, or the method
-            cannot train them.
+            cannot train them, or PEFT's format cannot hold them.
     """
     if config.method.adapts:
         if config.lora.adapter:
@@ -219,9 +220,11 @@ def adapted(model: Model, config: FinetuneConfig, task: Task) -> Model:
             load_start(model, config, task)
         else:
             add_lora(model, _lora_config(config), rngs=nnx.Rngs(config.seed))
-        config.method.check_layers(layers := lora_layers(model))
+        layers: dict[str, Any] = lora_layers(model)
+        config.method.check_layers(layers)
         outputs = task.head_modules(model)
-        for path in layers:
+        for path, layer in layers.items():
+            module_names(model, path, layer.lora_axes(layer), None)  # the result is written by them
             if f"{path}.".startswith(tuple(f"{head}." for head in outputs)):
                 raise InputError(
                     f"target_modules: {path!r} is of the head, which trains whole; expected it in "
@@ -266,19 +269,3 @@ def trained_variables(method: Method, heads: Sequence[str] = ()) -> Any:
         return ".".join(map(str, path)).startswith(insides)
 
     return nnx.Any(method.trained, nnx.All(nnx.Param, in_heads))
-
-
-def scaling_of(model: nnx.Module) -> Callable[[str], float]:
-    """Gives the scaling of each adapter of a model.
-
-    Args:
-        model: With its adapters.
-
-    Returns:
-        A function from the path of a pair (`"layers/self_attn/q_proj"`) to the s of `W = W0 + s A
-        B`.
-    """
-    scalings = {
-        path.replace(".", "/"): layer.lora_scaling for path, layer in lora_layers(model).items()
-    }
-    return scalings.__getitem__

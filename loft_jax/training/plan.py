@@ -21,7 +21,7 @@ import optax
 
 from loft_jax.errors import InputError
 from loft_jax.hub import load_model_config
-from loft_jax.lora import stack_axis_of
+from loft_jax.lora.targets import scaling_of, stack_axis_of
 from loft_jax.methods import Method, settings_of
 from loft_jax.models.family import Family, PretrainedConfig
 from loft_jax.models.registry import WELL_KNOWN
@@ -30,12 +30,7 @@ from loft_jax.tasks.task import Given, Task
 from loft_jax.training.collectives import Collective, find_collectives
 from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.mesh import check_batch, make_mesh
-from loft_jax.training.model import (
-    abstract_model,
-    scaling_of,
-    trained_variables,
-    with_precision,
-)
+from loft_jax.training.model import abstract_model, trained_variables, with_precision
 from loft_jax.training.optimizer import make_optimizer, make_schedule
 from loft_jax.training.partition import ModelPartition, split_model
 from loft_jax.training.shardings import step_shardings

@@ -15,7 +15,7 @@ from loft_jax.data.presets import find_preset
 from loft_jax.data.row_formats import are_chats
 from loft_jax.errors import InputError, NotFiniteError, explained, shown, size_of
 from loft_jax.hub.host_arrays import gather_to_host
-from loft_jax.lora import stack_axis_of
+from loft_jax.lora.targets import scaling_of, stack_axis_of
 from loft_jax.models.family import Family, PretrainedConfig, PretrainedModel
 from loft_jax.optim import state_bytes
 from loft_jax.tasks.causal_lm import CausalLM
@@ -35,7 +35,6 @@ from loft_jax.training.model import (
     adapted,
     base_fingerprint,
     check_fingerprints,
-    scaling_of,
     trained_variables,
 )
 from loft_jax.training.monitor import Speedometer, largest_condition, memory_in_use

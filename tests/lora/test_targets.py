@@ -1,9 +1,10 @@
 import pytest
 from flax import linen, nnx
 
+from loft_jax import find_pairs
 from loft_jax.errors import InputError
 from loft_jax.lora import LoRAConfig, add_lora, stack_axis_of
-from loft_jax.lora.targets import named_modules, select
+from loft_jax.lora.targets import named_modules, scaling_of, select
 
 from .models import Block, Stacked
 
@@ -144,6 +145,15 @@ def test_the_stack_of_what_is_no_adapter_is_told():
     assert stack_axis("layers/0") == ()
     with pytest.raises(InputError, match=r"'model/layers/0': no adapter .* of 'layers/0'"):
         stack_axis("model/layers/0")
+    with pytest.raises(InputError, match=r"scaling of 'layers/1': no adapter .* of 'layers/0'"):
+        scaling_of(linear)("layers/1")
+
+
+def test_a_layer_alone_has_a_stack_and_a_scaling():
+    layer = add_lora(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), LoRAConfig(2, alpha=6), rngs=nnx.Rngs(1))
+    [pair] = find_pairs(nnx.state(layer, nnx.LoRAParam))
+    assert stack_axis_of(layer)(pair.path) == ()
+    assert scaling_of(layer)(pair.path) == 3
 
 
 def test_a_cycle_ends():

@@ -13,8 +13,9 @@ from peft.optimizers import (
 from transformers import LlamaForCausalLM
 
 from loft_jax import save_peft_adapter
+from loft_jax.lora.targets import scaling_of
 from loft_jax.tasks.causal_lm import CausalLM, predicted
-from loft_jax.training.model import load_model, scaling_of
+from loft_jax.training.model import load_model
 from loft_jax.training.optimizer import make_optimizer
 from loft_jax.training.partition import split_model
 from loft_jax.training.step import initial_state, make_step

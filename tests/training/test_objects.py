@@ -191,6 +191,7 @@ def test_a_model_and_a_loss_of_ones_own(make_config, tmp_path, capsys):
         ({"data": [{"x": [1.0]}, {"x": [1.0, 2.0]}]}, r"row 1: field 'x' has the shape \(2,\), ex"),
         ({"data": [{"x": 1}, {"x": 2**31}]}, "row 1: field 'x' has 2147483648; expected integers"),
         ({"data": [{"x": 1}, {"y": 1}]}, r"row 1: has the fields \['y'\], expected those of row 0"),
+        ({"model": nnx.Linear(8, 4, rngs=nnx.Rngs(0))}, "PEFT adapts modules inside one"),
         ({"callbacks": [print]}, r"callbacks\[0\] is <built-in function print>, expected an"),
         ({"loss": lambda model, batch: batch["x"].mean()}, r"loss gives an array of shape \(\) fo"),
     ],

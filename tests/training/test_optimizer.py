@@ -9,10 +9,9 @@ from flax import nnx
 
 import loft_jax
 from loft_jax.data import DataConfig
-from loft_jax.lora import stack_axis_of
+from loft_jax.lora.targets import scaling_of, stack_axis_of
 from loft_jax.methods import METHODS
 from loft_jax.training.config import ScheduleConfig
-from loft_jax.training.model import scaling_of
 from loft_jax.training.optimizer import make_optimizer, make_schedule
 from tests.flat_config import flat_config
 

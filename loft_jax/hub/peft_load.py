@@ -78,7 +78,8 @@ def load_peft_adapter(
         hf_name: As in `save_peft_adapter`.
         dtype: Dtype of the factors; by default that of the model's factors, if it has LoRA, and
             else that of the file.
-        dropout: Dropout of the LoRA layers that a model without LoRA gets; for training only.
+        dropout: Dropout of the LoRA layers that a model without LoRA gets; for training only. A
+            model with LoRA keeps its own, and none can be given.
         rngs: As in `add_lora`, for dropout; by default of seed 0.
 
     Returns:
@@ -86,7 +87,8 @@ def load_peft_adapter(
 
     Raises:
         InputError: The adapter is missing, damaged, not supported, or for another base model; the
-            message names the file and the setting, module or tensor.
+            message names the file and the setting, module or tensor. Or dropout is given for a
+            model with LoRA.
 
     Example:
         >>> import tempfile
@@ -105,11 +107,16 @@ def load_peft_adapter(
     rule = name_rule(hf_name)
     for path, kind in foreign_lora(model).items():
         raise InputError(f"{path or 'the model'}: is {kind}; load_peft_factors reads into it")
+    existing: dict[str, Any] = lora_layers(model)
+    if existing and dropout:
+        raise InputError(
+            f"dropout is {shown(dropout)}, but the model's LoRA has its own; expected a model "
+            "without LoRA"
+        )
     with _retied_on_error(model):
         config, file, filled, whole, names = read_unchanged(
             folder, lambda: _read(folder, model, rule)
         )
-        existing: dict[str, Any] = lora_layers(model)
         if existing:
             _check_same_layers(file, config, existing, filled)
         values = {path: _values(file, existing.get(path), f, dtype) for path, f in filled.items()}

@@ -26,6 +26,13 @@ def test_the_factors_are_replaced_and_the_dropout_is_kept(llama_folder, tmp_path
     np.testing.assert_array_equal(our_logits(other), our_logits(model))
 
 
+def test_a_dropout_beside_that_of_the_model_is_refused(llama_folder, tmp_path):
+    model = adapted_llama(llama_folder, dropout=0.5, **PLAIN)
+    save_peft_adapter(tmp_path, model)
+    with pytest.raises(InputError, match=r"dropout is 0\.1, but the model's LoRA has its own"):
+        load_peft_adapter(tmp_path, model, dropout=0.1)
+
+
 def test_factors_of_some_layers_are_replaced(llama_folder, tmp_path):
     model = adapted_llama(llama_folder, layers=[0, -1], **FEATURES)
     save_peft_adapter(tmp_path, model)

@@ -1,5 +1,6 @@
 """loft-jax export."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,21 +49,21 @@ class Export:
         if self.push_to_hub:
             open_repository(self.push_to_hub)
         now = load_config(saved_as)
-        checkpoints = Checkpoints(Path(self.run) / "checkpoints", read_only=True)
-        step = self._step(checkpoints.steps(), checkpoints.best_step())
-        saved = checkpoints.run_of(step)
-        config = trained_with(saved, f"{checkpoints.folder}/{step}")
-        # Only the paths are read from the file: what they name may have moved.
-        base = now.get("model", {}).get("path", config.model.path)
-        start = now.get("lora", {}).get("adapter", config.lora.adapter)
-        names = self.base_model_name or config.export.base_model_name
-        config = dataclasses.replace(
-            config,
-            model=dataclasses.replace(config.model, path=base),
-            lora=dataclasses.replace(config.lora, adapter=start),
-            export=ExportConfig(names, self.push_to_hub),
-        )
-        model, task = restore_model(config, checkpoints, step)
+        with contextlib.closing(Checkpoints(run / "checkpoints", read_only=True)) as checkpoints:
+            step = self._step(checkpoints.steps(), checkpoints.best_step())
+            saved = checkpoints.run_of(step)
+            config = trained_with(saved, f"{checkpoints.folder}/{step}")
+            # Only the paths are read from the file: what they name may have moved.
+            base = now.get("model", {}).get("path", config.model.path)
+            start = now.get("lora", {}).get("adapter", config.lora.adapter)
+            names = self.base_model_name or config.export.base_model_name
+            config = dataclasses.replace(
+                config,
+                model=dataclasses.replace(config.model, path=base),
+                lora=dataclasses.replace(config.lora, adapter=start),
+                export=ExportConfig(names, self.push_to_hub),
+            )
+            model, task = restore_model(config, checkpoints, step)
         processor = with_template_of(load_processor(base), start, training=True)
         Path(self.output).mkdir(parents=True, exist_ok=True)
         written = export_trained(

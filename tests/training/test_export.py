@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import yaml
@@ -115,6 +116,15 @@ def test_an_export_has_the_same_and_another_name(pushed, tmp_path):
     ]
     assert cards[0] == cards[1].replace("org/base", "org/other")
     assert (tmp_path / "adapter" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize(("checkpoint", "status"), [("last", 0), ("7", 2)])
+def test_an_export_closes_the_checkpoints(pushed, tmp_path, monkeypatch, checkpoint, status):
+    closed = mock.Mock()
+    monkeypatch.setattr("loft_jax.training.checkpoint.Checkpoints.close", closed)
+    export = ["export", str(pushed[0]), "--output", str(tmp_path), "--checkpoint", checkpoint]
+    assert main(export) == status
+    closed.assert_called_once()
 
 
 def test_a_repository_that_cannot_be_had_is_said_before_training(workspace, tmp_path, capsys):

@@ -123,7 +123,7 @@ def _read(folder: Path) -> _Adapter:
         else:
             whole.append(name)
     for module, names in factors.items():
-        rank = config.strength(module).rank
+        rank = config.rank_alpha(module).rank
         shapes = [file.shapes.get(names.get(letter, ""), ()) for letter in "AB"]
         matrices = [len(shape) for shape in shapes] == [2, 2]
         if not matrices or not shapes[0][0] == rank == shapes[1][1]:
@@ -197,7 +197,7 @@ def _mean_product(
         if module not in adapter.factors:
             continue
         a, b = (adapter.file.read(adapter.factors[module][letter]) for letter in "AB")
-        scale = product_scaling(*adapter.config.strength(module), adapter.config.use_rslora)
+        scale = product_scaling(*adapter.config.rank_alpha(module), adapter.config.use_rslora)
         rows.append(a.astype(np.promote_types(np.float32, a.dtype)))
         columns.append(b.astype(np.promote_types(np.float32, b.dtype)) * (share * scale))
         sides.add((b.shape[0], a.shape[1]))

@@ -81,7 +81,7 @@ _KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
 }
 
 
-class Strength(NamedTuple):
+class RankAlpha(NamedTuple):
     """Rank and alpha of one module: `alpha / rank * A B`, with rsLoRA `alpha / sqrt(rank)`."""
 
     rank: int
@@ -171,11 +171,11 @@ class PeftConfig:
         """
         return any(around.endswith(self.modules_to_save) for around in _with_parents(name))
 
-    def strength(self, name: str) -> Strength:
+    def rank_alpha(self, name: str) -> RankAlpha:
         """Gives the rank and alpha of a module."""
         rank = self._by_pattern("rank_pattern", name, self.settings["r"])
         alpha = self._by_pattern("alpha_pattern", name, self.settings["lora_alpha"])
-        return Strength(rank, float(alpha))
+        return RankAlpha(rank, float(alpha))
 
     def is_target(self, name: str, *, linear: bool = False) -> bool:
         """Whether PEFT would adapt a module.
@@ -250,7 +250,7 @@ class PeftConfig:
 
 
 def peft_settings(
-    modules: Mapping[str, Strength],
+    modules: Mapping[str, RankAlpha],
     others: Collection[str] | None,
     *,
     base_model: str | None,
@@ -279,8 +279,8 @@ def peft_settings(
     Returns:
         The content of `adapter_config.json`.
     """
-    rank = Counter(strength.rank for strength in modules.values()).most_common(1)[0][0]
-    alpha = Counter(strength.alpha for strength in modules.values()).most_common(1)[0][0]
+    rank = Counter(each.rank for each in modules.values()).most_common(1)[0][0]
+    alpha = Counter(each.alpha for each in modules.values()).most_common(1)[0][0]
     targets: list[str] | str = sorted(modules)
     numbers = None
     if others is not None:
@@ -352,7 +352,7 @@ def _targets(names: list[str], others: Collection[str]) -> tuple[list[str] | str
     return "|".join(re.escape(name) for name in sorted(names)), None
 
 
-def _pattern(modules: Mapping[str, Strength], field: str, default: float) -> dict[str, Any]:
+def _pattern(modules: Mapping[str, RankAlpha], field: str, default: float) -> dict[str, Any]:
     """Gives ranks or alphas that are not the default, by the last part of a name if possible."""
     values: dict[str, Any] = {name: getattr(s, field) for name, s in modules.items()}
     by_last: dict[str, set[Any]] = {}

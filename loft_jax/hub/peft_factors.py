@@ -16,7 +16,7 @@ from loft_jax.errors import InputError, explained, shown
 from loft_jax.files import inside
 from loft_jax.hub.host_arrays import gather_to_host
 from loft_jax.hub.peft_base import check_folder
-from loft_jax.hub.peft_config import PeftConfig, Strength
+from loft_jax.hub.peft_config import PeftConfig, RankAlpha
 from loft_jax.hub.peft_file import AdapterFile, read_unchanged
 from loft_jax.hub.peft_names import (
     CONFIG_NAME,
@@ -123,13 +123,13 @@ def factor_modules(
     return list(modules.values())
 
 
-def factor_strengths(
+def factor_rank_alphas(
     factors: Any,
     modules: Sequence[FactorModule],
     rank: int | None,
     alpha: Alpha | None,
     spec: FactorSpec,
-) -> dict[str, Strength]:
+) -> dict[str, RankAlpha]:
     """Gives the rank and alpha of each module.
 
     Args:
@@ -140,14 +140,14 @@ def factor_strengths(
         spec: Its scaling, if it is not 1, has to be that of alpha.
 
     Returns:
-        Strengths by name in PyTorch.
+        Ranks and alphas by name in PyTorch.
 
     Raises:
         InputError: Alpha is missing, or does not fit the scaling that is known; or the rank is
             another one. The message names the path.
     """
     plain = flax_lora(factors) if isinstance(factors, nnx.Module) else frozenset()
-    strengths: dict[str, Strength] = {}
+    rank_alphas: dict[str, RankAlpha] = {}
     for module in modules:
         pair, path = module.pair, module.path
         if rank is not None and pair.rank != rank:
@@ -172,8 +172,8 @@ def factor_strengths(
                     f"{path}: alpha {value:g} at rank {pair.rank} scales by {scaling:g}, and "
                     f"{whose} scales by {other:g}"
                 )
-        strengths[module.name] = Strength(pair.rank, float(value))
-    return strengths
+        rank_alphas[module.name] = RankAlpha(pair.rank, float(value))
+    return rank_alphas
 
 
 def factor_tensors(factors: Any, modules: Sequence[FactorModule]) -> dict[str, np.ndarray]:
@@ -260,8 +260,8 @@ def load_peft_factors(
         raise InputError("the model has LoRA layers of add_lora: load_peft_adapter reads into them")
     tree = nnx.state(factors) if isinstance(factors, nnx.Module) else factors
     modules = factor_modules(tree, hf_name or getattr(factors, "hf_name", None), spec, embeddings)
-    strengths = factor_strengths(factors, modules, rank, alpha, spec)
-    tensors = read_unchanged(folder, lambda: _read(folder, modules, strengths))
+    rank_alphas = factor_rank_alphas(factors, modules, rank, alpha, spec)
+    tensors = read_unchanged(folder, lambda: _read(folder, modules, rank_alphas))
     leaves, treedef = jax.tree.flatten(tree)
     paths = {f.index: f.path for module in modules for f in (module.pair.a, module.pair.b)}
     for index, array in _assembled(modules, tensors).items():
@@ -274,7 +274,7 @@ def load_peft_factors(
 
 
 def _read(
-    folder: Path, modules: Sequence[FactorModule], strengths: dict[str, Strength]
+    folder: Path, modules: Sequence[FactorModule], rank_alphas: dict[str, RankAlpha]
 ) -> dict[tuple[str, str], np.ndarray]:
     """Reads the tensors of an adapter, by module and letter, after all checks."""
     config = PeftConfig.read(inside(folder, CONFIG_NAME))
@@ -300,7 +300,7 @@ def _read(
     if more := [name for name in file.shapes if name not in names and name not in bases]:
         raise InputError(f"{file.path}: has {listed(more)}, which the tree has no place for")
     for module in modules:
-        found, own = config.strength(module.name), strengths[module.name]
+        found, own = config.rank_alpha(module.name), rank_alphas[module.name]
         if found.rank != own.rank:
             raise InputError(
                 f"{config.path}: {module.name} has rank {found.rank}, and {module.path} {own.rank}"

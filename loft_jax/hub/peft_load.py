@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from loft_jax.errors import InputError, shown
 from loft_jax.files import inside
 from loft_jax.hub.peft_base import check_folder
-from loft_jax.hub.peft_config import PeftConfig, Strength
+from loft_jax.hub.peft_config import PeftConfig, RankAlpha
 from loft_jax.hub.peft_file import AdapterFile, read_unchanged
 from loft_jax.hub.peft_names import (
     CONFIG_NAME,
@@ -125,7 +125,7 @@ def load_peft_adapter(
                 getattr(layer, name).set_value(array)
         if not existing:
             layers = {
-                path: LayerFactors(*f.strength, **values[path], numbers=f.numbers)
+                path: LayerFactors(*f.rank_alpha, **values[path], numbers=f.numbers)
                 for path, f in filled.items()
             }
             insert_lora(
@@ -169,7 +169,7 @@ class _Filled(NamedTuple):
     (*stack, out)`. `numbers` are those of the adapted layers of a stack, None for all of them.
     """
 
-    strength: Strength
+    rank_alpha: RankAlpha
     numbers: tuple[int, ...] | None
     arrays: dict[str, np.ndarray]
 
@@ -429,17 +429,17 @@ def _filled(
         every = numbers == tuple(range(*axes.stack or (1,)))
         own = axes if every else axes.of_layers(numbers)
         ordered = [modules[number] for number in numbers]
-        strengths = [config.strength(module) for module in ordered]
-        strength = max(strengths, key=lambda strength: strength.rank)
+        rank_alphas = [config.rank_alpha(module) for module in ordered]
+        rank_alpha = max(rank_alphas, key=lambda each: each.rank)
         a, b, magnitudes = [], [], []
-        for module, (rank, alpha) in zip(ordered, strengths, strict=True):
-            more = strength.rank - rank
+        for module, (rank, alpha) in zip(ordered, rank_alphas, strict=True):
+            more = rank_alpha.rank - rank
             tensors = factors[module]
             matrix = _matrix(file, tensors["A"], (rank, axes.fan_in)).T
             a.append(np.pad(matrix, ((0, 0), (0, more))))
             matrix = _matrix(file, tensors["B"], (axes.fan_out, rank)).T
             ratio = product_scaling(rank, alpha, config.use_rslora) / product_scaling(
-                *strength, config.use_rslora
+                *rank_alpha, config.use_rslora
             )
             if ratio != 1:
                 matrix = matrix.astype(np.promote_types(np.float32, matrix.dtype)) * ratio
@@ -447,12 +447,12 @@ def _filled(
             if config.use_dora:
                 magnitudes.append(_matrix(file, tensors["magnitude"], (axes.fan_out,)))
         arrays = {
-            "lora_a": _stacked(a).reshape(own.a_shape(strength.rank)),
-            "lora_b": _stacked(b).reshape(own.b_shape(strength.rank)),
+            "lora_a": _stacked(a).reshape(own.a_shape(rank_alpha.rank)),
+            "lora_b": _stacked(b).reshape(own.b_shape(rank_alpha.rank)),
         }
         if config.use_dora:
             arrays["lora_magnitude"] = _stacked(magnitudes).reshape(*own.stack, axes.fan_out)
-        filled[path] = _Filled(strength, None if every else numbers, arrays)
+        filled[path] = _Filled(rank_alpha, None if every else numbers, arrays)
     return filled
 
 
@@ -501,7 +501,7 @@ def _check_same_layers(
                 raise InputError(
                     f"{file.path}: {path} has {feature} in the {has} and not in the {lacks}"
                 )
-        own, found = Strength(layer.lora_rank, layer.lora_alpha), filled[path].strength
+        own, found = RankAlpha(layer.lora_rank, layer.lora_alpha), filled[path].rank_alpha
         if own != found:
             raise InputError(
                 f"{file.path}: {path} has rank {found.rank} and alpha {found.alpha:g}, "

@@ -15,8 +15,8 @@ from flax import nnx
 from loft_jax.errors import InputError, explained, shown
 from loft_jax.files import locked, replacing
 from loft_jax.hub.host_arrays import gather_to_host
-from loft_jax.hub.peft_config import Strength, peft_settings
-from loft_jax.hub.peft_factors import Alpha, factor_modules, factor_strengths, factor_tensors
+from loft_jax.hub.peft_config import RankAlpha, peft_settings
+from loft_jax.hub.peft_factors import Alpha, factor_modules, factor_rank_alphas, factor_tensors
 from loft_jax.hub.peft_names import (
     CONFIG_NAME,
     LABELS_NAME,
@@ -177,7 +177,7 @@ class _Adapter(NamedTuple):
     """
 
     tensors: dict[str, np.ndarray]
-    modules: dict[str, Strength]
+    modules: dict[str, RankAlpha]
     others: list[str] | None
     linear: list[str]
     dropout: float = 0.0
@@ -190,23 +190,23 @@ def _of_layers(model: nnx.Module, layers: dict[str, Any], hf_name: NameRule | No
     use_dora = _on_all(layers, "DoRA", lambda layer: layer.lora_magnitude is not None)
     use_rslora = _on_all(layers, "rsLoRA", lambda layer: layer.lora_rslora)
     tensors: dict[str, np.ndarray] = {}
-    modules: dict[str, Strength] = {}
+    modules: dict[str, RankAlpha] = {}
     for path, layer in layers.items():
         axes = layer.lora_axes(layer)
         names = module_names(model, path, axes, hf_name)
         if layer.lora_numbers is not None:
             names = tuple(names[number] for number in layer.lora_numbers)
         factors = layer.lora_factors()
-        strength = _strength(layer, factors[0].shape[-1])
-        a = gather_to_host(factors[0]).reshape(len(names), axes.fan_in, strength.rank)
-        b = gather_to_host(factors[1]).reshape(len(names), strength.rank, axes.fan_out)
+        rank_alpha = _rank_alpha(layer, factors[0].shape[-1])
+        a = gather_to_host(factors[0]).reshape(len(names), axes.fan_in, rank_alpha.rank)
+        b = gather_to_host(factors[1]).reshape(len(names), rank_alpha.rank, axes.fan_out)
         embedding = isinstance(layer, nnx.Embed)
         if use_dora:
             magnitude = gather_to_host(layer.lora_magnitude[...]).reshape(len(names), axes.fan_out)
         for index, name in enumerate(names):
             if name in modules:
                 raise InputError(f"{path}: its name {name!r} is another layer's too")
-            modules[name] = strength
+            modules[name] = rank_alpha
             for factor, matrix in (("A", a[index].T), ("B", b[index].T)):
                 tensor = tensor_name(name, factor, embedding=embedding)
                 tensors[tensor] = np.ascontiguousarray(matrix)
@@ -241,9 +241,9 @@ def _of_factors(
             raise InputError("the model has no LoRA layer to save")
         tree = nnx.state(model)
     modules = factor_modules(tree, hf_name or getattr(model, "hf_name", None), spec, embeddings)
-    strengths = factor_strengths(model, modules, rank, alpha, spec)
+    rank_alphas = factor_rank_alphas(model, modules, rank, alpha, spec)
     linear = [module.path for module in modules if not module.embedding]
-    return _Adapter(factor_tensors(tree, modules), strengths, None, linear)
+    return _Adapter(factor_tensors(tree, modules), rank_alphas, None, linear)
 
 
 def _check_no_others(model: nnx.Module, **given: Any) -> None:
@@ -372,10 +372,10 @@ def _on_all(layers: dict[str, Any], feature: str, has: Callable[[Any], bool]) ->
     return bool(having)
 
 
-def _strength(layer: Any, rank: int) -> Strength:
+def _rank_alpha(layer: Any, rank: int) -> RankAlpha:
     """Gives rank and alpha as written: twice the rank, at the same scaling, if there is a start."""
     more = rank // layer.lora_rank
-    return Strength(rank, layer.lora_alpha * (math.sqrt(more) if layer.lora_rslora else more))
+    return RankAlpha(rank, layer.lora_alpha * (math.sqrt(more) if layer.lora_rslora else more))
 
 
 def _dropout_rate(layer: Any) -> float:

@@ -104,10 +104,9 @@ class Patterns:
         keys = tuple(keys)
         if keys not in self._endings:
             self._endings[keys] = _Endings(keys)
-        endings = self._endings[keys]
-        first = min(endings.find(name), default=len(keys))
-        for place, key in endings.others.items():
-            if place < first and self.match(rf"(.*\.)?({key})$", name):
+        first = min(self._endings[keys].find(name), default=len(keys))
+        for number, key in self._endings[keys].others.items():
+            if number < first and self.match(rf"(.*\.)?({key})$", name):
                 return key
         return keys[first] if first < len(keys) else None
 

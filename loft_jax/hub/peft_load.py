@@ -124,17 +124,12 @@ def load_peft_adapter(
             for name, array in values[path].items():
                 getattr(layer, name).set_value(array)
         if not existing:
-            layers = {
-                path: LayerFactors(*f.rank_alpha, **values[path], numbers=f.numbers)
-                for path, f in filled.items()
-            }
-            insert_lora(
-                model,
-                layers,
-                use_rslora=config.use_rslora,
-                dropout=dropout,
-                rngs=rngs or nnx.Rngs(0),
-            )
+            layers = {}
+            for path, f in filled.items():
+                a, b, *magnitude = values[path].values()
+                layers[path] = LayerFactors(*f.rank_alpha, f.numbers, a, b, *magnitude)
+            rslora, own = config.use_rslora, rngs or nnx.Rngs(0)
+            insert_lora(model, layers, use_rslora=rslora, dropout=dropout, rngs=own)
     file.log_unknown_to_peft()
     parameters = flat_parameters(model, nnx.Param)
     for path, stored in whole.items():

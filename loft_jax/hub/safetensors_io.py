@@ -1,9 +1,9 @@
 """Reads safetensors files one tensor at a time, and writes them completely or not at all."""
 
-import contextlib
+import functools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
@@ -29,8 +29,8 @@ class Safetensors:
 
     Args:
         path: A `.safetensors` file, or a `.safetensors.index.json` beside its shards.
-        keep_open: Whether files stay mapped in memory, for many small tensors: each opening takes
-            time in proportion to their number. By default one is opened anew for each tensor.
+        keep_open: Keep files mapped in memory, for many small tensors: each opening takes time in
+            proportion to their number.
 
     Raises:
         InputError: A file is missing, unreadable or damaged, or the index does not match its
@@ -46,8 +46,8 @@ class Safetensors:
 
     def __init__(self, path: str | os.PathLike[str], *, keep_open: bool = False) -> None:
         self.path = Path(path)
-        self._keep_open = keep_open
-        self._opened: dict[Path, Any] = {}
+        opener = functools.partial(safe_open, framework="numpy")
+        self._open: Callable[[Path], Any] = functools.cache(opener) if keep_open else opener
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._files: dict[str, Path] = {}
         if self.path.suffix == ".json":
@@ -72,10 +72,8 @@ class Safetensors:
         if name not in self._files:
             raise InputError(f"{self.path}: tensor {shown(name)} is missing")
         file = self._files[name]
-        with (
-            explained(f"{file}: cannot read tensor {shown(name)}"),
-            self._open(file) as opened,
-        ):
+        with explained(f"{file}: cannot read tensor {shown(name)}"):
+            opened = self._open(file)
             tensor = opened.get_slice(name)
             stored = tensor.get_dtype()
             if stored not in _READABLE:
@@ -87,20 +85,10 @@ class Safetensors:
             found: np.ndarray = opened.get_tensor(name) if region is ... else tensor[region]
             return found
 
-    def _open(self, file: Path) -> contextlib.AbstractContextManager[Any]:
-        if not self._keep_open:
-            opened: contextlib.AbstractContextManager[Any] = safe_open(file, framework="numpy")
-            return opened
-        if file not in self._opened:
-            self._opened[file] = safe_open(file, framework="numpy")
-        return contextlib.nullcontext(self._opened[file])
-
     def _open_file(self, file: Path) -> None:
         regular_file(inside(file.parent, file.name), "safetensors")
-        with (
-            explained(f"{file}: not a readable safetensors file"),
-            self._open(file) as opened,
-        ):
+        with explained(f"{file}: not a readable safetensors file"):
+            opened = self._open(file)
             for name in opened.keys():  # noqa: SIM118 (not a mapping)
                 if name in self._files:
                     raise InputError(

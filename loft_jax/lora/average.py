@@ -215,9 +215,9 @@ def _combined(
     return LayerFactors(
         found,
         float(found),
+        union,
         a.reshape(whole.a_shape(found)).astype(stored),
         b.reshape(whole.b_shape(found)).astype(stored),
-        numbers=union,
     )
 
 

@@ -124,18 +124,14 @@ class LoRAConfig:
         """Compiles and matches the patterns of this configuration."""
         return Patterns("the patterns of target, excluded or ranked modules")
 
-    def key_of(self, values: Collection[str], path: str) -> str | None:
-        """Gives the first key of a rank or alpha pattern that matches the end of a path."""
-        return self.patterns.first_end(values, path)
-
     def rank_of(self, path: str) -> int:
         """Gives the rank of the layer at a dotted path."""
-        key = self.key_of(self.rank_pattern, path)
+        key = self.patterns.first_end(self.rank_pattern, path)
         return int(self.rank if key is None else self.rank_pattern[key])
 
     def alpha_of(self, path: str) -> float:
         """Gives the alpha of the layer at a dotted path."""
-        key = self.key_of(self.alpha_pattern, path)
+        key = self.patterns.first_end(self.alpha_pattern, path)
         if key is not None:
             return float(self.alpha_pattern[key])
         return float(self.rank_of(path) if self.alpha is None else self.alpha)

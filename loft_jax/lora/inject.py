@@ -85,18 +85,14 @@ def add_lora(model: Model, config: LoRAConfig, *, rngs: nnx.Rngs) -> Model:
 
 
 class LayerFactors(NamedTuple):
-    """The factors of one layer, with their rank and alpha.
-
-    The magnitude is DoRA's. `numbers` are those of the layers of a stack that have factors,
-    ascending; None for all of them.
-    """
+    """The factors of one layer, with their rank and alpha."""
 
     rank: int
     alpha: float
-    lora_a: jax.Array
-    lora_b: jax.Array
-    lora_magnitude: jax.Array | None = None
-    numbers: tuple[int, ...] | None = None
+    numbers: tuple[int, ...] | None  # of the layers of a stack that have factors, or all
+    a: jax.Array
+    b: jax.Array
+    magnitude: jax.Array | None = None  # of DoRA
 
 
 def insert_lora(
@@ -128,11 +124,11 @@ def insert_lora(
 
     Example:
         >>> linear = nnx.Linear(4, 8, rngs=nnx.Rngs(0))
-        >>> factors = LayerFactors(6, 6.0, jnp.ones((4, 6)), jnp.zeros((6, 8)))
+        >>> factors = LayerFactors(6, 6.0, None, jnp.ones((4, 6)), jnp.zeros((6, 8)))
         >>> insert_lora(linear, {"": factors}).lora_a.shape
         (4, 6)
     """
-    use_dora = any(factors.lora_magnitude is not None for factors in layers.values())
+    use_dora = any(factors.magnitude is not None for factors in layers.values())
     config = LoRAConfig(dropout=dropout, use_rslora=use_rslora, use_dora=use_dora)
     plans = _plans(model, {path: (f.rank, f.alpha) for path, f in layers.items()}, config)
     _insert(((plan, layers[path]) for path, plan in plans.items()), config, rngs)
@@ -308,8 +304,8 @@ def _insert(
     for plan, factors, dropout in ready:
         layer = plan.layer
         _set_class(layer, plan.lora_class)
-        layer.lora_a = nnx.LoRAParam(factors.lora_a)
-        layer.lora_b = nnx.LoRAParam(factors.lora_b)
+        layer.lora_a = nnx.LoRAParam(factors.a)
+        layer.lora_b = nnx.LoRAParam(factors.b)
         layer.lora_rank = factors.rank
         layer.lora_alpha = factors.alpha
         layer.lora_rslora = config.use_rslora
@@ -320,10 +316,10 @@ def _insert(
                 layer.lora_mask = LoRAMask(jnp.array(mask))
         if config.init in _PRODUCTS_NOT_ZERO:
             # Copies: a training step may donate the buffers of the factors.
-            layer.lora_start_a = LoRAStart(jnp.array(factors.lora_a, copy=True))
-            layer.lora_start_b = LoRAStart(jnp.array(factors.lora_b, copy=True))
-        if factors.lora_magnitude is not None:
-            layer.lora_magnitude = nnx.LoRAParam(factors.lora_magnitude)
+            layer.lora_start_a = LoRAStart(jnp.array(factors.a, copy=True))
+            layer.lora_start_b = LoRAStart(jnp.array(factors.b, copy=True))
+        if factors.magnitude is not None:
+            layer.lora_magnitude = nnx.LoRAParam(factors.magnitude)
         if dropout is not None:
             layer.lora_dropout = dropout
 
@@ -331,7 +327,7 @@ def _insert(
 def _made(plan: _Plan, config: LoRAConfig, rngs: nnx.Rngs) -> LayerFactors:
     """Makes the initial factors of a layer."""
     a, b = _factors(plan, config, rngs)
-    return LayerFactors(plan.rank, plan.alpha, a, b, _magnitude(plan, config), plan.numbers)
+    return LayerFactors(plan.rank, plan.alpha, plan.numbers, a, b, _magnitude(plan, config))
 
 
 def _factors(plan: _Plan, config: LoRAConfig, rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array]:

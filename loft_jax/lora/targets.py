@@ -267,10 +267,10 @@ def select_paths(
     if not selected:
         raise InputError("exclude_modules leaves no layer of target_modules")
     for name in ("rank_pattern", "alpha_pattern"):
-        values = getattr(config, name)
-        first_ones = {config.key_of(values, path) for path in selected}
+        values, first_end = getattr(config, name), config.patterns.first_end
+        matched = {first_end(values, path) for path in selected}
         for key in values:
-            if key not in first_ones and not any(config.key_of({key}, path) for path in selected):
+            if key not in matched and not any(first_end([key], path) for path in selected):
                 raise InputError(
                     f"{name}: {shown(key)} matches no target layer; {_near(cut(key), selected)}"
                 )

@@ -369,6 +369,8 @@ def draw_matrices(
     """
     draw = _initializer(config, rank)
     keys = jax.random.split(key, (*axes.stack, *axes.batch)).reshape(-1)
+    if len(keys) == 1:  # what jax.vmap leaves in JAX's caches makes each further call slower
+        return draw(keys[0], (side, rank), config.dtype)[None]
     return jax.vmap(lambda key: draw(key, (side, rank), config.dtype))(keys)
 
 

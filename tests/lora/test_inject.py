@@ -381,3 +381,11 @@ def test_an_adapted_embedding_that_is_also_the_head_is_merged_alone():
     np.testing.assert_allclose(run(model, TOKENS), logits, atol=4e-3)  # it computes in bfloat16
     np.testing.assert_array_equal(model.lm_head.kernel[...].T, base)
     assert (model.embed_tokens.embedding[...] != base).any()
+
+
+def test_separate_layers_are_drawn_without_vmap(monkeypatch):
+    """Each call of it leaves more in JAX's caches, and makes the next one slower."""
+    monkeypatch.setattr("jax.vmap", None)
+    layers = (nnx.Linear(4, 4, rngs=nnx.Rngs(i)) for i in range(2))
+    model = add_lora(nnx.Sequential(*layers), LoRAConfig(2, init="balanced"), rngs=nnx.Rngs(2))
+    assert len(lora_layers(model)) == 2

@@ -154,6 +154,8 @@ def test_folders_around_an_adapter_and_bases_that_have_moved(
     assert "run/adapter: is not a run, but is in the folder of one, run" in capsys.readouterr().err
     assert main(["export", "run/typo", "--output", "exported"]) == 2
     assert "run/typo/config.yaml: no such file" in capsys.readouterr().err
+    assert main(["export", "run", "--output", "run"]) == 2
+    assert "run: is the folder of a run, and what it trained" in capsys.readouterr().err
     for place, output in (("copy", "run"), ("copy", str(tmp_path / "run"))):
         Path(place, "checkpoints").mkdir(parents=True, exist_ok=True)
         Path(place, "config.yaml").write_text(f"output: {output}\n")

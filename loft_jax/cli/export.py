@@ -42,6 +42,11 @@ class Export:
         from loft_jax.training.export import export_trained, restore_model, trained_with
 
         check_output(self.output)
+        if (Path(self.output) / "checkpoints").is_dir():
+            raise InputError(
+                f"{self.output}: is the folder of a run, and what it trained would be replaced; "
+                "expected another folder"
+            )
         run = Path(self.run)
         saved_as = run / "config.yaml"
         if run.is_dir() and not saved_as.exists() and (run.parent / "checkpoints").is_dir():

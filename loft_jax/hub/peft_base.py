@@ -116,10 +116,11 @@ def check_folder(folder: Path) -> None:
     """Checks that there is a folder, which is not one around that of an adapter.
 
     Raises:
-        InputError: There is none, or it is that of a run or of `export`.
+        InputError: There is none, or it is that of a run, of `export` or of PEFT's named adapters.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder, expected a PEFT adapter")
-    inner = folder / "adapter"
-    if not (folder / CONFIG_NAME).exists() and (inner / CONFIG_NAME).exists():
-        raise InputError(f"{folder}: is not an adapter, but has one in {inner}")
+    if not (folder / CONFIG_NAME).exists():
+        inner = sorted(file.parent for file in folder.glob(f"*/{CONFIG_NAME}"))
+        if inner:
+            raise InputError(f"{folder}: is not an adapter, but has one in {inner[0]}")

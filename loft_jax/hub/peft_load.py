@@ -312,12 +312,17 @@ def _is_rounded(file: AdapterFile, tensor: str, model: nnx.Module, place: Place)
     if isinstance(value, jax.Array):
         own = np.asarray(value if place.number is None else value[place.number])
         own = own.T if place.transposed else own
-        if file.shapes[tensor] == own.shape:
-            stored = file.read(tensor)
-            if np.array_equal(stored.astype(own.dtype), own):
-                return False
-            if np.array_equal(own.astype(stored.dtype), stored):
-                return True
+        if (shape := file.shapes[tensor]) != own.shape:
+            raise InputError(
+                f"{file.path}: tensor {shown(tensor)} is a base weight of shape {shape}, and the "
+                f"model's is {own.shape}; expected the base of its training, with the tokens that "
+                "were added to it"
+            )
+        stored = file.read(tensor)
+        if np.array_equal(stored.astype(own.dtype), own):
+            return False
+        if np.array_equal(own.astype(stored.dtype), stored):
+            return True
     raise InputError(f"{file.path}: tensor {shown(tensor)} is a base weight other than the model's")
 
 

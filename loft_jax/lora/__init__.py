@@ -9,7 +9,7 @@ from loft_jax.lora.inject import add_lora, merge_lora, remove_lora
 from loft_jax.lora.layers import LoRALayer, LoRAStart
 from loft_jax.lora.register import register_lora_layer
 from loft_jax.lora.stacks import with_full_stacks
-from loft_jax.lora.targets import lora_layers, stack_axis_of
+from loft_jax.lora.targets import lora_layers, scaling_of, stack_axis_of
 
 __all__ = [
     "LoRAConfig",
@@ -21,6 +21,7 @@ __all__ = [
     "merge_lora",
     "register_lora_layer",
     "remove_lora",
+    "scaling_of",
     "stack_axis_of",
     "sum_adapters",
     "with_full_stacks",

@@ -24,7 +24,8 @@ ALL_LINEAR = "all-linear"
 class LoRAConfig:
     """The configuration of `loft_jax.lora.add_lora`, which adds `W = W0 + s A B` to layers.
 
-    The scaling `s` is `alpha / rank`, or `alpha / sqrt(rank)` with `use_rslora`.
+    The scaling `s` is `alpha / rank`, or `alpha / sqrt(rank)` with `use_rslora`. Where it is not 1,
+    `loft` and other optimizers have to be told it: `loft_jax.lora.scaling_of(model)`.
 
     Names and patterns match the dotted path of a module, as in PEFT: a name matches the end of the
     path at a dot (`"q_proj"`, `"self_attn.q_proj"`), a regular expression the whole path.

@@ -57,6 +57,10 @@ def rename(old, new):
         (put(f"{Q1}.lora_C.weight", np.ones(4)), "lora_C.weight' is no LoRA factor"),
         (put(f"{Q1}.base_layer.weight", np.ones((32, 32))), "base weight other than the model's"),
         (put("base_model.model.lm_head.base_layer.weight", np.ones((64, 32))), "base weight other"),
+        (
+            put("base_model.model.lm_head.base_layer.weight", np.ones((66, 32))),
+            r"base weight of shape \(66, 32\), and the model's is \(64, 32\); expected the base",
+        ),
         (rename("q_proj", "qkv_proj"), r"another base model: .*'model\.layers\.0\.self_attn\.qkv"),
         (rename("layers.2.", "layers.3."), r"another base model: .*'model\.layers\.3\."),
         (rename(f"{Q1}.lora_A.weight", f"{Q1}.lora_embedding_A"), "does not fit .* a Linear"),

@@ -131,6 +131,7 @@ def path(
     with jax.default_matmul_precision("highest"):
         for length, by in ((before, matmul), (steps - before, product)):
             if length:
+                jax.clear_caches()  # of directions that were traced with another product
                 carry, of_phase = run(carry, length, by)
                 moved.append(of_phase)
     a, b = (

@@ -123,16 +123,18 @@ def clip_by_projected_norm(
         + \sum_{\mathrm{others}} \| x \|^2 \Big)^{1/2}
 
     For gradients the first sum is that of their projection on the tangent space,
-    `‖G Π_P‖² + ‖Π_R G‖² - ‖Π_R G Π_P‖²`. With move "alternate" it is the norm of what the factor
-    whose turn it is does to W. No dense matrix is made: norms are those of coordinates in
-    orthonormal bases. Before the moments this clips the gradient, as full fine-tuning does; after
-    `project_updates`, or after a whole `loft(...)`, it clips the update.
+    `‖G Π_P‖² + ‖Π_R G‖² - ‖Π_R G Π_P‖²`. Of two different overlaps the shorter one is taken off:
+    after `assign_overlap` that is zero, and otherwise no choice between them makes the norm longer.
+    With move "alternate" it is the norm of what the factor whose turn it is does to W. No dense
+    matrix is made: norms are those of coordinates in orthonormal bases. Before the moments this
+    clips the gradient, as full fine-tuning does; after `project_updates`, or after a whole
+    `loft(...)`, it clips the update.
 
     Args:
       max_norm: The largest norm that passes unchanged.
-      move: Whether leaves count as `assign_overlap` leaves them ("tangent"), or only those of the
-        factor whose turn it is ("alternate").
-      first: As in `assign_overlap` or `alternate_factors`.
+      move: Whether both factors count and their overlap once ("tangent"), or only the factor whose
+        turn it is ("alternate").
+      first: As in `alternate_factors`, with "alternate".
       spec: The pairs and their scaling.
 
     Returns:
@@ -147,7 +149,7 @@ def clip_by_projected_norm(
       >>> from loft_jax import clip_by_projected_norm
       >>> params = {"lora_a": jnp.eye(2), "lora_b": 10.0 * jnp.eye(2)}
       >>> updates = {"lora_a": jnp.eye(2), "lora_b": jnp.zeros((2, 2))}  # W moves by 10 I
-      >>> tx = clip_by_projected_norm(1.0, first="a")
+      >>> tx = clip_by_projected_norm(1.0)
       >>> clipped, _ = tx.update(updates, tx.init(params), params)
       >>> round(float(clipped["lora_a"][0, 0]) * 10 * 2**0.5, 5)
       1.0
@@ -173,15 +175,19 @@ def clip_by_projected_norm(
         tree = PairedUpdates(updates, params, spec)
         total: Number = 0.0
         for group in tree.groups:
+            moves, overlaps = [], []
             for factor, partner in group.sides():
                 c = tree.basis(group, partner).coordinates(tree.folded(factor))
+                move_square = _squares(c.array)  # (group, stack)
                 if move == "tangent":
-                    keeps = keeps_overlap(group, factor, state.count, first)
-                    c = _without_overlap(c, tree.basis(group, factor), keeps)
-                square = jnp.sum(jnp.square(c.array))
-                if move == "alternate":
-                    square = jnp.where(has_turn(factor, state.count, first), square, 0.0)
-                total += square
+                    overlaps.append(_squares(tree.basis(group, factor).q.inner(c)))
+                else:
+                    turn = has_turn(factor, state.count, first)
+                    move_square = jnp.where(turn, move_square, 0.0)
+                moves.append(move_square)
+            total += jnp.sum(moves[0] + moves[1])
+            if overlaps:
+                total -= jnp.sum(jnp.minimum(*overlaps))
         for index in tree.plain:
             leaf = tree.leaves[index]
             total += jnp.sum(absolute_square(leaf.astype(compute_dtype(leaf))))
@@ -192,6 +198,11 @@ def clip_by_projected_norm(
         return tree.rebuilt(), ClipState(count, norm.astype(state.projected_norm.dtype))
 
     return transformation(init, update)
+
+
+def _squares(x: jax.Array) -> jax.Array:
+    """The squared Frobenius norms of matrices (..., m, n)."""
+    return jnp.sum(jnp.square(x), axis=(-2, -1))
 
 
 @on_explicit_axes

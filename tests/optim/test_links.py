@@ -87,12 +87,12 @@ def test_learning_rates_have_gradients_where_b_is_zero():
         assert float(found) == pytest.approx(expected, rel=1e-3)
 
 
-def test_clip_of_the_update():
-    """Behind loft, the clip bounds how far W moves, in the Frobenius norm."""
+@pytest.mark.parametrize("first", ["a", "b"])
+def test_clip_of_the_update(first):
+    """Behind loft, the clip bounds how far W moves, in the Frobenius norm, whoever's turn it is."""
     params = {"q": pair(0)}
-    path, _ = run(
-        optax.chain(loft(10.0), loft_jax.clip_by_projected_norm(0.01)), params, random_grads, 6
-    )
+    tx = optax.chain(loft(10.0, first=first), loft_jax.clip_by_projected_norm(0.01))
+    path, _ = run(tx, params, random_grads, 6)
     weights = [p["q"]["lora_a"] @ p["q"]["lora_b"] for p in [params, *path]]
     moves = [float(jnp.linalg.norm(y - x)) for x, y in itertools.pairwise(weights)]
     np.testing.assert_allclose(moves, 0.01, rtol=1e-3)

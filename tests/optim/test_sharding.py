@@ -124,6 +124,7 @@ def probe(name, mesh_shape, tiles):
     expected = on_one_device(name)
     if tiles == "small":
         full_moment._TILE_ELEMENTS = 1 << 13
+    jax.clear_caches()  # of what was traced with other tiles
     axes = tuple("xyz"[: len(mesh_shape)])
     devices = np.asarray(jax.devices()).reshape(mesh_shape)
     mesh = Mesh(devices, axes, axis_types=(AxisType.Auto,) * len(axes))

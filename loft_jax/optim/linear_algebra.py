@@ -340,12 +340,15 @@ def _eliminate(
     def body(k: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         left, vectors, forward, backward = carry
         diagonal = jnp.diagonal(left, axis1=-2, axis2=-1)  # (..., r), zero where done
-        # NaN is the largest to argmax: it is chosen, kept, and shows in the result.
-        at = jnp.argmax(diagonal, axis=-1)[..., None, None]  # (..., 1, 1)
-        size = jnp.max(diagonal, axis=-1)[..., None, None]
+        largest = jnp.max(diagonal, axis=-1, keepdims=True)  # (..., 1)
+        # Unit columns are all as large, and rounding is not to choose between them: the first does.
+        at = jnp.argmax(diagonal >= 0.99 * largest, axis=-1)[..., None, None]  # (..., 1, 1)
+        row = pick(left, at, -2)  # (..., 1, r)
+        # A NaN is kept, and shows in the result.
+        size = jnp.where(jnp.isnan(largest[..., None]), jnp.nan, pick(row, at, -1))  # (..., 1, 1)
         dropped = size <= drop
         scale = jnp.where(dropped, 0.0, 1 / jnp.sqrt(jnp.where(dropped, 1.0, size)))
-        row = pick(left, at, -2) * scale  # (..., 1, r)
+        row = row * scale
         vector = pick(vectors, at, -1) * scale  # (..., r, 1)
         rest = jnp.where(columns == at, 0.0, row)
         # What rounding leaves of the pivot's row and column is not to be chosen again.

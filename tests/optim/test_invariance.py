@@ -87,3 +87,18 @@ def test_scaling(shape, dtype, kind, log_scaling, sign):
             path(problem["a"], problem["b"], 1.0),
         )
     assert errors.max() < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("scaling", [3.0, -0.07])
+@pytest.mark.parametrize("move", ["tangent", "alternate"])
+@pytest.mark.parametrize(("dtype", "steps"), [("float64", STEPS), ("float32", 2)])
+def test_scaling_where_few_rows_span_few_directions(scaling, move, dtype, steps):
+    """From B = 0, with two rows of data and rank 4: B has rank 2 at first, and then directions that
+    are too small for float32."""
+    problem = least_squares(12, 9, 4, seed=1)
+    problem |= {"x": problem["x"][:2], "b": np.zeros_like(problem["b"])}
+    numbers = {"second_moment": "factored", "move": move, "learning_rate": 0.01}
+    with jax.enable_x64(True):
+        path = functools.partial(loft_path, problem, steps, dtype, **numbers)
+        errors = relative_errors(path(scaling=scaling), path())
+    assert errors.max() < TOLERANCE[dtype]

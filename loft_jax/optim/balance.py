@@ -49,7 +49,8 @@ def balance_factors(*, spec: FactorSpec = DEFAULT_SPEC) -> optax.GradientTransfo
     Of the balanced factorizations it is one near the factors as they are. A direction in which W
     has nothing shrinks in the factors, to the root of rounding; nothing moves while one factor is
     zero. The updates hold the whole change of factorization: what scales or clips them after this
-    link changes W.
+    link changes W. A change is rounded at the size of the factor as it is: of factors whose sizes
+    differ by a ratio, the product is off by the rounding of their dtype times its square root.
 
     Args:
       spec: The pairs.

@@ -191,7 +191,8 @@ class Basis(NamedTuple):
     def project(self, gp: FactorMatrix) -> FactorMatrix:
         """The X (..., m, r) with `X Pᵀ = G proj(P)`, given the product `G P` (..., m, r).
 
-        This is `G P (PᵀP)⁺` without the Gram matrix.
+        This is `G P (PᵀP)⁻¹` without the Gram matrix. Where P lacks rank, it is one such X, zero
+        for the columns that depend on others.
         """
         return self.from_coordinates(gp.times(self.s_inv))
 

@@ -56,9 +56,10 @@ def project_gradients(*, spec: FactorSpec = DEFAULT_SPEC) -> optax.GradientTrans
     .. math::
       \tilde g_A = G P (P^T P)^+, \qquad \tilde g_A P^T = G \, \mathrm{proj}(P)
 
-    with the raw gradient of A being `G P`. The result does not depend on how the product is split
-    into factors, nor on s. Directions in which the partner has nothing (B = 0 at the start) get
-    zero. Other leaves pass unchanged.
+    with the raw gradient of A being `G P`. What the result stands for, `g̃_A Pᵀ`, depends neither on
+    how the product is split into factors, nor on s. Where columns of P depend on one another, the
+    result uses as few of them as it takes, and the others get zero. Directions in which the partner
+    has nothing (B = 0 at the start) get zero. Other leaves pass unchanged.
 
     Args:
       spec: The pairs and their scaling.

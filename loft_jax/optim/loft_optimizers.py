@@ -102,8 +102,8 @@ def loft(
     by turns (see `assign_overlap`): what both factors can do to W counts once. With
     `second_moment="full"` and factors that span the smaller side of W (r = min(in, out)), W follows
     `optax.adamw` step for step; for r = in from B = 0 too. At every rank, and with the default too,
-    the path of W does not depend on how W is split into factors, nor on s: there is no alpha to
-    tune. Leaves that belong to no pair take plain AdamW with the same numbers.
+    the path of W does not depend on how W is split into factors of independent columns, nor on s:
+    there is no alpha to tune. Leaves that belong to no pair take plain AdamW with the same numbers.
 
     The optimizer is the chain `project_gradients`, `clip_by_projected_norm` (with max_grad_norm),
     `calibrate_moments`, `project_updates`, `optax.add_decayed_weights`,
@@ -130,9 +130,10 @@ def loft(
         rounded stochastically.
       mu_dtype: Dtype of the first moments, as in `optax.adamw`.
       balance: Moves the factors to the balanced factorization of the same product at every step
-        (see `balance_factors`): W's path is the same in exact arithmetic (but for the diagonal
-        second moment), and rounding disturbs it less. What clips or scales updates has to stand
-        before it, so inside: `max_grad_norm` and the learning rate do.
+        (see `balance_factors`): from factors of independent columns W's path is the same in
+        exact arithmetic (but for the diagonal second moment), and rounding disturbs it less. What
+        clips or scales updates has to stand before it, so inside: `max_grad_norm` and the learning
+        rate do.
       first: The factor that keeps the overlap at the first step (see `assign_overlap`), or moves at
         it, with "alternate". "b", since adapters start with B = 0 and A has no gradient then.
       fused: Makes the direction of the full second moment by a Pallas kernel where there is one
@@ -242,8 +243,8 @@ def orthogonalize_momentum(
       ns_steps: Iterations.
       eps: Added to the norm that the momentum is divided by.
       nesterov: Whether the gradient is counted once more.
-      consistent_rms: If given, the root mean square that updates get whatever their shape (0.2
-        matches AdamW's).
+      consistent_rms: If given, the root mean square that updates of full rank get whatever their
+        shape (0.2 matches AdamW's); those of rank r get √(r / min(in, out)) times as much.
       mu_dtype: Dtype of the momentum, float32 at least by default.
       spec: The pairs and their scaling.
 

@@ -171,10 +171,10 @@ def calibrate_moments(
       m \leftarrow \beta_1 m C + (1 - \beta_1) c, \quad
       p_i \leftarrow \beta_2 C^T p_i C + (1 - \beta_2) c_i c_i^T
 
-    so that `m Qᵀ` is Adam's first moment with every earlier gradient projected on today's
-    subspace, and `Q_jᵀ p_i Q_j` the second moment of element (i, j) of the same. C is a product of
-    orthonormal matrices: a contraction, whatever the condition of the factors. The matrices p_i
-    are kept as packed halves; other second moments keep less of them (see
+    so that `m Qᵀ` is Adam's first moment with every earlier gradient projected on each subspace
+    since, one after the other, and `Q_jᵀ p_i Q_j` the second moment of element (i, j) of the same.
+    C is a product of orthonormal matrices: a contraction, whatever the condition of the factors.
+    The matrices p_i are kept as packed halves; other second moments keep less of them (see
     `loft_jax.optim.full_moment` and `loft_jax.optim.second_moments`).
 
     Args:

@@ -226,9 +226,10 @@ def balance_norms(
       c = \sqrt{\|B\|_F / \|A\|_F}, \qquad A \leftarrow c A, \quad B \leftarrow B / c
 
     for each pair, and for each layer of a stack, at the beginning of every step. The product is the
-    same. Gradients, and Adam's moments of earlier ones, follow by the chain rule: those of A are
-    divided by c and those of B multiplied by it, second moments by its square. Then the inner
-    optimizer takes its step from there. A pair with a factor that is zero or not finite stays.
+    same, but for rounding, as in `balance_factors`. Gradients, and Adam's moments of earlier ones,
+    follow by the chain rule: those of A are divided by c and those of B multiplied by it, second
+    moments by its square. Then the inner optimizer takes its step from there. A pair with a factor
+    that is zero or not finite stays.
 
     Args:
       inner: A whole optimizer, with its learning rate and its weight decay: updates of this

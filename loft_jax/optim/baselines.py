@@ -101,7 +101,7 @@ def lora_fa(
     r"""LoRA-FA: A is frozen, and B follows AdamW on the projected full gradient.
 
     .. math::
-      g_B \leftarrow \frac{1}{s^2} (A^T A)^+ g_B
+      g_B \leftarrow \frac{1}{s^2} (A^T A)^{-1} g_B
 
     A has no state: moments are kept of B alone. A has to start away from zero, as adapters of
     embeddings do not.
@@ -293,8 +293,8 @@ def alt_lora_plus(
     r"""AltLoRA+: one factor a step, with aligned momentum and Adam's second moment of the factor.
 
     .. math::
-      \tilde g_A = G P (P^T P)^+, \quad
-      m \leftarrow \beta_1 m P_{old}^T P (P^T P)^+ + (1 - \beta_1) \tilde g_A, \quad
+      \tilde g_A = G P (P^T P)^{-1}, \quad
+      m \leftarrow \beta_1 m P_{old}^T P (P^T P)^{-1} + (1 - \beta_1) \tilde g_A, \quad
       v \leftarrow \beta_2 v + (1 - \beta_2) \tilde g_A^2
 
     This is `loft` with its diagonal second moment, which goes by these equations. It differs from

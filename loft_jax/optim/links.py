@@ -54,7 +54,7 @@ def project_gradients(*, spec: FactorSpec = DEFAULT_SPEC) -> optax.GradientTrans
     r"""Rescales factor gradients so that they stand for the projected full gradient.
 
     .. math::
-      \tilde g_A = G P (P^T P)^+, \qquad \tilde g_A P^T = G \, \mathrm{proj}(P)
+      \tilde g_A = G P (P^T P)^{-1}, \qquad \tilde g_A P^T = G \, \mathrm{proj}(P)
 
     with the raw gradient of A being `G P`. What the result stands for, `g̃_A Pᵀ`, depends neither on
     how the product is split into factors, nor on s. Where columns of P depend on one another, the
@@ -124,18 +124,17 @@ def clip_by_projected_norm(
         + \sum_{\mathrm{others}} \| x \|^2 \Big)^{1/2}
 
     For gradients the first sum is that of their projection on the tangent space,
-    `‖G Π_P‖² + ‖Π_R G‖² - ‖Π_R G Π_P‖²`. Of two different overlaps the shorter one is taken off:
-    after `assign_overlap` that is zero, and otherwise no choice between them makes the norm longer.
-    With move "alternate" it is the norm of what the factor whose turn it is does to W. No dense
-    matrix is made: norms are those of coordinates in orthonormal bases. Before the moments this
-    clips the gradient, as full fine-tuning does; after `project_updates`, or after a whole
-    `loft(...)`, it clips the update.
+    `‖G Π_P‖² + ‖Π_R G‖² - ‖Π_R G Π_P‖²`. After `assign_overlap`, so after a whole `loft(...)`, it
+    is that of the update. In between, where both factors have an overlap of their own, it is the
+    longer of what `assign_overlap` can leave. With move "alternate" it is the norm of what the
+    factor whose turn it is does to W. No dense matrix is made: norms are those of coordinates in
+    orthonormal bases.
 
     Args:
       max_norm: The largest norm that passes unchanged.
       move: Whether both factors count and their overlap once ("tangent"), or only the factor whose
         turn it is ("alternate").
-      first: As in `alternate_factors`, with "alternate".
+      first: For "alternate" alone, as in `alternate_factors`.
       spec: The pairs and their scaling.
 
     Returns:
@@ -176,19 +175,18 @@ def clip_by_projected_norm(
         tree = PairedUpdates(updates, params, spec)
         total: Number = 0.0
         for group in tree.groups:
-            moves, overlaps = [], []
+            squares = []
             for factor, partner in group.sides():
                 c = tree.basis(group, partner).coordinates(tree.folded(factor))
-                move_square = _squares(c.array)  # (group, stack)
                 if move == "tangent":
-                    overlaps.append(_squares(tree.basis(group, factor).q.inner(c)))
+                    rest = _without_overlap(c, tree.basis(group, factor), keeps=False)
+                    squares.append((_squares(c), _squares(rest)))
                 else:
                     turn = has_turn(factor, state.count, first)
-                    move_square = jnp.where(turn, move_square, 0.0)
-                moves.append(move_square)
-            total += jnp.sum(moves[0] + moves[1])
-            if overlaps:
-                total -= jnp.sum(jnp.minimum(*overlaps))
+                    total += jnp.sum(jnp.where(turn, _squares(c), 0.0))
+            if move == "tangent":
+                (a, rest_a), (b, rest_b) = squares
+                total += jnp.sum(jnp.maximum(a + rest_b, rest_a + b))
         for index in tree.plain:
             leaf = tree.leaves[index]
             total += jnp.sum(absolute_square(leaf.astype(compute_dtype(leaf))))
@@ -201,9 +199,9 @@ def clip_by_projected_norm(
     return transformation(init, update)
 
 
-def _squares(x: jax.Array) -> jax.Array:
-    """The squared Frobenius norms of matrices (..., m, n)."""
-    return jnp.sum(jnp.square(x), axis=(-2, -1))
+def _squares(x: FactorMatrix) -> jax.Array:
+    """The squared Frobenius norms (...) of matrices (..., m, r)."""
+    return jnp.sum(jnp.square(x.array), axis=(-2, -1))
 
 
 @on_explicit_axes

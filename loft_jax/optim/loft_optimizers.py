@@ -352,9 +352,9 @@ def loft_muon(
     The momentum of the projected full gradient is calibrated as in LoFT, and orthogonalized exactly
     through its (m, r) coordinates. Both factors move, and W by what they do together, as in `loft`.
     Where the factors span the smaller side of W (r = min(in, out)), W follows `optax.contrib.muon`
-    on W; at every rank its path depends neither on how W is factorized nor on s. There is no second
-    moment: the state is 2 (m + n) r numbers a pair. Leaves that belong to no pair take Adam, as in
-    Optax's Muon.
+    on W; at every rank its path depends neither on how W is factorized, into factors of independent
+    columns, nor on s. There is no second moment: the state is 2 (m + n) r numbers a pair. Leaves
+    that belong to no pair take Adam, as in Optax's Muon.
 
     Args:
       learning_rate: Step size, or an Optax schedule of the step: Muon's, far larger than Adam's

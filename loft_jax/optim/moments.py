@@ -316,7 +316,7 @@ def project_updates(
 
     .. math::
       D = \frac{m Q^T}{\sqrt{v} + \epsilon}, \quad v_{ij} = Q_j^T p_i Q_j, \quad
-      \Delta A = D P (P^T P)^+
+      \Delta A = D P (P^T P)^{-1}
 
     so that W moves by `ΔA Pᵀ = D proj(P)`, whatever s is. D is made and projected back in tiles,
     and is never in memory as a whole. No element of it exceeds Adam's own bound. (The formulas are

@@ -40,7 +40,8 @@ StackAxis = StackAxes | Callable[[str], StackAxes]
 ArrayT = TypeVar("ArrayT", jax.Array, np.ndarray)
 
 _DEFAULT_NAMES = (("lora_a", "lora_b"), ("lora_A", "lora_B"))
-_NAMED_AS_FACTOR = re.compile(r"(?:^|[/_])lora_[abAB](?![a-zA-Z])")
+# In the last two steps of a path: those before are modules.
+_NAMED_AS_FACTOR = re.compile(r"(?:^|[/_])lora_[abAB](?![a-zA-Z])[^/]*(?:/[^/]*)?$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,8 +296,8 @@ def find_pairs(params: optax.Params, spec: FactorSpec = DEFAULT_SPEC) -> list[Pa
     Raises:
       ValueError: A factor without its other half, complex factors, shapes that fit in no way or in
         several, a rank above the smaller side of the weight, or no pair at all where the spec has
-        names; or, unless the spec names the factors, a leaf outside of all pairs with `lora_a` or
-        the like in its path.
+        names; or, unless the spec names the factors, a matrix outside of all pairs whose name, or
+        that of its module, has `lora_a` or the like in it.
 
     Example:
       >>> import jax.numpy as jnp
@@ -353,16 +354,20 @@ def find_pairs(params: optax.Params, spec: FactorSpec = DEFAULT_SPEC) -> list[Pa
             "train without pairs"
         )
     if spec.factors is None:
-        _refuse_lost_factors(path for i, path in enumerate(paths) if i not in owners)
+        _refuse_lost_factors(
+            path
+            for index, (path, leaf) in enumerate(zip(paths, leaves, strict=True))
+            if index not in owners and len(getattr(leaf, "shape", ())) > 1
+        )
     return sorted(pairs, key=lambda pair: pair.a.index)
 
 
 def _refuse_lost_factors(paths: Iterable[str]) -> None:
-    """Refuses leaves outside of all pairs that are named like factors: `lora_a/kernel`."""
+    """Refuses matrices outside of all pairs that are named like factors: `lora_a/kernel`."""
     if lost := next(filter(_NAMED_AS_FACTOR.search, paths), None):
         raise ValueError(
-            f"{lost!r} is named like a factor, but belongs to no pair, and would be trained as a "
-            "matrix of its own: name the endings of all factors with `factors=`"
+            f"{lost!r} is named like a factor, but belongs to no pair: name the endings of all "
+            "factors with `factors=`, and what else there is passes"
         )
 
 

@@ -122,7 +122,7 @@ def stochastic_round(x: jax.Array, dtype: jnp.dtype, key: jax.Array) -> jax.Arra
 class DiagonalMoment:
     r"""Adam's second moment of the factor's own gradient: the simple form of LoFT's authors.
 
-    The projected gradient of A is `g̃ = G P (PᵀP)⁺`, of A's shape. This rule keeps the moving
+    The projected gradient of A is `g̃ = G P (PᵀP)⁻¹`, of A's shape. This rule keeps the moving
     average of its squares, and divides the calibrated first moment by its root:
 
     .. math::

@@ -98,6 +98,14 @@ def test_clip_of_the_update(first):
     np.testing.assert_allclose(moves, 0.01, rtol=1e-3)
 
 
+def test_gradients_whose_norm_overflows_move_nothing():
+    params = {"q": pair(0), "bias": jnp.zeros(3)}
+    grads = jax.tree.map(lambda x: jnp.full_like(x, 1e20), params)
+    tx = loft(1e-3, max_grad_norm=1.0)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    assert not any(jnp.any(x != 0) for x in jax.tree.leaves(updates))
+
+
 def test_links_out_of_order():
     params = {"q": pair(0)}
     tx = loft_jax.project_updates()

@@ -157,9 +157,11 @@ def test_errors_name_the_path(tree, message):
 
 
 def test_leaves_that_are_no_factors_by_name():
-    tree = {"q": factors(8, 6, 2) | {"lora_alpha": jnp.zeros(()), "flora_b": jnp.zeros(3)}}
+    others = {"lora_alpha": jnp.zeros((2, 2)), "flora_b": jnp.zeros((2, 2))}
+    tree = {"q": factors(8, 6, 2) | others | {"lora_b_bias": jnp.zeros(6)}}
+    tree = {"lora_a": {"task": {**tree, "head": {"kernel": jnp.zeros((2, 2))}}}}
     assert len(find_pairs(tree)) == 1
-    tree["q"]["lora_a_scale"] = jnp.zeros(2)
+    tree["q"] = {"lora_a_scale": jnp.zeros((2, 2))}
     assert len(find_pairs(tree, FactorSpec([("lora_a", "lora_b")]))) == 1
 
 

@@ -233,6 +233,8 @@ def _continuation(
     if isinstance(prompt, str):
         near = ids[-_NEAR:]
         before = decoded(tokenizer, near, special=False)
+        if "\ufffd" in before:  # begins within a character, perhaps
+            near, before = ids, decoded(tokenizer, ids, special=False)
         whole = decoded(tokenizer, [*near, *new], special=False)
         if whole.startswith(before):  # else a character has tokens of both
             return whole.removeprefix(before)

@@ -278,7 +278,11 @@ def bytes_tokenizer():
 
 
 @pytest.mark.parametrize(
-    ("prompt", "text"), [("a", " a"), ("a ", " a"), ("a 😀", "😀a"), ("a中", "文"), ("a😀", " a")]
+    ("prompt", "text"),
+    [
+        *[("a", " a"), ("a ", " a"), ("a 😀", "😀a"), ("a中", "文"), ("a😀", " a")],
+        *[("a" + "中" * 9, "文"), ("a" + "中" * 9, " a"), ("a " * 20, " a")],  # long
+    ],
 )
 def test_a_continuation_is_what_the_whole_text_has_more(monkeypatch, prompt, text):
     """Also where tokens of one character are next to those of another."""

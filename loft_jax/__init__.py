@@ -131,7 +131,8 @@ __all__ = [
     "sum_adapters",
 ]
 
-# Where the names are, those first that need the fewest packages.
+# Where the names are. They are looked through in this order, for which the optimizers need jax and
+# optax alone, and LoRA layers flax beside them.
 _MODULES = (
     "loft_jax.optim",
     "loft_jax.lora",

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from loft_jax.data.encode import Example
+from loft_jax.errors import InputError
 
 Batch = dict[str, np.ndarray]
 
@@ -48,6 +49,16 @@ def pad_batch(
         "segment_ids": segment_ids,
         "loss_mask": loss_mask,
     }
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Refuses a batch without rows.
+
+    Raises:
+        InputError: The number of rows is below 1.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch size is {batch_size}; expected at least 1")
 
 
 def bucket_lengths(lengths: np.ndarray, batch_size: int) -> tuple[int, ...]:

@@ -36,7 +36,7 @@ def read_json_rows(
 
     A file holds a sequence of objects (JSON Lines, also with line breaks inside objects), a list of
     objects, a list of texts, each of which becomes the field `text` of a row, or one object with a
-    list of objects in it, which is told.
+    list of objects in it; the log names the field of that list.
 
     Args:
         by_split: The files of each split; regular files, in UTF-8.
@@ -67,11 +67,17 @@ def _examples(file: Path, known: Collection[str]) -> Iterator[tuple[Any, int]]:
     values = _values(file)
     first = list(itertools.islice(values, 2))
     alone = len(first) == 1 and _Scanner(file).peek() != "["
-    if alone and isinstance(whole := first[0][0], dict) and not known & whole.keys():
+    if alone and isinstance(whole := first[0][0], dict):
         lists = [name for name, one in whole.items() if _is_list_of_objects(one)]
-        if len(lists) == 1:
+        own = sorted(known & whole.keys())
+        if len(lists) == 1 and not own:
             _log.info("%s: rows are read from the list in its field %s", file, shown(lists[0]))
             return ((row, 1) for row in whole[lists[0]])
+        if len(lists) == 1 and lists[0] not in own:
+            _log.info(
+                "%s: is one row, since it has a field %s; the list in %s is not read as rows",
+                *(file, own[0], shown(lists[0])),
+            )
     return itertools.chain(first, values)
 
 

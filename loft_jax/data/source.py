@@ -120,7 +120,7 @@ def given_examples(
     if isinstance(splits, Mapping):
         if odd := [name for name, part in splits.items() if not isinstance(part, Dataset)]:
             raise InputError(f"{name}: split {shown(odd[0])} is not a Dataset, expected one")
-        with explained(f"{name}: has no split {shown(_split(config))}, which DataConfig names"):
+        with explained(f"{name}: split {shown(_split(config))} cannot be read"):
             rows = _part(splits, _split(config)).with_format(None)
     else:
         if hasattr(data, "to_dict") and hasattr(data, "columns"):  # iterates over its columns
@@ -131,7 +131,7 @@ def given_examples(
         rows = list(data)
         if config.split is not None:
             raise InputError(
-                f"split is {shown(config.split)}, but the rows are an iterable, which has no splits"
+                f"{name}: split is {shown(config.split)}, but an iterable of rows has no splits"
             )
         for index, row in enumerate(rows):
             if not isinstance(row, Mapping):

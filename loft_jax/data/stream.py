@@ -8,7 +8,14 @@ import grain
 import numpy as np
 
 from loft_jax.data.arrays import ArrayData
-from loft_jax.data.batches import Batch, bucket_lengths, pack, pad_batch, smallest_bucket
+from loft_jax.data.batches import (
+    Batch,
+    bucket_lengths,
+    check_batch_size,
+    pack,
+    pad_batch,
+    smallest_bucket,
+)
 from loft_jax.data.config import DataConfig
 from loft_jax.data.encode import TokenizedData
 from loft_jax.data.images import ImageData
@@ -263,8 +270,7 @@ def _batch(
 def _check(
     data: TokenizedData | ImageData | ArrayData, config: DataConfig, batch_size: int
 ) -> None:
-    if batch_size < 1:
-        raise InputError(f"batch size is {batch_size}; expected at least 1")
+    check_batch_size(batch_size)
     if isinstance(data, ImageData):
         return
     for name in ("random_resized_crop", "random_horizontal_flip"):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loft_jax.data import DataConfig
+from loft_jax.data.batches import check_batch_size
 from loft_jax.data.encode import encode_prompts
 from loft_jax.data.row_formats import Pair, RowReader, column_names
 from loft_jax.data.templates import Chat
@@ -125,8 +126,7 @@ def generated_answers(
         >>> evaluate(model).accuracy  # doctest: +SKIP
         0.25
     """
-    if batch_size < 1:
-        raise InputError(f"batch size is {batch_size}; expected at least 1")
+    check_batch_size(batch_size)
     with explained(f"answer_pattern {shown(answer_pattern)} is no regular expression"):
         pattern = re.compile(answer_pattern)
     if max_new_tokens < 1:

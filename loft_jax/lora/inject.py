@@ -241,6 +241,8 @@ def _plans(
     """Checks the layers that get factors, given their ranks and alphas by path."""
     foreign = foreign_lora(model)
     layers = {path: layer for path, layer in named_modules(model).items() if path in ranks}
+    if missing := [path for path in ranks if path not in layers]:
+        raise InputError(f"{missing[0]}: the model has no such layer")
     _check_not_normalized(model, layers.items())
     return {
         path: _plan(path, layer, config, foreign.get(path), *ranks[path])

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from loft_jax.data import DataConfig, Example
-from loft_jax.data.batches import bucket_lengths, smallest_bucket
+from loft_jax.data.batches import bucket_lengths, check_batch_size, smallest_bucket
 from loft_jax.data.encode import encode_prompts, pad_id, truncate
 from loft_jax.data.log_once import Joins, log_once, log_unused
 from loft_jax.data.row_formats import (
@@ -86,6 +86,7 @@ class Choice(CausalLM):
         progress: bool = True,
     ) -> Evaluation:
         """Evaluates the loss of the right answers, and the accuracy of the likeliest ones."""
+        check_batch_size(batch_size)
         asked = _encoded(tokenizer, rows, data, self.choices, vocab_size)
 
         def measure(model: LanguageModel) -> Measured:
@@ -183,6 +184,7 @@ def score_choices(
     Source:
         The conventions of EleutherAI's lm-evaluation-harness: acc and acc_norm.
     """
+    check_batch_size(batch_size)
     asked = _encoded(tokenizer, rows, config, choices, model.config.vocab_size)
     return _scores(model, asked, batch_size=batch_size, progress=progress)
 
@@ -220,8 +222,6 @@ def _encoded(
 def _scores(
     model: LanguageModel, asked: _Asked, *, batch_size: int, progress: bool
 ) -> ChoiceScores:
-    if batch_size < 1:
-        raise InputError(f"batch size is {batch_size}; expected at least 1")
     questions, encoded, filler = asked
     scores = [np.zeros(0)] * len(questions)  # log-likelihoods of the answers of each
     graphdef, state = inference_state(model)

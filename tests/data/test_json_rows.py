@@ -126,7 +126,11 @@ def test_a_list_of_one_object_is_the_rows(tmp_path):
 def test_a_container_is_told(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         assert read(tmp_path, json.dumps({"version": 1, "data": TWO})) == TWO
+        assert read(tmp_path, json.dumps({"text": "a", "data": TWO})) == [
+            {"text": "a", "data": TWO}
+        ]
     assert "rows are read from the list in its field 'data'" in caplog.text
+    assert "is one row, since it has a field text; the list in 'data' is not" in caplog.text
 
 
 @pytest.mark.parametrize(

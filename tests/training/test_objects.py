@@ -184,7 +184,7 @@ def test_a_model_and_a_loss_of_ones_own(make_config, tmp_path, capsys):
         ({"held_out": []}, "held_out holds no examples"),
         (
             {"data": DatasetDict(test=Dataset.from_list([{"x": 1}]))},
-            "data: has no split 'train', w",
+            "data: split 'train' cannot be read",
         ),
         ({"loss": lambda model, batch: (batch["x"], {})}, "loss gives a tuple, expected one array"),
         ({"data": [{"x": "a"}]}, "row 0: field 'x' is 'a'; expected numbers of one shape"),
@@ -247,7 +247,7 @@ def test_splits_of_a_dataset(rows):
     assert len(given_examples(splits, DataConfig())) == 4
     assert len(given_examples(splits, DataConfig(split="validation[:2]"))) == 2
     assert len(given_examples(splits["train"], DataConfig(split="train[1:]"))) == 3
-    with pytest.raises(InputError, match="split is 'train', but the rows are an iterable"):
+    with pytest.raises(InputError, match="data: split is 'train', but an iterable of rows"):
         given_examples(rows, DataConfig(split="train"))
 
 

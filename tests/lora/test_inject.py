@@ -13,6 +13,7 @@ from flax import nnx
 from loft_jax import find_pairs
 from loft_jax.errors import InputError
 from loft_jax.lora import LoRAConfig, add_lora, lora_layers, merge_lora, remove_lora
+from loft_jax.lora.inject import LayerFactors, insert_lora
 from loft_jax.models.llama import Llama, LlamaConfig
 
 from .models import Stacked
@@ -389,3 +390,11 @@ def test_separate_layers_are_drawn_without_vmap(monkeypatch):
     layers = (nnx.Linear(4, 4, rngs=nnx.Rngs(i)) for i in range(2))
     model = add_lora(nnx.Sequential(*layers), LoRAConfig(2, init="balanced"), rngs=nnx.Rngs(2))
     assert len(lora_layers(model)) == 2
+
+
+def test_factors_for_a_layer_that_is_not_there_are_refused():
+    model = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+    factors = LayerFactors(2, 2.0, None, jnp.ones((4, 2)), jnp.zeros((2, 4)))
+    with pytest.raises(InputError, match=r"layers\.7: the model has no such layer"):
+        insert_lora(model, {"layers.0": factors, "layers.7": factors})
+    assert not lora_layers(model)

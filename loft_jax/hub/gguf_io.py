@@ -12,7 +12,8 @@ from gguf.quants import dequantize
 from loft_jax.errors import InputError, explained, naming, shown
 from loft_jax.files import regular_file
 from loft_jax.hub.safetensors_io import Region
-from loft_jax.models.family import GGUFAdapter, PretrainedConfig
+from loft_jax.models.decoder_gguf import DecoderGGUF
+from loft_jax.models.family import PretrainedConfig
 from loft_jax.models.registry import gguf_family
 
 
@@ -42,7 +43,7 @@ class GGUF:
             self.family = gguf_family(architecture)
         adapter = self.family.gguf
         assert adapter is not None
-        self._adapter: GGUFAdapter = adapter
+        self._adapter: DecoderGGUF = adapter
         for tensor in tensors:
             _check_kind(self.path, tensor)
         with explained(f"{self.path}: not a readable GGUF file"):

@@ -15,7 +15,8 @@ from loft_jax.errors import InputError, explained, shown
 from loft_jax.files import replacing
 from loft_jax.hub.gguf_tokenizer import tokenizer_metadata
 from loft_jax.hub.pretrained import hf_tensors, merged_parameters
-from loft_jax.models.family import GGUFAdapter, PretrainedModel, flat_parameters
+from loft_jax.models.decoder_gguf import DecoderGGUF
+from loft_jax.models.family import PretrainedModel, flat_parameters
 from loft_jax.models.registry import family_of
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ _NOT_COMPUTED = ("initializer_range", "bos_token_id", "eos_token_id", "pad_token
 class _Contents(NamedTuple):
     """What a file holds beside the parameters."""
 
-    adapter: GGUFAdapter
+    adapter: DecoderGGUF
     metadata: dict[str, Any]
     constants: dict[str, np.ndarray]
 

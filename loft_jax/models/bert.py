@@ -5,8 +5,7 @@ of layers.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -30,7 +29,8 @@ from loft_jax.models.family import (
     norm,
 )
 from loft_jax.models.nonlinearities import NONLINEARITIES
-from loft_jax.models.stack import linear_layers, run_layers, stack_layers
+from loft_jax.models.parts import Parts
+from loft_jax.models.stack import run_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,12 +100,12 @@ class BertConfig(EncoderConfig):
 class Embeddings(nnx.Module):
     """The sum of the embeddings of tokens, positions and token types, with a norm and dropout."""
 
-    def __init__(self, config: BertConfig, embed: Callable[..., nnx.Embed], norm: Any, rngs: Any):
-        self.word_embeddings = embed(config.vocab_size, config.hidden_size)
-        self.position_embeddings = embed(config.max_position_embeddings, config.hidden_size)
-        self.token_type_embeddings = embed(config.type_vocab_size, config.hidden_size)
-        self.LayerNorm = norm()
-        self.dropout = dropout(config.hidden_dropout_prob, rngs)
+    def __init__(self, config: BertConfig, parts: Parts):
+        self.word_embeddings = parts.embed(config.vocab_size, config.hidden_size)
+        self.position_embeddings = parts.embed(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = parts.embed(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = parts.layer_norm(config.hidden_size, config.layer_norm_eps)
+        self.dropout = dropout(config.hidden_dropout_prob, parts.rngs)
 
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, token_types: jax.Array
@@ -120,12 +120,12 @@ class Embeddings(nnx.Module):
 class SelfAttention(nnx.Module):
     """Self-attention over all tokens but padding."""
 
-    def __init__(self, config: BertConfig, linear: Callable[..., nnx.Linear], rngs: nnx.Rngs):
+    def __init__(self, config: BertConfig, parts: Parts):
         self.heads = config.num_attention_heads
-        self.query = linear(config.hidden_size, config.hidden_size)
-        self.key = linear(config.hidden_size, config.hidden_size)
-        self.value = linear(config.hidden_size, config.hidden_size)
-        self.dropout = dropout(config.attention_probs_dropout_prob, rngs)
+        self.query = parts.linear(config.hidden_size, config.hidden_size)
+        self.key = parts.linear(config.hidden_size, config.hidden_size)
+        self.value = parts.linear(config.hidden_size, config.hidden_size)
+        self.dropout = dropout(config.attention_probs_dropout_prob, parts.rngs)
 
     def __call__(self, x: jax.Array, visible: jax.Array) -> jax.Array:
         """Mixes `x (b, t, hidden)`; `visible (b, 1, t)`."""
@@ -142,17 +142,10 @@ class SelfAttention(nnx.Module):
 class Output(nnx.Module):
     """A linear layer with dropout, added to the residual stream, and a norm."""
 
-    def __init__(
-        self,
-        width: int,
-        config: EncoderConfig,
-        linear: Callable[..., nnx.Linear],
-        norm: Any,
-        rngs: Any,
-    ):
-        self.dense = linear(width, config.hidden_size)
-        self.LayerNorm = norm()
-        self.dropout = dropout(config.hidden_dropout_prob, rngs)
+    def __init__(self, width: int, config: EncoderConfig, parts: Parts):
+        self.dense = parts.linear(width, config.hidden_size)
+        self.LayerNorm = parts.layer_norm(config.hidden_size, config.layer_norm_eps)
+        self.dropout = dropout(config.hidden_dropout_prob, parts.rngs)
 
     def __call__(self, x: jax.Array, residual: jax.Array) -> jax.Array:
         """Maps `(b, t, width)` beside `(b, t, hidden)` to `(b, t, hidden)`."""
@@ -162,9 +155,9 @@ class Output(nnx.Module):
 class Attention(nnx.Module):
     """Self-attention and its output; Hugging Face's name of the former is `self`."""
 
-    def __init__(self, config: BertConfig, linear: Callable[..., nnx.Linear], norm: Any, rngs: Any):
-        self.self = SelfAttention(config, linear, rngs)
-        self.output = Output(config.hidden_size, config, linear, norm, rngs)
+    def __init__(self, config: BertConfig, parts: Parts):
+        self.self = SelfAttention(config, parts)
+        self.output = Output(config.hidden_size, config, parts)
 
     def __call__(self, x: jax.Array, visible: jax.Array) -> jax.Array:
         """Maps `(b, t, hidden)` to `(b, t, hidden)`."""
@@ -174,9 +167,9 @@ class Attention(nnx.Module):
 class Intermediate(nnx.Module):
     """The first layer of the MLP."""
 
-    def __init__(self, width: int, config: EncoderConfig, linear: Callable[..., nnx.Linear]):
+    def __init__(self, width: int, config: EncoderConfig, parts: Parts):
         self.act = NONLINEARITIES[config.hidden_act]
-        self.dense = linear(config.hidden_size, width)
+        self.dense = parts.linear(config.hidden_size, width)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `(b, t, hidden)` to `(b, t, intermediate)`."""
@@ -186,13 +179,10 @@ class Intermediate(nnx.Module):
 class Layer(nnx.Module):
     """Attention, then the MLP, each added to the residual stream and then normed."""
 
-    def __init__(
-        self, config: BertConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> None:
-        linear, norm = parts(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.attention = Attention(config, linear, norm, rngs)
-        self.intermediate = Intermediate(config.intermediate_size, config, linear)
-        self.output = Output(config.intermediate_size, config, linear, norm, rngs)
+    def __init__(self, config: BertConfig, parts: Parts) -> None:
+        self.attention = Attention(config, parts)
+        self.intermediate = Intermediate(config.intermediate_size, config, parts)
+        self.output = Output(config.intermediate_size, config, parts)
 
     def __call__(
         self, x: jax.Array, visible: jax.Array, cache: None, layer: jax.Array
@@ -205,21 +195,15 @@ class Layer(nnx.Module):
 class Encoder(nnx.Module):
     """All layers, stacked."""
 
-    def __init__(
-        self, config: BertConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> None:
-        self.layer = stack_layers(
-            config.num_hidden_layers,
-            lambda rngs: Layer(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs),
-            rngs,
-        )
+    def __init__(self, config: BertConfig, parts: Parts) -> None:
+        self.layer = parts.stack(config.num_hidden_layers, lambda own: Layer(config, own))
 
 
 class Pooler(nnx.Module):
     """The pooler: a summary of the text, from its first token."""
 
-    def __init__(self, config: BertConfig, linear: Callable[..., nnx.Linear]):
-        self.dense = linear(config.hidden_size, config.hidden_size)
+    def __init__(self, config: BertConfig, parts: Parts):
+        self.dense = parts.linear(config.hidden_size, config.hidden_size)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `(b, t, hidden)` to `(b, hidden)`."""
@@ -260,36 +244,26 @@ class BertForSequenceClassification(SequenceClassifier):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.remat = remat
-        linear, norm = parts(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        embed = embedder(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.embeddings = Embeddings(config, embed, norm, rngs)
-        self.encoder = Encoder(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.pooler = Pooler(config, linear)
+        parts = Parts(config, dtype, param_dtype, rngs)
+        self.embeddings = Embeddings(config, parts)
+        self.encoder = Encoder(config, parts)
+        self.pooler = Pooler(config, parts)
         rate = config.classifier_dropout
         self.dropout = dropout(config.hidden_dropout_prob if rate is None else rate, rngs)
-        self.classifier = linear(
+        self.classifier = parts.linear(
             config.hidden_size, len(config.labels), preferred_element_type=jnp.float32
         )
 
-    def __call__(
-        self,
-        tokens: jax.Array,
-        *,
-        segment_ids: jax.Array | None = None,
-        token_types: jax.Array | None = None,
-    ) -> jax.Array:
-        """Gives one logit for each label; see `SequenceClassifier.__call__`."""
-        segment_ids = self._segments(tokens, segment_ids)
-        if token_types is None:
-            token_types = jnp.zeros_like(tokens)
-        visible = (segment_ids != 0)[:, None, :]  # (b, 1, t)
+    def classified(self, tokens: jax.Array, real: jax.Array, token_types: jax.Array) -> jax.Array:
+        """Gives one logit for each label; see `SequenceClassifier.classified`."""
+        visible = real[:, None, :]  # (b, 1, t)
         # Rows of padding may be longer than there are positions.
         most = self.config.max_position_embeddings - 1
         positions = jnp.broadcast_to(jnp.minimum(jnp.arange(tokens.shape[1]), most), tokens.shape)
         x = self.embeddings(tokens, positions, token_types)
         x, _ = run_layers(self.encoder.layer, x, visible, remat=self.remat)
         pooled = dropped(self.dropout, self.pooler(x))  # (b, hidden)
-        return self.classifier(pooled).astype(jnp.float32)
+        return self.classifier(pooled)
 
     @staticmethod
     def parameter_table(config: BertConfig) -> ParameterTable:
@@ -335,36 +309,6 @@ def encoder_rows(prefix: str) -> dict[str, Tensor]:
         **layer("output.dense", ("mlp", "embed")),
         **norm(f"{ours}.output.LayerNorm", f"{theirs}.output.LayerNorm"),
     }
-
-
-def embedder(
-    config: EncoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
-) -> Callable[..., nnx.Embed]:
-    """How embeddings are made, as Hugging Face initializes them."""
-    return functools.partial(
-        nnx.Embed,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        embedding_init=nnx.initializers.normal(config.initializer_range),
-        rngs=rngs,
-    )
-
-
-def parts(
-    config: EncoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
-) -> tuple[Callable[..., nnx.Linear], Callable[[], nnx.LayerNorm]]:
-    """How linear layers and norms are made, as Hugging Face initializes them."""
-    linear = linear_layers(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-    norm = functools.partial(
-        nnx.LayerNorm,
-        config.hidden_size,
-        epsilon=config.layer_norm_eps,
-        use_fast_variance=False,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        rngs=rngs,
-    )
-    return linear, norm
 
 
 FAMILY = Family(

@@ -5,7 +5,7 @@ of layers; after attention it is BERT's.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from loft_jax.errors import InputError, shown
 from loft_jax.models import config_checks
 from loft_jax.models.activations import embeddings_laid_out, gathered, laid_out
-from loft_jax.models.bert import Intermediate, Output, embedder, parts
+from loft_jax.models.bert import Intermediate, Output
 from loft_jax.models.dropout import dropout, dropped
 from loft_jax.models.encoder_config import EncoderConfig
 from loft_jax.models.family import (
@@ -33,7 +33,8 @@ from loft_jax.models.family import (
     norm,
 )
 from loft_jax.models.nonlinearities import NONLINEARITIES
-from loft_jax.models.stack import run_layers, stack_layers
+from loft_jax.models.parts import Parts
+from loft_jax.models.stack import run_layers
 
 # Sizes that 0 or -1 leave out.
 _OPTIONAL = {
@@ -239,24 +240,19 @@ def relative_rows(config: DebertaV2Config, length: int) -> np.ndarray:
 class Embeddings(nnx.Module):
     """The sum of the embeddings that a DeBERTa has, with a norm, a mask and dropout."""
 
-    def __init__(
-        self,
-        config: DebertaV2Config,
-        embed: Callable[..., nnx.Embed],
-        linear: Callable[..., nnx.Linear],
-        norm: Any,
-        rngs: Any,
-    ):
+    def __init__(self, config: DebertaV2Config, parts: Parts):
         width = config.embedding_size or config.hidden_size
         positions = config.max_position_embeddings if config.position_biased_input else 0
         types = max(config.type_vocab_size, 0)
-        self.word_embeddings = embed(config.vocab_size, width)
-        self.position_embeddings = embed(positions, width) if positions else None
-        self.token_type_embeddings = embed(types, width) if types else None
+        self.word_embeddings = parts.embed(config.vocab_size, width)
+        self.position_embeddings = parts.embed(positions, width) if positions else None
+        self.token_type_embeddings = parts.embed(types, width) if types else None
         widened = width != config.hidden_size
-        self.embed_proj = linear(width, config.hidden_size, use_bias=False) if widened else None
-        self.LayerNorm = norm()
-        self.dropout = dropout(config.hidden_dropout_prob, rngs)
+        self.embed_proj = (
+            parts.linear(width, config.hidden_size, use_bias=False) if widened else None
+        )
+        self.LayerNorm = parts.layer_norm(config.hidden_size, config.layer_norm_eps)
+        self.dropout = dropout(config.hidden_dropout_prob, parts.rngs)
 
     def __call__(self, tokens: jax.Array, token_types: jax.Array, real: jax.Array) -> jax.Array:
         """Looks up two of `(b, t)`, giving `(b, t, hidden)`; 0 where `real (b, t)` is not set."""
@@ -286,21 +282,21 @@ class DisentangledSelfAttention(nnx.Module):
         He et al., "DeBERTa", arXiv 2006.03654, section 3.1.
     """
 
-    def __init__(self, config: DebertaV2Config, linear: Callable[..., nnx.Linear], rngs: nnx.Rngs):
+    def __init__(self, config: DebertaV2Config, parts: Parts):
         self.heads = config.num_attention_heads
         self.scores = config.pos_att_type
         self.share_att_key = config.share_att_key
         hidden = config.hidden_size
-        self.query_proj = linear(hidden, hidden)
-        self.key_proj = linear(hidden, hidden)
-        self.value_proj = linear(hidden, hidden)
+        self.query_proj = parts.linear(hidden, hidden)
+        self.key_proj = parts.linear(hidden, hidden)
+        self.value_proj = parts.linear(hidden, hidden)
         if config.relative_attention:
             if "c2p" in self.scores and not self.share_att_key:
-                self.pos_key_proj = linear(hidden, hidden)
+                self.pos_key_proj = parts.linear(hidden, hidden)
             if "p2c" in self.scores and not self.share_att_key:
-                self.pos_query_proj = linear(hidden, hidden)
-            self.pos_dropout = dropout(config.hidden_dropout_prob, rngs)
-        self.dropout = dropout(config.attention_probs_dropout_prob, rngs)
+                self.pos_query_proj = parts.linear(hidden, hidden)
+            self.pos_dropout = dropout(config.hidden_dropout_prob, parts.rngs)
+        self.dropout = dropout(config.attention_probs_dropout_prob, parts.rngs)
 
     def __call__(self, x: jax.Array, visible: jax.Array, relative: Relative | None) -> jax.Array:
         """Mixes `x (b, t, hidden)`; `visible (b, t, t)`."""
@@ -366,11 +362,9 @@ def _shifted(products: jax.Array) -> jax.Array:
 class Attention(nnx.Module):
     """Self-attention and its output; Hugging Face's name of the former is `self`."""
 
-    def __init__(
-        self, config: DebertaV2Config, linear: Callable[..., nnx.Linear], norm: Any, rngs: Any
-    ):
-        self.self = DisentangledSelfAttention(config, linear, rngs)
-        self.output = Output(config.hidden_size, config, linear, norm, rngs)
+    def __init__(self, config: DebertaV2Config, parts: Parts):
+        self.self = DisentangledSelfAttention(config, parts)
+        self.output = Output(config.hidden_size, config, parts)
 
     def __call__(self, x: jax.Array, visible: jax.Array, relative: Relative | None) -> jax.Array:
         """Maps `(b, t, hidden)` to `(b, t, hidden)`."""
@@ -380,13 +374,10 @@ class Attention(nnx.Module):
 class Layer(nnx.Module):
     """Attention, then the MLP, each added to the residual stream and then normed."""
 
-    def __init__(
-        self, config: DebertaV2Config, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> None:
-        linear, norm = parts(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.attention = Attention(config, linear, norm, rngs)
-        self.intermediate = Intermediate(config.intermediate_size, config, linear)
-        self.output = Output(config.intermediate_size, config, linear, norm, rngs)
+    def __init__(self, config: DebertaV2Config, parts: Parts) -> None:
+        self.attention = Attention(config, parts)
+        self.intermediate = Intermediate(config.intermediate_size, config, parts)
+        self.output = Output(config.intermediate_size, config, parts)
 
     def __call__(
         self,
@@ -408,28 +399,18 @@ class Layer(nnx.Module):
 class Convolution(nnx.Module):
     """A convolution of the embeddings, added to what the first layer gives, and a norm."""
 
-    def __init__(
-        self,
-        config: DebertaV2Config,
-        norm: Any,
-        *,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, config: DebertaV2Config, parts: Parts):
         self.conv = nnx.Conv(
             config.hidden_size,
             config.hidden_size,
             config.conv_kernel_size,
             feature_group_count=config.conv_groups,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            kernel_init=nnx.initializers.normal(config.initializer_range),
-            rngs=rngs,
+            kernel_init=parts.draw,
+            **parts.own,
         )
         self.act = NONLINEARITIES[config.conv_act]
-        self.LayerNorm = norm()
-        self.dropout = dropout(config.hidden_dropout_prob, rngs)
+        self.LayerNorm = parts.layer_norm(config.hidden_size, config.layer_norm_eps)
+        self.dropout = dropout(config.hidden_dropout_prob, parts.rngs)
 
     def __call__(self, x: jax.Array, real: jax.Array) -> Partial:
         """Gives the function to apply after the first layer, for embeddings `(b, t, hidden)`."""
@@ -446,28 +427,15 @@ def _with_convolution(
 class Encoder(nnx.Module):
     """All layers, stacked, with what they share: relative positions and the convolution."""
 
-    def __init__(
-        self,
-        config: DebertaV2Config,
-        embed: Callable[..., nnx.Embed],
-        norm: Any,
-        *,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ) -> None:
+    def __init__(self, config: DebertaV2Config, parts: Parts) -> None:
         self.config = config
-        self.layer = stack_layers(
-            config.num_hidden_layers,
-            lambda rngs: Layer(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs),
-            rngs,
-        )
+        self.layer = parts.stack(config.num_hidden_layers, lambda own: Layer(config, own))
         if config.relative_attention:
-            self.rel_embeddings = embed(2 * config.relative_span, config.hidden_size)
+            self.rel_embeddings = parts.embed(2 * config.relative_span, config.hidden_size)
         if config.norm_rel_ebd == "layer_norm":
-            self.LayerNorm = norm()
+            self.LayerNorm = parts.layer_norm(config.hidden_size, config.layer_norm_eps)
         if config.conv_kernel_size > 0:
-            self.conv = Convolution(config, norm, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+            self.conv = Convolution(config, parts)
 
     def __call__(self, x: jax.Array, real: jax.Array, remat: Remat) -> jax.Array:
         """Maps `x (b, t, hidden)` to the same; `real (b, t)` says what is not padding."""
@@ -490,9 +458,9 @@ class Encoder(nnx.Module):
 class ContextPooler(nnx.Module):
     """The pooler: a summary of the text, from its first token."""
 
-    def __init__(self, config: DebertaV2Config, linear: Callable[..., nnx.Linear], rngs: nnx.Rngs):
-        self.dropout = dropout(config.pooler_dropout, rngs)
-        self.dense = linear(config.hidden_size, config.hidden_size)
+    def __init__(self, config: DebertaV2Config, parts: Parts):
+        self.dropout = dropout(config.pooler_dropout, parts.rngs)
+        self.dense = parts.linear(config.hidden_size, config.hidden_size)
         self.act = NONLINEARITIES[config.pooler_hidden_act]
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -534,32 +502,21 @@ class DebertaV2ForSequenceClassification(SequenceClassifier):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.remat = remat
-        linear, norm = parts(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        embed = embedder(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.embeddings = Embeddings(config, embed, linear, norm, rngs)
-        self.encoder = Encoder(config, embed, norm, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.pooler = ContextPooler(config, linear, rngs)
+        parts = Parts(config, dtype, param_dtype, rngs)
+        self.embeddings = Embeddings(config, parts)
+        self.encoder = Encoder(config, parts)
+        self.pooler = ContextPooler(config, parts)
         rate = config.cls_dropout
         self.dropout = dropout(config.hidden_dropout_prob if rate is None else rate, rngs)
-        self.classifier = linear(
+        self.classifier = parts.linear(
             config.hidden_size, len(config.labels), preferred_element_type=jnp.float32
         )
 
-    def __call__(
-        self,
-        tokens: jax.Array,
-        *,
-        segment_ids: jax.Array | None = None,
-        token_types: jax.Array | None = None,
-    ) -> jax.Array:
-        """Gives one logit for each label; see `SequenceClassifier.__call__`."""
-        segment_ids = self._segments(tokens, segment_ids)
-        if token_types is None:
-            token_types = jnp.zeros_like(tokens)
-        real = segment_ids != 0  # (b, t)
+    def classified(self, tokens: jax.Array, real: jax.Array, token_types: jax.Array) -> jax.Array:
+        """Gives one logit for each label; see `SequenceClassifier.classified`."""
         x = self.encoder(self.embeddings(tokens, token_types, real), real, self.remat)
         pooled = dropped(self.dropout, self.pooler(x))  # (b, hidden)
-        return self.classifier(pooled).astype(jnp.float32)
+        return self.classifier(pooled)
 
     @staticmethod
     def parameter_table(config: DebertaV2Config) -> ParameterTable:

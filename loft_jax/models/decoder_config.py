@@ -20,6 +20,7 @@ _SIZES: Mapping[str, int] = {
     "head_dim": config_checks.MOST_HEAD_DIM,
     "max_position_embeddings": config_checks.MOST_POSITIONS,
 }
+_WINDOW: Mapping[str, int] = {"sliding_window": config_checks.MOST_POSITIONS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ class DecoderConfig(FamilyConfig):
     def __post_init__(self) -> None:
         config_checks.check_values(
             self,
-            sizes=_SIZES,
+            sizes=_SIZES if self.sliding_window is None else {**_SIZES, **_WINDOW},
             positive=("rms_norm_eps", "rope_theta", "initializer_range"),
             flags=[field.name for field in dataclasses.fields(self) if field.type is bool],
         )
@@ -78,9 +79,9 @@ class DecoderConfig(FamilyConfig):
         return self.attention_bias
 
     @property
-    def output_bias(self) -> bool:
-        """Whether the projection from the heads has a bias."""
-        return self.attention_bias
+    def sliding_window(self) -> int | None:
+        """The number of positions that attention looks back; None for all."""
+        return None
 
     @property
     def rotary_dim(self) -> int:

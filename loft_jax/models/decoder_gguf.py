@@ -19,7 +19,7 @@ from loft_jax.models.rope_scaling import (
 
 
 class DecoderGGUF:
-    """Maps Llama and the families made of its modules to GGUF files; see `GGUFAdapter`.
+    """Maps Llama and the families made of its modules to GGUF files, in both directions.
 
     Attributes:
         architecture: GGUF's name of the family.
@@ -59,7 +59,7 @@ class DecoderGGUF:
         return f"{self._top[module]}.{parameter}" if module in self._top else name
 
     def stored_name(self, name: str) -> str:
-        """Gives GGUF's name of a tensor of Hugging Face's name."""
+        """Gives GGUF's name of a tensor of Hugging Face's name; the inverse of `name`."""
         module, _, parameter = name.rpartition(".")
         if match := re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module):
             layer, within = match.groups()
@@ -71,7 +71,10 @@ class DecoderGGUF:
         return rows
 
     def contents(self, config: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Gives the metadata and the constants of a configuration; see `GGUFAdapter.contents`."""
+        """Gives the metadata and the constants of a configuration; the inverse of `config`.
+
+        A configuration that a file cannot hold is another one when it is read again.
+        """
         own, scaling = self.architecture, config.rope_scaling
         metadata = {
             f"{own}.vocab_size": config.vocab_size,
@@ -104,7 +107,19 @@ class DecoderGGUF:
         shapes: Mapping[str, tuple[int, ...]],
         constants: Mapping[str, np.ndarray],
     ) -> DecoderConfig:
-        """Makes the configuration; see `GGUFAdapter.config`."""
+        """Makes the configuration.
+
+        Args:
+            metadata: Of the file.
+            shapes: Shapes of the parameters, by Hugging Face's names.
+            constants: Values of those `constants` that the file has, float32.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            InputError: Something is missing, or not supported.
+        """
         return self.config_class(**self.fields(metadata, shapes, constants))
 
     def fields(

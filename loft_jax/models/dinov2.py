@@ -24,14 +24,14 @@ from loft_jax.models.family import (
     linear,
     norm,
 )
-from loft_jax.models.stack import run_layers, stack_layers
+from loft_jax.models.stack import run_layers
 from loft_jax.models.vit import (
     MLP,
     RENAMED,
     Attention,
     Embeddings,
     ImageEncoderConfig,
-    Parts,
+    ImageParts,
     attention_rows,
     embedding_rows,
 )
@@ -87,9 +87,11 @@ class Dinov2Config(ImageEncoderConfig):
 class LayerScale(nnx.Module):
     """A factor for each feature of a branch."""
 
-    def __init__(self, config: Dinov2Config, parts: Parts, param_dtype: DTypeLike) -> None:
-        self.dtype = parts.dtype
-        self.lambda1 = nnx.Param(jnp.full(config.hidden_size, config.layerscale_value, param_dtype))
+    def __init__(self, config: Dinov2Config, parts: ImageParts) -> None:
+        self.dtype = jnp.dtype(parts.dtype)
+        self.lambda1 = nnx.Param(
+            jnp.full(config.hidden_size, config.layerscale_value, parts.param_dtype)
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Scales `(b, t, hidden)`."""
@@ -99,7 +101,7 @@ class LayerScale(nnx.Module):
 class GatedMLP(nnx.Module):
     """SwiGLU: `down(silu(gate(x)) * up(x))`, with biases."""
 
-    def __init__(self, config: Dinov2Config, parts: Parts) -> None:
+    def __init__(self, config: Dinov2Config, parts: ImageParts) -> None:
         self.gate_proj = parts.linear(config.hidden_size, config.intermediate_size)
         self.up_proj = parts.linear(config.hidden_size, config.intermediate_size)
         self.down_proj = parts.linear(config.intermediate_size, config.hidden_size)
@@ -113,20 +115,17 @@ class GatedMLP(nnx.Module):
 class Layer(nnx.Module):
     """Attention and the MLP, each on normed input, scaled, and added to the residual stream."""
 
-    def __init__(
-        self, config: Dinov2Config, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> None:
-        parts = Parts(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(self, config: Dinov2Config, parts: ImageParts) -> None:
         self.norm1 = parts.norm()
         self.attention = Attention(parts)
-        self.layer_scale1 = LayerScale(config, parts, param_dtype)
+        self.layer_scale1 = LayerScale(config, parts)
         self.norm2 = parts.norm()
         self.mlp: GatedMLP | MLP
         if config.use_swiglu_ffn:
             self.mlp = GatedMLP(config, parts)
         else:
             self.mlp = MLP(parts, config.intermediate_size)
-        self.layer_scale2 = LayerScale(config, parts, param_dtype)
+        self.layer_scale2 = LayerScale(config, parts)
 
     def __call__(self, x: jax.Array, cache: None, layer: jax.Array) -> tuple[jax.Array, None]:
         """Applies layer number `layer` to `x (b, t, hidden)`."""
@@ -137,14 +136,8 @@ class Layer(nnx.Module):
 class Encoder(nnx.Module):
     """All layers, stacked."""
 
-    def __init__(
-        self, config: Dinov2Config, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> None:
-        self.layer = stack_layers(
-            config.num_hidden_layers,
-            lambda rngs: Layer(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs),
-            rngs,
-        )
+    def __init__(self, config: Dinov2Config, parts: ImageParts) -> None:
+        self.layer = parts.stack(config.num_hidden_layers, lambda own: Layer(config, own))
 
 
 class Dinov2ForImageClassification(ImageClassifier):
@@ -182,9 +175,9 @@ class Dinov2ForImageClassification(ImageClassifier):
     ) -> None:
         self.config = config
         self.remat = remat
-        parts = Parts(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        parts = ImageParts(config, dtype, param_dtype, rngs)
         self.embeddings = Embeddings(parts)
-        self.encoder = Encoder(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.encoder = Encoder(config, parts)
         self.layernorm = parts.norm()
         self.classifier = parts.linear(
             2 * config.hidden_size, len(config.labels), preferred_element_type=jnp.float32

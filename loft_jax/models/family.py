@@ -8,7 +8,7 @@ targets, FLOPs and plans use only these, and do not depend on any family.
 import dataclasses
 import operator
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, overload
 
@@ -19,7 +19,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from loft_jax.errors import InputError, shown
+from loft_jax.models import config_checks
 from loft_jax.models.attention import KVCache
+
+if TYPE_CHECKING:
+    from loft_jax.models.decoder_gguf import DecoderGGUF
 
 Head = Literal["causal-lm", "sequence-classification", "image-classification"]
 """The head of a model: logits of the next token, or of the labels of a text or of an image."""
@@ -478,14 +482,16 @@ class SequenceClassifier(PretrainedModel):
         Raises:
             InputError: Rows without padding are longer than there are positions.
         """
-        raise NotImplementedError
+        if segment_ids is None:
+            check_positions(tokens.shape[1], self.config.max_length)
+            segment_ids = jnp.ones_like(tokens)
+        if token_types is None:
+            token_types = jnp.zeros_like(tokens)
+        return self.classified(tokens, segment_ids != 0, token_types).astype(jnp.float32)
 
-    def _segments(self, tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-        """Gives the segments of tokens, by default one text in each row, which has to fit."""
-        if segment_ids is not None:
-            return segment_ids
-        check_positions(tokens.shape[1], self.config.max_length)
-        return jnp.ones_like(tokens)
+    def classified(self, tokens: jax.Array, real: jax.Array, token_types: jax.Array) -> jax.Array:
+        """Gives the logits `(b, labels)`; `real (b, t)` says what is not padding."""
+        raise NotImplementedError
 
 
 class ImageClassifier(PretrainedModel):
@@ -502,53 +508,6 @@ class ImageClassifier(PretrainedModel):
             Logits `(b, labels)` float32.
         """
         raise NotImplementedError
-
-
-class GGUFAdapter(Protocol):
-    """Maps models of a family to GGUF files, in both directions.
-
-    Attributes:
-        architecture: GGUF's name of the family.
-        constants: Names of tensors that belong to the configuration.
-    """
-
-    architecture: str
-    constants: Collection[str]
-
-    def name(self, name: str) -> str:
-        """Gives Hugging Face's name of a tensor; a tensor without one keeps its own."""
-
-    def config(
-        self,
-        metadata: Mapping[str, Any],
-        shapes: Mapping[str, tuple[int, ...]],
-        constants: Mapping[str, np.ndarray],
-    ) -> PretrainedConfig:
-        """Makes the configuration.
-
-        Args:
-            metadata: Of the file.
-            shapes: Shapes of the parameters, by Hugging Face's names.
-            constants: Values of those `constants` that the file has, float32.
-
-        Returns:
-            The configuration.
-
-        Raises:
-            InputError: Something is missing, or not supported.
-        """
-
-    def stored_rows(self, name: str, rows: np.ndarray, config: Any) -> np.ndarray:
-        """Gives the stored positions of rows of a tensor."""
-
-    def stored_name(self, name: str) -> str:
-        """Gives GGUF's name of a tensor of Hugging Face's name; the inverse of `name`."""
-
-    def contents(self, config: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Gives the metadata and the constants of a configuration; the inverse of `config`.
-
-        A configuration that a file cannot hold is another one when it is read again.
-        """
 
 
 @dataclass(frozen=True)
@@ -577,7 +536,7 @@ class Family:
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     ignored: str = "(?!)"
     sizes: Mapping[str, PretrainedConfig] = field(default_factory=dict)
-    gguf: GGUFAdapter | None = None
+    gguf: "DecoderGGUF | None" = None
 
     def model(self, head: Head) -> type[PretrainedModel]:
         """Gives the class of its models with a head.
@@ -645,5 +604,4 @@ def with_labels(config: Any, labels: Sequence[str]) -> Any:
 
 def with_end_tokens(config: Any, tokens: Any) -> Any:
     """Gives a configuration other tokens that end a text."""
-    several = isinstance(tokens, (list, tuple))
-    return dataclasses.replace(config, eos_token_id=tuple(tokens) if several else tokens)
+    return dataclasses.replace(config, eos_token_id=config_checks.tokens(tokens))

@@ -20,6 +20,7 @@ from loft_jax.models.config_checks import LAYER_TYPES
 from loft_jax.models.decoder_config import DecoderConfig
 from loft_jax.models.family import Family, ParameterTable, Remat
 from loft_jax.models.llama import Llama
+from loft_jax.models.parts import Parts
 from loft_jax.models.stack import PerLayer
 
 
@@ -130,11 +131,9 @@ class RMSNorm(nnx.Module):
 class SelfAttention(llama.SelfAttention):
     """Rotary grouped-query self-attention, with the scale and the soft cap of the configuration."""
 
-    def __init__(
-        self, config: DecoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, config: DecoderConfig, parts: Parts) -> None:
         assert isinstance(config, Gemma2Config)
-        super().__init__(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        super().__init__(config, parts)
         self.scale = config.query_pre_attn_scalar**-0.5
         self.softcap = config.attn_logit_softcapping
 
@@ -153,11 +152,9 @@ class DecoderLayer(llama.DecoderLayer):
     attention = SelfAttention
     feed_forward = MLP
 
-    def __init__(
-        self, config: DecoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> None:
-        super().__init__(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        norm = functools.partial(_norm, config, param_dtype)
+    def __init__(self, config: DecoderConfig, parts: Parts) -> None:
+        super().__init__(config, parts)
+        norm = functools.partial(_norm, config, parts.param_dtype)
         self.input_layernorm, self.post_attention_layernorm = norm(), norm()
         self.pre_feedforward_layernorm, self.post_feedforward_layernorm = norm(), norm()
 

@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import jax
-from flax import nnx
-from jax.typing import DTypeLike
 
 from loft_jax.errors import InputError, shown
 from loft_jax.models import config_checks, gemma2, llama
@@ -18,6 +16,7 @@ from loft_jax.models.config_checks import LAYER_TYPES
 from loft_jax.models.decoder_config import DecoderConfig
 from loft_jax.models.family import Family, ParameterTable
 from loft_jax.models.gemma2 import Gemma2, Gemma2Config, RMSNorm
+from loft_jax.models.parts import Parts
 from loft_jax.models.rope import rotation
 from loft_jax.models.stack import PerLayer
 
@@ -90,12 +89,10 @@ class Gemma3TextConfig(Gemma2Config):
 class SelfAttention(gemma2.SelfAttention):
     """The attention of a Gemma 2, with a norm of each query and of each key."""
 
-    def __init__(
-        self, config: DecoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> None:
-        super().__init__(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(self, config: DecoderConfig, parts: Parts) -> None:
+        super().__init__(config, parts)
         self.q_norm, self.k_norm = (
-            RMSNorm(config.head_dim, epsilon=config.rms_norm_eps, param_dtype=param_dtype)
+            RMSNorm(config.head_dim, epsilon=config.rms_norm_eps, param_dtype=parts.param_dtype)
             for _ in range(2)
         )
 

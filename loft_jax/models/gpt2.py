@@ -7,7 +7,7 @@ one layer, as PEFT adapts it.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -31,7 +31,8 @@ from loft_jax.models.family import (
 )
 from loft_jax.models.family_config import FamilyConfig
 from loft_jax.models.nonlinearities import NONLINEARITIES
-from loft_jax.models.stack import linear_layers, run_layers, stack_layers
+from loft_jax.models.parts import Parts
+from loft_jax.models.stack import run_layers
 
 # Fields under the names that other families give them, which transformers reads before these.
 _ALIASES: Mapping[str, str] = {
@@ -121,12 +122,12 @@ class GPT2Config(FamilyConfig):
 class Attention(nnx.Module):
     """Self-attention with one projection for queries, keys and values."""
 
-    def __init__(self, config: GPT2Config, linear: Callable[..., nnx.Linear], rngs: nnx.Rngs):
+    def __init__(self, config: GPT2Config, parts: Parts):
         self.heads = config.n_head
-        self.c_attn = linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = linear(config.n_embd, config.n_embd)
-        self.attn_dropout = dropout(config.attn_pdrop, rngs)
-        self.resid_dropout = dropout(config.resid_pdrop, rngs)
+        self.c_attn = parts.linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = parts.linear(config.n_embd, config.n_embd)
+        self.attn_dropout = dropout(config.attn_pdrop, parts.rngs)
+        self.resid_dropout = dropout(config.resid_pdrop, parts.rngs)
 
     def __call__(
         self, x: jax.Array, visible: jax.Array, cache: KVCache | None, layer: jax.Array
@@ -148,11 +149,11 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """`c_proj(act(c_fc(x)))`."""
 
-    def __init__(self, config: GPT2Config, linear: Callable[..., nnx.Linear], rngs: nnx.Rngs):
+    def __init__(self, config: GPT2Config, parts: Parts):
         self.act = NONLINEARITIES[config.activation_function]
-        self.c_fc = linear(config.n_embd, config.n_inner)
-        self.c_proj = linear(config.n_inner, config.n_embd)
-        self.dropout = dropout(config.resid_pdrop, rngs)
+        self.c_fc = parts.linear(config.n_embd, config.n_inner)
+        self.c_proj = parts.linear(config.n_inner, config.n_embd)
+        self.dropout = dropout(config.resid_pdrop, parts.rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `(b, t, hidden)` to `(b, t, hidden)`."""
@@ -163,14 +164,11 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """Attention, then the MLP, each after a norm and added to the residual stream."""
 
-    def __init__(
-        self, config: GPT2Config, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> None:
-        linear = linear_layers(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.ln_1 = _norm(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.attn = Attention(config, linear, rngs)
-        self.ln_2 = _norm(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.mlp = MLP(config, linear, rngs)
+    def __init__(self, config: GPT2Config, parts: Parts) -> None:
+        self.ln_1 = parts.layer_norm(config.n_embd, config.layer_norm_epsilon)
+        self.attn = Attention(config, parts)
+        self.ln_2 = parts.layer_norm(config.n_embd, config.layer_norm_epsilon)
+        self.mlp = MLP(config, parts)
 
     def __call__(
         self, x: jax.Array, visible: jax.Array, cache: KVCache | None, layer: jax.Array
@@ -215,25 +213,18 @@ class GPT2(LanguageModel):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.remat = remat
-        normal = nnx.initializers.normal(config.initializer_range)
-        kept: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.wte = nnx.Embed(config.vocab_size, config.n_embd, embedding_init=normal, **kept)
-        self.wpe = nnx.Embed(config.n_positions, config.n_embd, embedding_init=normal, **kept)
-        self.drop = dropout(config.embd_pdrop, rngs)
-        self.h = stack_layers(
-            config.n_layer,
-            lambda rngs: Block(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs),
-            rngs,
-        )
-        self.ln_f = _norm(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        parts = Parts(config, dtype, param_dtype, rngs)
+        self.wte = parts.embed(config.vocab_size, config.n_embd)
+        self.wpe = parts.embed(config.n_positions, config.n_embd)
+        self.drop = dropout(config.embd_pdrop, parts.rngs)
+        self.h = parts.stack(config.n_layer, lambda own: Block(config, own))
+        self.ln_f = parts.layer_norm(config.n_embd, config.layer_norm_epsilon)
         if not config.tie_word_embeddings:
-            self.lm_head = nnx.Linear(
+            self.lm_head = parts.linear(
                 config.n_embd,
                 config.vocab_size,
                 use_bias=False,
                 preferred_element_type=jnp.float32,
-                kernel_init=normal,
-                **kept,
             )
 
     def hidden_states(
@@ -293,19 +284,6 @@ class GPT2(LanguageModel):
             },
             units={"heads": config.n_head},
         )
-
-
-def _norm(
-    config: GPT2Config, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
-) -> nnx.LayerNorm:
-    return nnx.LayerNorm(
-        config.n_embd,
-        epsilon=config.layer_norm_epsilon,
-        use_fast_variance=False,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        rngs=rngs,
-    )
 
 
 FAMILY = Family(

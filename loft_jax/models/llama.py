@@ -5,7 +5,6 @@ axis of layers. Families that differ from it in a few points are subclasses in t
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -16,7 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from loft_jax.models.activations import embeddings_laid_out, laid_out
-from loft_jax.models.attention import KVCache, attend, positions_from, visibility
+from loft_jax.models.attention import KVCache, attend, positions_from, visibility, windowed
 from loft_jax.models.decoder_config import DecoderConfig
 from loft_jax.models.decoder_gguf import DecoderGGUF
 from loft_jax.models.family import (
@@ -28,8 +27,9 @@ from loft_jax.models.family import (
     linear,
     norm,
 )
+from loft_jax.models.parts import Parts
 from loft_jax.models.rope import rotate, rotation
-from loft_jax.models.stack import PerLayer, linear_layers, run_layers, stack_layers
+from loft_jax.models.stack import PerLayer, run_layers
 
 Norm = Callable[[jax.Array], jax.Array]
 
@@ -73,17 +73,14 @@ class SelfAttention(nnx.Module):
     scale: float | None = None
     softcap: float | None = None
 
-    def __init__(
-        self, config: DecoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, config: DecoderConfig, parts: Parts) -> None:
         self.head_dim = config.head_dim
-        linear = linear_layers(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = linear(config.hidden_size, width, use_bias=config.qkv_bias)
-        self.k_proj = linear(config.hidden_size, kv_width, use_bias=config.qkv_bias)
-        self.v_proj = linear(config.hidden_size, kv_width, use_bias=config.qkv_bias)
-        self.o_proj = linear(width, config.hidden_size, use_bias=config.output_bias)
+        self.q_proj = parts.linear(config.hidden_size, width, use_bias=config.qkv_bias)
+        self.k_proj = parts.linear(config.hidden_size, kv_width, use_bias=config.qkv_bias)
+        self.v_proj = parts.linear(config.hidden_size, kv_width, use_bias=config.qkv_bias)
+        self.o_proj = parts.linear(width, config.hidden_size, use_bias=config.attention_bias)
 
     def projected(self, x: jax.Array) -> Sequence[jax.Array]:
         """Gives queries, keys and values `(b, t, heads * head_dim)` of `x (b, t, hidden)`."""
@@ -121,14 +118,11 @@ class SelfAttention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU: `down(silu(gate(x)) * up(x))`."""
 
-    def __init__(
-        self, config: DecoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> None:
-        linear = linear_layers(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(self, config: DecoderConfig, parts: Parts) -> None:
         width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = linear(width, inner, use_bias=bias)
-        self.up_proj = linear(width, inner, use_bias=bias)
-        self.down_proj = linear(inner, width, use_bias=bias)
+        self.gate_proj = parts.linear(width, inner, use_bias=bias)
+        self.up_proj = parts.linear(width, inner, use_bias=bias)
+        self.down_proj = parts.linear(inner, width, use_bias=bias)
 
     def projected(self, x: jax.Array) -> Sequence[jax.Array]:
         """Gives the gate and what it multiplies, `(b, t, inner)`, of `x (b, t, hidden)`."""
@@ -155,14 +149,11 @@ class DecoderLayer(nnx.Module):
     attention: ClassVar[type[SelfAttention]] = SelfAttention
     feed_forward: ClassVar[type[MLP]] = MLP
 
-    def __init__(
-        self, config: DecoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> None:
-        norm = functools.partial(_norm, config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.input_layernorm: Norm = norm()
-        self.self_attn = self.attention(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.post_attention_layernorm: Norm = norm()
-        self.mlp = self.feed_forward(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(self, config: DecoderConfig, parts: Parts) -> None:
+        self.input_layernorm: Norm = parts.rms_norm(config.hidden_size)
+        self.self_attn = self.attention(config, parts)
+        self.post_attention_layernorm: Norm = parts.rms_norm(config.hidden_size)
+        self.mlp = self.feed_forward(config, parts)
 
     def __call__(
         self,
@@ -221,32 +212,14 @@ class Llama(LanguageModel):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.remat = remat
-        normal = nnx.initializers.normal(config.initializer_range)
-        self.embed_tokens = nnx.Embed(
-            config.vocab_size,
-            config.hidden_size,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            embedding_init=normal,
-            rngs=rngs,
-        )
-
-        self.layers = stack_layers(
-            config.num_hidden_layers,
-            lambda rngs: self.layer(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs),
-            rngs,
-        )
-        self.norm: Norm = _norm(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        parts = Parts(config, dtype, param_dtype, rngs)
+        width, words = config.hidden_size, config.vocab_size
+        self.embed_tokens = parts.embed(words, width)
+        self.layers = parts.stack(config.num_hidden_layers, lambda own: self.layer(config, own))
+        self.norm: Norm = parts.rms_norm(width)
         if not config.tie_word_embeddings:
-            self.lm_head = nnx.Linear(
-                config.hidden_size,
-                config.vocab_size,
-                use_bias=False,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                preferred_element_type=jnp.float32,
-                kernel_init=normal,
-                rngs=rngs,
+            self.lm_head = parts.linear(
+                width, words, use_bias=False, preferred_element_type=jnp.float32
             )
 
     def hidden_states(
@@ -297,7 +270,7 @@ class Llama(LanguageModel):
         Returns:
             Mask `(b, t, s)`, or a `PerLayer` of such masks.
         """
-        return visible
+        return windowed(visible, self.config.sliding_window)
 
     def init_cache(self, batch: int, length: int) -> KVCache:
         """Makes an empty cache for `batch` rows of at most `length` tokens."""
@@ -341,18 +314,6 @@ def with_norms(table: ParameterTable, names: Sequence[str]) -> ParameterTable:
     for name in names:
         rows |= norm(f"layers.{name}", f"model.layers.{{}}.{name}")
     return dataclasses.replace(table, tensors=rows)
-
-
-def _norm(
-    config: DecoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
-) -> nnx.RMSNorm:
-    return nnx.RMSNorm(
-        config.hidden_size,
-        epsilon=config.rms_norm_eps,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        rngs=rngs,
-    )
 
 
 class _LlamaGGUF(DecoderGGUF):

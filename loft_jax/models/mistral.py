@@ -4,10 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
-import jax
-
-from loft_jax.models import config_checks
-from loft_jax.models.attention import windowed
 from loft_jax.models.decoder_config import DecoderConfig
 from loft_jax.models.family import Family
 from loft_jax.models.llama import FAMILY as LLAMA
@@ -35,11 +31,6 @@ class MistralConfig(DecoderConfig):
 
     max_position_embeddings: int = 131_072
     sliding_window: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.sliding_window is not None:
-            config_checks.check_values(self, sizes={"sliding_window": config_checks.MOST_POSITIONS})
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
@@ -72,10 +63,6 @@ class Mistral(Llama):
     """
 
     architecture = MistralConfig.architecture
-
-    def masks(self, visible: jax.Array) -> jax.Array:
-        """Restricts the mask `(b, t, s)` of all layers to the window."""
-        return windowed(visible, self.config.sliding_window)
 
 
 def _mistral_7b(**later: Any) -> MistralConfig:

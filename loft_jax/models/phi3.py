@@ -10,18 +10,15 @@ from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jax.typing import DTypeLike
 
 from loft_jax.errors import InputError, shown
 from loft_jax.models import config_checks, llama
 from loft_jax.models.activations import laid_out
-from loft_jax.models.attention import windowed
 from loft_jax.models.decoder_config import DecoderConfig
 from loft_jax.models.family import Family, ParameterTable, linear
 from loft_jax.models.llama import Llama
+from loft_jax.models.parts import Parts
 from loft_jax.models.rope_scaling import LongRopeScaling
-from loft_jax.models.stack import linear_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +56,12 @@ class Phi3Config(DecoderConfig):
     sliding_window: int | None = None
 
     def __post_init__(self) -> None:
-        part, sizes = self.partial_rotary_factor, ["original_max_position_embeddings"]
+        part, name = self.partial_rotary_factor, "original_max_position_embeddings"
         if not config_checks.is_positive(part) or part > 1:
             raise InputError(
                 f"config: partial_rotary_factor is {shown(part)}, expected a number in (0, 1]"
             )
-        if self.sliding_window is not None:
-            sizes.append("sliding_window")
-        config_checks.check_values(self, sizes=dict.fromkeys(sizes, config_checks.MOST_POSITIONS))
+        config_checks.check_values(self, sizes={name: config_checks.MOST_POSITIONS})
         super().__post_init__()
         if self.rotary_dim < 2 or self.rotary_dim % 2:
             raise InputError(
@@ -115,18 +110,15 @@ class Phi3Config(DecoderConfig):
 class SelfAttention(llama.SelfAttention):
     """Rotary grouped-query self-attention, with one projection for queries, keys and values."""
 
-    def __init__(
-        self, config: DecoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, config: DecoderConfig, parts: Parts) -> None:
         self.head_dim = config.head_dim
         width, kv_width = (
             heads * config.head_dim
             for heads in (config.num_attention_heads, config.num_key_value_heads)
         )
         self.ends = (width, width + kv_width)
-        linear = linear_layers(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.qkv_proj = linear(config.hidden_size, width + 2 * kv_width, use_bias=False)
-        self.o_proj = linear(width, config.hidden_size, use_bias=False)
+        self.qkv_proj = parts.linear(config.hidden_size, width + 2 * kv_width, use_bias=False)
+        self.o_proj = parts.linear(width, config.hidden_size, use_bias=False)
 
     def projected(self, x: jax.Array) -> list[jax.Array]:
         """Gives queries, keys and values `(b, t, heads * head_dim)` of `x (b, t, hidden)`."""
@@ -136,13 +128,10 @@ class SelfAttention(llama.SelfAttention):
 class MLP(llama.MLP):
     """SwiGLU: `down(silu(gate) * up)`, with one projection for gate and up."""
 
-    def __init__(
-        self, config: DecoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> None:
-        linear = linear_layers(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(self, config: DecoderConfig, parts: Parts) -> None:
         width, inner = config.hidden_size, config.intermediate_size
-        self.gate_up_proj = linear(width, 2 * inner, use_bias=False)
-        self.down_proj = linear(inner, width, use_bias=False)
+        self.gate_up_proj = parts.linear(width, 2 * inner, use_bias=False)
+        self.down_proj = parts.linear(inner, width, use_bias=False)
 
     def projected(self, x: jax.Array) -> list[jax.Array]:
         """Gives the gate and what it multiplies, `(b, t, inner)`, of `x (b, t, hidden)`."""
@@ -179,10 +168,6 @@ class Phi3(Llama):
 
     architecture = Phi3Config.architecture
     layer = DecoderLayer
-
-    def masks(self, visible: jax.Array) -> jax.Array:
-        """Restricts the mask `(b, t, s)` of all layers to the window."""
-        return windowed(visible, self.config.sliding_window)
 
     @staticmethod
     def parameter_table(config: DecoderConfig) -> ParameterTable:

@@ -52,8 +52,6 @@ class Qwen2Config(DecoderConfig):
                 f"config: sliding_window is {shown(self.sliding_window)} and layer_types is "
                 f"{shown(self.layer_types)}, expected both or neither"
             )
-        if self.sliding_window is not None:
-            config_checks.check_values(self, sizes={"sliding_window": config_checks.MOST_POSITIONS})
 
     @property
     def qkv_bias(self) -> bool:

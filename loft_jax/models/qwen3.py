@@ -1,18 +1,16 @@
 """The Qwen3 family: a Qwen2 that normalizes each query and each key, and has no biases."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import jax
-from flax import nnx
-from jax.typing import DTypeLike
 
 from loft_jax.models import llama
 from loft_jax.models.decoder_config import DecoderConfig
 from loft_jax.models.decoder_gguf import DecoderGGUF
 from loft_jax.models.family import Family, ParameterTable
+from loft_jax.models.parts import Parts
 from loft_jax.models.qwen2 import Qwen2, Qwen2Config
 
 
@@ -50,25 +48,9 @@ class Qwen3Config(Qwen2Config):
 class SelfAttention(llama.SelfAttention):
     """Rotary grouped-query self-attention, with a norm of each query and of each key."""
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        *,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ) -> None:
-        super().__init__(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        norm = functools.partial(
-            nnx.RMSNorm,
-            config.head_dim,
-            epsilon=config.rms_norm_eps,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
-        self.q_norm = norm()
-        self.k_norm = norm()
+    def __init__(self, config: DecoderConfig, parts: Parts) -> None:
+        super().__init__(config, parts)
+        self.q_norm, self.k_norm = (parts.rms_norm(config.head_dim) for _ in range(2))
 
     def normalized(self, queries: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Normalizes queries and keys `(b, t, heads, head_dim)` over the features of a head."""

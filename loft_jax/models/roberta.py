@@ -4,7 +4,6 @@ Module names are Hugging Face's; embeddings and layers are BERT's.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import ClassVar
 
 import jax
@@ -13,9 +12,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from loft_jax.errors import InputError, shown
-from loft_jax.models.bert import BertConfig, Embeddings, Encoder, embedder, encoder_rows, parts
+from loft_jax.models.bert import BertConfig, Embeddings, Encoder, encoder_rows
 from loft_jax.models.dropout import dropout, dropped
 from loft_jax.models.family import Family, ParameterTable, Remat, SequenceClassifier, linear
+from loft_jax.models.parts import Parts
 from loft_jax.models.stack import run_layers
 
 
@@ -59,11 +59,11 @@ class RobertaConfig(BertConfig):
 class ClassificationHead(nnx.Module):
     """Two layers, over what the encoder says of the first token."""
 
-    def __init__(self, config: RobertaConfig, linear: Callable[..., nnx.Linear], rngs: nnx.Rngs):
-        self.dense = linear(config.hidden_size, config.hidden_size)
+    def __init__(self, config: RobertaConfig, parts: Parts):
+        self.dense = parts.linear(config.hidden_size, config.hidden_size)
         rate = config.classifier_dropout
-        self.dropout = dropout(config.hidden_dropout_prob if rate is None else rate, rngs)
-        self.out_proj = linear(
+        self.dropout = dropout(config.hidden_dropout_prob if rate is None else rate, parts.rngs)
+        self.out_proj = parts.linear(
             config.hidden_size, len(config.labels), preferred_element_type=jnp.float32
         )
 
@@ -107,30 +107,20 @@ class RobertaForSequenceClassification(SequenceClassifier):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.remat = remat
-        linear, norm = parts(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        embed = embedder(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.embeddings = Embeddings(config, embed, norm, rngs)
-        self.encoder = Encoder(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.classifier = ClassificationHead(config, linear, rngs)
+        parts = Parts(config, dtype, param_dtype, rngs)
+        self.embeddings = Embeddings(config, parts)
+        self.encoder = Encoder(config, parts)
+        self.classifier = ClassificationHead(config, parts)
 
-    def __call__(
-        self,
-        tokens: jax.Array,
-        *,
-        segment_ids: jax.Array | None = None,
-        token_types: jax.Array | None = None,
-    ) -> jax.Array:
-        """Gives one logit a label; as `SequenceClassifier.__call__`.
+    def classified(self, tokens: jax.Array, real: jax.Array, token_types: jax.Array) -> jax.Array:
+        """Gives one logit a label; as `SequenceClassifier.classified`.
 
         A model with one token type gives it to all tokens.
         """
-        segment_ids = self._segments(tokens, segment_ids)
-        if token_types is None:
-            token_types = jnp.zeros_like(tokens)
-        visible = (segment_ids != 0)[:, None, :]  # (b, 1, t)
+        visible = real[:, None, :]  # (b, 1, t)
         x = self.embeddings(tokens, _positions(tokens, self.config.pad_token_id), token_types)
         x, _ = run_layers(self.encoder.layer, x, visible, remat=self.remat)
-        return self.classifier(x).astype(jnp.float32)
+        return self.classifier(x)
 
     @staticmethod
     def parameter_table(config: RobertaConfig) -> ParameterTable:

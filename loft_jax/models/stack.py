@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.typing import DTypeLike
 
 from loft_jax.lora import with_full_stacks
 from loft_jax.models.activations import laid_out
@@ -38,19 +37,6 @@ def stack_layers(count: int, make: Callable[[nnx.Rngs], Layer], rngs: nnx.Rngs) 
         One module, whose parameters have the shape `(count, ...)`.
     """
     return nnx.split_rngs(splits=count)(nnx.vmap(in_axes=0, out_axes=0)(make))(rngs)
-
-
-def linear_layers(
-    config: Any, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
-) -> Callable[..., nnx.Linear]:
-    """Gives how the linear layers of a layer are made, as Hugging Face initializes them."""
-    return functools.partial(
-        nnx.Linear,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        kernel_init=nnx.initializers.normal(config.initializer_range),
-        rngs=rngs,
-    )
 
 
 @jax.tree_util.register_dataclass

@@ -5,7 +5,7 @@ layers. Images have their channels last, `(b, height, width, 3)`.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -30,7 +30,8 @@ from loft_jax.models.family import (
     norm,
 )
 from loft_jax.models.nonlinearities import NONLINEARITIES
-from loft_jax.models.stack import run_layers, stack_layers
+from loft_jax.models.parts import Parts
+from loft_jax.models.stack import run_layers
 
 CHANNELS = 3
 
@@ -128,63 +129,37 @@ class ViTConfig(ImageEncoderConfig):
         config_checks.check_values(self, sizes={"intermediate_size": config_checks.MOST_FEATURES})
 
 
-class Parts:
-    """Makes the linear layers and norms of a model, as Hugging Face initializes them."""
+class ImageParts(Parts):
+    """Makes the layers of a model of images."""
 
-    def __init__(
-        self,
-        config: ImageEncoderConfig,
-        *,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ) -> None:
-        self.config = config
-        self.rngs = rngs
-        self.draw = nnx.initializers.truncated_normal(config.initializer_range)
-        self.dtype = jnp.dtype(dtype)
-        self._dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
-
-    def linear(self, inputs: int, outputs: int, **rest: Any) -> nnx.Linear:
-        """Makes a linear layer."""
-        return nnx.Linear(
-            inputs, outputs, kernel_init=self.draw, rngs=self.rngs, **self._dtypes, **rest
-        )
+    @property
+    def draw(self) -> Callable[..., jax.Array]:
+        """The initializer of weights."""
+        return nnx.initializers.truncated_normal(self.config.initializer_range)
 
     def norm(self) -> nnx.LayerNorm:
         """Makes a norm of the residual stream."""
-        return nnx.LayerNorm(
-            self.config.hidden_size,
-            epsilon=self.config.layer_norm_eps,
-            use_fast_variance=False,
-            **self._dtypes,
-            rngs=self.rngs,
-        )
-
-    def patches(self) -> nnx.Conv:
-        """Makes the convolution that maps each patch to a vector."""
-        side = (self.config.patch_size,) * 2
-        return nnx.Conv(
-            CHANNELS,
-            self.config.hidden_size,
-            side,
-            strides=side,
-            padding="VALID",
-            kernel_init=self.draw,
-            **self._dtypes,
-            rngs=self.rngs,
-        )
+        return self.layer_norm(self.config.hidden_size, self.config.layer_norm_eps)
 
     def parameter(self, *shape: int) -> nnx.Param[jax.Array]:
         """Makes a parameter of its own, such as a class token."""
-        return nnx.Param(self.draw(self.rngs.params(), shape, self._dtypes["param_dtype"]))
+        return nnx.Param(self.draw(self.rngs.params(), shape, self.param_dtype))
 
 
 class PatchEmbeddings(nnx.Module):
     """The convolution from patches to vectors."""
 
-    def __init__(self, parts: Parts) -> None:
-        self.projection = parts.patches()
+    def __init__(self, parts: ImageParts) -> None:
+        side = (parts.config.patch_size,) * 2
+        self.projection = nnx.Conv(
+            CHANNELS,
+            parts.config.hidden_size,
+            side,
+            strides=side,
+            padding="VALID",
+            kernel_init=parts.draw,
+            **parts.own,
+        )
 
     def __call__(self, pixel_values: jax.Array) -> jax.Array:
         """Maps `(b, height, width, 3)` to `(b, rows, columns, hidden)`."""
@@ -194,9 +169,9 @@ class PatchEmbeddings(nnx.Module):
 class Embeddings(nnx.Module):
     """A class token and the vectors of the patches, each with its position."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: ImageParts) -> None:
         config = parts.config
-        self.dtype = parts.dtype
+        self.dtype = jnp.dtype(parts.dtype)
         self.cls_token = parts.parameter(1, 1, config.hidden_size)
         self.position_embeddings = parts.parameter(1, 1 + config.grid**2, config.hidden_size)
         self.patch_embeddings = PatchEmbeddings(parts)
@@ -262,7 +237,7 @@ def _cubic_weights(old: int, new: int) -> np.ndarray:
 class Attention(nnx.Module):
     """Self-attention over all patches and the class token."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: ImageParts) -> None:
         config = parts.config
         width, bias = config.hidden_size, config.qkv_bias
         self.heads = config.num_attention_heads
@@ -288,7 +263,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """Two linear layers with an activation between them."""
 
-    def __init__(self, parts: Parts, width: int) -> None:
+    def __init__(self, parts: ImageParts, width: int) -> None:
         self.act = NONLINEARITIES[parts.config.hidden_act]
         self.fc1 = parts.linear(parts.config.hidden_size, width)
         self.fc2 = parts.linear(width, parts.config.hidden_size)
@@ -301,7 +276,7 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """Attention and the MLP, each on normed input and added to the residual stream."""
 
-    def __init__(self, config: ViTConfig, parts: Parts) -> None:
+    def __init__(self, config: ViTConfig, parts: ImageParts) -> None:
         self.attention = Attention(parts)
         self.layernorm_before = parts.norm()
         self.layernorm_after = parts.norm()
@@ -349,14 +324,9 @@ class ViTForImageClassification(ImageClassifier):
     ) -> None:
         self.config = config
         self.remat = remat
-        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
-        parts = Parts(config, **dtypes, rngs=rngs)
+        parts = ImageParts(config, dtype, param_dtype, rngs)
         self.embeddings = Embeddings(parts)
-        self.layers = stack_layers(
-            config.num_hidden_layers,
-            lambda rngs: Layer(config, Parts(config, **dtypes, rngs=rngs)),
-            rngs,
-        )
+        self.layers = parts.stack(config.num_hidden_layers, lambda own: Layer(config, own))
         self.layernorm = parts.norm()
         self.classifier = parts.linear(
             config.hidden_size, len(config.labels), preferred_element_type=jnp.float32

@@ -52,7 +52,8 @@ def check_settings(
     for field in dataclasses.fields(settings):
         value, hint = _plain(getattr(settings, field.name)), hints[field.name]
         if not _fits(value, hint):
-            raise InputError(f"{prefix}{field.name} is {shown(value)}, expected {_expected(hint)}")
+            expected = expected_of(hint)
+            raise InputError(f"{prefix}{field.name} is {shown(value)}, expected {expected}")
         object.__setattr__(settings, field.name, value)
 
     def check(name: str, value: Any, holds: bool, expected: str) -> None:
@@ -115,14 +116,15 @@ _EXPECTED = {
 }
 
 
-def _expected(hint: Any) -> str:
+def expected_of(hint: Any) -> str:
+    """Says in a message what values a type has."""
     if get_origin(hint) in (Union, UnionType):
-        return " or ".join(_expected(each) for each in get_args(hint) if each is not NoneType)
+        return " or ".join(expected_of(each) for each in get_args(hint) if each is not NoneType)
     if get_origin(hint) is Literal:
         return f"one of {', '.join(get_args(hint))}"
     text = _EXPECTED.get(get_origin(hint) or hint, f"a {getattr(hint, '__name__', hint)}")
     inner = [each for each in get_args(hint) if each in _EXPECTED]
-    return f"{text}, each {_expected(inner[-1])}" if inner else text
+    return f"{text}, each {expected_of(inner[-1])}" if inner else text
 
 
 def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, int | float]]:

@@ -24,8 +24,8 @@ class DataConfig:
             also a folder with a subfolder for each label, or an `.npz` file. Empty if the examples
             are given as an object, in Python.
         split: Name of the split, with slices in the syntax of `datasets`: `"train"`, the default,
-            `"train[:90%]"`. In a folder, the name of a file gives its split; a single file is
-            `"train"`.
+            `"train[:90%]"`, `"train+test"`, and `"all"` for every one. In a folder, the name of a
+            file gives its split; a single file is `"train"`.
         name: The configuration of a hub dataset that has several.
         preset: The published data set that `path` holds, which says what its files and columns are,
             its labels, its task, and the metric of the best checkpoint;

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from loft_jax.data.config import DataConfig
+from loft_jax.data.splits import parts_of
 from loft_jax.errors import InputError, explained, shown, size_of
 from loft_jax.files import inside, regular_file
 
@@ -64,10 +65,8 @@ def read_image_folder(folder: Path, config: DataConfig) -> list[dict[str, Any]]:
         for split, classes in by_split.items()
     }
     with explained(f"{folder}: cannot be read as images by class"):
-        name, part = part_of(
-            config.split or "train", {split: len(found) for split, found in rows.items()}
-        )
-    return rows[name][part]
+        parts = parts_of(config.split or "train", {name: len(one) for name, one in rows.items()})
+    return [row for name, part in parts for row in rows[name][part]]
 
 
 def _of_splits(folder: Path) -> Iterator[Path]:
@@ -144,29 +143,5 @@ def read_arrays(path: Path, config: DataConfig) -> list[dict[str, Any]]:
     pairs = zip(images, labels.tolist(), strict=True)
     rows = [dict(zip(names, pair, strict=True)) for pair in pairs]
     with explained(f"{path}: cannot be read as arrays"):
-        return rows[part_of(config.split or "train", {"train": len(rows)})[1]]
-
-
-def part_of(split: str, sizes: dict[str, int]) -> tuple[str, slice]:
-    """Finds the rows that a split names, in the syntax of `datasets`.
-
-    Args:
-        split: Such as "train[:90%]".
-        sizes: Number of rows of each split.
-
-    Returns:
-        The name of the split, and the slice of its rows.
-
-    Raises:
-        ValueError: It names no split, or several.
-
-    Example:
-        >>> part_of("train[:90%]", {"train": 20})
-        ('train', slice(0, 18, None))
-    """
-    from datasets import ReadInstruction
-
-    part, *more = ReadInstruction.from_spec(split).to_absolute(sizes)
-    if more:
-        raise ValueError(f"split is {shown(split)}; expected one split or a slice of one")
-    return part.splitname, slice(part.from_, part.to)
+        parts = parts_of(config.split or "train", {"train": len(rows)})
+    return [row for _, part in parts for row in rows[part]]

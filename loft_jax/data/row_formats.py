@@ -344,7 +344,7 @@ class _Reads:
         if config.text_field != DataConfig.text_field:  # the user named it
             yield text
         for field in _CONVERSATIONS:
-            read = _ShareGPT(field)
+            read = functools.partial(_sharegpt, field)
             told = f"rows are conversations of ShareGPT's form, in the field {field!r}"
             yield _Format(f"ShareGPT's {field}", (field,), read, (_SYSTEM, TOOLS), told=told)
         yield _Format(
@@ -449,18 +449,13 @@ class _Reads:
         return asked._replace(messages=[*asked.messages, _spoken(completion)])
 
 
-@dataclass(frozen=True)
-class _ShareGPT:
+def _sharegpt(field: str, index: int, row: _Row) -> Chat:
     """Reads `conversations`, with the fields `system` and `tools` beside it."""
-
-    field: str
-
-    def __call__(self, index: int, row: _Row) -> Chat:
-        where = f"row {index}, field {self.field!r}"
-        messages = as_messages(row.get(self.field), where)
-        if row.get(_SYSTEM) and messages[0]["role"] != "system":
-            messages = [*_system(text_of(row, _SYSTEM, index)), *messages]
-        return _chat(where, messages, index, row)
+    where = f"row {index}, field {field!r}"
+    messages = as_messages(row.get(field), where)
+    if row.get(_SYSTEM) and messages[0]["role"] != "system":
+        messages = [*_system(text_of(row, _SYSTEM, index)), *messages]
+    return _chat(where, messages, index, row)
 
 
 def _chat(where: str, messages: list[Message], index: int, row: _Row) -> Chat:

@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import pyarrow as pa  # type: ignore[import-untyped]  # it has no types
 
+from loft_jax.data.splits import parts_of
 from loft_jax.errors import InputError, explained
 
 _MOST_FIELDS = 1000
@@ -53,15 +54,11 @@ def table_of(
                 if len(kinds) > _MOST_FIELDS:
                     raise InputError(f"{file}: has more than {_MOST_FIELDS} fields; expected fewer")
     features = datasets.Features({field: _feature(found) for field, found in kinds.items()})
-    spec = "+".join(sizes) if split == "all" else split
-    parts = datasets.ReadInstruction.from_spec(spec).to_absolute(sizes)
     rows = itertools.chain.from_iterable(
         itertools.islice(
-            itertools.chain.from_iterable(map(rows_of, by_split[part.splitname])),
-            part.from_,
-            part.to,
+            itertools.chain.from_iterable(map(rows_of, by_split[name])), part.start, part.stop
         )
-        for part in parts
+        for name, part in parts_of(split, sizes)
     )
     return datasets.Dataset(
         pa.Table.from_batches(list(_batches(rows, features)), features.arrow_schema),

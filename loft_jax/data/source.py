@@ -14,12 +14,12 @@ from loft_jax.data.image_files import (
     ARRAYS_ENDING,
     SPLITS,
     holds_classes,
-    part_of,
     read_arrays,
     read_image_folder,
 )
 from loft_jax.data.presets import Preset, find_preset
 from loft_jax.data.row_formats import example_fields
+from loft_jax.data.splits import parts_of
 from loft_jax.data.text_lines import lines_of
 from loft_jax.errors import InputError, cut, explained, shown
 from loft_jax.files import inside, read_json, regular_file
@@ -224,18 +224,13 @@ def _same_columns(by_split: Mapping[str, Sequence[Path]]) -> bool:
 
 def _joined(patterns: Mapping[str, Sequence[str]], split: str) -> "Dataset":
     """Reads one split from Parquet files whose columns differ."""
-    from datasets import Dataset, ReadInstruction, concatenate_datasets
+    from datasets import Dataset, concatenate_datasets
 
     splits = {
         name: concatenate_datasets([Dataset.from_parquet(file) for file in files])
         for name, files in patterns.items()
     }
-    spec = "+".join(splits) if split == "all" else split
-    sizes = {name: len(rows) for name, rows in splits.items()}
-    parts = ReadInstruction.from_spec(spec).to_absolute(sizes)
-    return concatenate_datasets(
-        [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
-    )
+    return _part(splits, split)
 
 
 def _read_unquoted(by_split: Mapping[str, Sequence[Path]], preset: Preset, split: str) -> "Dataset":
@@ -304,9 +299,13 @@ def _read_saved(folder: Path, config: DataConfig) -> "Dataset":
 
 
 def _part(splits: Mapping[Any, "Dataset"], split: str) -> "Dataset":
-    """Selects a split, or a slice of one."""
-    name, part = part_of(split, {name: len(rows) for name, rows in splits.items()})
-    return splits[name].select(range(part.start, part.stop))
+    """Selects a split, a slice of one, or several of them."""
+    from datasets import concatenate_datasets
+
+    parts = parts_of(split, {name: len(rows) for name, rows in splits.items()})
+    return concatenate_datasets(
+        [splits[name].select(range(part.start, part.stop)) for name, part in parts]
+    )
 
 
 def _checked(rows: "Dataset") -> "Dataset":

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args, overload
 
@@ -120,18 +120,6 @@ class _Renamed:
         rows, *inside = map(slice, shape) if region is ... else region
         start, stop, _ = rows.indices(shape[0])
         return self._source.read(old, (slice(first + start, first + stop), *inside))
-
-
-class _Selected:
-    """Some of the tensors of a source."""
-
-    def __init__(self, source: _Source, names: Collection[str]) -> None:
-        self.path = source.path
-        self.shapes = {name: shape for name, shape in source.shapes.items() if name in names}
-        self._source = source
-
-    def read(self, name: str, region: Region = ...) -> np.ndarray:
-        return self._source.read(name, region)
 
 
 class _Opened(NamedTuple):
@@ -251,7 +239,7 @@ def load_pretrained(
         make = family.model(head)
     if labels is not None:
         relabelled = with_labels(config, labels)
-        source = _without_other_head(source, make, config, labels)
+        _leave_other_head(source, make, config, labels)
         config = relabelled
 
     def made() -> PretrainedModel:
@@ -295,20 +283,21 @@ def load_pretrained(
     return model
 
 
-def _without_other_head(source: _Source, make: Any, config: Any, labels: Sequence[str]) -> _Source:
-    """The source without the head of other labels, whose outputs mean something else."""
+def _leave_other_head(source: _Source, make: Any, config: Any, labels: Sequence[str]) -> None:
+    """Takes the head of other labels, whose outputs mean something else, out of a source."""
     known = config.labels
     nameless = known == tuple(f"LABEL_{number}" for number in range(len(labels)))
     if tuple(labels) == known or nameless or len(labels) == len(known) == 1:
-        return source
+        return
     table, heads = make.parameter_table(config), tuple(f"{p}." for p in make.output_modules)
     of_head = {t.name for path, t in table.tensors.items() if path.startswith(heads)}
-    if of_head & source.shapes.keys():
+    if found := of_head & source.shapes.keys():
         _log.warning(
             "%s: its head has the labels %s, and %s are asked for; a new head is drawn",
             *(source.path, shown(list(known)), shown(list(labels))),
         )
-    return _Selected(source, source.shapes.keys() - of_head)
+    for name in found:
+        del source.shapes[name]
 
 
 def _drawn(make: Callable[[], PretrainedModel], paths: Sequence[str]) -> dict[str, jax.Array]:

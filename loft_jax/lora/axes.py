@@ -96,6 +96,11 @@ class EinsumParts(NamedTuple):
     up: str
     product: str
 
+    def axes(self, stack: tuple[int, ...], kernel: tuple[int, ...]) -> WeightAxes:
+        """Gives the axes of a kernel of this shape, after those of a stack."""
+        batch, ins, outs = (tuple(kernel[axis] for axis in axes) for axes in self[:3])
+        return WeightAxes(stack, batch, ins, outs, self.product)
+
 
 def matrix_axes(shape: tuple[int, ...], fan_in: int, fan_out: int) -> WeightAxes:
     """Gives the axes of a `(*stack, in, out)` weight: a linear layer or an embedding."""
@@ -108,6 +113,13 @@ def general_axes(layer: nnx.LinearGeneral) -> WeightAxes:
     batch = tuple(layer.batch_axis.values())
     ins, outs = tuple(layer.in_features), tuple(layer.out_features)
     stack = _stack(layer.kernel.shape, (*batch, *ins, *outs))
+    return plain_axes(stack, batch, ins, outs)
+
+
+def plain_axes(
+    stack: tuple[int, ...], batch: tuple[int, ...], ins: tuple[int, ...], outs: tuple[int, ...]
+) -> WeightAxes:
+    """Gives the axes of a kernel `(*stack, *batch, *in, *out)`."""
     letters = iter(string.ascii_lowercase)
     b, i, o = ("".join(next(letters) for _ in axes) for axes in (batch, ins, outs))
     return WeightAxes(stack, batch, ins, outs, f"{b}{i}R,{b}R{o}->{b}{i}{o}")
@@ -120,10 +132,7 @@ def einsum_axes(layer: nnx.Einsum) -> WeightAxes:
     parts = einsum_parts(layer.einsum_str)
     if len(parts.batch) + len(parts.ins) + len(parts.outs) != len(shape):
         raise InputError(f"einsum {layer.einsum_str!r} does not fit a kernel of shape {shape}")
-    batch, ins, outs = (
-        tuple(shape[axis] for axis in axes) for axes in (parts.batch, parts.ins, parts.outs)
-    )
-    return WeightAxes(stack, batch, ins, outs, parts.product)
+    return parts.axes(stack, shape)
 
 
 def einsum_parts(equation: str) -> EinsumParts:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from loft_jax.lora.axes import WeightAxes, einsum_parts
+from loft_jax.lora.axes import WeightAxes, einsum_parts, plain_axes
 
 
 class Branch(NamedTuple):
@@ -63,10 +63,8 @@ def _general_numbers(module: nn.DenseGeneral, ndim: int) -> tuple[tuple[int, ...
 def _general_axes(module: nn.DenseGeneral, inputs: jax.Array) -> WeightAxes:
     contract, batch = _general_numbers(module, inputs.ndim)
     outs = (module.features,) if isinstance(module.features, int) else tuple(module.features)
-    letters = iter("abcdefghijklmnopqrstuvwxyz")
-    sizes = [tuple(inputs.shape[axis] for axis in axes) for axes in (batch, contract)]
-    n, i, o = ("".join(next(letters) for _ in axes) for axes in (*sizes, outs))
-    return WeightAxes((), sizes[0], sizes[1], outs, f"{n}{i}R,{n}R{o}->{n}{i}{o}")
+    sides, ins = (tuple(inputs.shape[axis] for axis in axes) for axes in (batch, contract))
+    return plain_axes((), sides, ins, outs)
 
 
 def _general(branch: Branch, inputs: jax.Array) -> jax.Array:
@@ -89,11 +87,7 @@ def _equation(module: nn.Einsum, einsum_str: str | None) -> str:
 
 
 def _einsum_axes(module: nn.Einsum, inputs: jax.Array, einsum_str: str | None = None) -> WeightAxes:
-    parts = einsum_parts(_equation(module, einsum_str))
-    batch, ins, outs = (
-        tuple(module.shape[axis] for axis in axes) for axes in (parts.batch, parts.ins, parts.outs)
-    )
-    return WeightAxes((), batch, ins, outs, parts.product)
+    return einsum_parts(_equation(module, einsum_str)).axes((), tuple(module.shape))
 
 
 def _einsum(branch: Branch, inputs: jax.Array, einsum_str: str | None = None) -> jax.Array:

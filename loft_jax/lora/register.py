@@ -242,11 +242,7 @@ def _parts(layer: Any, equation: str) -> EinsumParts:
 def _einsum_axes(layer: Any, weight: str, equation: str) -> WeightAxes:
     parts, shape = _parts(layer, equation), _shape(layer, weight)
     count = len(parts.batch) + len(parts.ins) + len(parts.outs)
-    own = _own(weight, shape, count)
-    batch, ins, outs = (
-        tuple(own[axis] for axis in axes) for axes in (parts.batch, parts.ins, parts.outs)
-    )
-    return WeightAxes(shape[: len(shape) - count], batch, ins, outs, parts.product)
+    return parts.axes(shape[: len(shape) - count], _own(weight, shape, count))
 
 
 def _own(weight: str, shape: tuple[int, ...], count: int) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,12 @@ def check(value: Number, name: str, holds: Callable[[float], bool], expected: st
         raise ValueError(f"{name} is {value!r}, expected {expected}") from error
     if not holds(number):
         raise ValueError(f"{name} is {number!r}, expected {expected}")
+
+
+def check_choice(value: str, name: str, kind: Any) -> None:
+    """Refuses a word that is none of those of a `Literal`."""
+    if value not in get_args(kind):
+        raise ValueError(f"{name} is {value!r}, expected one of {get_args(kind)}")
 
 
 def check_scaling(scaling: Number, name: str = "scaling") -> None:

@@ -10,13 +10,13 @@ Leaves that belong to no pair take the same steps as matrices of their own: plai
 """
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from loft_jax.optim.arguments import Number, check_positive
+from loft_jax.optim.arguments import Number, check_choice, check_positive
 from loft_jax.optim.linear_algebra import Basis, FactorMatrix
 from loft_jax.optim.meshes import on_explicit_axes
 from loft_jax.optim.optax_types import next_count, transformation
@@ -157,8 +157,8 @@ def clip_by_projected_norm(
     References:
       Tastan et al., LoFT, ICLR 2026 (arXiv 2505.21289), gradient clipping.
     """
-    check_move(move)
-    check_role(first)
+    check_choice(move, "move", Move)
+    check_choice(first, "first", Role)
     check_positive(max_norm, "max_norm")
 
     def init(params: optax.Params) -> ClipState:
@@ -255,7 +255,7 @@ def assign_overlap(
       LoRA-Pro (Wang et al., ICLR 2025, arXiv 2407.18242) and Riemannion (Bogachev et al., ICLR
       2026, arXiv 2507.12142) project gradients on this tangent space.
     """
-    check_role(first)
+    check_choice(first, "first", Role)
 
     def init(params: optax.Params) -> StepState:
         find_pairs(params, spec)
@@ -362,7 +362,7 @@ def alternate_factors(
     References:
       Tastan et al., LoFT, ICLR 2026 (arXiv 2505.21289), alternating updates.
     """
-    check_role(first)
+    check_choice(first, "first", Role)
 
     def init(params: optax.Params) -> StepState:
         find_pairs(params, spec)
@@ -404,15 +404,3 @@ def keeps_overlap(
     if a_spans or b_spans:
         return factor.rank_last == b_spans
     return has_turn(factor, count, first)
-
-
-def check_role(first: str) -> None:
-    """Refuses a factor that is neither A nor B."""
-    if first not in get_args(Role):
-        raise ValueError(f"first is {first!r}, expected 'a' or 'b'")
-
-
-def check_move(move: str) -> None:
-    """Refuses a way of moving that does not exist."""
-    if move not in get_args(Move):
-        raise ValueError(f"move is {move!r}, expected one of {get_args(Move)}")

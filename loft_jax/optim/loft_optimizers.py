@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 
 from loft_jax.optim.arguments import (
     Number,
+    check_choice,
     check_decay,
     check_dtype,
     check_not_negative,
@@ -34,7 +35,6 @@ from loft_jax.optim.links import (
     Role,
     alternate_factors,
     assign_overlap,
-    check_move,
     clip_by_projected_norm,
     project_gradients,
 )
@@ -178,7 +178,7 @@ def loft(
     """
     check_weight_decay(weight_decay)
     check_positive(max_grad_norm, "max_grad_norm")
-    check_move(move)
+    check_choice(move, "move", Move)
     if fused and second_moment != "full":
         raise ValueError(f"fused=True: second_moment is {second_moment!r}, expected 'full'")
     spec = FactorSpec(factors, scaling, stack_axis)
@@ -400,7 +400,7 @@ def loft_muon(
     check_decay(adam_b2, "adam_b2")
     check_weight_decay(weight_decay)
     check_positive(max_grad_norm, "max_grad_norm")
-    check_move(move)
+    check_choice(move, "move", Move)
     spec = FactorSpec(factors, scaling, stack_axis)
 
     def labels(params: optax.Params) -> Any:

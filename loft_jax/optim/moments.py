@@ -6,19 +6,25 @@
 
 import dataclasses
 import functools
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from loft_jax.optim.arguments import Number, check_decay, check_dtype, check_not_negative
+from loft_jax.optim.arguments import (
+    Number,
+    check_choice,
+    check_decay,
+    check_dtype,
+    check_not_negative,
+)
 from loft_jax.optim.eager import choose, power
 from loft_jax.optim.full_moment import FullMoment
 from loft_jax.optim.fused_direction import check_fused
 from loft_jax.optim.linear_algebra import Basis, FactorMatrix
-from loft_jax.optim.links import Move, Role, StepState, check_move, check_role, has_turn
+from loft_jax.optim.links import Move, Role, StepState, has_turn
 from loft_jax.optim.meshes import on_explicit_axes
 from loft_jax.optim.optax_types import next_count, transformation
 from loft_jax.optim.paired_updates import PairedUpdates, absolute_square, compute_dtype
@@ -210,10 +216,7 @@ def calibrate_moments(
     """
     check_decay(b1, "b1")
     check_decay(b2, "b2")
-    if second_moment not in get_args(SecondMoment):
-        raise ValueError(
-            f"second_moment is {second_moment!r}, expected one of {get_args(SecondMoment)}"
-        )
+    check_choice(second_moment, "second_moment", SecondMoment)
     check_dtype(state_dtype, "state_dtype")
     check_dtype(mu_dtype, "mu_dtype")
     rule = _RULES[second_moment]
@@ -356,8 +359,8 @@ def project_updates(
     References:
       Tastan et al., LoFT, ICLR 2026 (arXiv 2505.21289), projected full update.
     """
-    check_move(move)
-    check_role(first)
+    check_choice(move, "move", Move)
+    check_choice(first, "first", Role)
     check_not_negative(eps, "eps")
 
     def init(params: optax.Params) -> StepState:

@@ -96,6 +96,25 @@ def test_saved_dataset_and_saved_splits(tmp_path):
     assert read(tmp_path / "two", split="test") == ROWS[1:]
 
 
+def test_several_splits_of_every_form_are_one_after_the_other(tmp_path):
+    for form in ("jsonl", "csv", "parquet", "saved"):
+        (tmp_path / form).mkdir()
+        splits = {"train": ROWS[:1], "test": ROWS[1:]}
+        if form == "saved":
+            tables = {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
+            datasets.DatasetDict(tables).save_to_disk(str(tmp_path / form))
+        else:
+            for name, rows in splits.items():
+                write(tmp_path / form / f"{name}.{form}", rows)
+        for split, found in (
+            ("train+test", ROWS),
+            ("test+train", [*ROWS[1:], *ROWS[:1]]),
+            ("train+test[:0]", ROWS[:1]),
+        ):
+            assert read(tmp_path / form, split=split) == found, (form, split)
+        assert sorted(map(str, read(tmp_path / form, split="all"))) == sorted(map(str, ROWS)), form
+
+
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
 def test_nothing_is_written_beside_the_data(tmp_path, ending):
     path = write(tmp_path / f"rows.{ending}")

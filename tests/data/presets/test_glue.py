@@ -130,6 +130,7 @@ def test_files_as_published(tmp_path, preset):
     config = DataConfig(str(tmp_path), preset=preset)
     assert read(tmp_path, preset, config.held_out().split) == rows[1:]
     assert read(tmp_path / "train.tsv", preset, "train[1:]") == rows[1:]
+    assert read(tmp_path, preset, f"{VALIDATION[preset]}+train") == [*rows[1:], *rows]
     assert DataConfig(str(tmp_path / "train.tsv"), preset=preset).held_out().split is None
     labels = load_examples(config).features["label"]
     assert tuple(getattr(labels, "names", ())) == find_preset(preset).labels

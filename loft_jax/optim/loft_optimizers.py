@@ -38,7 +38,7 @@ from loft_jax.optim.links import (
     clip_by_projected_norm,
     project_gradients,
 )
-from loft_jax.optim.meshes import on_explicit_axes
+from loft_jax.optim.meshes import on_explicit_axes, varying_like
 from loft_jax.optim.moments import (
     SecondMoment,
     calibrate_first_moment,
@@ -221,7 +221,7 @@ def orthogonalize_momentum(
     beta: Number = 0.95,
     *,
     ns_coeffs: Sequence[float] = _NS_COEFFS,
-    ns_steps: int = 5,
+    ns_steps: int | jax.Array = 5,
     eps: Number = 1e-8,
     nesterov: bool = True,
     consistent_rms: Number | None = None,
@@ -279,7 +279,7 @@ def orthogonalize_momentum(
     check_dtype(mu_dtype, "mu_dtype")
     if len(ns_coeffs) != 3:
         raise ValueError(f"ns_coeffs is {ns_coeffs!r}, expected three numbers")
-    if ns_steps < 1:
+    if isinstance(ns_steps, int) and ns_steps < 1:
         raise ValueError(f"ns_steps is {ns_steps}, expected 1 or more")
 
     def init(params: optax.Params) -> OrthogonalizeState:
@@ -333,7 +333,7 @@ def loft_muon(
     weight_decay: Number = 0.0,
     *,
     ns_coeffs: Sequence[float] = _NS_COEFFS,
-    ns_steps: int = 5,
+    ns_steps: int | jax.Array = 5,
     eps: Number = 1e-8,
     nesterov: bool = True,
     consistent_rms: Number | None = None,
@@ -444,7 +444,7 @@ def _turns(move: Move, first: Role, spec: FactorSpec) -> optax.GradientTransform
 
 
 def _newton_schulz(
-    x: FactorMatrix, coeffs: Sequence[float], steps: int, eps: Number
+    x: FactorMatrix, coeffs: Sequence[float], steps: int | jax.Array, eps: Number
 ) -> FactorMatrix:
     """The iteration on x (..., m, r) over its Frobenius norm, as a product with (..., r, r)."""
     a, b, c = coeffs
@@ -452,11 +452,20 @@ def _newton_schulz(
     norm = jnp.sqrt(jnp.trace(gram, axis1=-2, axis2=-1))[..., None, None] + eps
     norm = jnp.where(norm > 0, norm, 1)
     gram = gram / (norm * norm)
-    product = eye = jnp.broadcast_to(jnp.eye(x.rank, dtype=gram.dtype), gram.shape)
-    for _ in range(steps):
+    eye = jnp.broadcast_to(jnp.eye(x.rank, dtype=gram.dtype), gram.shape)
+
+    def iterate(_: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        product, gram = carry
         step = a * eye + matmul(b * eye + c * gram, gram)
-        product = matmul(product, step)
-        gram = matmul(matmul(step, gram), step)
+        return matmul(product, step), matmul(matmul(step, gram), step)
+
+    carry = varying_like(eye, gram), gram
+    if isinstance(steps, int):
+        for k in range(steps):
+            carry = iterate(k, carry)
+    else:  # traced, as by `optax.inject_hyperparams`
+        carry = jax.lax.fori_loop(0, steps, iterate, carry)
+    product, _ = carry
     return x.times(product / norm)
 
 

@@ -88,6 +88,7 @@ class CalibratedMomentsState(NamedTuple):
 
     Attributes:
       count: (), int32, updates done.
+      bound: (), the square of Adam's bound on an element, before bias correction.
       mu: First moments. For a factor: shaped like it, in coordinates of the partner's basis.
       nu: Second moments. For a factor: shaped like it, with w in the place of r.
       gram: For a factor with a factored second moment: (*stack, r, r). Nothing for other leaves.
@@ -96,6 +97,7 @@ class CalibratedMomentsState(NamedTuple):
     """
 
     count: jax.Array  # type: ignore[assignment]  # tuple.count gives way, as in Optax
+    bound: jax.Array
     mu: Any
     nu: Any
     gram: Any
@@ -241,7 +243,7 @@ def calibrate_moments(
         mu_tree, nu_tree, basis_tree = (jax.tree.unflatten(treedef, x) for x in (mu, nu, basis))
         gram_tree = jax.tree.unflatten(unboxed_structure(params), gram)
         return CalibratedMomentsState(
-            jnp.zeros([], jnp.int32), mu_tree, nu_tree, gram_tree, basis_tree
+            jnp.zeros([], jnp.int32), jnp.zeros([]), mu_tree, nu_tree, gram_tree, basis_tree
         )
 
     def update(
@@ -256,11 +258,13 @@ def calibrate_moments(
         gram = dict(zip(tree.paired, jax.tree.leaves(state.gram), strict=rule.has_gram))
         count = next_count(state.count)
         key = jax.random.fold_in(jax.random.key(0), count)
+        bound = _adam_bound(state.bound, b1, b2)
+        correction1, correction2 = 1 - power(b1, count), 1 - power(b2, count)
         finish = functools.partial(
             Moments,
-            correction1=1 - power(b1, count),
-            correction2=1 - power(b2, count),
-            limit=_adam_limit(b1, b2, count),
+            correction1=correction1,
+            correction2=correction2,
+            limit=jnp.sqrt(bound * correction2) / correction1,
             second_moment=second_moment,
         )
 
@@ -296,6 +300,7 @@ def calibrate_moments(
 
         new_state = CalibratedMomentsState(
             count,
+            bound,
             like(state.mu, mu),
             like(state.nu, nu),
             like(state.gram, gram),
@@ -422,20 +427,17 @@ def project_updates(
     return transformation(init, update)
 
 
-def _adam_limit(b1: Number, b2: Number, count: jax.Array) -> jax.Array:
-    """The largest |m| / sqrt(v), bias-corrected, that Adam can reach after `count` steps.
+def _adam_bound(old: jax.Array, b1: Number, b2: Number) -> jax.Array:
+    """The largest m² / v that Adam can reach, after another update; it starts at zero.
 
-    By Cauchy-Schwarz over the weights of the two averages: with ρ = b1² / b2,
-    `|m̂| / sqrt(v̂) <= (1 - b1) sqrt(1 + ρ + ... + ρ^(count - 1)) / sqrt(1 - b2)`
-    times `sqrt(1 - b2^count) / (1 - b1^count)`. Each gradient of the sum may be projected, since m
-    and v are built from the same projected ones.
+    Of averages `m = Σ w_k g_k` and `v = Σ u_k g_k²` it is `Σ w_k² / u_k` (Cauchy-Schwarz), which an
+    update changes as it changes the weights, whatever the decays were before. Each gradient may be
+    projected, since m and v are built from the same projected ones.
     """
-    rho = b1**2 / jnp.maximum(b2, float(jnp.finfo(jnp.float32).tiny))
-    one = jnp.abs(1 - rho) < 1e-6
-    geometric = jnp.where(one, count, (1 - power(rho, count)) / jnp.where(one, 1.0, 1 - rho))
-    corrections = jnp.sqrt(1 - power(b2, count)) / (1 - power(b1, count))
-    limit: jax.Array = corrections * (1 - b1) * jnp.sqrt(geometric / (1 - b2))
-    return limit
+    rest = (1 - b1) ** 2 / (1 - b2)
+    kept = b1**2 / jnp.maximum(b2, float(jnp.finfo(jnp.float32).tiny))
+    bound: jax.Array = (kept * old + rest).astype(old.dtype)
+    return bound
 
 
 def _is_moments(x: Any) -> bool:

@@ -85,6 +85,8 @@ class FactorSpec:
                 raise ValueError(
                     f"factors holds {endings!r}, expected pairs of endings: (('lora_a', 'lora_b'),)"
                 )
+            if endings[0] == endings[1]:
+                raise ValueError(f"factors holds {endings!r}, expected two different endings")
         if self.factors is not None:
             object.__setattr__(self, "factors", tuple((a, b) for a, b in self.factors))
         if not callable(self.scaling):
@@ -561,9 +563,10 @@ def _without(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
 def _path_string(path: tuple[Any, ...], *, boxed: bool) -> str:
     steps = []
     for key in path:
-        # DictKey and FlattenedIndexKey have a key, GetAttrKey a name, SequenceKey an idx.
-        step = next(getattr(key, name) for name in ("key", "name", "idx") if hasattr(key, name))
-        steps.append(str(step))
+        # DictKey and FlattenedIndexKey have a key, GetAttrKey a name, SequenceKey an idx. A node
+        # may have keys of its own, which JAX writes as they are.
+        names = (getattr(key, name) for name in ("key", "name", "idx") if hasattr(key, name))
+        steps.append(str(next(names, key)))
     if boxed and len(steps) > 1 and steps[-1] in ("value", "raw_value"):
         steps.pop()
     return "/".join(steps)

@@ -28,9 +28,7 @@ from tests.optim.transforms import (
 @every_transform
 def test_inject_hyperparams(name):
     factory, numbers, others = TRANSFORMS[name]
-    # As for optax.contrib.muon: a number of iterations is no traced value.
-    static = {"ns_steps"} & set(inspect.signature(factory).parameters)
-    tx = optax.inject_hyperparams(factory, static)(**numbers, **others)
+    tx = optax.inject_hyperparams(factory)(**numbers, **others)
     assert set(tx.init(PARAMS).hyperparams) >= set(numbers)
     assert_stable(tx, PARAMS)
     # Numbers in float32 instead of float64 round otherwise.
@@ -48,18 +46,15 @@ def test_injected_numbers_and_decays_that_are_static(name):
     factory, numbers, others = TRANSFORMS[name]
     decays = {"b1", "b2", "beta", "adam_b1", "adam_b2"} & set(inspect.signature(factory).parameters)
     numbers = {key: x for key, x in numbers.items() if key not in decays | {"eps"}}
-    static = {"ns_steps"} & set(inspect.signature(factory).parameters)
 
     def first_update(tx):
         return tx.update(gradients(PARAMS), tx.init(PARAMS), PARAMS)
 
     with op_by_op():
         updates, state = first_update(factory(**numbers, **others))
-        found, inner = first_update(
-            optax.inject_hyperparams(factory, static | decays)(**numbers, **others)
-        )
+        found, inner = first_update(optax.inject_hyperparams(factory, decays)(**numbers, **others))
         assert_close((found, inner.inner_state), (updates, state), 0, 0)
-        found, inner = first_update(optax.inject_hyperparams(factory, static)(**numbers, **others))
+        found, inner = first_update(optax.inject_hyperparams(factory)(**numbers, **others))
     for x, expected in zip(jax.tree.leaves(found), jax.tree.leaves(updates), strict=True):
         assert jnp.linalg.norm(x - expected) <= 1e-5 * jnp.linalg.norm(expected)
     # 1 - float32(0.999) is 9.99987e-4.

@@ -4,7 +4,6 @@ Jax fixes its number of devices when it starts, so the meshes live in a process 
 module, run as a script, prints what it finds as JSON, and the tests judge it.
 """
 
-import inspect
 import json
 import os
 import subprocess
@@ -51,8 +50,7 @@ def on_mesh(name):
     factory, numbers, others = TRANSFORMS[name]
     with jax.set_mesh(mesh):
         # The numbers are arrays of the mesh too, which the transformation closes over.
-        static = {"ns_steps"} & set(inspect.signature(factory).parameters)
-        tx = optax.inject_hyperparams(factory, static)(**numbers, **others)
+        tx = optax.inject_hyperparams(factory)(**numbers, **others)
         reached, state = steps(tx, given)
         shardings = loft_jax.state_shardings(tx, given)
     return {

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from loft_jax import loft
 from tests.optim.problems import adamw_path, least_squares, loft_path, relative_errors
 
 STEPS = 200
@@ -93,3 +94,35 @@ def test_w_follows_adamw(shape, move, dtype):
                 assert errors.max() < UNSTEADY, setting
             else:
                 assert errors.max() < TOLERANCES[dtype], setting
+
+
+def b1_that_jumps(count):
+    return jnp.where(count < 20, 0.5, 0.95)
+
+
+@pytest.mark.parametrize(
+    ("b1", "b2"),
+    [
+        (b1_that_jumps, 0.999),
+        (0.9, lambda count: jnp.where(count < 20, 0.999, 0.9)),
+        (optax.linear_schedule(0.95, 0.0, 40), lambda count: 1 - (count + 2.0) ** -0.8),
+    ],
+)
+def test_w_follows_adamw_with_decays_that_change(b1, b2):
+    """Of sparse gradients, at which Adam's largest elements are near their bound."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        params = {"lora_a": rng.normal(size=(4, 4)), "lora_b": rng.normal(size=(4, 6))}
+        weight = params["lora_a"] @ params["lora_b"]
+        own = optax.inject_hyperparams(loft)(1e-3, b1=b1, b2=b2, second_moment="full")
+        adam = optax.inject_hyperparams(optax.adam)(1e-3, b1=b1, b2=b2)
+        state, state_of_adam = own.init(params), adam.init(weight)
+        update, update_of_adam = jax.jit(own.update), jax.jit(adam.update)
+        for _ in range(40):
+            full = rng.normal(size=(4, 6)) * (rng.random((4, 6)) < 0.1)
+            a, b = params["lora_a"], params["lora_b"]
+            updates, state = update({"lora_a": full @ b.T, "lora_b": a.T @ full}, state, params)
+            params = optax.apply_updates(params, updates)
+            expected, state_of_adam = update_of_adam(full, state_of_adam)
+            found = params["lora_a"] @ params["lora_b"] - a @ b
+            np.testing.assert_allclose(found, expected, atol=1e-9)

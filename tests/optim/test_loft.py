@@ -230,7 +230,7 @@ def test_updates_of_another_structure():
         ({"eps": -1e-8}, "eps is -1e-08"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1"),
         ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0, expected a positive"),
-        ({"first": "c"}, "first is 'c', expected 'a' or 'b'"),
+        ({"first": "c"}, "first is 'c', expected one of "),
         ({"move": "both"}, "move is 'both', expected one of"),
         ({"second_moment": "half"}, "second_moment is 'half', expected one of "),
     ],

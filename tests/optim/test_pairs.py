@@ -127,6 +127,25 @@ def test_names_that_are_no_pairs(names):
         FactorSpec(names)
 
 
+def test_one_ending_of_both_factors_is_refused():
+    with pytest.raises(ValueError, match=r"factors holds \('w', 'w'\), expected two different"):
+        FactorSpec((("w", "w"),))
+
+
+def test_a_node_may_have_keys_of_its_own():
+    class Layer:
+        def __init__(self, a, b):
+            self.lora_a, self.lora_b = a, b
+
+    jax.tree_util.register_pytree_with_keys(
+        Layer,
+        lambda layer: ((("lora_a", layer.lora_a), ("lora_b", layer.lora_b)), None),
+        lambda _, children: Layer(*children),
+    )
+    [pair] = find_pairs({"q": Layer(jnp.zeros((8, 2)), jnp.zeros((2, 6)))})
+    assert (pair.path, pair.a.path) == ("q", "q/lora_a")
+
+
 @pytest.mark.parametrize(
     ("tree", "message"),
     [

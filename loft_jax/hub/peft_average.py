@@ -55,9 +55,9 @@ def average_peft_adapters(
         rank: Largest rank of the result; by default all ranks together, so that it is exact.
 
     Raises:
-        InputError: An adapter is missing, damaged or has DoRA; the adapters are of different tasks
-            or of different base models; or weights do not fit. The message names the file and the
-            setting or the tensor.
+        InputError: An adapter is missing, damaged or has DoRA, or would be replaced by the result;
+            the adapters are of different tasks or of different base models; or weights do not fit.
+            The message names the file and the setting or the tensor.
 
     Example:
         >>> import tempfile
@@ -77,6 +77,8 @@ def average_peft_adapters(
     total = check_weights(weights, len(paths))
     if rank is not None and rank < 1:
         raise InputError(f"rank is {rank}, expected 1 or more")
+    if Path(output).resolve() in [path.resolve() for path in paths]:
+        raise InputError(f"{output}: is one of the adapters; expected another folder to write to")
     adapters = [_read(path) for path in paths]
     _check_alike(adapters)
     tokenizer = _first_tokenizer(paths)

@@ -224,7 +224,8 @@ def load_pretrained(
             is among the model's `output_modules`, which train and are exported whole.
 
     Returns:
-        The model, a `loft_jax.models.family.PretrainedModel`.
+        The model, a `loft_jax.models.family.PretrainedModel`, in evaluation mode as transformers
+        loads it: dropout of its own is inactive until `model.train()`.
 
     Raises:
         InputError: There is no such model, the hub cannot be reached, a file cannot be read, the
@@ -280,6 +281,7 @@ def load_pretrained(
         model.drawn = tuple(sorted(absent))
         names = ", ".join(table.tensors[path].name for path in model.drawn)
         _log.warning("%s: has no %s; they are drawn", source.path, names)
+    model.eval()
     return model
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -158,6 +159,10 @@ def test_the_command(adapters, tmp_path, capsys):
         np.testing.assert_array_equal(tensor, second[name])
     assert main(["average", *names, "--weights", "1", "--output", output]) == 2
     assert "1 weights for 3 adapters" in capsys.readouterr().err
+    given = Path(folders[0], "adapter_model.safetensors").read_bytes()
+    assert main(["average", *names, "--output", names[0]]) == 2
+    assert f"{names[0]}: is one of the adapters" in capsys.readouterr().err
+    assert Path(folders[0], "adapter_model.safetensors").read_bytes() == given
 
 
 def test_the_weight_under_an_embedding_is_that_of_the_base(tmp_path):

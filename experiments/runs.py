@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,8 +27,9 @@ from loft_jax.lora.targets import scaling_of
 from loft_jax.methods import Full
 from loft_jax.models.family import PretrainedModel
 from loft_jax.optim import state_bytes
+from loft_jax.tasks.task import Evaluation
 from loft_jax.training.config import FinetuneConfig
-from loft_jax.training.held_out import HeldOut, held_out_data
+from loft_jax.training.held_out import held_out_data
 from loft_jax.training.model import load_model, trained_variables
 from loft_jax.training.optimizer import make_schedule
 from loft_jax.training.partition import ModelPartition, split_model
@@ -67,6 +68,13 @@ class _Compiled:
 
     def _step(self, rate: jax.Array, state: TrainState, frozen: Any, batch: Any) -> Any:
         return make_step(self.parts, self.loss, self.make(rate))(state, frozen, batch)
+
+
+class _HeldOut(NamedTuple):
+    """How a model is measured on held-out rows, and their number."""
+
+    evaluate: Evaluation
+    count: int
 
 
 class PretrainedRuns:
@@ -166,11 +174,11 @@ class PretrainedRuns:
         tested: dict[str, float] = {}
         right: dict[str, tuple[bool, ...]] = {}
         if model is not None:
-            validation = self._held_out(test=False).measure(model).values
+            validation = self._held_out(test=False).evaluate(model).values
         if test:
             tested = {"loss": math.inf}
             if model is not None:
-                measured = self._held_out(test=True).measure(model)
+                measured = self._held_out(test=True).evaluate(model)
                 tested, right = measured.values, measured.right
         return Result(
             cell,
@@ -194,18 +202,13 @@ class PretrainedRuns:
         return self._task.tokenize(self._rows, self._processor, self._config.data)
 
     @functools.cache  # noqa: B019  # lives as long as the runs of its task
-    def _held_out(self, *, test: bool) -> HeldOut:
+    def _held_out(self, *, test: bool) -> _HeldOut:
         config: FinetuneConfig = self.task.tested(self._config) if test else self._config
         data = held_out_data(config)
         assert data is not None
-        return HeldOut(
-            self._task,
-            load_examples(data),
-            self._processor,
-            data,
-            batch_size=config.evaluation.batch_size,
-            progress=True,
-        )
+        rows, size = load_examples(data), config.evaluation.batch_size
+        evaluate = self._task.evaluation(rows, self._processor, data, batch_size=size)
+        return _HeldOut(evaluate, len(rows))
 
 
 def moved(before: Any, after: Any) -> int:

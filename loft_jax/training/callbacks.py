@@ -1,7 +1,7 @@
 """Callbacks: functions of the user that a run calls as it goes on, and that may end it."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,7 +154,7 @@ class Callback:
 
 
 class Callbacks:
-    """The callbacks of a run, called in their order."""
+    """The callbacks of a run, in their order, and their states."""
 
     def __init__(self, callbacks: Sequence[Callback]) -> None:
         """Checks the callbacks.
@@ -173,25 +173,8 @@ class Callbacks:
                 )
         self._all = tuple(callbacks)
 
-    def on_step(self, run: Progress, metrics: Mapping[str, float]) -> None:
-        """Calls this method of each."""
-        for callback in self._all:
-            callback.on_step(run, metrics)
-
-    def on_evaluate(self, run: Progress, metrics: Mapping[str, float], score: float | None) -> None:
-        """Calls this method of each."""
-        for callback in self._all:
-            callback.on_evaluate(run, metrics, score)
-
-    def on_save(self, run: Progress, folder: Path) -> None:
-        """Calls this method of each."""
-        for callback in self._all:
-            callback.on_save(run, folder)
-
-    def on_end(self, run: Progress, result: RunResult) -> None:
-        """Calls this method of each."""
-        for callback in self._all:
-            callback.on_end(run, result)
+    def __iter__(self) -> Iterator[Callback]:
+        return iter(self._all)
 
     def get_state(self) -> list[list[Any]]:
         """Gives the names and states of the callbacks that have a state.

@@ -23,7 +23,7 @@ from loft_jax.errors import InputError, explained, reason
 from loft_jax.files import read_json, read_text, replacing
 from loft_jax.hub.host_arrays import gather_to_host
 from loft_jax.training.checksum import json_checksum, tree_checksum
-from loft_jax.training.distributed import all_agree, is_main, wait_for_all
+from loft_jax.training.distributed import all_agree, is_main, is_of_another_process, wait_for_all
 from loft_jax.training.step import TrainState
 
 _log = logging.getLogger(__name__)
@@ -221,9 +221,9 @@ class Checkpoints:
     def _writable(self) -> Iterator[None]:
         try:
             yield
-        except jax.errors.JaxRuntimeError:
-            raise  # another process is gone
         except Exception as error:  # Orbax and TensorStore wrap what the disk says in their own
+            if isinstance(error, jax.errors.JaxRuntimeError) or is_of_another_process(error):
+                raise
             complete = sorted(self._on_disk())
             raise InputError(
                 f"{self.folder}: cannot write a checkpoint: {_why(error)}; those of steps "

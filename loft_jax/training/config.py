@@ -219,7 +219,7 @@ class ScheduleConfig:
     steps: int = 0
     epochs: float = 1.0
     batch_size: int = 16
-    accumulation_steps: int = 1
+    accumulation_steps: int = field(default=1, metadata=_FREE)
 
     def __post_init__(self) -> None:
         least = {"warmup_steps": 0, "steps": 0, "batch_size": 1, "accumulation_steps": 1}

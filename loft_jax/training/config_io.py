@@ -12,6 +12,7 @@ import yaml
 from loft_jax.errors import InputError, cut, explained, shown
 from loft_jax.files import read_text, replacing
 from loft_jax.methods import METHODS, Method, methods_with
+from loft_jax.settings import expected_of
 from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.field_names import meant_field
 
@@ -133,6 +134,19 @@ def config_to_dict(config: FinetuneConfig) -> dict[str, Any]:
         Its fields as values that JSON and YAML can hold.
     """
     return _plain(dataclasses.asdict(config))
+
+
+def settings_of_all(config: FinetuneConfig) -> dict[str, Any]:
+    """Gives the settings that every process of a run must have, by dotted name.
+
+    Args:
+        config: Of the run.
+
+    Returns:
+        All but the places of models and examples, whose content is compared instead.
+    """
+    places = set(_may_change(FinetuneConfig, {"place"}))
+    return {k: v for k, v in _flat(config_to_dict(config)) if k not in places}
 
 
 def check_same_run(saved: dict[str, Any], now: dict[str, Any], *, same_content: bool) -> None:
@@ -291,8 +305,6 @@ def _made(cls: Any, fields: dict[str, Any], prefix: str = "") -> Any:
 
 _LARGEST = 2**32 - 1  # integer of any field: a seed
 
-_EXPECTED = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
-
 
 def _typed(hint: Any, value: Any, *, where: str) -> Any:
     """Converts a value from YAML to the type of its field."""
@@ -300,7 +312,6 @@ def _typed(hint: Any, value: Any, *, where: str) -> Any:
     if origin is Literal:
         if value in inner:
             return value
-        expected = f"one of {list(inner)}"
     elif origin in (Union, UnionType):
         if value is None and NoneType in inner:
             return None
@@ -310,7 +321,6 @@ def _typed(hint: Any, value: Any, *, where: str) -> Any:
     elif origin is tuple:
         if isinstance(value, list):
             return [_typed(inner[0], v, where=f"{where}[{i}]") for i, v in enumerate(value)]
-        expected = "a list"
     elif origin is dict:
         if isinstance(value, dict):
             return {
@@ -319,7 +329,6 @@ def _typed(hint: Any, value: Any, *, where: str) -> Any:
                 )
                 for k, v in value.items()
             }
-        expected = "a mapping"
     else:
         if type(value) is int and hint is int and abs(value) > _LARGEST:
             limit = f"at most {_LARGEST}" if value > 0 else f"at least {-_LARGEST}"
@@ -331,5 +340,4 @@ def _typed(hint: Any, value: Any, *, where: str) -> Any:
                 return float(value)  # YAML 1.1 reads 3e-4 as a text
             except (ValueError, OverflowError):
                 pass
-        expected = _EXPECTED[hint]
-    raise InputError(f"{where} is {shown(value)}, expected {expected}")
+    raise InputError(f"{where} is {shown(value)}, expected {expected_of(hint)}")

@@ -1,17 +1,20 @@
 """A run of several processes: joining and agreeing."""
 
+import itertools
+import json
 import logging
 import os
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from loft_jax.errors import InputError
+from loft_jax.errors import InputError, shown
 
 # Seconds after which a silent process counts as dead, so that the others stop.
 _HEARTBEAT_TIMEOUT = 30
@@ -121,3 +124,27 @@ def all_agree(ok: bool) -> bool:
     if jax.process_count() == 1:
         return ok
     return bool(np.all(multihost_utils.process_allgather(np.asarray(ok))))
+
+
+def check_same(values: Mapping[str, Any]) -> None:
+    """Refuses a run whose processes have different settings or content; every process calls this.
+
+    Args:
+        values: What has to be the same, by name, as JSON can hold it.
+
+    Raises:
+        InputError: Names the first that differs, with the values of two processes. The error is
+            raised on every process.
+    """
+    if jax.process_count() == 1:
+        return
+    own = np.frombuffer(json.dumps(values).encode(), np.uint8)
+    longest = int(np.max(multihost_utils.process_allgather(np.asarray(own.size))))
+    padded = np.pad(own, (0, longest - own.size), constant_values=ord(" "))
+    first, *others = map(json.loads, map(bytes, multihost_utils.process_allgather(padded)))
+    for (number, other), name in itertools.product(enumerate(others, 1), values):
+        if other.get(name) != first.get(name):
+            raise InputError(
+                f"{name} is {shown(first.get(name))} on process 0 and {shown(other.get(name))} on "
+                f"process {number}; expected the same on every process"
+            )

@@ -8,7 +8,6 @@ from typing import Any
 
 from loft_jax.data import DataConfig
 from loft_jax.errors import InputError, shown
-from loft_jax.tasks.task import Measured, Task
 from loft_jax.training.config import FinetuneConfig
 
 
@@ -45,64 +44,13 @@ def held_out_data(config: FinetuneConfig) -> DataConfig | None:
     return held_out
 
 
-class HeldOut:
-    """Held-out examples to evaluate models on."""
-
-    def __init__(
-        self,
-        task: Task,
-        rows: Any,
-        processor: Any,
-        data: DataConfig,
-        *,
-        batch_size: int,
-        vocab_size: int | None = None,
-        progress: bool,
-    ) -> None:
-        """Tokenizes and checks the examples.
-
-        Args:
-            task: Of the run.
-            rows: From `load_examples`.
-            processor: Of the model: its tokenizer, or its image processor.
-            data: Its field names and `max_length` are used.
-            batch_size: Number of rows computed at once.
-            vocab_size: Number of tokens that the model has weights for; None if it is not known.
-            progress: Show progress bars.
-
-        Raises:
-            InputError: The examples do not fit the task, or have a token that the model has no
-                weights for.
-        """
-        self._rows = rows
-        self._evaluate = task.evaluation(
-            rows, processor, data, batch_size=batch_size, vocab_size=vocab_size, progress=progress
-        )
-
-    @property
-    def count(self) -> int:
-        """The number of examples."""
-        return len(self._rows)
-
-    @property
-    def fingerprint(self) -> str:
-        """A checksum of the contents of the examples, 32 hexadecimal digits."""
-        digest = hashlib.blake2b(digest_size=16)
-        for index in range(len(self._rows)):
-            row = dict(self._rows[index])
-            digest.update(json.dumps(row, sort_keys=True, default=_content).encode())
-        return digest.hexdigest()
-
-    def measure(self, model: Any) -> Measured:
-        """Evaluates a model on these examples.
-
-        Args:
-            model: With its adapters.
-
-        Returns:
-            The loss and the other metrics of the task.
-        """
-        return self._evaluate(model)
+def rows_fingerprint(rows: Any) -> str:
+    """Computes a checksum of the contents of examples, 32 hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=16)
+    for index in range(len(rows)):
+        row = dict(rows[index])
+        digest.update(json.dumps(row, sort_keys=True, default=_content).encode())
+    return digest.hexdigest()
 
 
 def _content(value: Any) -> str:

@@ -28,8 +28,9 @@ from loft_jax.training.config_io import (
     config_to_dict,
     load_config,
     save_config,
+    settings_of_all,
 )
-from loft_jax.training.distributed import all_agree, is_main, wait_for_all
+from loft_jax.training.distributed import all_agree, check_same, is_main, wait_for_all
 from loft_jax.training.export import trained_with
 from loft_jax.training.interrupt import StopRequest
 from loft_jax.training.mesh import check_batch, make_mesh
@@ -128,6 +129,7 @@ def finetune(
     check_wandb(config.logging.wandb)
     mesh = make_mesh(config.mesh)
     check_batch(config.schedule.batch_size, config.schedule.accumulation_steps, mesh)
+    check_same({"resume": resume, **settings_of_all(config)})
     with (
         StopRequest() as stop,
         only_run(folder),
@@ -194,7 +196,8 @@ def finetune(
             history=rows,
             model=view.model() if finished else None,
         )
-        run.callbacks.on_end(view, result)
+        for each in run.callbacks:
+            each.on_end(view, result)
         return result
 
 
@@ -253,21 +256,17 @@ def _started_with(checkpoints: Checkpoints, folder: Path) -> dict[str, Any]:
     return config_to_dict(with_precision(config_from_dict(load_config(folder / "config.yaml"))))
 
 
-def _named(measured: Measured | None) -> dict[str, float]:
-    values = {} if measured is None else measured.values
-    return {f"eval_{name}": value for name, value in values.items()}
-
-
 def _evaluate(
     run: Run, state: TrainState, view: Progress, log: MetricsLog | None
 ) -> Measured | None:
     """Evaluates the model, logs what is measured, and calls the callbacks."""
     measured = run.evaluate(state)
     step = int(gather_to_host(state.step))
-    _write(log, step, _named(measured))
-    view.moved(step, functools.partial(run.trained, state))
     values = {} if measured is None else measured.values
-    run.callbacks.on_evaluate(view, values, run.score(measured))
+    _write(log, step, {f"eval_{name}": value for name, value in values.items()})
+    view.moved(step, functools.partial(run.trained, state))
+    for each in run.callbacks:
+        each.on_evaluate(view, values, run.score(measured))
     return measured
 
 
@@ -313,12 +312,15 @@ def _train(
             if len(ahead) == _STEPS_AHEAD:
                 jax.block_until_ready(ahead.popleft())
             profiler.before(done + 1, ahead)
-            with compilations.of(placed):
+            with compilations.of(placed) as compiles:
                 state, metrics = run.step(state, run.parts.frozen, placed)
+                if compiles:  # the step itself is in that time
+                    jax.block_until_ready(metrics)
             done += 1
             ahead.append(metrics)
             profiler.after(done, metrics)
-            speed.count(*run.tokens(batch))
+            if not compiles:
+                speed.count(*run.tokens(batch))
             bar.update()
             # The first step too: later losses are compared with its loss.
             logs = done in (1, run.steps) or done % log_every == 0
@@ -327,13 +329,15 @@ def _train(
                 jax.block_until_ready(state.step)
                 skipped = _check_skipped(state, run, skipped)
                 values = {**speed.read(), **run.report(state, metrics, skipped)}
+                speed.restart()  # the report, which is compiled too, is no time of steps
                 _write(log, done, values)
                 bar.set_postfix(
                     loss=f"{values['train_loss']:.4f}",
                     tokens_s=f"{values['tokens_per_second']:.0f}",
                 )
             view.moved(done, functools.partial(run.trained, state))
-            run.callbacks.on_step(view, values)
+            for each in run.callbacks:
+                each.on_step(view, values)
             last = done == run.steps or _asked_to_stop(view, logs=logs)
             stopped = stop.reached(done)
             due = eval_every > 0 and done % eval_every == 0
@@ -358,7 +362,8 @@ def _train(
                             stopped=view.stopped if last else "",
                             postponed=due and not evaluates,
                         )
-                        run.callbacks.on_save(view, checkpoints.folder / str(done))
+                        for each in run.callbacks:
+                            each.on_save(view, checkpoints.folder / str(done))
             if stopped and not last:
                 break
     checkpoints.wait()

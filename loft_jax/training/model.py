@@ -23,11 +23,12 @@ from loft_jax.models.family import (
     with_labels,
 )
 from loft_jax.models.quantized import quantize_kernels
-from loft_jax.tasks.task import Task
+from loft_jax.tasks.registry import find_task
+from loft_jax.tasks.task import Given, Task
 from loft_jax.training.checksum import json_checksum, tree_checksum
 from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.shardings import parameter_spec
-from loft_jax.training.start_adapter import load_start
+from loft_jax.training.start_adapter import known_labels, load_start
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -71,6 +72,41 @@ def load_base(config: FinetuneConfig, task: Task, mesh: Mesh | None = None) -> P
         quantization=config.model.quantization,
         placement=None if mesh is None else placement,
     )
+
+
+def task_of(
+    config: FinetuneConfig,
+    family: Family,
+    sizes: PretrainedConfig,
+    rows: Any = None,
+    held_out: Any = None,
+) -> Task:
+    """Gives the task of a run: the named one, or the one inferred from the rows.
+
+    Args:
+        config: Its task and the choices of its evaluation are used.
+        family: Of its model.
+        sizes: Configuration of its model.
+        rows: Training examples.
+        held_out: Held-out examples, or None.
+
+    Returns:
+        The task. Its labels are in the order of the model's, or of those of the adapter that the
+        run goes on from, if these are the same.
+
+    Raises:
+        InputError: The rows fit several tasks, or do not fit the named one.
+    """
+    given = Given(
+        config.data,
+        rows,
+        held_out,
+        choices=config.evaluation.choices,
+        labels=config.task.label_names,
+        class_weights=config.task.class_weights,
+        known=known_labels(config) or getattr(sizes, "labels", ()),
+    )
+    return find_task(config.task.name, family, given).make(given)
 
 
 def base_fingerprint(base: nnx.Module) -> str:

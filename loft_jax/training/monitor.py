@@ -27,7 +27,8 @@ class Speedometer:
     """Measures how the time since the last log line was spent, and the speed of training in it.
 
     JAX computes asynchronously, so single steps cannot be timed: the time of the steps is the
-    interval without the time spent on data, compilation, evaluation and saving.
+    interval without the time spent on data, compilation, evaluation and saving. Steps that compile
+    are not among them.
     """
 
     def __init__(self, flops: ModelFlops | None, *, full: bool, devices: int) -> None:
@@ -68,17 +69,19 @@ class Speedometer:
         """Ends the interval and gives its metrics; its computations must have finished.
 
         Returns:
-            `tokens_per_second` and `seconds_per_step` for the time of the steps; `seconds_data`,
+            `tokens_per_second` and `seconds_per_step` for the time of the steps, NaN where no step
+            was counted; `seconds_data`,
             `seconds_compile`, `seconds_eval` and `seconds_save` for the whole interval; and on
             known chips `mfu`, the ratio of model FLOPs per second to the peak of the chips.
         """
         training = time.perf_counter() - self._start - sum(self._spent.values())
+        timed = self._steps > 0
         values = {
-            "tokens_per_second": self._tokens / training,
-            "seconds_per_step": training / self._steps,
+            "tokens_per_second": self._tokens / training if timed else math.nan,
+            "seconds_per_step": training / self._steps if timed else math.nan,
             **{f"seconds_{part}": seconds for part, seconds in self._spent.items()},
         }
-        if self._peak is not None and self._model_flops is not None:
+        if timed and self._peak is not None and self._model_flops is not None:
             values["mfu"] = self._flops / training / (self._peak * self._devices)
         self.restart()
         return values
@@ -102,18 +105,21 @@ class Compilations:
         self._shapes: set[tuple[Any, ...]] = set()
 
     @contextlib.contextmanager
-    def of(self, batch: Mapping[str, jax.Array]) -> Iterator[None]:
-        """Surrounds the call of the step with a batch; does nothing if its shape is known."""
+    def of(self, batch: Mapping[str, jax.Array]) -> Iterator[bool]:
+        """Surrounds a step with a batch; gives whether its shape is new, and so is the program."""
         shapes = tuple(x.shape for x in batch.values())
         if shapes in self._shapes:
-            yield
+            yield False
             return
         self._shapes.add(shapes)
-        size = " x ".join(map(str, max(shapes, key=math.prod)))
+        named: dict[tuple[int, ...], str] = {}  # arrays of one shape are told once
+        for name, shape in zip(batch, shapes, strict=True):
+            named.setdefault(shape, name)
+        size = ", ".join(f"{name} {' x '.join(map(str, shape))}" for shape, name in named.items())
         self._bar.set_description(f"{self._name}: compiling for batches of {size} ...")
         start = time.perf_counter()
         with self._speed.spent_on("compile"):
-            yield
+            yield True
         self._bar.set_description(self._name, refresh=False)
         self._bar.clear()
         seconds = time.perf_counter() - start

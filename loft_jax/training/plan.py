@@ -25,12 +25,11 @@ from loft_jax.lora.targets import scaling_of, stack_axis_of
 from loft_jax.methods import Method, settings_of
 from loft_jax.models.family import Family, PretrainedConfig
 from loft_jax.models.registry import WELL_KNOWN
-from loft_jax.tasks.registry import find_task
-from loft_jax.tasks.task import Given, Task
+from loft_jax.tasks.task import Task
 from loft_jax.training.collectives import Collective, find_collectives
 from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.mesh import check_batch, make_mesh
-from loft_jax.training.model import abstract_model, trained_variables, with_precision
+from loft_jax.training.model import abstract_model, task_of, trained_variables, with_precision
 from loft_jax.training.optimizer import make_optimizer, make_schedule
 from loft_jax.training.partition import ModelPartition, split_model
 from loft_jax.training.shardings import step_shardings
@@ -224,14 +223,7 @@ def _prepare(config: FinetuneConfig, topology: str, slices: int) -> _Prepared:
     config = with_precision(config, chip_of(topology).platform)
     rows, accumulation_steps = config.schedule.batch_size, config.schedule.accumulation_steps
     family, sizes = plan_model(config.model.path)
-    known = getattr(sizes, "labels", ())
-    given = Given(
-        config.data,
-        labels=config.task.label_names,
-        class_weights=config.task.class_weights,
-        known=known,
-    )
-    task = find_task(config.task.name, family, given).make(given)
+    task = task_of(config, family, sizes)
     model = abstract_model(family, sizes, config, task)
     chips = load_topology(topology, slices)
     mesh = make_mesh(config.mesh, chips.devices)

@@ -16,25 +16,26 @@ from loft_jax.data.row_formats import are_chats
 from loft_jax.errors import InputError, NotFiniteError, explained, shown, size_of
 from loft_jax.hub.host_arrays import gather_to_host
 from loft_jax.lora.targets import scaling_of, stack_axis_of
-from loft_jax.models.family import Family, PretrainedConfig, PretrainedModel
+from loft_jax.models.family import PretrainedModel
 from loft_jax.optim import state_bytes
 from loft_jax.tasks.causal_lm import CausalLM
 from loft_jax.tasks.own_loss import OwnLoss
-from loft_jax.tasks.registry import find_task
-from loft_jax.tasks.task import Given, Measured, Task, within
+from loft_jax.tasks.task import Measured, Task, within
 from loft_jax.training.callbacks import Callback, Callbacks
 from loft_jax.training.checkpoint import Checkpoints
 from loft_jax.training.config import EvaluationConfig, FinetuneConfig
 from loft_jax.training.config_io import config_to_dict
+from loft_jax.training.distributed import check_same
 from loft_jax.training.early_stopping import EarlyStopping
 from loft_jax.training.export import export_trained, publish
 from loft_jax.training.flops import ModelFlops
-from loft_jax.training.held_out import HeldOut
+from loft_jax.training.held_out import rows_fingerprint
 from loft_jax.training.model import (
     abstract_model,
     adapted,
     base_fingerprint,
     check_fingerprints,
+    task_of,
     trained_variables,
 )
 from loft_jax.training.monitor import Speedometer, largest_condition, memory_in_use
@@ -43,7 +44,7 @@ from loft_jax.training.optimizer import make_optimizer, make_schedule
 from loft_jax.training.partition import split_model
 from loft_jax.training.sample_generations import SampleGenerations
 from loft_jax.training.shardings import step_shardings
-from loft_jax.training.start_adapter import check_start, known_labels, start_fingerprint
+from loft_jax.training.start_adapter import check_start, start_fingerprint
 from loft_jax.training.step import TrainState, initial_state, make_step
 
 _log = logging.getLogger(__name__)
@@ -134,10 +135,9 @@ class Run:
                 f"schedule.epochs is {schedule.epochs}, expected at most {most} steps of them"
             )
         config.method.check_steps(self.steps, config.lora.init)
-        self._held_out = None
+        self._measure = None
         if held_out is not None:
-            self._held_out = HeldOut(
-                self.task,
+            self._measure = self.task.evaluation(
                 held_out,
                 self.processor,
                 data,
@@ -158,16 +158,18 @@ class Run:
                 "measure; expected an evaluation.path"
             )
         self.callbacks = Callbacks(called)
-        base = objects.base(config, self.task, mesh)
-        self._fingerprints = {
-            "model": base_fingerprint(base),
+        examples = {
             "data.path": self.stream.get_state()["fingerprint"],
-            "evaluation.path": self._held_out.fingerprint if self._held_out else "",
+            "evaluation.path": "" if held_out is None else rows_fingerprint(held_out),
         }
+        check_same({**_contents(examples), "the number of steps": self.steps})
+        base = objects.base(config, self.task, mesh)
+        self._fingerprints = {"model": base_fingerprint(base), **examples}
         self._flops = ModelFlops.of(base) if isinstance(base, PretrainedModel) else None
         model = adapted(base, config, self.task)
         start = start_fingerprint(model) if config.lora.adapter else ""
         self._fingerprints["lora.adapter"] = start
+        check_same(_contents(self._fingerprints))
         self.schedule = make_schedule(schedule, self.steps)
         tx = make_optimizer(config, self.schedule, scaling_of(model), stack_axis_of(model))
         heads = self.task.head_modules(model)
@@ -400,12 +402,12 @@ class Run:
         Returns:
             What the task measures; None if there are no held-out examples.
         """
-        return None if self._held_out is None else self._held_out.measure(self.trained(state))
+        return None if self._measure is None else self._measure(self.trained(state))
 
     @property
     def measures(self) -> bool:
         """Whether there are held-out examples."""
-        return self._held_out is not None
+        return self._measure is not None
 
     def trained(self, state: TrainState) -> Any:
         """Gives the model with the parameters of a state."""
@@ -440,35 +442,8 @@ def _callbacks_of(
         yield EarlyStopping(config.patience)
 
 
-def task_of(
-    config: FinetuneConfig, family: Family, sizes: PretrainedConfig, rows: Any, held_out: Any
-) -> Task:
-    """Gives the task of a run: the named one, or the one inferred from the rows.
-
-    Args:
-        config: Its task and the choices of its evaluation are used.
-        family: Of its model.
-        sizes: Configuration of its model.
-        rows: Training examples.
-        held_out: Held-out examples, or None.
-
-    Returns:
-        The task. Its labels are in the order of the model's, or of those of the adapter that the
-        run goes on from, if these are the same.
-
-    Raises:
-        InputError: The rows fit several tasks, or do not fit the named one.
-    """
-    given = Given(
-        config.data,
-        rows,
-        held_out,
-        choices=config.evaluation.choices,
-        labels=config.task.label_names,
-        class_weights=config.task.class_weights,
-        known=known_labels(config) or getattr(sizes, "labels", ()),
-    )
-    return find_task(config.task.name, family, given).make(given)
+def _contents(fingerprints: Mapping[str, str]) -> dict[str, str]:
+    return {f"the content of {name}": digest for name, digest in fingerprints.items()}
 
 
 def _placed(x: jax.Array, sharding: NamedSharding) -> jax.Array:

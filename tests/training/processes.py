@@ -55,15 +55,16 @@ def start(config, *flags, devices=1, before=()):
     return process
 
 
-def start_together(config, count, *flags, devices=2):
-    """Several processes of one run."""
+def start_together(config, count, *flags, devices=2, last=()):
+    """Several processes of one run; the last one has some more flags."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     meet = ("--coordinator-address", f"127.0.0.1:{port}", "--process-count", str(count))
+    own = [()] * (count - 1) + [last]
     return [
-        start(config, *flags, *meet, "--process-id", str(index), devices=devices)
-        for index in range(count)
+        start(config, *flags, *more, *meet, "--process-id", str(index), devices=devices)
+        for index, more in enumerate(own)
     ]
 
 

@@ -5,6 +5,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from loft_jax import loft
@@ -190,6 +191,16 @@ def test_an_unfinished_checkpoint_is_not_one(tmp_path, checkpoints, read_only):
     assert_same(again.restore(1, state_at(0))[0], state_at(1))
     again.close()
     assert unfinished.exists() == read_only
+
+
+def test_the_end_of_another_process_is_no_fault_of_the_disk(checkpoints, monkeypatch):
+    def gone(self):
+        raise ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
+
+    with monkeypatch.context() as other:
+        other.setattr(ocp.CheckpointManager, "wait_until_finished", gone)
+        with pytest.raises(ValueError, match="Gloo"):
+            checkpoints.wait()
 
 
 def test_a_missing_folder_is_not_made_to_read_it(tmp_path):

@@ -68,7 +68,7 @@ def test_weights_are_a_word_or_numbers(tmp_path, weights):
         ),
         (
             "model: {remat: true}",
-            r"field model\.remat is True, expected one of \['none', 'dots', 'full'\]",
+            r"field model\.remat is True, expected one of none, dots, full",
         ),
         (
             "schedule: {learning_rate: fast}",
@@ -93,10 +93,10 @@ def test_weights_are_a_word_or_numbers(tmp_path, weights):
         ),
         (
             "task: {class_weights: balance}",
-            r"field task.class_weights is 'balance', expected one of \['balanced'\]",
+            r"field task.class_weights is 'balance', expected one of balanced",
         ),
         ("task: {class_weights: [x]}", r"task.class_weights\[0\] is 'x', expected a number"),
-        ("data: {preset: sst}", r"field data.preset is 'sst', expected one of \['cola', 'sst2'"),
+        ("data: {preset: sst}", r"field data.preset is 'sst', expected one of cola, sst2"),
         ("evaluation: {choices: 3}", "field evaluation.choices is 3, expected a list"),
         (
             "lora: {target_modules: q_proj}",

@@ -1,6 +1,7 @@
 """Whole runs that are killed, stopped, or find the disk full, and go on as if nothing had been."""
 
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from loft_jax.cli import main
 from loft_jax.data import DataConfig
@@ -181,3 +183,39 @@ def test_two_and_four_processes_evaluate_and_export_as_one(make_config, workspac
     for name, tensor in adapter(config.output).items():
         distance = np.linalg.norm(tensor - expected[name]) / np.linalg.norm(expected[name])
         assert distance < 1e-5, name
+
+
+def of_other_rows(config, folder):
+    lines = Path(config.data.path).read_text().splitlines(keepends=True)
+    (folder / "rows.jsonl").write_text("".join(reversed(lines)))
+    return "--data.path", str(folder / "rows.jsonl")
+
+
+def of_other_weights(config, folder):
+    shutil.copytree(config.model.path, folder / "model")
+    file = folder / "model" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"] = 1.01 * tensors["model.norm.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    return "--model", str(folder / "model")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--learning-rate", "0.5"), r"schedule.learning_rate is 0.01 on process 0 and 0.5 on"),
+        (("--eval-every", "3"), r"evaluation.every is 0 on process 0 and 3 on process 1; expected"),
+        (("--resume",), r"resume is False on process 0 and True on process 1"),
+        (of_other_rows, r"the content of data.path is '\w+' on process 0 and '\w+' on process 1"),
+        (of_other_weights, r"the content of model is '\w+' on process 0 and '\w+' on process 1"),
+    ],
+)
+def test_processes_that_are_not_of_one_run_are_refused(make_config, tmp_path, flags, told):
+    config = make_config(output=str(tmp_path / "run"), learning_rate=1e-2, steps=3)
+    last = flags(config, tmp_path) if callable(flags) else flags
+    processes = start_together(config, 2, devices=1, last=last)
+    assert finish(*processes) == [2, 2], output(processes[0])
+    for process in processes:
+        assert re.search(told, output(process)), output(process)
+    assert not (tmp_path / "run").exists()

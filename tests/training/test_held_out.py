@@ -11,13 +11,13 @@ from loft_jax.hub import load_pretrained, load_tokenizer
 from loft_jax.tasks import choice
 from loft_jax.tasks.causal_lm import CausalLM
 from loft_jax.tasks.choice import Choice, score_choices
-from loft_jax.training.held_out import HeldOut, held_out_data
+from loft_jax.training.held_out import held_out_data
 
 
 def held_out(task, config, tokenizer, path, **options):
     data = dataclasses.replace(config.data, path=str(path))
     rows = load_examples(data)
-    return HeldOut(task, rows, tokenizer, data, batch_size=16, progress=False, **options)
+    return task.evaluation(rows, tokenizer, data, batch_size=16, progress=False, **options)
 
 
 def test_rows_with_answers_of_their_own_are_compared(make_config, tmp_path, monkeypatch):
@@ -39,7 +39,7 @@ def test_rows_with_answers_of_their_own_are_compared(make_config, tmp_path, monk
     model, tokenizer = load_pretrained(config.model.path), load_tokenizer(config.model.path)
     asked = held_out(Choice(), config, tokenizer, path)
     monkeypatch.setattr(choice, "encode_prompts", None)  # rows are tokenized once
-    measured = asked.measure(model)
+    measured = asked(model)
     monkeypatch.undo()
     scores = score_choices(model, tokenizer, rows, config.data, progress=False)
     assert measured.values == {
@@ -65,7 +65,7 @@ def test_examples_without_answers_give_the_loss_of_a_token(make_config, workspac
     examples = held_out(
         CausalLM(), config, load_tokenizer(config.model.path), workspace / "test.jsonl"
     )
-    assert set(examples.measure(load_pretrained(config.model.path)).values) == {"loss"}
+    assert set(examples(load_pretrained(config.model.path)).values) == {"loss"}
 
 
 def test_answers_without_weights_are_refused_before_there_is_a_model(make_config, tmp_path):

@@ -71,11 +71,12 @@ def test_a_run_learns_and_leaves_everything(make_config, workspace, method):
     names = {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "loss.png", ".lock"}
     names.add("model" if method == "full" else "adapter")
     assert {entry.name for entry in folder.iterdir()} == names
-    row = read_metrics(folder / "metrics.jsonl")[1]
+    compiled, row = read_metrics(folder / "metrics.jsonl")[1:3]
     logged = {"step", "train_loss", "grad_norm", "update_norm", "learning_rate", "skipped_steps"}
     logged |= {"tokens_per_second", "seconds_per_step", "seconds_data", "seconds_eval"}
     logged |= {"seconds_compile", "seconds_save", "host_bytes"}
     assert set(row) - {"gram_condition"} == logged
+    assert logged - set(compiled) == {"tokens_per_second", "seconds_per_step"}
     if method != "full":
         settings = json.loads((folder / "adapter" / "adapter_config.json").read_text())
         assert settings["base_model_name_or_path"] == config.model.path
@@ -177,6 +178,16 @@ def test_resume_refuses_another_run(copied):
     with pytest.raises(InputError, match="holds a run at step 6 already; resume it"):
         finetune(copied, progress=False)
     assert finetune(copied, resume=True, progress=False).steps == 6
+
+
+def test_a_resumed_run_may_compute_its_batches_in_other_parts(copied):
+    folder = Path(copied.output)
+    expected = losses(folder)
+    shutil.rmtree(folder / "checkpoints" / "6")
+    schedule = dataclasses.replace(copied.schedule, accumulation_steps=2)
+    finetune(dataclasses.replace(copied, schedule=schedule), resume=True, progress=False)
+    assert losses(folder) == pytest.approx(expected, rel=1e-5)
+    assert "accumulation_steps: 2" in (folder / "config.yaml").read_text()
 
 
 def test_a_run_goes_on_from_where_its_files_have_moved_to(make_config, workspace, tmp_path, caplog):

@@ -1,5 +1,6 @@
 import io
 import logging
+import math
 import time
 
 import jax.numpy as jnp
@@ -40,22 +41,28 @@ def test_time_is_split_and_adds_up(monkeypatch):
 def test_a_compilation_is_told_once_for_each_shape(monkeypatch, caplog):
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    speed, seen = Speedometer(FLOPS, full=False, devices=1), io.StringIO()
+    speed, seen, news = Speedometer(FLOPS, full=False, devices=1), io.StringIO(), []
     with (
         caplog.at_level(logging.INFO, logger="loft_jax"),
         tqdm(total=4, desc="loft", file=seen, mininterval=0) as bar,
     ):
         compilations = Compilations(bar, "loft", speed)
         for length in (64, 64, 32, 64):
-            with compilations.of({"tokens": jnp.zeros((4, length)), "weights": jnp.zeros(4)}):
+            tokens = jnp.zeros((4, length))
+            batch = {"tokens": tokens, "positions": tokens, "places": jnp.zeros((4, 8))}
+            with compilations.of(batch) as new:
                 now[0] += 3.0
+            news.append(new)
             assert bar.desc == "loft: "
+    assert news == [True, False, True, False]
     assert caplog.messages == [
-        f"compiled the step for batches of 4 x {length} in 3.0 s" for length in (64, 32)
+        f"compiled the step for batches of tokens 4 x {length}, places 4 x 8 in 3.0 s"
+        for length in (64, 32)
     ]
-    assert "loft: compiling for batches of 4 x 32 ..." in seen.getvalue()
-    speed.count(1, 16)
-    assert speed.read()["seconds_compile"] == 6.0
+    assert "loft: compiling for batches of tokens 4 x 32, places 4 x 8 ..." in seen.getvalue()
+    values = speed.read()
+    assert values["seconds_compile"] == 6.0
+    assert math.isnan(values["tokens_per_second"])  # of no step
 
 
 def test_no_share_of_a_peak_that_is_not_known():

@@ -49,7 +49,8 @@ class DataConfig:
         text_pair_field: For classification, field with the second text of a pair, if rows have it.
         image_field: Field with the image to classify.
         label_field: For classification, field with the label: a text, or an integer from 0; for
-            regression, a decimal number.
+            regression, a decimal number. Beside a prompt and a completion, false says that the
+            completion is one to avoid, and the row is left out.
         random_resized_crop: Train on a part of each image, of random area (8 to 100 %) and aspect
             ratio (3:4 to 4:3), which is resized as evaluation resizes the whole.
         random_horizontal_flip: Train on half of the images mirrored.
@@ -129,6 +130,12 @@ class DataConfig:
         return frozenset(
             (self.messages_field, self.prompt_field, self.completion_field, self.text_field)
         )
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The settings that name one of `fields` other than by default."""
+        settings = ("messages_field", "prompt_field", "completion_field", "text_field")
+        return tuple(name for name in settings if getattr(self, name) != getattr(DataConfig, name))
 
     @property
     def has_splits(self) -> bool:

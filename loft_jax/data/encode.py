@@ -105,7 +105,8 @@ def tokenize(
     - `prompt` and `completion`: BOS (or whatever the tokenizer puts before a text) + prompt +
       completion + EOS; loss on the completion and EOS. The two are tokenized apart, so the
       completion's tokens are its own. If they are lists of messages, or with `config.chat`, they
-      are given to the chat template; loss on the completion's assistant turns.
+      are given to the chat template; loss on the completion's assistant turns. Rows with a field
+      `label` that is false, as TRL marks completions to avoid, are left out.
     - Preferences: the chosen side as the completion.
     - Alpaca's `instruction`, `input` and `output`: as a conversation, or with Alpaca's prompt if
       there is no chat template.
@@ -146,8 +147,8 @@ def tokenize(
 
 
 _SETTINGS = (
-    "messages_field", "prompt_field", "completion_field", "text_field", "prompt", "completion",
-    "chat", "max_length",
+    "messages_field", "prompt_field", "completion_field", "text_field", "label_field", "prompt",
+    "completion", "chat", "max_length",
 )  # fmt: skip
 """Fields of the configuration that tokens depend on."""
 
@@ -328,9 +329,11 @@ def _chunks(
     # delay: only a dataset that takes a while shows a bar
     with tqdm(total=len(rows), desc="tokenizing", unit="row", leave=False, delay=2) as bar:
         for index, row in enumerate(rows):
+            if (one := reader.read(index, row)) is None:
+                continue
             held.append(index)
-            read.append(reader.read(index, row))
-            size += _size(read[-1])
+            read.append(one)
+            size += _size(one)
             if len(held) == _CHUNK or size > _CHARACTERS:
                 yield held, read
                 bar.update(len(held))

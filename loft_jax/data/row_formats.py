@@ -3,9 +3,11 @@
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
 
 from loft_jax.data.alpaca import alpaca_prompt
 from loft_jax.data.config import DataConfig
@@ -55,6 +57,7 @@ class _Format:
         read: Reads a row by its index.
         told: What the user is told of it; empty for formats that are read as they stand.
         level: Of the log record.
+        verdict: Field that is false in rows which are not to be learned.
     """
 
     name: str
@@ -63,6 +66,7 @@ class _Format:
     optional: tuple[str, ...] = ()
     told: str = ""
     level: int = logging.INFO
+    verdict: str = ""
 
 
 class RowReader:
@@ -70,7 +74,8 @@ class RowReader:
 
     A row is read in the first format whose fields it has: `prompt` and `completion` by templates if
     these are set, then `messages`, `prompt` and `completion`, ShareGPT's `conversations`, `chosen`
-    and `rejected`, Alpaca's `instruction` and `output`, and `text`.
+    and `rejected`, Alpaca's `instruction` and `output`, and `text`. Those of `messages`, `prompt`
+    and `completion`, and `text` that have another name go first.
 
     Attributes:
         columns: The fields that are used.
@@ -93,15 +98,18 @@ class RowReader:
         self._all = list(columns)
         self._tokenizer = tokenizer
         self._config = config
-        reads = _Reads(config, chats=bool(tokenizer.chat_template))
-        self._formats = [one for one in reads.formats(columns) if set(one.needed) <= set(self._all)]
+        reads = _Reads(columns, config, chats=bool(tokenizer.chat_template))
+        self._formats = [one for one in reads.formats() if set(one.needed) <= set(self._all)]
         if not self._formats:
             raise InputError(_no_format(columns, config))
         self._count: Counter[str] = Counter()
-        fields = [field for one in self._formats for field in (*one.needed, *one.optional)]
+        self._rejected: Counter[str] = Counter()  # of the rows of each format, those left out
+        fields = [
+            field for one in self._formats for field in (*one.needed, *one.optional, one.verdict)
+        ]
         self.columns = [field for field in dict.fromkeys(fields) if field in self._all]
 
-    def read(self, index: int, row: _Row) -> Read:
+    def read(self, index: int, row: _Row) -> Read | None:
         """Reads a row.
 
         Args:
@@ -109,7 +117,7 @@ class RowReader:
             row: With the fields `columns`.
 
         Returns:
-            The example in it.
+            The example in it; None if it is one to avoid, and not to learn.
 
         Raises:
             InputError: A field does not hold what it should.
@@ -119,17 +127,29 @@ class RowReader:
         )
         found = next(fitting, self._formats[0])
         self._count[found.name] += 1
+        verdict = row.get(found.verdict)
+        if isinstance(verdict, (bool, np.bool_)) and not verdict:
+            self._rejected[found.name] += 1
+            return None
         return found.read(index, row)
 
     def log(self) -> None:
         """Logs, after all rows are read, what formats they have and which fields are not used."""
         used = [one for one in self._formats if self._count[one.name]]
         fields = [field for one in used for field in (*one.needed, *one.optional)]
+        fields += [one.verdict for one in used if self._rejected[one.name]]
         kept = [field for field in dict.fromkeys(fields) if field in self._all]
         log_unused(self._tokenizer, self._all, kept, self._config)
         for one in used:
             if one.told:
                 log_once(self._tokenizer, one.told, one.level)
+            if rejected := self._rejected[one.name]:
+                log_once(
+                    self._tokenizer,
+                    f"left out {rejected} of {self._count[one.name]} {one.name}, whose field "
+                    f"{one.verdict!r} is false, as of a completion to avoid; templates, --data."
+                    "prompt and --data.completion, learn them too",
+                )
         if len(used) > 1:
             numbers = ", ".join(f"{self._count[one.name]} are {one.name}" for one in used)
             log_once(self._tokenizer, f"rows have several formats: {numbers}", logging.INFO)
@@ -203,6 +223,24 @@ def require_fields(
             f"{list(needed)} {purpose}"
         )
     return columns
+
+
+def check_named(columns: Collection[str], config: DataConfig) -> None:
+    """Refuses a field that the user named, and that no row has.
+
+    Args:
+        columns: The fields of the rows.
+        config: Its names of fields that are not the default are the user's.
+
+    Raises:
+        InputError: There is no such field.
+    """
+    for setting in config.named:
+        if (field := getattr(config, setting)) not in columns:
+            raise InputError(
+                f"field {field!r} of data.{setting} is missing; found the fields "
+                f"{shown(sorted(columns))}"
+            )
 
 
 def only_field(
@@ -326,23 +364,35 @@ def _no_format(columns: Sequence[str], config: DataConfig) -> str:
 class _Reads:
     """The formats, as a configuration names their fields."""
 
-    def __init__(self, config: DataConfig, *, chats: bool) -> None:
+    def __init__(self, columns: Sequence[str], config: DataConfig, *, chats: bool) -> None:
+        self._columns = columns
         self._config = config
         self._chats = chats
 
-    def formats(self, columns: Sequence[str]) -> Iterator[_Format]:
+    def formats(self) -> Iterator[_Format]:
         """Yields the formats, those that go first before the others."""
         config = self._config
         if config.prompt or config.completion:
-            yield self._by_templates(columns)
+            yield self._by_templates()
             return
+        messages = _Format("messages", (config.messages_field,), self._messages, (TOOLS,))
+        pairs = _Format(
+            "prompts and completions",
+            (config.prompt_field, config.completion_field),
+            self._pair,
+            (TOOLS,),
+            told=told_of_texts(config, chats=self._chats),
+            verdict=config.label_field,
+        )
         text = _Format("texts", (config.text_field,), self._text)
-        pairs = (config.prompt_field, config.completion_field)
-        yield _Format("messages", (config.messages_field,), self._messages, (TOOLS,))
-        told = told_of_texts(config, chats=self._chats)
-        yield _Format("prompts and completions", pairs, self._pair, (TOOLS,), told=told)
-        if config.text_field != DataConfig.text_field:  # the user named it
-            yield text
+        by_setting = {
+            "messages_field": messages,
+            "prompt_field": pairs,
+            "completion_field": pairs,
+            "text_field": text,
+        }
+        named = [by_setting[setting] for setting in config.named]
+        yield from dict.fromkeys([*named, messages, pairs])
         for field in _CONVERSATIONS:
             read = functools.partial(_sharegpt, field)
             told = f"rows are conversations of ShareGPT's form, in the field {field!r}"
@@ -351,7 +401,7 @@ class _Reads:
             "preferences",
             (_CHOSEN, _REJECTED),
             self._chosen,
-            (config.prompt_field, TOOLS),
+            (config.prompt_field, _SYSTEM, TOOLS),
             told=(
                 "rows are preferences: the chosen side is learned as a completion, and of the "
                 "rejected side only where it begins to differ is used"
@@ -370,17 +420,17 @@ class _Reads:
                 else "written with Alpaca's prompt, since the tokenizer has no chat template"
             ),
         )
-        if config.text_field == DataConfig.text_field:
+        if text not in named:
             yield text
 
-    def _by_templates(self, columns: Sequence[str]) -> _Format:
+    def _by_templates(self) -> _Format:
         fields: list[str] = []
         for name in _SIDES:
             own = fields_of(name, self._config)
-            if missing := [field for field in own if field not in columns]:
+            if missing := [field for field in own if field not in self._columns]:
                 raise InputError(
                     f"field {missing[0]!r} of data.{name} is missing; found the fields "
-                    f"{shown(sorted(columns))}"
+                    f"{shown(sorted(self._columns))}"
                 )
             fields += own
 
@@ -415,47 +465,55 @@ class _Reads:
         prompt = row.get(self._config.prompt_field)
         where = f"row {index}"
         if isinstance(chosen, str) and isinstance(rejected, str):
-            if isinstance(prompt, str):
-                return self._read_pair(where, prompt, chosen)
             if prompt is None:
-                return self._read_pair(where, *_apart(chosen, rejected))
+                prompt, chosen = _apart(chosen, rejected)
+                if chosen and not prompt:
+                    raise self._no_prompt(where)
+            if isinstance(prompt, str):
+                return self._read_pair(where, prompt, chosen, _optional(row, _SYSTEM, index))
         answer = _said(row, _CHOSEN, index, "assistant")
         other = _said(row, _REJECTED, index, "assistant")
         shared = 0
         while shared < min(len(answer), len(other)) and answer[shared] == other[shared]:
             shared += 1
         # The messages are the whole conversation, or else follow the prompt.
-        if prompt is None or answer[0]["role"] != "assistant":
-            return _answered(where, answer[:shared], answer[shared:], index, row)
-        return _answered(
-            where, _said(row, self._config.prompt_field, index, "user"), answer, index, row
+        follow = answer[0]["role"] == "assistant"
+        if prompt is None and follow and not shared:
+            raise self._no_prompt(where)
+        if prompt is None or not follow:
+            asked, answer = answer[:shared], answer[shared:]
+        else:
+            asked = _said(row, self._config.prompt_field, index, "user")
+        return _answered(where, _led(asked, index, row), answer, index, row)
+
+    def _no_prompt(self, where: str) -> InputError:
+        field = self._config.prompt_field
+        return InputError(
+            f"{where}: has no {field!r}, and 'chosen' and 'rejected' do not begin with the same "
+            f"words, which would be the prompt; found the fields {shown(sorted(self._columns))}; "
+            f"expected the prompt in {field!r}, or in the field that --data.prompt-field names"
         )
 
     def _alpaca(self, index: int, row: _Row) -> Read:
         instruction, output = (text_of(row, name, index) for name in (_INSTRUCTION, _OUTPUT))
-        further, system = (
-            "" if row.get(name) is None else text_of(row, name, index) for name in (_INPUT, _SYSTEM)
-        )
+        further, system = (_optional(row, name, index) for name in (_INPUT, _SYSTEM))
         if self._chats and output:  # no template tells an empty answer from none
             asked = f"{instruction}\n\n{further}" if further else instruction
             messages = [*_system(system), *chat_with(asked, "").messages]
             return _answered(f"row {index}", messages, [_spoken(output)], index, {})
         return Pair(alpaca_prompt(instruction, further, begin=system), output)
 
-    def _read_pair(self, where: str, prompt: str, completion: str) -> Read:
+    def _read_pair(self, where: str, prompt: str, completion: str, system: str = "") -> Read:
         if not (self._config.chat and completion):  # no template tells an empty answer from none
-            return Pair(prompt, completion)
+            return Pair(f"{system}\n\n{prompt}" if system else prompt, completion)
         asked = chat_with(prompt, where)
-        return asked._replace(messages=[*asked.messages, _spoken(completion)])
+        return asked._replace(messages=[*_system(system), *asked.messages, _spoken(completion)])
 
 
 def _sharegpt(field: str, index: int, row: _Row) -> Chat:
     """Reads `conversations`, with the fields `system` and `tools` beside it."""
     where = f"row {index}, field {field!r}"
-    messages = as_messages(row.get(field), where)
-    if row.get(_SYSTEM) and messages[0]["role"] != "system":
-        messages = [*_system(text_of(row, _SYSTEM, index)), *messages]
-    return _chat(where, messages, index, row)
+    return _chat(where, _led(as_messages(row.get(field), where), index, row), index, row)
 
 
 def _chat(where: str, messages: list[Message], index: int, row: _Row) -> Chat:
@@ -486,6 +544,18 @@ def _said(row: _Row, field: str, index: int, role: str) -> list[Message]:
 
 def _spoken(text: str) -> Message:
     return {"role": "assistant", "content": text}
+
+
+def _led(messages: list[Message], index: int, row: _Row) -> list[Message]:
+    """Puts the field `system` before messages that do not begin with such a message."""
+    if messages and messages[0]["role"] == "system":
+        return messages
+    return [*_system(_optional(row, _SYSTEM, index)), *messages]
+
+
+def _optional(row: _Row, field: str, index: int) -> str:
+    """Gets the text in a field that rows need not have."""
+    return "" if row.get(field) is None else text_of(row, field, index)
 
 
 def _system(text: str) -> list[Message]:

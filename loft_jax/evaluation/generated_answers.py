@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from loft_jax.data import DataConfig
 from loft_jax.data.batches import check_batch_size
 from loft_jax.data.encode import encode_prompts
-from loft_jax.data.row_formats import Pair, RowReader, column_names
+from loft_jax.data.row_formats import Pair, RowReader, check_named, column_names
 from loft_jax.data.templates import Chat
 from loft_jax.data.text import check_tokens, decoded
 from loft_jax.errors import InputError, explained, shown
@@ -224,11 +224,18 @@ def _questions(
     data: DataConfig,
 ) -> tuple[list[str | Chat], list[str]]:
     """Gives the prompts of rows, and their completions."""
-    reader = RowReader(column_names(rows), tokenizer, data)
+    columns = column_names(rows)
+    check_named(columns, data)
+    reader = RowReader(columns, tokenizer, data)
     prompts: list[str | Chat] = []
     completions = []
     for index in range(len(rows)):
         match reader.read(index, rows[index]):
+            case None:
+                raise InputError(
+                    f"row {index}: field {data.label_field!r} is false, as of a completion to "
+                    "avoid; expected rows whose completion has the true answer"
+                )
             case str():
                 raise InputError(
                     f"row {index}: is a plain text; expected a prompt and a completion, which has "

@@ -13,12 +13,13 @@ from flax import nnx
 
 from loft_jax.data import DataConfig, TokenizedData, eval_batches, tokenize
 from loft_jax.data.batches import Batch
+from loft_jax.data.row_formats import check_named, column_names
 from loft_jax.errors import InputError
 from loft_jax.models.activations import gathered
 from loft_jax.models.family import LanguageModel
 from loft_jax.models.inference import inference_state
 from loft_jax.progress import progress_bar
-from loft_jax.tasks.task import Arrays, Evaluation, Given, Measured, Rows, Task
+from loft_jax.tasks.task import CHOICE_FIELDS, Arrays, Evaluation, Given, Measured, Rows, Task
 from loft_jax.tasks.token_losses import token_losses, token_losses_in_parts
 
 if TYPE_CHECKING:
@@ -36,6 +37,17 @@ class CausalLM(Task):
     def fits(cls, given: Given) -> bool:
         """Whether no answers are to be compared."""
         return not given.asks_choices
+
+    @classmethod
+    def check_fields(cls, given: Given) -> None:
+        """Refuses a named field that is neither in rows to train on nor in held-out ones.
+
+        Rows with answers of their own to compare have few of the fields of training.
+        """
+        columns = column_names(given.rows)
+        if not set(CHOICE_FIELDS).issubset(columns):
+            held_out = [] if given.held_out is None else column_names(given.held_out)
+            check_named({*columns, *held_out}, given.data)
 
     def tokenize(
         self,

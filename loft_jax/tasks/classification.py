@@ -34,6 +34,7 @@ class _OfTexts(RowTask):
     """The common part of classification and regression: a text or a pair of texts with a label."""
 
     head = "sequence-classification"
+    fields = ("text_field", "label_field")
     peft_type = "SEQ_CLS"
 
     def tokenize(
@@ -48,9 +49,10 @@ class _OfTexts(RowTask):
 
         If a pair is too long, its longer text is truncated.
         """
-        columns = require_fields(rows, (data.text_field, data.label_field), f"for {self.name}")
-        pairs = data.text_pair_field in columns
-        used = [data.text_field, *([data.text_pair_field] if pairs else []), data.label_field]
+        named = data.text_pair_field != DataConfig.text_pair_field
+        pair = [data.text_pair_field] if named or data.text_pair_field in column_names(rows) else []
+        used = [data.text_field, *pair, data.label_field]
+        columns = require_fields(rows, used, f"for {self.name}")
         log_unused(tokenizer, columns, used, data)
         filler = pad_id(tokenizer)
         check_tokens([filler], tokenizer, vocab_size, where="padding")

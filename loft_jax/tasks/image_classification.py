@@ -23,6 +23,7 @@ class ImageClassification(LabelTask):
 
     name = "image-classification"
     head = "image-classification"
+    fields = ("image_field", "label_field")
     peft_type = None
 
     @classmethod

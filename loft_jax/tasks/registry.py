@@ -47,7 +47,8 @@ def find_task(name: TaskName, family: Family, given: Given) -> type[Task]:
 
     Raises:
         InputError: No task that the family has a model for fits, or several do; the family has no
-            model for the one that is named; or the preset is for another task.
+            model for the one that is named; the preset is for another task; or rows lack a field
+            that is named.
 
     Example:
         >>> from loft_jax.data import DataConfig
@@ -65,16 +66,19 @@ def find_task(name: TaskName, family: Family, given: Given) -> type[Task]:
         name = of_preset
     if name != "auto":
         family.model(TASKS[name].head)  # refuses a family that has none
-        return TASKS[name]
+        return _checked(TASKS[name], given)
     possible = [task for task in _TASKS if task.head in family.models]
     if given.rows is None:
         return possible[0]
     fitting = [task for task in possible if task.fits(given)]
     if not fitting:
+        settings = dict.fromkeys(setting for task in possible for setting in task.fields)
+        fields = " and ".join(repr(getattr(given.data, setting)) for setting in settings)
+        flags = " and ".join(f"--data.{setting.replace('_', '-')}" for setting in settings)
         raise InputError(
             f"rows have the fields {shown(sorted(column_names(given.rows)))}, which fit no task of "
             f"model_type {family.model_type!r}; expected those of "
-            f"{' or '.join(task.name for task in possible)}"
+            f"{' or '.join(task.name for task in possible)}: {fields}, or others that {flags} name"
         )
     if len(fitting) > 1:
         names = " or ".join(task.name for task in fitting)
@@ -84,4 +88,10 @@ def find_task(name: TaskName, family: Family, given: Given) -> type[Task]:
             "labels are decimal numbers, so the task is regression; for classification, write them "
             "as texts or as whole numbers"
         )
-    return fitting[0]
+    return _checked(fitting[0], given)
+
+
+def _checked(task: type[Task], given: Given) -> type[Task]:
+    if given.rows is not None:
+        task.check_fields(given)
+    return task

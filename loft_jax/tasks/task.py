@@ -91,6 +91,7 @@ class Task(ABC):
     Attributes:
         name: Name of the task.
         head: Head of its model.
+        fields: Settings of `DataConfig` that name the fields which all rows have.
         peft_type: PEFT's name of the task; None if it has none.
         trains_head: Whether the head is new, and trained and exported whole beside the adapters.
         measures: Names of the metrics that evaluations log.
@@ -100,6 +101,7 @@ class Task(ABC):
 
     name: ClassVar[str]
     head: ClassVar[Head]
+    fields: ClassVar[tuple[str, ...]] = ()
     peft_type: ClassVar[str | None]
     trains_head: ClassVar[bool] = False
     measures: tuple[str, ...] = ("loss",)
@@ -114,6 +116,18 @@ class Task(ABC):
         Args:
             given: With rows.
         """
+
+    @classmethod
+    def check_fields(cls, given: Given) -> None:
+        """Refuses fields that are named but not there, where rows may be read without them.
+
+        Args:
+            given: With rows.
+
+        Raises:
+            InputError: A field is named that is certainly missing.
+        """
+        del given  # all fields of most tasks are needed
 
     @classmethod
     def make(cls, given: Given) -> Self:

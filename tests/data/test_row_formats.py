@@ -9,6 +9,10 @@ import pytest
 from loft_jax.data import DataConfig, tokenize
 from loft_jax.data.row_formats import are_chats
 from loft_jax.errors import InputError
+from loft_jax.evaluation import generated_answers
+from loft_jax.models.registry import FAMILIES
+from loft_jax.tasks import find_task
+from loft_jax.tasks.task import Given
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 CALLING = CHAT_TEMPLATE.replace(
@@ -167,6 +171,42 @@ def test_of_texts_of_preferences_the_chosen_one_is_learned_and_that_is_told(capl
     assert encode(row, PLAIN)[1] == " is four.</s>"
 
 
+ORCA = {"system": "be brief", "question": "two?", "chosen": "four", "rejected": "five"}
+
+
+def test_preferences_have_the_system_message_and_are_refused_without_a_question():
+    with pytest.raises(InputError, match=r"row 0: has no 'prompt'.*'question'.* --data.prompt-fie"):
+        encode(ORCA)
+    named = {"prompt_field": "question"}
+    assert encode(ORCA, **named) == ("<s>be brief\n\ntwo?four</s>", "four</s>")
+    whole = rendered(SYSTEM, USER, ASSISTANT)
+    assert encode(ORCA, **named, chat=True) == (whole, "four<|end|>")
+    for chosen in ([ASSISTANT], [USER, ASSISTANT], [SYSTEM, USER, ASSISTANT]):
+        row = {**ORCA, "chosen": chosen, "rejected": [*chosen[:-1], YES]}
+        assert encode(row, **named) == (whole, "four<|end|>")
+    with pytest.raises(InputError, match=r"row 0: has no 'prompt'"):
+        encode({"chosen": [ASSISTANT], "rejected": [YES]})
+
+
+def test_completions_to_avoid_are_left_out_and_counted(caplog):
+    rows = [
+        {"prompt": "two?", "completion": f" {word}", "label": label}
+        for word, label in (("five", False), ("four", True), ("six", False))
+    ]
+    for given in (rows, datasets.Dataset.from_list(rows)):
+        caplog.clear()
+        (example,) = tokenize(given, tiny_tokenizer(chat_template=None), DataConfig("rows"))
+        assert TOKENIZER.decode(example.tokens) == "<s>two? four</s>"
+        (said,) = [one.getMessage() for one in caplog.records if "left out" in one.getMessage()]
+        assert "left out 2 of 3 prompts and completions, whose field 'label' is false" in said
+    texts = DataConfig("rows", prompt="{prompt}", completion="{completion}")
+    assert len(tokenize(rows, PLAIN, texts)) == 3
+    labels = [{**row, "label": int(row["label"])} for row in rows]
+    assert len(tokenize(labels, PLAIN, DataConfig("rows"))) == 3
+    with pytest.raises(InputError, match="row 0: field 'label' is false"):
+        generated_answers(rows, PLAIN, DataConfig("rows"))
+
+
 def test_prompts_and_completions_are_given_to_the_chat_template_on_request(caplog):
     row = {"prompt": "two?", "completion": "four"}
     with caplog.at_level(logging.INFO):
@@ -232,6 +272,27 @@ def test_a_named_field_goes_before_formats_that_are_recognized(caplog):
     assert "several formats" not in caplog.text
     fields = {"prompt_field": "instruction", "completion_field": "output"}
     assert encode(row, **fields) == ("<s>two?four</s>", "four</s>")
+    row = {"messages": [USER, ASSISTANT], "prompt": "two?", "a": " five", "story": "a joy"}
+    assert encode(row)[1] == "four<|end|>"
+    assert encode(row, completion_field="a")[1] == " five</s>"
+    assert encode(row, text_field="story")[1] == "a joy</s>"
+
+
+def test_a_named_field_that_no_row_has_is_refused():
+    rows = [{"chat": [USER, ASSISTANT], "text": "raw"}]
+    for setting in ("messages", "prompt", "completion", "text"):
+        data = DataConfig("rows", **{f"{setting}_field": "chats"})
+        message = rf"field 'chats' of data.{setting}_field is missing; found .*'chat', 'text'"
+        with pytest.raises(InputError, match=message):
+            find_task("auto", FAMILIES["llama"], Given(data, rows))
+        with pytest.raises(InputError, match=message):
+            generated_answers(rows, PLAIN, data)
+        for others in (
+            {"held_out": [{"chats": "a", "choices": ["b"], "answer": 0}]},
+            {"rows": [{"prompt": "a", "choices": ["b"], "answer": 0}]},
+        ):
+            find_task("auto", FAMILIES["llama"], Given(data, **{"rows": rows, **others}))
+    find_task("auto", FAMILIES["llama"], Given(DataConfig("rows", label_field="y"), rows))
 
 
 @pytest.mark.parametrize(

@@ -401,8 +401,21 @@ def test_a_task_that_the_family_has_no_model_for_is_refused(family, name, data):
 
 
 def test_rows_that_fit_no_task_of_a_family_are_refused():
-    with pytest.raises(InputError, match=r"fit no task .* those of classification or regr"):
+    with pytest.raises(
+        InputError,
+        match=r"fit no task .* those of classification or regression: 'text' and 'label', or "
+        "others that --data.text-field and --data.label-field name",
+    ):
         find_task("auto", FAMILIES["bert"], Given(DATA, TEXTS))
+    with pytest.raises(InputError, match=r"'image' and 'label', or others that --data.image-field"):
+        find_task("auto", FAMILIES["vit"], Given(DATA, TEXTS))
+
+
+def test_a_named_second_text_that_no_row_has_is_refused():
+    rows = [{"text": "a joy", "other": "dull", "label": 0}]
+    data = DataConfig("rows", text_pair_field="othr")
+    with pytest.raises(InputError, match=r"field 'othr' is missing; found the fields .*'other'"):
+        Classification(["no", "yes"]).tokenize(rows, TOKENIZER, data)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Reads labelled images from folders and from arrays in files."""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import numpy as np
 
 from loft_jax.data.config import DataConfig
 from loft_jax.data.splits import parts_of
-from loft_jax.errors import InputError, explained, shown, size_of
+from loft_jax.errors import InputError, cut, explained, shown, size_of
 from loft_jax.files import inside, regular_file
+
+_log = logging.getLogger(__name__)
 
 IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 ARRAYS_ENDING = ".npz"
@@ -28,13 +31,32 @@ SPLITS = {
 }
 
 
-def holds_classes(folder: Path) -> bool:
-    """Whether a folder has a subfolder with images for each class, maybe within one a split."""
-    return any(map(_is_class, _folders(folder))) or any(map(_is_class, _of_splits(folder)))
+def class_folders(folder: Path) -> list[Path]:
+    """Finds the folders of a folder, or of those of its splits, that have images.
+
+    Args:
+        folder: Whose links that lead out of it are not followed.
+
+    Returns:
+        Each the images of a class, if the folder is one of images by class.
+    """
+
+    def own(outer: Path) -> list[Path]:
+        entries = (entry for entry in outer.iterdir() if not entry.name.startswith("."))
+        found = [entry for entry in entries if entry.is_dir()]
+        return sorted(e for e in found if e.resolve().is_relative_to(folder.resolve()))
+
+    try:
+        of_splits = [inner for split in filter(_is_split, own(folder)) for inner in own(split)]
+        return list(filter(_is_class, of_splits)) or list(filter(_is_class, own(folder)))
+    except OSError:  # one that may not be read, such as lost+found
+        return []
 
 
 def read_image_folder(folder: Path, config: DataConfig) -> list[dict[str, Any]]:
-    """Reads the names of images in a folder by class.
+    """Reads the names of images in a folder by class, which are also those in folders within.
+
+    What else is there is told by a warning.
 
     Args:
         folder: With a subfolder for each class, or for each split with such subfolders.
@@ -48,6 +70,7 @@ def read_image_folder(folder: Path, config: DataConfig) -> list[dict[str, Any]]:
     """
     if any(map(_is_class, _of_splits(folder))):
         by_split: dict[str, list[Path]] = {}
+        outer = [folder, *_folders(folder)]
         for entry in _folders(folder):
             if entry.name.lower() not in SPLITS:
                 raise InputError(
@@ -56,17 +79,36 @@ def read_image_folder(folder: Path, config: DataConfig) -> list[dict[str, Any]]:
             by_split.setdefault(SPLITS[entry.name.lower()], []).extend(_folders(entry))
     else:
         by_split = {"train": list(_folders(folder))}
-    rows = {
-        split: [
-            {config.image_field: path, config.label_field: entry.name}
-            for entry in classes
-            for path in _images(folder, entry)
-        ]
-        for split, classes in by_split.items()
-    }
+        outer = [folder]
     with explained(f"{folder}: cannot be read as images by class"):
+        rows = {
+            split: [
+                {config.image_field: path, config.label_field: entry.name}
+                for entry in classes
+                for path in _images(folder, entry)
+            ]
+            for split, classes in by_split.items()
+        }
         parts = parts_of(config.split or "train", {name: len(one) for name, one in rows.items()})
+    classes = [entry for name in dict(parts) for entry in by_split[name]]
+    _tell(folder, outer, classes)
     return [row for name, part in parts for row in rows[name][part]]
+
+
+def _tell(folder: Path, outer: Sequence[Path], classes: Sequence[Path]) -> None:
+    """Warns of images of which one may expect something else, and of files that are not read."""
+    beside = [entry for one in outer for entry in sorted(one.iterdir()) if _is_image(entry)]
+    files = [(entry, of_class) for of_class in classes for entry in _files(of_class)]
+    deeper = [entry for entry, of_class in files if _is_image(entry) and entry.parent != of_class]
+    others = [entry for entry, _ in files if not _is_image(entry)]
+    for said, found in (
+        ("images in no folder of a label are not read", beside),
+        ("images in folders within that of a label have this label", deeper),
+        (f"files are not read: expected images, ending in {', '.join(IMAGE_ENDINGS)}", others),
+    ):
+        if found:
+            first = cut(str(found[0].relative_to(folder)))
+            _log.warning("%s: %d %s; the first is %s", folder, len(found), said, first)
 
 
 def _of_splits(folder: Path) -> Iterator[Path]:
@@ -83,8 +125,20 @@ def _folders(folder: Path) -> Iterator[Path]:
             yield inside(folder, entry.name)
 
 
+def _files(folder: Path) -> Iterator[Path]:
+    """Yields the files of a folder and of those within, by name; links to folders are as files."""
+    held = [folder]
+    while held:
+        entry = held.pop()
+        if entry == folder or (entry.is_dir() and not entry.is_symlink()):
+            inner = (one for one in entry.iterdir() if not one.name.startswith("."))
+            held += sorted(inner, reverse=True)
+        else:
+            yield entry
+
+
 def _is_class(folder: Path) -> bool:
-    return any(_is_image(entry) for entry in folder.iterdir())
+    return any(map(_is_image, _files(folder)))
 
 
 def _is_image(entry: Path) -> bool:
@@ -92,11 +146,10 @@ def _is_image(entry: Path) -> bool:
 
 
 def _images(folder: Path, of_class: Path) -> list[Path]:
-    found = [
-        inside(folder, entry.relative_to(folder))
-        for entry in sorted(of_class.iterdir())
-        if _is_image(entry)
-    ]
+    files = list(_files(of_class))
+    if links := [entry for entry in files if entry.is_dir()]:
+        raise InputError(f"{links[0]}: is a link to a folder; expected a folder of images")
+    found = [inside(folder, entry.relative_to(folder)) for entry in files if _is_image(entry)]
     if not found:
         raise InputError(
             f"{of_class}: has no image; expected files ending in {', '.join(IMAGE_ENDINGS)}"

@@ -13,7 +13,7 @@ from loft_jax.data.config import DataConfig
 from loft_jax.data.image_files import (
     ARRAYS_ENDING,
     SPLITS,
-    holds_classes,
+    class_folders,
     read_arrays,
     read_image_folder,
 )
@@ -40,6 +40,7 @@ _BUILDERS = {
     ".parquet": "parquet",
     ".txt": "text",
 }
+_COMPRESSED = (".bz2", ".gz", ".xz", ".zip", ".zst")
 _log = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -50,8 +51,9 @@ def load_examples(config: DataConfig) -> "Dataset | list[dict[str, Any]]":
     For a local path the network is not used, no code in a folder is run, and nothing is written
     beside it: `datasets` converts files into its own cache. Cells of CSV and TSV are read as text,
     and texts of JSON stay texts, even if they look like numbers or dates. In a folder, hidden
-    files, subfolders and files with other endings (a README, say) are ignored. Files may differ in
-    their fields; one that a file does not have is None in its rows. Columns that refer to files
+    files, subfolders and files with other endings (a README, say) are ignored, unless subfolders
+    are images by label: texts and metadata beside these are not read. Files may differ in their
+    fields; one that a file does not have is None in its rows. Columns that refer to files
     (sounds, or images whose bytes are not all in the column) are left out with a warning, and
     nothing that they name is opened.
 
@@ -271,14 +273,40 @@ def _read_folder(folder: Path, config: DataConfig) -> "Dataset | list[dict[str, 
     by_split: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir()):
         hidden = file.name.startswith(".")
-        if not (hidden or file.is_dir()) and file.suffix.lower() in _BUILDERS:
+        if not (hidden or file.is_dir()) and _is_data(file):
             by_split.setdefault(_split_of(file), []).append(inside(folder, file.name))
-    if not by_split and holds_classes(folder):
+    classes = class_folders(folder)
+    # A single folder of images is no class to tell from others, but may belong to a README.
+    if len(classes) > 1 or (classes and not by_split):
+        _check_beside(classes, [file for files in by_split.values() for file in files])
         return read_image_folder(folder, config)
     if not by_split:
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "nothing"
         raise InputError(f"{folder}: no data file (found {cut(found)}); expected {_EXPECTED}")
     return _read_files(by_split, config, source=folder)
+
+
+def _is_data(file: Path) -> bool:
+    """Whether a file of a folder is one of data; a compressed one is refused, as it is alone."""
+    if file.suffix.lower() in _COMPRESSED:
+        file = file.with_suffix("")
+    return file.suffix.lower() in _BUILDERS
+
+
+def _check_beside(classes: Sequence[Path], files: Sequence[Path]) -> None:
+    """Refuses files beside folders of images by class, unless they clearly are not the examples."""
+    named = cut(", ".join(entry.name for entry in classes[:5]))
+    for file in files:
+        if file.suffix.lower() != ".txt" and file.stem != "metadata":
+            raise InputError(
+                f"{file}: is a file of rows beside folders of images by label ({named}); expected "
+                "one of the two: name the file itself as the path, or move it away"
+            )
+    if files:
+        _log.warning(
+            "%s: is not read, since folders of images by label (%s) are beside it",
+            *(cut(", ".join(map(str, files[:5]))), named),
+        )
 
 
 def _split_of(file: Path) -> str:

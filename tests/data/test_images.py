@@ -57,6 +57,42 @@ def test_folders_by_class_are_read_in_the_order_of_their_names(folder):
     assert len(load_examples(config(folder, split="train[:40%]"))) == 2
 
 
+def test_files_beside_folders_of_images_do_not_hide_them(folder, caplog):
+    (folder / "LICENSE.txt").write_text("some licence")
+    (folder / "metadata.csv").write_text("file_name,label\n0.png,bird\n")
+    assert len(load_examples(config(folder))) == 5
+    (warning,) = caplog.messages
+    assert "LICENSE.txt, " in warning
+    assert "metadata.csv: is not read, since folders of images by label (cat, dog)" in warning
+    (folder / "rows.jsonl").write_text('{"text": "a"}')
+    with pytest.raises(InputError, match=r"rows.jsonl: is a file of rows beside .*\(cat, dog\)"):
+        load_examples(config(folder))
+    (folder / "cat").rename(folder / "dog" / "cat")  # pictures of one folder are of no labels
+    for name in ("LICENSE.txt", "metadata.csv"):
+        (folder / name).unlink()
+    assert load_examples(config(folder)).to_list() == [{"text": "a"}]
+
+
+def test_all_images_of_a_label_are_read_and_what_is_not_is_told(folder, caplog):
+    for name in ("cat/2020/may/5.png", "cat/.hidden/6.png", "dog/x.avif", "dog/y.jfif", "7.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(png(PIXELS[0]))
+    rows = load_examples(config(folder))
+    names = [str(row["image"].relative_to(folder)) for row in rows]
+    assert names == [
+        "cat/0.png", "cat/2020/may/5.png", "cat/3.png", "dog/1.png", "dog/2.png", "dog/4.png",
+    ]  # fmt: skip
+    assert [row["label"] for row in rows] == ["cat"] * 3 + ["dog"] * 3
+    beside, deeper, others = caplog.messages
+    assert "1 images in no folder of a label are not read; the first is 7.png" in beside
+    assert "have this label; the first is cat/2020/may/5.png" in deeper
+    assert "2 files are not read: expected images, ending in .bmp" in others
+    assert others.endswith("the first is dog/x.avif")
+    (folder / "cat" / "all").symlink_to(folder / "cat")
+    with pytest.raises(InputError, match="cat/all: is a link to a folder"):
+        load_examples(config(folder))
+
+
 def test_folders_of_splits_hold_folders_by_class(folder, tmp_path):
     whole = tmp_path / "whole"
     for split in ("train", "val"):

@@ -280,6 +280,15 @@ def test_folder_without_data_and_with_two_formats(tmp_path):
         read(tmp_path)
 
 
+def test_a_compressed_file_of_a_folder_is_refused_as_it_is_alone(tmp_path):
+    write(tmp_path / "train-0.jsonl")
+    (tmp_path / "train-1.jsonl.gz").write_bytes(gzip.compress(b"{}"))
+    (tmp_path / "code.tar.gz").write_bytes(b"no rows")
+    for path in (tmp_path, tmp_path / "train-1.jsonl.gz"):
+        with pytest.raises(InputError, match=r"train-1.jsonl.gz: unknown ending '.gz'; expected"):
+            read(path)
+
+
 @pytest.mark.parametrize("saved", [False, True])
 def test_unknown_split_names_those_there_are(tmp_path, saved):
     path = write(tmp_path / "rows.jsonl")

@@ -1,13 +1,13 @@
 """Encodes conversations as token ids, and marks the assistant's turns."""
 
+import bisect
 import dataclasses
-import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from loft_jax.data.log_once import log_once
-from loft_jax.data.templates import REASONING, Chat, Message, Rendered, Start, render_chats
+from loft_jax.data.templates import REASONING, Chat, Message, Rendered, Start, Tail, render_chats
 from loft_jax.data.text import decoded, encode_continuations, encode_plain
 from loft_jax.errors import InputError, shown
 
@@ -28,7 +28,9 @@ def encode_chats(
 
     An assistant turn begins where the template's generation prompt ends, and ends with the token
     that closes the turn. Both positions are found by rendering the conversation up to there, so the
-    template needs no `{% generation %}` marks; the rendered text must be a prefix of the whole.
+    template needs no `{% generation %}` marks. If the rendered text is not a prefix of the whole
+    (Qwen3's template drops the reasoning of earlier turns, Phi-3's ends with EOS), they are found
+    by what follows what a message says, which must be the same in both.
 
     Logs a warning if the template closes no turn, leaves out some of what the assistant says (its
     reasoning, say), or does not use all fields of the messages. A turn whose tool calls it leaves
@@ -45,16 +47,16 @@ def encode_chats(
         it, in a message that `Chat.learned` does not leave out.
 
     Raises:
-        InputError: There is no chat template; it refuses a conversation or fails on it; it writes a
-            turn differently if others follow; or a turn does not begin with its generation prompt.
+        InputError: There is no chat template; it refuses a conversation or fails on it; or the
+            place of a learned turn cannot be found: it ends differently if others follow, say, or
+            does not begin with the generation prompt.
     """
     own = seen is None
     seen = Seen() if seen is None else seen
     special = _special_ids(tokenizer)
-    rendered = render_chats(
-        tokenizer, ((seen.read(chat), _starts(chat.messages)) for chat in chats)
-    )
-    for some in _together(_pieces(chat, found, seen) for chat, found in rendered):
+    rendered = render_chats(tokenizer, ((seen.read(chat), _starts(chat)) for chat in chats))
+    names = tokenizer.convert_ids_to_tokens(sorted(special))
+    for some in _together(_pieces(chat, found, names, seen) for chat, found in rendered):
         # The template writes BOS itself; a piece other than the first continues the row.
         firsts = iter(encode_plain(tokenizer, [pieces[0][0] for pieces in some if pieces]))
         others = iter(
@@ -90,45 +92,97 @@ def _together(rows: Iterable[list[_Piece]]) -> Iterator[list[list[_Piece]]]:
         yield held
 
 
-def _starts(messages: Sequence[Message]) -> list[Start]:
-    """Lists the beginnings of a conversation that show where assistant turns begin and end."""
+def _learned(chat: Chat) -> list[int]:
+    """Lists the turns of the assistant that are learned."""
+    learned = chat.learned or [True] * len(chat.messages)
+    return [n for n, one in enumerate(chat.messages) if one["role"] == "assistant" and learned[n]]
+
+
+def _starts(chat: Chat) -> list[Start]:
+    """Lists the beginnings of a conversation that show where learned turns begin and end."""
     starts = []
-    for turn, message in enumerate(messages):
-        if message["role"] == "assistant":
-            # No template renders an empty conversation: two are compared that differ in content.
-            starts += [Start(turn, prompted=True)] if turn else [Start(1, "x"), Start(1, "y")]
-            if turn + 1 < len(messages):
-                starts.append(Start(turn + 1))
+    for turn in _learned(chat):
+        # No template renders an empty conversation: two are compared that differ in content.
+        starts += (
+            [Start(turn, prompted=True, tail=True)] if turn else [Start(1, "x"), Start(1, "y")]
+        )
+        if turn + 1 < len(chat.messages):
+            starts.append(Start(turn + 1, tail=True))
     return starts
 
 
-def _pieces(chat: Chat, rendered: Rendered, seen: "Seen") -> list[_Piece]:
-    """Cuts a rendered conversation where assistant turns begin and end."""
+def _pieces(chat: Chat, rendered: Rendered, special: Sequence[str], seen: "Seen") -> list[_Piece]:
+    """Cuts a rendered conversation where learned turns begin and end."""
     whole = rendered.whole
-    answers = iter(rendered.starts)
+    answers = iter(zip(rendered.starts, rendered.tails, strict=True))
+    prompt = _generation_prompt(rendered.prompt, special)
     pieces: list[_Piece] = []
     done = 0
-    for turn, message in enumerate(chat.messages):
-        if message["role"] != "assistant":
-            continue
-        before = next(answers) if turn else _common(whole, next(answers), next(answers))
-        after = next(answers) if turn + 1 < len(chat.messages) else len(whole)
+    for turn in _learned(chat):
+        if turn:
+            before = _placed(whole, *next(answers), "")
+        else:
+            before = _common(whole, next(answers)[0], next(answers)[0])
+        last = turn + 1 == len(chat.messages)
+        after = len(whole) if last else _placed(whole, *next(answers), prompt)
         if isinstance(after, str):
             raise InputError(
                 f"{chat.where}: the chat template does not write turn {turn} the same way on its "
                 "own as inside the whole conversation, so the assistant's tokens cannot be "
-                "found; expected a template that only appends, or prompt and completion fields"
+                f"found; expected a template that only appends, or {_NOT_LEARNED}"
             )
         if isinstance(before, str) or not done <= before <= after:
-            raise InputError(f"{chat.where}: {_not_begun(whole[:after], before, turn)}")
-        learned = chat.learned is None or chat.learned[turn]
-        if learned and not all(name in whole[before:after] for name in _called(message)):
-            learned = False
+            raise InputError(f"{chat.where}: {_not_begun(whole[:after], before, turn, last)}")
+        message: Message | None = chat.messages[turn]
+        if not all(name in whole[before:after] for name in _called(chat.messages[turn])):
+            message = None
             seen.uncalled += 1
-        pieces += [(whole[done:before], None), (whole[before:after], message if learned else None)]
+        pieces += [(whole[done:before], None), (whole[before:after], message)]
         done = after
     pieces.append((whole[done:], None))
     return [(text, message) for text, message in pieces if text]
+
+
+_NOT_LEARNED = (
+    "the weight 0 in the turn's message, or the messages up to it as the prompt and the others as "
+    "the completion, so that it is not learned"
+)
+
+
+def _generation_prompt(ends: Sequence[str] | None, special: Sequence[str]) -> str | None:
+    """Gives the generation prompt, from texts without and with it; None if they are not known."""
+    if ends is None:
+        return None
+    alone, prompted = ends
+    same = _shared(alone, prompted)
+    if same < len(alone):
+        # The template ends with EOS, and both EOS and the prompt may begin with "<|".
+        begun = (
+            size
+            for token in special
+            for size in range(1, min(len(token), same + 1))
+            if any(text.startswith(token, same - size) for text in ends)
+        )
+        same -= max(begun, default=0)
+    return prompted[same:]
+
+
+def _placed(whole: str, start: int | str, tail: Tail | None, prompt: str | None) -> int | str:
+    """Finds where a beginning ends in the whole.
+
+    Args:
+        whole: The whole conversation.
+        start: The length of the beginning, or its text if the whole does not begin with it.
+        tail: What follows its last message; None if it is not known.
+        prompt: What the tail has after the end of the beginning; None if it is not known.
+
+    Returns:
+        Where it ends; its text if that is not found.
+    """
+    if isinstance(start, int) or tail is None or prompt is None:
+        return start
+    text = tail.text.removesuffix(prompt)
+    return tail.place + len(text) if whole.startswith(text, tail.place) else start
 
 
 def _called(message: Message) -> list[str]:
@@ -145,11 +199,11 @@ def _common(whole: str, *starts: int | str) -> int | str:
 
 def _shared(one: str, other: str) -> int:
     """Counts the characters of the common prefix of two texts."""
-    alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
-    return sum(1 for _ in alike)
+    sizes = range(min(len(one), len(other)))
+    return bisect.bisect_left(sizes, True, key=lambda size: one[: size + 1] != other[: size + 1])
 
 
-def _not_begun(written: str, before: int | str, turn: int) -> str:
+def _not_begun(written: str, before: int | str, turn: int, last: bool) -> str:
     """Explains why a turn does not begin with the generation prompt."""
     prompted = written[:before] if isinstance(before, int) else before
     same = _shared(written, prompted)
@@ -160,8 +214,8 @@ def _not_begun(written: str, before: int | str, turn: int) -> str:
     return (
         f"the chat template's generation prompt does not begin turn {turn}: it has "
         f"{shown(rest)}{cause} where the turn has {shown(written[same:])}, so the assistant's "
-        "tokens cannot be found; expected a template whose generation prompt every turn "
-        "begins with, or prompt and completion fields"
+        "tokens cannot be found; expected a template whose generation prompt every learned turn "
+        f"begins with, or {'prompts and completions that are texts' if last else _NOT_LEARNED}"
     )
 
 

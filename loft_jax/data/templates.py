@@ -36,11 +36,25 @@ class Start(NamedTuple):
         turns: Number of its messages.
         content: Replaces the content of the last message, unless it is None.
         prompted: Whether the generation prompt follows the messages.
+        tail: Whether a `Tail` is needed if the whole text does not begin with it.
     """
 
     turns: int
     content: str | None = None
     prompted: bool = False
+    tail: bool = False
+
+
+class Tail(NamedTuple):
+    """What follows the last message of a beginning, where the template does not only append.
+
+    Args:
+        place: Where what follows the message begins in the whole text.
+        text: What follows the message if it is the last, up to the end of the generation prompt.
+    """
+
+    place: int
+    text: str
 
 
 class Chat(NamedTuple):
@@ -66,10 +80,15 @@ class Rendered(NamedTuple):
         whole: The whole text.
         starts: For each requested start, its length if the whole text begins with it, else its
             text.
+        tails: For each requested start, its tail if one is needed and found, else None.
+        prompt: What follows a message that is not the assistant's if it is the last, without and
+            with the generation prompt; None if no tail is needed or it is not found.
     """
 
     whole: str
     starts: list[int | str]
+    tails: Sequence[Tail | None] = ()
+    prompt: Sequence[str] | None = None
 
 
 def render_chats(
@@ -110,7 +129,8 @@ def render_chats(
                         f"{chat.where}: the chat template refuses the messages: {said}"
                     )
                 dated |= answer["dated"]
-                yield chat, Rendered(answer["whole"], answer["starts"])
+                tails = [tail and Tail(*tail) for tail in answer["tails"]]
+                yield chat, Rendered(answer["whole"], answer["starts"], tails, answer["prompt"])
     finally:
         if worker and unanswered:
             _end(worker)  # the next caller must not read its remaining output

@@ -73,6 +73,17 @@ def test_starts_are_told_by_their_length_where_the_whole_has_them():
     assert found.starts == [lengths[0], lengths[1], "[be brief][x]", lengths[2]]
 
 
+def test_tails_are_told_where_the_whole_has_another_start():
+    template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    starts = [Start(1, tail=True), Start(2, prompted=True, tail=True), Start(3)]
+    found = render(template, starts=starts)
+    assert (found.tails, found.prompt) == ([None] * 3, None)  # nothing more is rendered
+    found = render(template + "{{ '>' if add_generation_prompt else '<end>' }}", starts=starts)
+    half = CHAT[1]["content"][len(CHAT[1]["content"]) // 2 :]
+    assert found.tails == [(5, "rief]>"), (found.whole.index(half), f"{half}]>"), None]
+    assert found.prompt == [f"{half}]<end>", f"{half}]>"]
+
+
 def test_the_day_is_always_the_same_and_told_once(caplog):
     template = "{{ strftime_now('%d %b %Y') }} {{ [1, 2, 3, 4, 5, 6, 7, 8] | random }}"
     tokenizer = tiny_tokenizer(chat_template=template)

@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -59,8 +60,13 @@ def encode_chats(
     for some in _together(_pieces(chat, found, names, seen) for chat, found in rendered):
         # The template writes BOS itself; a piece other than the first continues the row.
         firsts = iter(encode_plain(tokenizer, [pieces[0][0] for pieces in some if pieces]))
+        following = [pair for pieces in some for pair in itertools.pairwise(pieces)]
         others = iter(
-            encode_continuations(tokenizer, [text for pieces in some for text, _ in pieces[1:]])
+            encode_continuations(
+                tokenizer,
+                [text for _, (text, _) in following],
+                [_special_end(before, names) for (before, _), _ in following],
+            )
         )
         for pieces in some:
             ids: list[int] = []
@@ -217,6 +223,13 @@ def _not_begun(written: str, before: int | str, turn: int, last: bool) -> str:
         "tokens cannot be found; expected a template whose generation prompt every learned turn "
         f"begins with, or {'prompts and completions that are texts' if last else _NOT_LEARNED}"
     )
+
+
+def _special_end(text: str, special: Sequence[str]) -> str:
+    """Gives the special token that a text ends with, and the white space after it; or nothing."""
+    bare = text.rstrip()
+    token = max((one for one in special if bare.endswith(one)), key=len, default="")
+    return text[len(bare) - len(token) :] if token else ""
 
 
 def _special_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:

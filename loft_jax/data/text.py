@@ -70,16 +70,19 @@ def _put_first(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 
 
 def encode_continuations(
-    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]
+    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], after: Sequence[str] = ()
 ) -> list[list[int]]:
     """Encodes texts that continue a row: without special tokens, and without an added space.
 
-    SentencePiece-like tokenizers put a space before every text, which is wrong within a row. With
-    them, each text is encoded after an anchor, and the anchor is removed.
+    SentencePiece-like tokenizers put a space before every text, which is wrong within a row, unless
+    they put it after every special token too. With them, each text is encoded after an anchor, and
+    the anchor is removed.
 
     Args:
         tokenizer: A transformers tokenizer.
         texts: What to encode; a space at the start of a text belongs to it.
+        after: For each text, the special token that it follows, with white space that is between
+            them; empty where it follows none. By default no text follows one.
 
     Returns:
         One list of ids for each text.
@@ -87,12 +90,14 @@ def encode_continuations(
     first = [_token(tokenizer, token) for token in encode_plain(tokenizer, [_ANY])[0][:1]]
     if not (first and first[0].startswith(_WORD_START)):
         return encode_plain(tokenizer, texts)
-    (anchor,) = encode_plain(tokenizer, [_ANCHOR])
-    joined = encode_plain(tokenizer, [_ANCHOR + text for text in texts])
+    anchors = [one or _ANCHOR for one in after or [""] * len(texts)]
+    known = list(dict.fromkeys(anchors))
+    begun = dict(zip(known, encode_plain(tokenizer, known), strict=True))
+    joined = encode_plain(tokenizer, list(map("".join, zip(anchors, texts, strict=True))))
     plain = encode_plain(tokenizer, texts)
     return [
-        ids[len(anchor) :] if ids[: len(anchor)] == anchor else alone
-        for ids, alone in zip(joined, plain, strict=True)
+        ids[len(start) :] if ids[: len(start := begun[anchor])] == start else alone
+        for anchor, ids, alone in zip(anchors, joined, plain, strict=True)
     ]
 
 

@@ -5,12 +5,13 @@ import itertools
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken
+from tokenizers import AddedToken, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from loft_jax.data.chat import encode_chats
 from loft_jax.data.templates import Chat
 from loft_jax.errors import InputError
-from tests.tiny import tiny_tokenizer
+from tests.tiny import tiny_sentencepiece_tokenizer, tiny_tokenizer
 
 # Where a template has [[ and ]], its copy has {% generation %} and {% endgeneration %}.
 CHATML = (
@@ -432,3 +433,25 @@ def test_tokens_do_not_cross_where_a_learned_turn_begins(name):
     learned = [tokenizer.decode([i for i, _ in run]) for own, run in runs if own]
     assert all(text.lstrip("<think>\n/").startswith("q") for text in learned)
     assert len(learned) == 2
+
+
+def test_a_space_that_a_tokenizer_puts_after_special_tokens_is_learned():
+    """As Phi-3's own tokenizer puts it; the generation prompt ends with such a token."""
+    backend = tiny_sentencepiece_tokenizer().backend_tokenizer
+    backend.pre_tokenizer = None
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    own = (*SPECIAL, "<|end|>")
+    special = [AddedToken(t, rstrip=True, special=True, normalized=False) for t in own]
+    backend.add_special_tokens(special)
+    template = TOKENIZERS["phi3"].chat_template
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|endoftext|>", chat_template=template
+    )
+    chat = [user("a"), said("fine it"), user("b"), said(" it is")]
+    ids, mask = encoded(tokenizer, chat)
+    assert ids == tokenizer.apply_chat_template(chat)["input_ids"]
+    learned = [one for one, own in zip(ids, mask, strict=True) if own]
+    text = "".join(tokenizer.convert_ids_to_tokens(learned))
+    assert text == "▁fine▁it<|end|>▁it▁is<|end|><|endoftext|>"

@@ -30,10 +30,9 @@ from loft_jax.optim import state_bytes
 from loft_jax.tasks.task import Evaluation
 from loft_jax.training.config import FinetuneConfig
 from loft_jax.training.held_out import held_out_data
-from loft_jax.training.model import load_model, trained_variables
+from loft_jax.training.model import load_model, task_of, trained_variables
 from loft_jax.training.optimizer import make_schedule
 from loft_jax.training.partition import ModelPartition, split_model
-from loft_jax.training.run import task_of
 from loft_jax.training.step import TrainState, initial_state, make_step
 
 Step = Callable[..., Any]

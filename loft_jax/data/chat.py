@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import functools
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -56,7 +57,7 @@ def encode_chats(
     seen = Seen() if seen is None else seen
     special = _special_ids(tokenizer)
     rendered = render_chats(tokenizer, ((seen.read(chat), _starts(chat)) for chat in chats))
-    names = tokenizer.convert_ids_to_tokens(sorted(special))
+    names = tuple(tokenizer.convert_ids_to_tokens(sorted(special)))
     for some in _together(_pieces(chat, found, names, seen) for chat, found in rendered):
         # The template writes BOS itself; a piece other than the first continues the row.
         firsts = iter(encode_plain(tokenizer, [pieces[0][0] for pieces in some if pieces]))
@@ -117,11 +118,11 @@ def _starts(chat: Chat) -> list[Start]:
     return starts
 
 
-def _pieces(chat: Chat, rendered: Rendered, special: Sequence[str], seen: "Seen") -> list[_Piece]:
+def _pieces(chat: Chat, rendered: Rendered, special: tuple[str, ...], seen: "Seen") -> list[_Piece]:
     """Cuts a rendered conversation where learned turns begin and end."""
     whole = rendered.whole
     answers = iter(zip(rendered.starts, rendered.tails, strict=True))
-    prompt = _generation_prompt(rendered.prompt, special)
+    prompt = None if rendered.prompt is None else _generation_prompt(*rendered.prompt, special)
     pieces: list[_Piece] = []
     done = 0
     for turn in _learned(chat):
@@ -155,11 +156,9 @@ _NOT_LEARNED = (
 )
 
 
-def _generation_prompt(ends: Sequence[str] | None, special: Sequence[str]) -> str | None:
-    """Gives the generation prompt, from texts without and with it; None if they are not known."""
-    if ends is None:
-        return None
-    alone, prompted = ends
+@functools.lru_cache(maxsize=64)
+def _generation_prompt(alone: str, prompted: str, special: tuple[str, ...]) -> str:
+    """Gives the generation prompt, from texts without and with it."""
     same = _shared(alone, prompted)
     if same < len(alone):
         # The template ends with EOS, and both EOS and the prompt may begin with "<|".
@@ -167,7 +166,7 @@ def _generation_prompt(ends: Sequence[str] | None, special: Sequence[str]) -> st
             size
             for token in special
             for size in range(1, min(len(token), same + 1))
-            if any(text.startswith(token, same - size) for text in ends)
+            if any(text.startswith(token, same - size) for text in (alone, prompted))
         )
         same -= max(begun, default=0)
     return prompted[same:]

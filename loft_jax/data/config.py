@@ -132,7 +132,7 @@ class DataConfig:
         )
 
     @property
-    def named(self) -> tuple[str, ...]:
+    def renamed_fields(self) -> tuple[str, ...]:
         """The settings that name one of `fields` other than by default."""
         settings = ("messages_field", "prompt_field", "completion_field", "text_field")
         return tuple(name for name in settings if getattr(self, name) != getattr(DataConfig, name))

@@ -329,18 +329,17 @@ def _chunks(
     # delay: only a dataset that takes a while shows a bar
     with tqdm(total=len(rows), desc="tokenizing", unit="row", leave=False, delay=2) as bar:
         for index, row in enumerate(rows):
-            if (one := reader.read(index, row)) is None:
-                continue
-            held.append(index)
-            read.append(one)
-            size += _size(one)
+            if (one := reader.read(index, row)) is not None:
+                held.append(index)
+                read.append(one)
+                size += _size(one)
             if len(held) == _CHUNK or size > _CHARACTERS:
                 yield held, read
-                bar.update(len(held))
+                bar.update(index + 1 - bar.n)
                 held, read, size = [], [], 0
         if held:
             yield held, read
-            bar.update(len(held))
+        bar.update(len(rows) - bar.n)
 
 
 def _size(read: Read) -> int:

@@ -1,7 +1,8 @@
 """Reads labelled images from folders and from arrays in files."""
 
 import logging
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,26 +32,9 @@ SPLITS = {
 }
 
 
-def class_folders(folder: Path) -> list[Path]:
-    """Finds the folders of a folder, or of those of its splits, that have images.
-
-    Args:
-        folder: Whose links that lead out of it are not followed.
-
-    Returns:
-        Each the images of a class, if the folder is one of images by class.
-    """
-
-    def own(outer: Path) -> list[Path]:
-        entries = (entry for entry in outer.iterdir() if not entry.name.startswith("."))
-        found = [entry for entry in entries if entry.is_dir()]
-        return sorted(e for e in found if e.resolve().is_relative_to(folder.resolve()))
-
-    try:
-        of_splits = [inner for split in filter(_is_split, own(folder)) for inner in own(split)]
-        return list(filter(_is_class, of_splits)) or list(filter(_is_class, own(folder)))
-    except OSError:  # one that may not be read, such as lost+found
-        return []
+def holds_classes(folder: Path) -> bool:
+    """Whether a folder has a subfolder with images for each class, maybe within one a split."""
+    return any(map(_is_class, _folders(folder))) or any(map(_is_class, _of_splits(folder)))
 
 
 def read_image_folder(folder: Path, config: DataConfig) -> list[dict[str, Any]]:
@@ -81,24 +65,24 @@ def read_image_folder(folder: Path, config: DataConfig) -> list[dict[str, Any]]:
         by_split = {"train": list(_folders(folder))}
         outer = [folder]
     with explained(f"{folder}: cannot be read as images by class"):
+        files = {entry: _files(entry) for classes in by_split.values() for entry in classes}
         rows = {
             split: [
                 {config.image_field: path, config.label_field: entry.name}
                 for entry in classes
-                for path in _images(folder, entry)
+                for path in _images(folder, entry, files[entry])
             ]
             for split, classes in by_split.items()
         }
         parts = parts_of(config.split or "train", {name: len(one) for name, one in rows.items()})
-    classes = [entry for name in dict(parts) for entry in by_split[name]]
-    _tell(folder, outer, classes)
+        beside = [entry for one in outer for entry in sorted(one.iterdir()) if _is_image(entry)]
+    _tell(folder, beside, {entry: files[entry] for name in dict(parts) for entry in by_split[name]})
     return [row for name, part in parts for row in rows[name][part]]
 
 
-def _tell(folder: Path, outer: Sequence[Path], classes: Sequence[Path]) -> None:
+def _tell(folder: Path, beside: Sequence[Path], by_class: Mapping[Path, Sequence[Path]]) -> None:
     """Warns of images of which one may expect something else, and of files that are not read."""
-    beside = [entry for one in outer for entry in sorted(one.iterdir()) if _is_image(entry)]
-    files = [(entry, of_class) for of_class in classes for entry in _files(of_class)]
+    files = [(entry, of_class) for of_class, own in by_class.items() for entry in own]
     deeper = [entry for entry, of_class in files if _is_image(entry) and entry.parent != of_class]
     others = [entry for entry, _ in files if not _is_image(entry)]
     for said, found in (
@@ -125,30 +109,26 @@ def _folders(folder: Path) -> Iterator[Path]:
             yield inside(folder, entry.name)
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """Yields the files of a folder and of those within, by name; links to folders are as files."""
-    held = [folder]
-    while held:
-        entry = held.pop()
-        if entry == folder or (entry.is_dir() and not entry.is_symlink()):
-            inner = (one for one in entry.iterdir() if not one.name.startswith("."))
-            held += sorted(inner, reverse=True)
-        else:
-            yield entry
+def _files(folder: Path) -> list[Path]:
+    """Lists the files of a folder, then those of folders within; links to folders are as files."""
+    found = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        links = [name for name in folders if Path(place, name).is_symlink()]
+        visible = sorted(name for name in [*names, *links] if not name.startswith("."))
+        found += [Path(place, name) for name in visible]
+    return found
 
 
 def _is_class(folder: Path) -> bool:
-    return any(map(_is_image, _files(folder)))
+    return any(map(_is_image, folder.iterdir()))
 
 
 def _is_image(entry: Path) -> bool:
     return entry.suffix.lower() in IMAGE_ENDINGS and not entry.name.startswith(".")
 
 
-def _images(folder: Path, of_class: Path) -> list[Path]:
-    files = list(_files(of_class))
-    if links := [entry for entry in files if entry.is_dir()]:
-        raise InputError(f"{links[0]}: is a link to a folder; expected a folder of images")
+def _images(folder: Path, of_class: Path, files: Sequence[Path]) -> list[Path]:
     found = [inside(folder, entry.relative_to(folder)) for entry in files if _is_image(entry)]
     if not found:
         raise InputError(

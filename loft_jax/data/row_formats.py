@@ -57,7 +57,7 @@ class _Format:
         read: Reads a row by its index.
         told: What the user is told of it; empty for formats that are read as they stand.
         level: Of the log record.
-        verdict: Field that is false in rows which are not to be learned.
+        label: Field that is false in rows which are not to be learned.
     """
 
     name: str
@@ -66,7 +66,7 @@ class _Format:
     optional: tuple[str, ...] = ()
     told: str = ""
     level: int = logging.INFO
-    verdict: str = ""
+    label: str = ""
 
 
 class RowReader:
@@ -105,7 +105,7 @@ class RowReader:
         self._count: Counter[str] = Counter()
         self._rejected: Counter[str] = Counter()  # of the rows of each format, those left out
         fields = [
-            field for one in self._formats for field in (*one.needed, *one.optional, one.verdict)
+            field for one in self._formats for field in (*one.needed, *one.optional, one.label)
         ]
         self.columns = [field for field in dict.fromkeys(fields) if field in self._all]
 
@@ -127,8 +127,8 @@ class RowReader:
         )
         found = next(fitting, self._formats[0])
         self._count[found.name] += 1
-        verdict = row.get(found.verdict)
-        if isinstance(verdict, (bool, np.bool_)) and not verdict:
+        label = row.get(found.label)
+        if isinstance(label, (bool, np.bool_)) and not label:  # a text may be the answer again
             self._rejected[found.name] += 1
             return None
         return found.read(index, row)
@@ -137,7 +137,7 @@ class RowReader:
         """Logs, after all rows are read, what formats they have and which fields are not used."""
         used = [one for one in self._formats if self._count[one.name]]
         fields = [field for one in used for field in (*one.needed, *one.optional)]
-        fields += [one.verdict for one in used if self._rejected[one.name]]
+        fields += [one.label for one in used if self._rejected[one.name]]
         kept = [field for field in dict.fromkeys(fields) if field in self._all]
         log_unused(self._tokenizer, self._all, kept, self._config)
         for one in used:
@@ -147,7 +147,7 @@ class RowReader:
                 log_once(
                     self._tokenizer,
                     f"left out {rejected} of {self._count[one.name]} {one.name}, whose field "
-                    f"{one.verdict!r} is false, as of a completion to avoid; templates, --data."
+                    f"{one.label!r} is false, as of a completion to avoid; templates, --data."
                     "prompt and --data.completion, learn them too",
                 )
         if len(used) > 1:
@@ -235,7 +235,7 @@ def check_named(columns: Collection[str], config: DataConfig) -> None:
     Raises:
         InputError: There is no such field.
     """
-    for setting in config.named:
+    for setting in config.renamed_fields:
         if (field := getattr(config, setting)) not in columns:
             raise InputError(
                 f"field {field!r} of data.{setting} is missing; found the fields "
@@ -382,7 +382,7 @@ class _Reads:
             self._pair,
             (TOOLS,),
             told=told_of_texts(config, chats=self._chats),
-            verdict=config.label_field,
+            label=config.label_field,
         )
         text = _Format("texts", (config.text_field,), self._text)
         by_setting = {
@@ -391,7 +391,7 @@ class _Reads:
             "completion_field": pairs,
             "text_field": text,
         }
-        named = [by_setting[setting] for setting in config.named]
+        named = [by_setting[setting] for setting in config.renamed_fields]
         yield from dict.fromkeys([*named, messages, pairs])
         for field in _CONVERSATIONS:
             read = functools.partial(_sharegpt, field)
@@ -489,8 +489,8 @@ class _Reads:
     def _no_prompt(self, where: str) -> InputError:
         field = self._config.prompt_field
         return InputError(
-            f"{where}: has no {field!r}, and 'chosen' and 'rejected' do not begin with the same "
-            f"words, which would be the prompt; found the fields {shown(sorted(self._columns))}; "
+            f"{where}: has no {field!r}, and 'chosen' and 'rejected' share no beginning that could "
+            f"be the prompt; found the fields {shown(sorted(self._columns))}; "
             f"expected the prompt in {field!r}, or in the field that --data.prompt-field names"
         )
 
@@ -555,7 +555,7 @@ def _led(messages: list[Message], index: int, row: _Row) -> list[Message]:
 
 def _optional(row: _Row, field: str, index: int) -> str:
     """Gets the text in a field that rows need not have."""
-    return "" if row.get(field) is None else text_of(row, field, index)
+    return text_of(row, field, index) if row.get(field) else ""
 
 
 def _system(text: str) -> list[Message]:

@@ -13,7 +13,7 @@ from loft_jax.data.config import DataConfig
 from loft_jax.data.image_files import (
     ARRAYS_ENDING,
     SPLITS,
-    class_folders,
+    holds_classes,
     read_arrays,
     read_image_folder,
 )
@@ -40,6 +40,9 @@ _BUILDERS = {
     ".parquet": "parquet",
     ".txt": "text",
 }
+_ABOUT_OTHERS = {
+    "classes", "copying", "credits", "labels", "license", "licence", "notice", "readme",
+}  # fmt: skip
 _COMPRESSED = (".bz2", ".gz", ".xz", ".zip", ".zst")
 _log = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -51,8 +54,8 @@ def load_examples(config: DataConfig) -> "Dataset | list[dict[str, Any]]":
     For a local path the network is not used, no code in a folder is run, and nothing is written
     beside it: `datasets` converts files into its own cache. Cells of CSV and TSV are read as text,
     and texts of JSON stay texts, even if they look like numbers or dates. In a folder, hidden
-    files, subfolders and files with other endings (a README, say) are ignored, unless subfolders
-    are images by label: texts and metadata beside these are not read. Files may differ in their
+    files, subfolders and files with other endings (a README, say) are ignored; images in subfolders
+    by label are read where there are no files of rows beside them. Files may differ in their
     fields; one that a file does not have is None in its rows. Columns that refer to files
     (sounds, or images whose bytes are not all in the column) are left out with a warning, and
     nothing that they name is opened.
@@ -163,7 +166,9 @@ def _read_files(by_split: dict[str, list[Path]], config: DataConfig, *, source: 
     files = [file for part in by_split.values() for file in part]
     for file in files:
         if file.suffix.lower() not in _BUILDERS:
-            raise InputError(f"{file}: unknown ending {file.suffix!r:.200}; expected {_EXPECTED}")
+            packed = file.suffix.lower() in _COMPRESSED
+            why = "is compressed" if packed else f"unknown ending {file.suffix!r:.200}"
+            raise InputError(f"{file}: {why}; expected {_EXPECTED}")
         if regular_file(file, "examples").stat().st_size == 0:
             raise InputError(f"{file}: the file is empty; expected examples")
     endings = {file.suffix.lower() for file in files}
@@ -275,10 +280,11 @@ def _read_folder(folder: Path, config: DataConfig) -> "Dataset | list[dict[str, 
         hidden = file.name.startswith(".")
         if not (hidden or file.is_dir()) and _is_data(file):
             by_split.setdefault(_split_of(file), []).append(inside(folder, file.name))
-    classes = class_folders(folder)
-    # A single folder of images is no class to tell from others, but may belong to a README.
-    if len(classes) > 1 or (classes and not by_split):
-        _check_beside(classes, [file for files in by_split.values() for file in files])
+    rows = [file for some in by_split.values() for file in some]
+    if all(map(_is_about_others, rows)) and holds_classes(folder):
+        if rows:
+            told = cut(", ".join(file.name for file in rows))
+            _log.warning("%s: has images in folders by label; not read: %s", folder, told)
         return read_image_folder(folder, config)
     if not by_split:
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "nothing"
@@ -293,20 +299,10 @@ def _is_data(file: Path) -> bool:
     return file.suffix.lower() in _BUILDERS
 
 
-def _check_beside(classes: Sequence[Path], files: Sequence[Path]) -> None:
-    """Refuses files beside folders of images by class, unless they clearly are not the examples."""
-    named = cut(", ".join(entry.name for entry in classes[:5]))
-    for file in files:
-        if file.suffix.lower() != ".txt" and file.stem != "metadata":
-            raise InputError(
-                f"{file}: is a file of rows beside folders of images by label ({named}); expected "
-                "one of the two: name the file itself as the path, or move it away"
-            )
-    if files:
-        _log.warning(
-            "%s: is not read, since folders of images by label (%s) are beside it",
-            *(cut(", ".join(map(str, files[:5]))), named),
-        )
+def _is_about_others(file: Path) -> bool:
+    """Whether a file tells of the data that are beside it, and is none itself by its name."""
+    name = file.stem.lower()
+    return name == "metadata" or (file.suffix.lower() == ".txt" and name in _ABOUT_OTHERS)
 
 
 def _split_of(file: Path) -> str:

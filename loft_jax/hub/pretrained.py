@@ -240,7 +240,7 @@ def load_pretrained(
         make = family.model(head)
     if labels is not None:
         relabelled = with_labels(config, labels)
-        _leave_other_head(source, make, config, labels)
+        _drop_other_head(source, make, config, labels)
         config = relabelled
 
     def made() -> PretrainedModel:
@@ -285,7 +285,7 @@ def load_pretrained(
     return model
 
 
-def _leave_other_head(source: _Source, make: Any, config: Any, labels: Sequence[str]) -> None:
+def _drop_other_head(source: _Source, make: Any, config: Any, labels: Sequence[str]) -> None:
     """Takes the head of other labels, whose outputs mean something else, out of a source."""
     known = config.labels
     nameless = known == tuple(f"LABEL_{number}" for number in range(len(labels)))

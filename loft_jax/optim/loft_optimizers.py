@@ -10,6 +10,7 @@ Newton-Schulz iteration f is odd in its argument, `X ← a X + b (X Xᵀ) X + c 
 exactly. And each `f(m)` is m times a polynomial of `mᵀm`: the iteration runs on (r, r) matrices.
 """
 
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -279,7 +280,7 @@ def orthogonalize_momentum(
     check_dtype(mu_dtype, "mu_dtype")
     if len(ns_coeffs) != 3:
         raise ValueError(f"ns_coeffs is {ns_coeffs!r}, expected three numbers")
-    if isinstance(ns_steps, int) and ns_steps < 1:
+    if not isinstance(ns_steps, jax.core.Tracer) and ns_steps < 1:
         raise ValueError(f"ns_steps is {ns_steps}, expected 1 or more")
 
     def init(params: optax.Params) -> OrthogonalizeState:
@@ -460,11 +461,11 @@ def _newton_schulz(
         return matmul(product, step), matmul(matmul(step, gram), step)
 
     carry = varying_like(eye, gram), gram
-    if isinstance(steps, int):
-        for k in range(steps):
-            carry = iterate(k, carry)
-    else:  # traced, as by `optax.inject_hyperparams`
+    if isinstance(steps, jax.core.Tracer):  # as by `optax.inject_hyperparams`
         carry = jax.lax.fori_loop(0, steps, iterate, carry)
+    else:
+        for k in range(operator.index(steps)):
+            carry = iterate(k, carry)
     product, _ = carry
     return x.times(product / norm)
 

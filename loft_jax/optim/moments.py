@@ -436,8 +436,8 @@ def _adam_bound(old: jax.Array, b1: Number, b2: Number) -> jax.Array:
     """
     rest = (1 - b1) ** 2 / (1 - b2)
     kept = b1**2 / jnp.maximum(b2, float(jnp.finfo(jnp.float32).tiny))
-    bound: jax.Array = (kept * old + rest).astype(old.dtype)
-    return bound
+    # Where it grows without end, infinity would be a NaN once a decay is zero.
+    return jnp.minimum((kept * old + rest).astype(old.dtype), jnp.finfo(old.dtype).max)
 
 
 def _is_moments(x: Any) -> bool:

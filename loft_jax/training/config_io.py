@@ -143,10 +143,12 @@ def settings_of_all(config: FinetuneConfig) -> dict[str, Any]:
         config: Of the run.
 
     Returns:
-        All but the places of models and examples, whose content is compared instead.
+        All but the places of models and examples, whose content is compared instead, the output
+        folder, which may be mounted in other places, and what process 0 alone needs.
     """
-    places = set(_may_change(FinetuneConfig, {"place"}))
-    return {k: v for k, v in _flat(config_to_dict(config)) if k not in places}
+    free = {*_may_change(FinetuneConfig, {"place"}), "output", "logging.wandb"}
+    settings = dict(_flat(config_to_dict(config)))
+    return {k: v for k, v in settings.items() if k not in free and not k.startswith("export.")}
 
 
 def check_same_run(saved: dict[str, Any], now: dict[str, Any], *, same_content: bool) -> None:

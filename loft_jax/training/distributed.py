@@ -1,12 +1,11 @@
 """A run of several processes: joining and agreeing."""
 
-import itertools
 import json
 import logging
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -141,10 +140,18 @@ def check_same(values: Mapping[str, Any]) -> None:
     own = np.frombuffer(json.dumps(values).encode(), np.uint8)
     longest = int(np.max(multihost_utils.process_allgather(np.asarray(own.size))))
     padded = np.pad(own, (0, longest - own.size), constant_values=ord(" "))
-    first, *others = map(json.loads, map(bytes, multihost_utils.process_allgather(padded)))
-    for (number, other), name in itertools.product(enumerate(others, 1), values):
-        if other.get(name) != first.get(name):
-            raise InputError(
-                f"{name} is {shown(first.get(name))} on process 0 and {shown(other.get(name))} on "
-                f"process {number}; expected the same on every process"
-            )
+    found = [json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)]
+    check_alike(found)
+
+
+def check_alike(found: Sequence[Mapping[str, Any]]) -> None:
+    """Refuses values that are not the same on every process, in the order of the processes."""
+    first = found[0]
+    for number, other in enumerate(found):
+        for name in dict.fromkeys([*first, *other]):
+            if other.get(name) != first.get(name):
+                raise InputError(
+                    f"{name} is {shown(first.get(name))} on process 0 and "
+                    f"{shown(other.get(name))} on process {number}; expected the same on every "
+                    "process"
+                )

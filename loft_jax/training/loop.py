@@ -299,7 +299,7 @@ def _train(
         shown=run.progress,
         unit="step",
     )
-    compilations = Compilations(bar, config.method.name, speed)
+    compilations = Compilations(bar, config.method.name, speed, ahead)
     last = done == run.steps or _asked_to_stop(view, logs=True)
     with (
         bar,
@@ -331,10 +331,10 @@ def _train(
                 values = {**speed.read(), **run.report(state, metrics, skipped)}
                 speed.restart()  # the report, which is compiled too, is no time of steps
                 _write(log, done, values)
-                bar.set_postfix(
-                    loss=f"{values['train_loss']:.4f}",
-                    tokens_s=f"{values['tokens_per_second']:.0f}",
-                )
+                told = {"loss": f"{values['train_loss']:.4f}"}
+                if "tokens_per_second" in values:
+                    told["tokens_s"] = f"{values['tokens_per_second']:.0f}"
+                bar.set_postfix(told)
             view.moved(done, functools.partial(run.trained, state))
             for each in run.callbacks:
                 each.on_step(view, values)

@@ -6,7 +6,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -69,20 +69,18 @@ class Speedometer:
         """Ends the interval and gives its metrics; its computations must have finished.
 
         Returns:
-            `tokens_per_second` and `seconds_per_step` for the time of the steps, NaN where no step
-            was counted; `seconds_data`,
-            `seconds_compile`, `seconds_eval` and `seconds_save` for the whole interval; and on
-            known chips `mfu`, the ratio of model FLOPs per second to the peak of the chips.
+            `seconds_data`, `seconds_compile`, `seconds_eval` and `seconds_save` for the whole
+            interval; where steps were counted, `tokens_per_second` and `seconds_per_step` for their
+            time; and on known chips `mfu`, the ratio of model FLOPs per second to the peak of the
+            chips.
         """
         training = time.perf_counter() - self._start - sum(self._spent.values())
-        timed = self._steps > 0
-        values = {
-            "tokens_per_second": self._tokens / training if timed else math.nan,
-            "seconds_per_step": training / self._steps if timed else math.nan,
-            **{f"seconds_{part}": seconds for part, seconds in self._spent.items()},
-        }
-        if timed and self._peak is not None and self._model_flops is not None:
-            values["mfu"] = self._flops / training / (self._peak * self._devices)
+        values = {f"seconds_{part}": seconds for part, seconds in self._spent.items()}
+        if self._steps:
+            values["tokens_per_second"] = self._tokens / training
+            values["seconds_per_step"] = training / self._steps
+            if self._peak is not None and self._model_flops is not None:
+                values["mfu"] = self._flops / training / (self._peak * self._devices)
         self.restart()
         return values
 
@@ -93,15 +91,18 @@ class Compilations:
     JAX compiles a program for each shape of batches, when the first one comes.
     """
 
-    def __init__(self, bar: "tqdm[Any]", name: str, speed: Speedometer) -> None:
+    def __init__(
+        self, bar: "tqdm[Any]", name: str, speed: Speedometer, ahead: Collection[Any] = ()
+    ) -> None:
         """Starts with no program.
 
         Args:
             bar: Of the steps.
             name: Its usual description.
             speed: Of the run; counts the time as "compile".
+            ahead: Results of steps that may still be computed, whose time is no compilation's.
         """
-        self._bar, self._name, self._speed = bar, name, speed
+        self._bar, self._name, self._speed, self._ahead = bar, name, speed, ahead
         self._shapes: set[tuple[Any, ...]] = set()
 
     @contextlib.contextmanager
@@ -117,6 +118,7 @@ class Compilations:
             named.setdefault(shape, name)
         size = ", ".join(f"{name} {' x '.join(map(str, shape))}" for shape, name in named.items())
         self._bar.set_description(f"{self._name}: compiling for batches of {size} ...")
+        jax.block_until_ready(list(self._ahead))
         start = time.perf_counter()
         with self._speed.spent_on("compile"):
             yield True

@@ -199,7 +199,7 @@ def test_the_end_of_another_process_is_no_fault_of_the_disk(checkpoints, monkeyp
 
     with monkeypatch.context() as other:
         other.setattr(ocp.CheckpointManager, "wait_until_finished", gone)
-        with pytest.raises(ValueError, match="Gloo"):
+        with pytest.raises(ValueError, match=r"^UNKNOWN: Gloo"):
             checkpoints.wait()
 
 

@@ -31,7 +31,7 @@ def encode_chats(
     An assistant turn begins where the template's generation prompt ends, and ends with the token
     that closes the turn. Both positions are found by rendering the conversation up to there, so the
     template needs no `{% generation %}` marks. If the rendered text is not a prefix of the whole
-    (Qwen3's template drops the reasoning of earlier turns, Phi-3's ends with EOS), they are found
+    (a template drops the reasoning of earlier turns, or ends with EOS), they are found
     by what follows what a message says, which must be the same in both.
 
     Logs a warning if the template closes no turn, leaves out some of what the assistant says (its

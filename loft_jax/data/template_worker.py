@@ -173,10 +173,10 @@ class _Follows:
     def _marked(self, message: dict[str, Any]) -> Iterator[dict[str, Any]]:
         content = message["content"]
         # An answer comes after reasoning, which may be left out. Of other messages, templates look
-        # at both ends: for Qwen3's, <tool_response>...</tool_response> is no question.
+        # at both ends: some take <tool_response>...</tool_response> for no question.
         at = len(content) if message["role"] == "assistant" else len(content) // 2
         yield {**message, "content": content[:at] + self._mark + content[at:]}
-        if calls := message.get("tool_calls"):  # Mistral's leaves out what is said beside them
+        if calls := message.get("tool_calls"):  # what is said beside them may be left out
             called = calls[-1]["function"]
             last = {**calls[-1], "function": {**called, "name": called["name"] + self._mark}}
             yield {**message, "tool_calls": [*calls[:-1], last]}

@@ -119,6 +119,7 @@ class Gemma3(Gemma2):
 
     Example:
         >>> import jax.numpy as jnp
+        >>> from flax import nnx
         >>> config = Gemma3TextConfig.from_hf(
         ...     dict(model_type="gemma3_text", vocab_size=64, hidden_size=32, intermediate_size=48,
         ...          num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8)

@@ -156,6 +156,7 @@ class Phi3(Llama):
         rngs: For the initial parameters.
 
     Example:
+        >>> from flax import nnx
         >>> config = Phi3Config(vocab_size=64, hidden_size=32, intermediate_size=48,
         ...                     num_hidden_layers=2, num_attention_heads=4,
         ...                     num_key_value_heads=2, head_dim=8, sliding_window=3)

@@ -75,6 +75,7 @@ class Qwen3(Qwen2):
 
     Example:
         >>> import jax.numpy as jnp
+        >>> from flax import nnx
         >>> config = Qwen3Config(vocab_size=64, hidden_size=32, intermediate_size=48,
         ...                      num_hidden_layers=2, num_attention_heads=4,
         ...                      num_key_value_heads=2, head_dim=16)

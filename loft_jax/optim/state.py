@@ -23,8 +23,8 @@ def state_bytes(tx: optax.GradientTransformation, params: optax.Params) -> int:
       >>> import jax.numpy as jnp
       >>> from loft_jax import loft, state_bytes
       >>> params = {"lora_a": jnp.ones((64, 4)), "lora_b": jnp.zeros((4, 32))}
-      >>> rows, rank, counters = 64 + 32, 4, 3
-      >>> state_bytes(loft(1e-3), params) == 4 * (rows * (1 + 2 * rank) + 2 * rank**2 + counters)
+      >>> rows, rank, scalars = 64 + 32, 4, 4
+      >>> state_bytes(loft(1e-3), params) == 4 * (rows * (1 + 2 * rank) + 2 * rank**2 + scalars)
       True
     """
     leaves = jax.tree.leaves(jax.eval_shape(tx.init, params))

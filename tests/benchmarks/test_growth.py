@@ -19,8 +19,8 @@ def test_the_floor_of_the_state_is_what_an_optimizer_keeps(name):
     point = Point(rank=3, width=24, layers=2)
     shapes = pair_shapes(24, 24, 3, 2, stacked=True)
     numbers = state_bytes(make_optimizer(name), shapes) / 4
-    counters = numbers - floor(name, point)[1]
-    assert counters in (1, 5)  # of AdamW's, and of links of LoFT with the last norm
+    scalars = numbers - floor(name, point)[1]
+    assert scalars in (1, 6)  # AdamW's counter; those of LoFT's links, the last norm and the bound
 
 
 def test_floors_grow_as_their_terms_do():

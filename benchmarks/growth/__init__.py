@@ -2,7 +2,8 @@ r"""How the cost of an update grows: with the rank, the width, the layers and th
 
 For LoFT with the exact second moment, along the tangent space and alternating, for LoFT with the
 factored one, and for AdamW on the factors (LoRA): the time of a jitted update, and the bytes of the
-optimizer's state on a device, over sizes of which one grows:
+optimizer's state on a device, over sizes of which one grows (`loft` is the exact one here, and
+`loft-factored` what `loft` is by default):
 
 - `rank`: one pair of a square weight.
 - `width`: one pair of a square weight, at rank 16.

@@ -73,7 +73,7 @@ class _HeldOut(NamedTuple):
     """How a model is measured on held-out rows, and their number."""
 
     evaluate: Evaluation
-    count: int
+    rows: int
 
 
 class PretrainedRuns:
@@ -191,7 +191,7 @@ class PretrainedRuns:
                 "task": self.task.digest,
                 "steps": self.task.steps,
                 "batch_size": self._config.schedule.batch_size,
-                "test_rows": self._held_out(test=True).count if test else 0,
+                "test_rows": self._held_out(test=True).rows if test else 0,
             },
             right={name: "".join("01"[row] for row in rows) for name, rows in right.items()},
         )

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from loft_jax.data.log_once import log_once
@@ -58,6 +58,7 @@ def encode_chats(
     special = _special_ids(tokenizer)
     rendered = render_chats(tokenizer, ((seen.read(chat), _starts(chat)) for chat in chats))
     names = tuple(tokenizer.convert_ids_to_tokens(sorted(special)))
+    known, longest = frozenset(names), max(map(len, names), default=0)
     for some in _together(_pieces(chat, found, names, seen) for chat, found in rendered):
         # The template writes BOS itself; a piece other than the first continues the row.
         firsts = iter(encode_plain(tokenizer, [pieces[0][0] for pieces in some if pieces]))
@@ -66,7 +67,7 @@ def encode_chats(
             encode_continuations(
                 tokenizer,
                 [text for _, (text, _) in following],
-                [_special_end(before, names) for (before, _), _ in following],
+                [_special_end(before, known, longest) for (before, _), _ in following],
             )
         )
         for pieces in some:
@@ -224,11 +225,14 @@ def _not_begun(written: str, before: int | str, turn: int, last: bool) -> str:
     )
 
 
-def _special_end(text: str, special: Sequence[str]) -> str:
+def _special_end(text: str, special: frozenset[str], longest: int) -> str:
     """Gives the special token that a text ends with, and the white space after it; or nothing."""
     bare = text.rstrip()
-    token = max((one for one in special if bare.endswith(one)), key=len, default="")
-    return text[len(bare) - len(token) :] if token else ""
+    # By size, since some tokenizers have thousands of special tokens.
+    for start in range(max(len(bare) - longest, 0), len(bare)):
+        if bare[start:] in special:
+            return text[start:]
+    return ""
 
 
 def _special_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
